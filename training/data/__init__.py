@@ -1,0 +1,1 @@
+"""From documents to batches: corpus, tokenizer, shards, producer, order, loader."""
