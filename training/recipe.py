@@ -1,0 +1,287 @@
+"""A run's recipe: one frozen dataclass that holds every knob, read from YAML and from flags.
+
+Every field is a key of `training/recipes/*.yaml` and a flag of `training/train.py`. Names are those of
+`transformers.TrainingArguments` and `GPT2Config` where these have the same thing.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from gpt2_scratch.errors import InputError
+
+RECIPES = Path(__file__).parent / "recipes"
+QUICKSTART = RECIPES / "quickstart.yaml"
+LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
+
+
+def knob(help_text: str, default: Any = dataclasses.MISSING, *, group: str | None = None) -> Any:
+    """A field with its line of documentation, which is also the flag's help.
+
+    Fields of the groups "data" and "model" are the run's identity: a resumed run may not change them.
+    """
+    metadata = {"help": help_text, "group": group}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every knob of a run, checked on construction.
+
+    Raises:
+        InputError: a value that cannot be; the message names the key, what was found and what would do.
+    """
+
+    output_dir: str = knob("folder of the run: checkpoints, logs, curves and the final model")
+
+    # data
+    data_dir: str = knob("shard folder; filled from the corpus when it is not complete")
+    corpus: str = knob(
+        "installed-docs, fineweb, fineweb-edu, or a file or folder of text, jsonl or parquet", group="data"
+    )
+    corpus_config: str | None = knob("configuration of a Hub corpus, such as sample-10BT", None, group="data")
+    text_field: str = knob("column that holds the text in jsonl, parquet and Hub corpora", "text", group="data")
+    tokenizer: str = knob("gpt2, train:VOCAB_SIZE, or a folder with tokenizer.json", "gpt2", group="data")
+    shard_tokens: int = knob("tokens in a training shard", 100_000_000, group="data")
+    val_tokens: int | None = knob("tokens in the validation shard; shard_tokens when not given", None, group="data")
+    seq_len: int = knob("tokens in a training window", 1024, group="data")
+    tokens_per_step: int = knob("tokens of an optimizer step over all processes", 524_288, group="data")
+    seed: int = knob("seed of the initial weights, of dropout and of the data order", 1337, group="data")
+
+    # model
+    n_layer: int = knob("transformer blocks", 12, group="model")
+    n_head: int = knob("attention heads", 12, group="model")
+    n_embd: int = knob("width of the residual stream", 768, group="model")
+    n_positions: int | None = knob("longest sequence the model can take; seq_len when not given", None, group="model")
+    init_from: str | None = knob("model folder or Hub id to start from instead of random weights", None, group="model")
+    dropout: float = knob("dropout of embeddings, attention and residual branches", 0.0)
+    attn_implementation: str = knob("attention: eager, sdpa, flash_attention_2 or flex_attention", "sdpa")
+
+    # optimization
+    optimizer: Literal["adamw"] = knob("optimizer", "adamw", group="model")
+    per_device_train_batch_size: int = knob("sequences in one forward pass on one device", 8)
+    max_steps: int | None = knob("length of the run in optimizer steps", None)
+    num_train_epochs: float | None = knob("length of the run in passes over the training shards", None)
+    max_tokens: int | None = knob("length of the run in tokens", None)
+    learning_rate: float = knob("peak learning rate", 6e-4)
+    min_learning_rate_ratio: float = knob("last learning rate as a fraction of the peak", 0.1)
+    warmup_steps: int = knob("steps of linear warm-up", 715)
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = knob("schedule after the warm-up", "cosine")
+    weight_decay: float = knob("decoupled weight decay of matrices and embeddings", 0.1)
+    adam_beta1: float = knob("AdamW's first beta", 0.9)
+    adam_beta2: float = knob("AdamW's second beta", 0.95)
+    adam_epsilon: float = knob("AdamW's epsilon", 1e-8)
+    max_grad_norm: float = knob("gradients are clipped to this norm; 0 for no clipping", 1.0)
+
+    # watching it learn
+    logging_steps: int = knob("steps between lines of metrics.jsonl", 10)
+    eval_steps: int = knob("steps between validations; 0 for only one at the end", 250)
+    eval_tokens: int = knob("tokens of the validation shard that are scored each time", 10_485_760)
+    sample_steps: int = knob("steps between samples; 0 for only one at the end", 250)
+    sample_prompts: list[str] = knob("prompts that are continued; an empty one starts a document", ["", "The"])
+    sample_tokens: int = knob("tokens in a sample", 48)
+    report_to: Literal["none", "wandb", "tensorboard"] = knob("tracker that also gets the metrics", "none")
+
+    # going on
+    save_steps: int = knob("steps between checkpoints; 0 for only one at the end", 1000)
+    save_total_limit: int | None = knob("checkpoints that are kept; all when not given", 2)
+    resume_from_checkpoint: str = knob("auto (the newest of output_dir), none, or a checkpoint folder", "auto")
+
+    # the machine
+    mixed_precision: Literal["auto", "no", "bf16"] = knob("auto takes bf16 where the hardware has it", "auto")
+    compile: bool = knob("torch.compile the model", False)
+    activation_checkpointing: bool = knob("recompute activations in the backward pass to save memory", False)
+    dataloader_num_workers: int = knob("processes that read batches ahead; 0 reads in the training process", 0)
+
+    def __post_init__(self) -> None:
+        for name in (
+            "n_layer",
+            "n_head",
+            "n_embd",
+            "seq_len",
+            "tokens_per_step",
+            "per_device_train_batch_size",
+            "shard_tokens",
+            "logging_steps",
+            "eval_tokens",
+            "sample_tokens",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in (
+            "warmup_steps",
+            "eval_steps",
+            "sample_steps",
+            "save_steps",
+            "dataloader_num_workers",
+            "seed",
+            "weight_decay",
+            "max_grad_norm",
+        ):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        for name in ("max_steps", "num_train_epochs", "max_tokens", "save_total_limit", "val_tokens", "n_positions"):
+            value = getattr(self, name)
+            self._require(name, value is None or value > 0, "more than 0, or left out")
+        for name in ("adam_beta1", "adam_beta2", "dropout"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
+        self._require("min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
+        for name in ("learning_rate", "adam_epsilon"):
+            self._require(name, getattr(self, name) > 0, "more than 0")
+        lengths = [name for name in LENGTHS if getattr(self, name) is not None]
+        if len(lengths) != 1:
+            found = " and ".join(lengths) or "none of them"
+            raise InputError(f"a run's length is one of {', '.join(LENGTHS)}; found {found}; give one")
+        if self.n_embd % self.n_head:
+            raise InputError(
+                f"n_embd={self.n_embd} does not divide into n_head={self.n_head} heads; change one of them"
+            )
+        if self.seq_len > self.positions:
+            raise InputError(
+                f"seq_len={self.seq_len:,} exceeds n_positions={self.positions:,}; "
+                "shorten the windows, or train with more positions"
+            )
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise InputError(f"recipe key {name}: expected {expected}, found {getattr(self, name)}")
+
+    @property
+    def positions(self) -> int:
+        """Positions of the model: n_positions, or seq_len when that was not given."""
+        return self.seq_len if self.n_positions is None else self.n_positions
+
+    @property
+    def validation_shard_tokens(self) -> int:
+        """Tokens in the validation shard: val_tokens, or shard_tokens when that was not given."""
+        return self.shard_tokens if self.val_tokens is None else self.val_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """Keys and values, in the order of the fields."""
+        return dataclasses.asdict(self)
+
+    def save(self, path: Path) -> None:
+        """Write the recipe as YAML, which `load_recipe` reads back to an equal one."""
+        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+    def differences(self, other: "Recipe") -> list[str]:
+        """What keeps `other` from going on where this recipe's run stopped: `key: this → that`, a line each."""
+        return [
+            f"{key.name}: {getattr(self, key.name)} → {getattr(other, key.name)}"
+            for key in dataclasses.fields(Recipe)
+            if key.metadata["group"] and getattr(self, key.name) != getattr(other, key.name)
+        ]
+
+
+def field_types() -> dict[str, Any]:
+    """The recipe's keys and their types."""
+    return typing.get_type_hints(Recipe)
+
+
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe in a YAML file, with `overrides` (flags) on top.
+
+    Raises:
+        InputError: no such file, not YAML, an unknown key (the nearest known one is named), a value of the wrong type,
+            or values that do not fit together.
+    """
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(str(recipe.relative_to(RECIPES.parent.parent)) for recipe in RECIPES.glob("*.yaml")))
+        raise InputError(f"no recipe at {path}; the project's own are {known}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"recipe {path} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise InputError(f"recipe {path} is not YAML{line}; expected lines of `key: value`") from None
+    if not isinstance(loaded, dict):
+        raise InputError(f"recipe {path} holds no keys; expected lines of `key: value`")
+    overrides = overrides or {}
+    if any(name in overrides for name in LENGTHS):  # a length that is given as a flag takes the place of the file's
+        loaded = {key: value for key, value in loaded.items() if key not in LENGTHS}
+    values = {**loaded, **overrides}
+    kinds = field_types()
+    for key in values:
+        if key not in kinds:
+            raise InputError(f"unknown recipe key {key!r} in {path}{nearest(str(key), kinds)}")
+    missing = [f.name for f in dataclasses.fields(Recipe) if _is_required(f) and f.name not in values]
+    if missing:
+        raise InputError(f"recipe {path} lacks {', '.join(missing)}; add the key, or give it as a flag")
+    return Recipe(**{key: coerce(key, kinds[key], value) for key, value in values.items()})
+
+
+def _is_required(key: "dataclasses.Field[Any]") -> bool:
+    return key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """`; did you mean …?` with the known name most like `name`, or nothing when none is."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def coerce(key: str, kind: Any, value: Any) -> Any:
+    """`value`, as YAML or a flag gave it, in the type `kind` of a recipe key.
+
+    YAML reads `6e-4` as a string and `no` as False; both mean here what they look like.
+
+    Raises:
+        InputError: the value cannot be of that type.
+    """
+    origin = typing.get_origin(kind)
+    if origin is types.UnionType:  # every union here is `X | None`
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
+            return None
+        return coerce(key, typing.get_args(kind)[0], value)
+    if origin is Literal:
+        value = {False: "no", True: "yes"}.get(value, value) if isinstance(value, bool) else value
+        choices = typing.get_args(kind)
+        if value not in choices:
+            raise InputError(f"recipe key {key}: expected one of {', '.join(choices)}, found {value!r}")
+        return value
+    if origin is list:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise InputError(f"recipe key {key}: expected a list of strings, found {value!r}")
+        return value
+    converted = _CONVERTERS[kind](value)
+    if converted is None:
+        raise InputError(f"recipe key {key}: expected {_SPELLED[kind]}, found {value!r}")
+    return converted
+
+
+def _to_int(value: Any) -> int | None:
+    number = _to_float(value.replace("_", "") if isinstance(value, str) else value)
+    return int(number) if number is not None and number == int(number) else None
+
+
+def _to_float(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if abs(number) < float("inf") else None
+
+
+def _to_bool(value: Any) -> bool | None:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(str(value).lower())
+
+
+def _to_str(value: Any) -> str | None:
+    return str(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else None
+
+
+_CONVERTERS = {int: _to_int, float: _to_float, bool: _to_bool, str: _to_str}
+_SPELLED = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
