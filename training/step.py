@@ -1,0 +1,80 @@
+"""One optimizer step, and one validation, over all processes."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from training.data.loader import IGNORED
+
+
+class StepResult(NamedTuple):
+    """Mean loss of this process's share of the step, and the gradient's norm before clipping: scalars on the device.
+
+    They stay there: reading them waits for the device, which only a logged step does.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+def train_step(
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    accumulation_steps: int,
+    learning_rate: float,
+    max_grad_norm: float,
+) -> StepResult:
+    """Take `accumulation_steps` batches, average their gradients over all processes, clip, and update the weights.
+
+    All windows are full, so the plain mean over batches and processes is the mean over the step's tokens.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    loss = torch.zeros((), device=accelerator.device)
+    for micro_step in range(accumulation_steps):
+        inputs, targets = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        # Gradients are exchanged once, in the last backward pass.
+        last = micro_step == accumulation_steps - 1
+        with nullcontext() if last else accelerator.no_sync(model):
+            outputs = model(input_ids=inputs, shift_labels=targets, use_cache=False)
+            scaled = outputs.loss / accumulation_steps
+            accelerator.backward(scaled)
+        loss += scaled.detach()
+    grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(loss, grad_norm)
+
+
+@torch.no_grad()
+def validation_loss(
+    accelerator: Accelerator, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+) -> tuple[float, int]:
+    """Mean loss in nats per token over all processes' batches, and the number of tokens it is the mean of.
+
+    Every token counts alike: sums of losses and of tokens are added up, never means of batches.
+    """
+    was_training = model.training
+    model.eval()
+    one = torch.ones((), device=accelerator.device)
+    losses, tokens = [torch.zeros((), device=accelerator.device)], 0
+    for inputs, targets in batches:
+        on_device = {"input_ids": inputs.to(accelerator.device), "shift_labels": targets.to(accelerator.device)}
+        losses.append(model(**on_device, num_items_in_batch=one, use_cache=False).loss.float())
+        tokens += int((targets != IGNORED).sum())
+    model.train(was_training)
+    # Batch sums are exact to fp32; their sum over thousands of batches is taken in fp64, on the host since MPS has
+    # none.
+    total = torch.stack(losses).cpu().double().sum()
+    sums = torch.stack([total, torch.tensor(tokens, dtype=torch.float64)])
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device), reduction="sum").cpu()
+    return (sums[0] / sums[1]).item(), int(sums[1].item())
