@@ -1,0 +1,170 @@
+"""The shape of a GPT-2: every number that decides its parameters and its arithmetic.
+
+Field names and defaults are those of the official `gpt2` checkpoints, so that their config.json reads as it is. What we
+do not implement is refused instead of ignored: a model that silently computes something else is worse than an error.
+"""
+
+import difflib
+from typing import Any, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers import GenerationConfig, PreTrainedConfig
+
+# Variants of GPT-2's attention that exist in `transformers` and not here. False is what we do anyway.
+_NOT_IMPLEMENTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
+
+# Keys without a meaning for this model which stand in config.json files of GPT-2, from every age of `transformers`.
+_WITHOUT_EFFECT = {
+    *("n_ctx", "n_special", "predict_special_tokens", "output_past", "gradient_checkpointing", "task_specific_params"),
+    *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
+    *("torch_dtype", "attn_implementation", "experts_implementation", "per_layer_config", "quantization_config"),
+    *("auto_map", "tokenizer_class", "prefix", "finetuning_task", "is_decoder", "cross_attention_hidden_size"),
+    *("pruned_heads", "tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss", "sep_token_id"),
+    *("decoder_start_token_id", "transformers_weights", "tie_last_hidden_states"),
+}
+
+
+@strict
+class GPT2ScratchConfig(PreTrainedConfig):
+    """The configuration of a `GPT2ScratchModel` or `GPT2ScratchForCausalLM`.
+
+    Arguments:
+        vocab_size: tokens in the vocabulary.
+        n_positions: the longest sequence, in tokens; the rows of the position embedding.
+        n_embd: width of the residual stream.
+        n_layer: number of blocks.
+        n_head: attention heads per block; head_dim is n_embd / n_head.
+        n_inner: width inside the MLP, 4 * n_embd when None.
+        activation_function: a name from `transformers.activations`; GPT-2's is the tanh form of GELU.
+        resid_pdrop: dropout probability where attention and MLP enter the residual stream.
+        embd_pdrop: dropout probability of the summed embeddings.
+        attn_pdrop: dropout probability of the attention weights.
+        layer_norm_epsilon: added to the variance in every LayerNorm.
+        initializer_range: standard deviation of the initial weights.
+        scale_attn_weights: divide attention scores by sqrt(head_dim).
+        use_cache: return keys and values for the next call. Pass `use_cache=False` in training.
+        bos_token_id: the token that begins a document, GPT-2's end-of-text.
+        eos_token_id: the token, or tokens, that end generation.
+        pad_token_id: the token of padding; GPT-2 has none.
+        tie_word_embeddings: `lm_head` is the token embedding itself.
+
+    Raises:
+        ValueError: for an unknown keyword, a variant that is not implemented, or sizes that do not fit each other.
+    """
+
+    model_type = "gpt2_scratch"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - the base class reads a plain list
+    attribute_map = {  # noqa: RUF012 - the base class reads a plain dict
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None
+    activation_function: str = "gelu_new"
+    resid_pdrop: float | int = 0.1
+    embd_pdrop: float | int = 0.1
+    attn_pdrop: float | int = 0.1
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    scale_attn_weights: bool = True
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Check the fields, and refuse keywords that nothing would read."""
+        for name in _NOT_IMPLEMENTED:
+            if kwargs.pop(name, False):
+                raise ValueError(
+                    f"expected {name}=False, found True: this attention is not implemented here; "
+                    "use transformers.GPT2LMHeadModel for such a model"
+                )
+        # A file of the official class names its own type; kept as an attribute it would hide ours.
+        kwargs.pop("model_type", None)
+        for name in kwargs:
+            if not _is_known(name):
+                raise ValueError(
+                    f"expected a keyword of {type(self).__name__}, found {name!r}{_suggestion(name)}; "
+                    f"known are {', '.join(_FIELDS)}"
+                )
+        super().__post_init__(**kwargs)
+
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"expected {name} of at least 1, found {value}; give a positive number")
+        for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise ValueError(f"expected {name} between 0 and 1, found {value}; it is a probability")
+        if self.n_embd % self.n_head != 0:
+            raise ValueError(
+                f"expected n_embd to be a multiple of n_head, found n_embd={self.n_embd} and n_head={self.n_head}; "
+                f"try n_embd={-(-self.n_embd // self.n_head) * self.n_head} or another number of heads"
+            )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Return the configuration that a config.json describes.
+
+        Unlike a keyword in a program, an unknown key in a file may be another program's note: it is kept and without
+        effect. Only one that looks like a misspelt field is refused.
+        """
+        notes = {name: value for name, value in config_dict.items() if not _is_known(name) and not _suggestion(name)}
+        result = super().from_dict({k: v for k, v in config_dict.items() if k not in notes}, **kwargs)
+        config = result[0] if isinstance(result, tuple) else result
+        for name, value in notes.items():
+            setattr(config, name, value)
+        return result
+
+    @classmethod
+    def gpt2(cls, **overrides: Any) -> Self:
+        """The configuration of GPT-2 with 124,439,808 parameters."""
+        return cls(**{"n_embd": 768, "n_layer": 12, "n_head": 12, **overrides})
+
+    @classmethod
+    def gpt2_medium(cls, **overrides: Any) -> Self:
+        """The configuration of GPT-2 with 354,823,168 parameters."""
+        return cls(**{"n_embd": 1024, "n_layer": 24, "n_head": 16, **overrides})
+
+    @classmethod
+    def gpt2_large(cls, **overrides: Any) -> Self:
+        """The configuration of GPT-2 with 774,030,080 parameters."""
+        return cls(**{"n_embd": 1280, "n_layer": 36, "n_head": 20, **overrides})
+
+    @classmethod
+    def gpt2_xl(cls, **overrides: Any) -> Self:
+        """The configuration of GPT-2 with 1,557,611,200 parameters."""
+        return cls(**{"n_embd": 1600, "n_layer": 48, "n_head": 25, **overrides})
+
+
+_FIELDS = [*GPT2ScratchConfig.attribute_map, *GPT2ScratchConfig.__annotations__]
+_GENERATION = GenerationConfig().to_dict()
+
+
+def _is_known(name: str) -> bool:
+    """Whether a keyword is a field of ours, something the base class reads or writes, or a harmless key of GPT-2."""
+    return (
+        name in _FIELDS
+        or name in _WITHOUT_EFFECT
+        or name in _NOT_IMPLEMENTED
+        or name in _GENERATION
+        or name.startswith("_")
+        or hasattr(PreTrainedConfig, name)
+        or name in PreTrainedConfig.__dataclass_fields__
+    )
+
+
+def _suggestion(name: str) -> str:
+    """', did you mean …?' when the name is close to a field's, else an empty string."""
+    nearest = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.7)
+    return f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -1,0 +1,403 @@
+"""GPT-2, written by hand and read from top to bottom: attention, MLP, block, model, language model.
+
+The architecture is that of "Language Models are Unsupervised Multitask Learners" (Radford et al. 2019): token and
+position embeddings are added, `n_layer` blocks of attention and MLP each add their result to that stream, and the
+normalised stream is compared with every token embedding to score the next token.
+
+Parameters have the names and layouts of the official checkpoints (`Conv1D` keeps weights as (in, out)), and operations
+stand in the order of `transformers.GPT2LMHeadModel`, so logits and gradients are equal bit for bit in fp32.
+
+What it costs: a token takes about 2 FLOPs per parameter forward and 4 backward, and attention another
+12 * n_layer * n_embd * seq in all. A key-value cache holds 2 * n_layer * n_embd numbers per token.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.generic import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_gpt2_scratch import GPT2ScratchConfig
+from .linear_cross_entropy import linear_cross_entropy
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Return softmax(Q Kᵀ · scaling + mask) V, and the attention weights.
+
+    This is the definition, and costs memory for (seq, key_seq) weights per head; `sdpa` and `flash_attention_2` give
+    the same values without holding them.
+
+    Arguments:
+        module: the attention layer, asked only whether it is training.
+        query: (batch, n_head, seq, head_dim).
+        key: (batch, n_head, key_seq, head_dim), where key_seq counts cached tokens too.
+        value: (batch, n_head, key_seq, head_dim).
+        attention_mask: (batch or 1, 1, seq, key_seq), 0 where a query may look and very negative where not.
+        scaling: factor of the scores, 1 / sqrt(head_dim) in GPT-2.
+        dropout: probability that a weight is dropped in training.
+        kwargs: what other implementations need.
+
+    Returns:
+        (batch, seq, n_head, head_dim) and (batch, n_head, seq, key_seq).
+    """
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling  # (batch, n_head, seq, key_seq)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    # Autocast computes the softmax in fp32: back to the values' dtype before the second product.
+    weights = F.softmax(scores, dim=-1).type(value.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return torch.matmul(weights, value).transpose(1, 2), weights
+
+
+def residual_projection(n_in: int, n_embd: int) -> Conv1D:
+    """Return the affine layer by which attention or MLP enters the residual stream, marked for its smaller init.
+
+    The mark is on the layer itself because `_init_weights` never sees modules that own no parameters.
+    """
+    projection = Conv1D(n_embd, n_in)
+    projection.enters_residual_stream = True
+    return projection
+
+
+class GPT2ScratchAttention(nn.Module):
+    """Multi-head causal self-attention: every token gathers from itself and the tokens before it."""
+
+    def __init__(self, config: GPT2ScratchConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.n_embd // config.n_head
+        self.scaling = self.head_dim**-0.5 if config.scale_attn_weights else 1.0
+        # Fast implementations receive no mask when nothing is padded, and ask the layer instead.
+        self.is_causal = True
+
+        self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
+        self.c_proj = residual_projection(config.n_embd, config.n_embd)
+        self.resid_dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return what attention adds to the stream (batch, seq, n_embd), and its weights when eager.
+
+        Arguments:
+            hidden_states: (batch, seq, n_embd), normalised.
+            past_key_values: keys and values of earlier tokens; those of this call are added to it.
+            attention_mask: as `create_causal_mask` makes it for the implementation in use.
+            kwargs: passed to the implementation.
+        """
+        batch, seq, n_embd = hidden_states.shape
+        query, key, value = (
+            part.view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, n_head, seq, head_dim)
+            for part in self.c_attn(hidden_states).split(n_embd, dim=2)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        attended = attended.reshape(batch, seq, n_embd).contiguous()
+        return self.resid_dropout(self.c_proj(attended)), weights
+
+
+class GPT2ScratchMLP(nn.Module):
+    """Two affine layers with a GELU between them, applied to every token by itself."""
+
+    def __init__(self, config: GPT2ScratchConfig) -> None:
+        super().__init__()
+        n_inner = 4 * config.n_embd if config.n_inner is None else config.n_inner
+        self.c_fc = Conv1D(n_inner, config.n_embd)
+        self.act = ACT2FN[config.activation_function]
+        self.c_proj = residual_projection(n_inner, config.n_embd)
+        self.dropout = nn.Dropout(config.resid_pdrop)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return what the MLP adds to the stream, (batch, seq, n_embd), from the normalised stream of that shape."""
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class GPT2ScratchBlock(GradientCheckpointingLayer):
+    """One layer: attention, then MLP. Each reads a normalised copy of the stream and adds to the stream itself."""
+
+    def __init__(self, config: GPT2ScratchConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = GPT2ScratchAttention(config, layer_idx)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = GPT2ScratchMLP(config)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        """Return the stream after this block, (batch, seq, n_embd); `kwargs` are the attention's."""
+        hidden_states = self.attn(self.ln_1(hidden_states), **kwargs)[0] + hidden_states
+        return hidden_states + self.mlp(self.ln_2(hidden_states))
+
+
+class GPT2ScratchPreTrainedModel(PreTrainedModel):
+    """What the ecosystem asks of a model: how weights begin, what it supports, how it is saved."""
+
+    config_class = GPT2ScratchConfig
+    config: GPT2ScratchConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["GPT2ScratchBlock"]  # noqa: RUF012 - the base class reads plain lists and dicts
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    # Old checkpoints carry the causal mask as a buffer of every layer.
+    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": GPT2ScratchBlock,
+        "attentions": OutputRecorder(GPT2ScratchAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw weights from N(0, initializer_range), biases zero, LayerNorm the identity.
+
+        Projections into the residual stream are drawn smaller by sqrt(2 * n_layer): that many of them are summed up,
+        and so the variance of the stream does not grow with depth (Radford et al. 2019, section 2.3).
+        """
+        super()._init_weights(module)
+        if isinstance(module, Conv1D):
+            std = self.config.initializer_range
+            if getattr(module, "enters_residual_stream", False):
+                std /= math.sqrt(2 * self.config.n_layer)
+            init.normal_(module.weight, mean=0.0, std=std)
+            init.zeros_(module.bias)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save weights, configuration and code, so that the folder loads under every Auto class it can serve."""
+        if self._auto_class is not None:
+            self.config.auto_map = {
+                "AutoConfig": "configuration_gpt2_scratch.GPT2ScratchConfig",
+                "AutoModel": "modeling_gpt2_scratch.GPT2ScratchModel",
+                "AutoModelForCausalLM": "modeling_gpt2_scratch.GPT2ScratchForCausalLM",
+            }
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
+    """GPT-2 without its head: token ids in, one vector per token out."""
+
+    def __init__(self, config: GPT2ScratchConfig) -> None:
+        super().__init__(config)
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+        self.drop = nn.Dropout(config.embd_pdrop)
+        self.h = nn.ModuleList([GPT2ScratchBlock(config, layer_idx) for layer_idx in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embedding."""
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the token embedding."""
+        self.wte = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return the final hidden states (batch, seq, n_embd), and the cache when it is used.
+
+        Arguments:
+            input_ids: (batch, seq) token ids; those whose keys and values are cached are left out.
+            past_key_values: the cache of the tokens before these.
+            attention_mask: (batch, cached + seq), 1 for tokens and 0 for padding on either side.
+            position_ids: (batch, seq), counted on from the cache when None. Left padding needs them to equal the
+                unpadded result.
+            inputs_embeds: (batch, seq, n_embd) instead of `input_ids`.
+            use_cache: whether to return a cache; the configuration's `use_cache` when None.
+            kwargs: `output_hidden_states` and `output_attentions` are recorded as the blocks run; the rest goes to
+                the attention implementation.
+
+        Raises:
+            ValueError: when not exactly one of `input_ids` and `inputs_embeds` is given, or the sequence is longer
+                than n_positions.
+        """
+        for name in ("output_hidden_states", "output_attentions"):
+            kwargs.pop(name, None)
+        for name in ("token_type_ids", "encoder_hidden_states"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(
+                    f"expected no {name}, found some: not implemented here; use transformers.GPT2LMHeadModel"
+                )
+        if (input_ids is None) == (inputs_embeds is None):
+            found = "neither" if input_ids is None else "both"
+            raise ValueError(f"expected either input_ids or inputs_embeds, found {found}; pass exactly one")
+        if inputs_embeds is None:
+            self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            inputs_embeds = self.wte(input_ids)
+
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.gradient_checkpointing and self.training:
+            # The blocks run a second time in the backward pass and would enter their keys twice.
+            use_cache, past_key_values = False, None
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        past_seq = 0 if past_key_values is None else past_key_values.get_seq_length()
+        self._check_length(past_seq, inputs_embeds.shape[1], position_ids)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seq
+            position_ids = position_ids.unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+
+        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))  # (batch, seq, n_embd)
+        for block in self.h:
+            hidden_states = block(
+                hidden_states,
+                past_key_values=past_key_values,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.ln_f(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+        )
+
+    def _check_length(self, past_seq: int | Tensor, seq: int, position_ids: Tensor | None) -> None:
+        """Refuse what the position embedding has no rows for, before it fails with a bare IndexError.
+
+        A static cache counts in a tensor, which cannot be looked at inside a compiled graph. Positions may be given
+        that start anew for every packed document, and then the sequence may be longer than any of them.
+        """
+        compiling = torch.compiler.is_compiling()
+        if isinstance(past_seq, Tensor):
+            past_seq = 0 if compiling else int(past_seq)
+        length, n_positions = past_seq + seq, self.config.n_positions
+        if length <= n_positions:
+            return
+        if position_ids is None or (not compiling and bool(position_ids.max() >= n_positions)):
+            raise ValueError(
+                f"sequence of {length:,} tokens exceeds n_positions={n_positions}; "
+                "shorten it, or train with more positions"
+            )
+
+
+class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
+    """GPT-2 with its head: the score of every token of the vocabulary as the next one, and the training loss."""
+
+    # The head is the token embedding itself (Press & Wolf 2017).
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # noqa: RUF012
+
+    def __init__(self, config: GPT2ScratchConfig) -> None:
+        super().__init__(config)
+        self.transformer = GPT2ScratchModel(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits (batch, seq, vocab_size), or in training with `shift_labels` the loss alone.
+
+        Arguments:
+            input_ids: as for `GPT2ScratchModel`, like all arguments that are not listed here.
+            labels: (batch, seq) the tokens themselves; shifted by one here. -100 is ignored.
+            shift_labels: (batch, seq) targets that are shifted already: `shift_labels[:, t]` follows
+                `input_ids[:, t]`. The logits are never formed as a whole, and `logits` is None. Where we differ from
+                Hugging Face: there it must come together with `labels`.
+            num_items_in_batch: number of targets that the summed loss is divided by, the mean over the targets that
+                are not ignored when None. A tensor, because under compile every new int costs a recompilation.
+            logits_to_keep: logits of only the last so many tokens, or of these positions; 0 for all.
+
+        Raises:
+            ValueError: when both `labels` and `shift_labels` are given.
+        """
+        if labels is not None and shift_labels is not None:
+            raise ValueError(
+                "expected labels or shift_labels, found both; pass the tokens themselves or shifted targets"
+            )
+        outputs = self.transformer(
+            input_ids,
+            past_key_values=past_key_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state  # (batch, seq, n_embd)
+
+        loss, logits = None, None
+        if shift_labels is not None:
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, reduction=reduction)
+            if num_items_in_batch is not None:
+                loss = loss / num_items_in_batch
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept, :])  # (batch, kept, vocab_size)
+            if labels is not None:
+                loss = self.loss_function(
+                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                )
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
