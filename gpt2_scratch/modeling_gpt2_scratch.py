@@ -46,8 +46,7 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return softmax(Q Kᵀ · scaling + mask) V, and the attention weights.
 
-    This is the definition, and costs memory for (seq, key_seq) weights per head; `sdpa` and `flash_attention_2` give
-    the same values without holding them.
+    This is the definition, and holds (seq, key_seq) weights per head; `sdpa` and `flash_attention_2` do not.
 
     Arguments:
         module: the attention layer, asked only whether it is training.
@@ -122,9 +121,8 @@ class GPT2ScratchAttention(nn.Module):
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
-        attended, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
+        kwargs.update(dropout=dropout, scaling=self.scaling)
+        attended, weights = attend(self, query, key, value, attention_mask, **kwargs)
         attended = attended.reshape(batch, seq, n_embd).contiguous()
         return self.resid_dropout(self.c_proj(attended)), weights
 
@@ -243,11 +241,10 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         """Return the final hidden states (batch, seq, n_embd), and the cache when it is used.
 
         Arguments:
-            input_ids: (batch, seq) token ids; those whose keys and values are cached are left out.
+            input_ids: (batch, seq) token ids, those after the cached ones.
             past_key_values: the cache of the tokens before these.
             attention_mask: (batch, cached + seq), 1 for tokens and 0 for padding on either side.
-            position_ids: (batch, seq), counted on from the cache when None. Left padding needs them to equal the
-                unpadded result.
+            position_ids: (batch, seq), counted on from the cache when None; left padding needs them.
             inputs_embeds: (batch, seq, n_embd) instead of `input_ids`.
             use_cache: whether to return a cache; the configuration's `use_cache` when None.
             kwargs: `output_hidden_states` and `output_attentions` are recorded as the blocks run; the rest goes to
@@ -281,8 +278,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         past_seq = 0 if past_key_values is None else past_key_values.get_seq_length()
         self._check_length(past_seq, inputs_embeds.shape[1], position_ids)
         if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seq
-            position_ids = position_ids.unsqueeze(0)
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seq).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
