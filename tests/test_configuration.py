@@ -1,0 +1,132 @@
+import json
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+
+# config.json of openai-community/gpt2, as it stands on the Hub.
+OFFICIAL_CONFIG = {
+    "activation_function": "gelu_new",
+    "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1,
+    "bos_token_id": 50256,
+    "embd_pdrop": 0.1,
+    "eos_token_id": 50256,
+    "initializer_range": 0.02,
+    "layer_norm_epsilon": 1e-05,
+    "model_type": "gpt2",
+    "n_ctx": 1024,
+    "n_embd": 768,
+    "n_head": 12,
+    "n_layer": 12,
+    "n_positions": 1024,
+    "resid_pdrop": 0.1,
+    "summary_activation": None,
+    "summary_first_dropout": 0.1,
+    "summary_proj_to_labels": True,
+    "summary_type": "cls_index",
+    "summary_use_proj": True,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+    "vocab_size": 50257,
+}
+
+
+@pytest.mark.parametrize(
+    ("constructor", "parameters"),
+    [
+        (GPT2ScratchConfig.gpt2, 124_439_808),
+        (GPT2ScratchConfig.gpt2_medium, 354_823_168),
+        (GPT2ScratchConfig.gpt2_large, 774_030_080),
+        (GPT2ScratchConfig.gpt2_xl, 1_557_611_200),
+    ],
+)
+def test_named_sizes_have_the_published_number_of_parameters(constructor, parameters):
+    with torch.device("meta"):
+        assert GPT2ScratchForCausalLM(constructor()).num_parameters() == parameters
+
+
+def test_named_sizes_take_overrides():
+    config = GPT2ScratchConfig.gpt2_medium(n_layer=2, vocab_size=50304)
+    assert (config.n_embd, config.n_layer, config.n_head, config.vocab_size) == (1024, 2, 16, 50304)
+
+
+def test_defaults_are_those_of_the_official_configuration():
+    official, ours = GPT2Config().to_dict(), GPT2ScratchConfig().to_dict()
+    assert {k: v for k, v in ours.items() if k != "model_type"}.items() <= official.items()
+
+
+def test_hugging_face_names_are_understood():
+    config = GPT2ScratchConfig(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=64)
+    assert (config.n_embd, config.n_layer, config.n_head, config.n_positions) == (96, 3, 4, 64)
+    assert config.hidden_size == 96
+
+
+def test_official_config_json_loads(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL_CONFIG))
+    config = GPT2ScratchConfig.from_pretrained(tmp_path)
+    assert config.model_type == "gpt2_scratch"
+    assert (config.n_layer, config.n_embd, config.vocab_size) == (12, 768, 50257)
+
+
+def test_config_of_the_installed_official_class_loads():
+    config = GPT2ScratchConfig.from_dict(GPT2Config(n_layer=3, pad_token_id=7).to_dict())
+    assert (config.n_layer, config.pad_token_id, config.to_dict()["model_type"]) == (3, 7, "gpt2_scratch")
+
+
+def test_what_the_base_class_accepts_survives_saving(tmp_path):
+    config = GPT2ScratchConfig(
+        n_layer=2,
+        dtype="bfloat16",
+        id2label={0: "no", 1: "yes", 2: "maybe"},
+        label2id={"no": 0, "yes": 1, "maybe": 2},
+        architectures=["GPT2ScratchForCausalLM"],
+        attn_implementation="eager",
+        output_hidden_states=True,
+        auto_map={"AutoConfig": "configuration_gpt2_scratch.GPT2ScratchConfig"},
+    )
+    config.save_pretrained(tmp_path)
+    loaded = GPT2ScratchConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict()
+    assert loaded.dtype == torch.bfloat16
+    assert config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", ["n_layers", "n_embed", "drop_out", "attention_dropout", "modeltype"])
+def test_unknown_keyword_is_refused(name):
+    with pytest.raises(ValueError, match=f"found '{name}'"):
+        GPT2ScratchConfig(**{name: 1})
+
+
+def test_refusal_of_a_typo_names_the_nearest_field():
+    with pytest.raises(ValueError, match="did you mean 'n_layer'"):
+        GPT2ScratchConfig(n_layers=3)
+    with pytest.raises(ValueError, match="did you mean 'n_layer'"):
+        GPT2ScratchConfig.from_dict({"n_layers": 3})
+
+
+def test_note_of_another_program_in_a_file_is_kept():
+    config = GPT2ScratchConfig.from_dict({"n_layer": 2, "transformers.js_config": {"dtype": "q8"}})
+    assert config.to_dict()["transformers.js_config"] == {"dtype": "q8"}
+
+
+@pytest.mark.parametrize("flag", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"])
+def test_variant_that_is_not_implemented_is_refused_and_its_absence_accepted(flag):
+    with pytest.raises(ValueError, match=f"expected {flag}=False, found True"):
+        GPT2ScratchConfig(**{flag: True})
+    assert not hasattr(GPT2ScratchConfig(**{flag: False}), flag)
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match=r"n_embd=100 and n_head=12; try n_embd=108"):
+        GPT2ScratchConfig(n_embd=100, n_head=12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_layer", 0), ("vocab_size", -1), ("n_positions", 0), ("resid_pdrop", 1.5), ("attn_pdrop", -1)],
+)
+def test_value_outside_its_range_is_refused(name, value):
+    with pytest.raises(ValueError, match=f"expected {name} .*found {value}"):
+        GPT2ScratchConfig(**{name: value})

@@ -1,0 +1,139 @@
+import io
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from gpt2_scratch.errors import run_command
+from gpt2_scratch.generate import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model of random weights with a byte-level tokenizer."""
+    path = tmp_path_factory.mktemp("generate") / "model"
+    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(path)
+    torch.manual_seed(0)
+    config = GPT2ScratchConfig(
+        vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256
+    )
+    GPT2ScratchForCausalLM(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _loud_again():
+    yield
+    transformers.logging.set_verbosity_warning()
+    transformers.logging.enable_progress_bar()
+
+
+def generate(capfdbinary, *arguments):
+    """What a command line prints: bytes, because random weights do not write UTF-8."""
+    main([str(argument) for argument in ("--device", "cpu", *arguments)])
+    captured = capfdbinary.readouterr()
+    return captured.out, captured.err.decode()
+
+
+def refusal(capsys, *arguments):
+    """The message with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([str(argument) for argument in arguments]))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    return captured.err
+
+
+def test_text_begins_with_the_prompt_and_speed_goes_to_standard_error(folder, capfdbinary):
+    out, err = generate(capfdbinary, "--model", folder, "--prompt", "Once upon", "--max_new_tokens", 8)
+    assert out.startswith(b"Once upon")
+    assert "8 tokens in " in err
+    assert "tokens/s" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_same_seed_gives_the_same_text_and_another_seed_another(folder, capfdbinary):
+    texts = [
+        generate(capfdbinary, "--model", folder, "--prompt", "a", "--max_new_tokens", 20, "--seed", seed)[0]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_temperature_zero_is_greedy(folder, capfdbinary):
+    texts = {
+        generate(capfdbinary, "--model", folder, "--prompt", "a", "--temperature", 0, "--seed", seed)[0]
+        for seed in (1, 2)
+    }
+    assert len(texts) == 1
+
+
+def test_samples_differ_and_the_second_is_that_of_the_next_seed(folder, capfdbinary):
+    options = ("--model", folder, "--prompt", "a", "--max_new_tokens", 20)
+    both, _ = generate(capfdbinary, *options, "--num_samples", 2, "--seed", 5)
+    second, _ = generate(capfdbinary, *options, "--seed", 6)
+    head, first_text, second_text = both.partition(b"--- sample 2 of 2\n")[0], *both.split(b"--- sample 2 of 2\n")
+    assert head.startswith(b"--- sample 1 of 2\n")
+    assert second_text == second != first_text
+
+
+def test_prompt_comes_from_standard_input_when_not_given(folder, capfdbinary, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("From a pipe\n"))
+    out, _ = generate(capfdbinary, "--model", folder, "--max_new_tokens", 2)
+    assert out.startswith(b"From a pipe")
+
+
+def test_empty_prompt_starts_from_end_of_text(folder, capfdbinary):
+    out, err = generate(capfdbinary, "--model", folder, "--prompt", "", "--max_new_tokens", 5)
+    assert b"endoftext" not in out
+    assert "5 tokens" in err
+
+
+def test_generation_stops_at_the_last_position(folder, capfdbinary):
+    _, err = generate(capfdbinary, "--model", folder, "--prompt", "a" * 60, "--max_new_tokens", 500)
+    assert "4 tokens" in err
+    assert "stopped at n_positions=64" in err
+
+
+def test_prompt_longer_than_the_model_is_refused(folder, capsys):
+    message = refusal(capsys, "--model", folder, "--prompt", "a" * 70, "--device", "cpu")
+    assert "positions (64), found 70; shorten the prompt" in message
+
+
+def test_missing_folder_is_refused(tmp_path, capsys):
+    message = refusal(capsys, "--model", tmp_path / "nothing", "--prompt", "a")
+    assert "found no folder" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_folder_without_a_model_is_refused(tmp_path, capsys):
+    message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
+    assert message.startswith("error: expected --model to be")
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max_new_tokens", 0),
+        ("--num_samples", 0),
+        ("--temperature", -1),
+        ("--temperature", "nan"),
+        ("--top_k", -1),
+        ("--top_p", 0),
+        ("--top_p", 1.5),
+        ("--seed", -1),
+        ("--device", "toaster"),
+    ],
+)
+def test_bad_value_is_refused_before_anything_is_loaded(flag, value, capsys):
+    assert f"error: expected {flag} to be" in refusal(capsys, "--model", "no/model", "--prompt", "a", flag, value)

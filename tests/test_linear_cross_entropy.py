@@ -1,0 +1,162 @@
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gpt2_scratch import linear_cross_entropy
+
+# The package exports the function under the module's own name.
+module = sys.modules["gpt2_scratch.linear_cross_entropy"]
+
+
+@pytest.fixture(autouse=True, params=["many chunks", "default chunks"])
+def chunks(request, monkeypatch):
+    """Everything is checked with chunks and softmax blocks that divide nothing evenly too."""
+    if request.param == "many chunks":
+        monkeypatch.setattr(module, "_CHUNK_TOKENS", {"cpu": 13})
+        monkeypatch.setattr(module, "_SOFTMAX_LOGITS", {"cpu": 5 * 101 + 3})
+
+
+def problem(tokens=50, n_embd=24, vocab_size=101, dtype=torch.float32, ignored=0):
+    torch.manual_seed(0)
+    hidden_states = torch.randn(tokens, n_embd, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocab_size, n_embd, dtype=dtype, requires_grad=True)
+    targets = torch.randint(vocab_size, (tokens,))
+    targets[torch.randperm(tokens)[:ignored]] = -100
+    return hidden_states, weight, targets
+
+
+def plain(hidden_states, weight, targets, **options):
+    return F.cross_entropy((hidden_states @ weight.T).float(), targets, **options)
+
+
+def loss_and_gradients(function, hidden_states, weight, targets, factor=1.0, autocast=False, **options):
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = function(hidden_states, weight, targets, **options)
+    return loss.detach(), *torch.autograd.grad(loss * factor, (hidden_states, weight))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("ignored", [0, 17])
+def test_fp32_loss_and_gradients_equal_the_plain_expression(reduction, ignored):
+    arguments = problem(ignored=ignored)
+    expected = loss_and_gradients(plain, *arguments, reduction=reduction)
+    found = loss_and_gradients(linear_cross_entropy, *arguments, reduction=reduction)
+    for one, other in zip(found, expected, strict=True):
+        # The sums run over the chunks in another order: a few units in the last place of fp32.
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    assert found[0].dtype == torch.float32
+
+
+def test_factor_from_above_scales_the_gradients():
+    arguments = problem()
+    once = loss_and_gradients(linear_cross_entropy, *arguments)
+    scaled = loss_and_gradients(linear_cross_entropy, *arguments, factor=0.25)
+    for one, other in zip(scaled[1:], once[1:], strict=True):
+        # A power of two scales exactly, up to the mean's own division.
+        torch.testing.assert_close(one, other * 0.25, rtol=1e-6, atol=0)
+
+
+def test_gradients_equal_finite_differences():
+    arguments = problem(tokens=29, n_embd=5, vocab_size=11, dtype=torch.float64, ignored=3)
+    # The loss is kept in fp32, whose 7 digits bound what finite differences can show: a step of 1e-2 and 2 digits.
+    gradients = torch.autograd.grad(linear_cross_entropy(*arguments), arguments[:2])
+    for argument, gradient in zip(arguments[:2], gradients, strict=True):
+        for index in range(0, argument.numel(), 7):
+            losses = []
+            for step in (1e-2, -1e-2):
+                with torch.no_grad():
+                    argument.view(-1)[index] += step
+                    losses.append(linear_cross_entropy(*arguments).item())
+                    argument.view(-1)[index] -= step
+            slope = (losses[0] - losses[1]) / 2e-2
+            assert gradient.view(-1)[index].item() == pytest.approx(slope, rel=2e-2, abs=2e-4)
+
+
+def test_bf16_autocast_is_as_near_to_fp32_as_the_plain_expression():
+    arguments = problem(tokens=200, ignored=20)
+    exact = loss_and_gradients(plain, *arguments)
+    reference = loss_and_gradients(plain, *arguments, autocast=True)
+    found = loss_and_gradients(linear_cross_entropy, *arguments, autocast=True)
+    for one, other, true in zip(found, reference, exact, strict=True):
+        assert one.dtype == torch.float32
+        # Products of bf16 (8 bits) have this much error however they are chunked.
+        assert (one - true).norm() <= 1.5 * (other - true).norm() + 1e-4 * true.norm()
+
+
+def test_bf16_parameters_get_bf16_gradients():
+    arguments = problem(dtype=torch.bfloat16)
+    loss, hidden_gradient, weight_gradient = loss_and_gradients(linear_cross_entropy, *arguments)
+    assert (loss.dtype, hidden_gradient.dtype, weight_gradient.dtype) == (torch.float32, *[torch.bfloat16] * 2)
+    expected = loss_and_gradients(plain, *arguments)
+    for one, other in zip((loss, hidden_gradient, weight_gradient), expected, strict=True):
+        # bf16 has 8 bits, so 2**-8 of the value, and as much of the typical gradient where terms cancel.
+        torch.testing.assert_close(
+            one.float(),
+            other.float(),
+            rtol=2e-2,
+            atol=2e-2 * other.float().std().item() + 1e-3 if other.dim() else 1e-3,
+        )
+
+
+def test_without_gradients_only_the_loss_is_computed():
+    hidden_states, weight, targets = problem()
+    with torch.no_grad():
+        loss = linear_cross_entropy(hidden_states, weight, targets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, plain(hidden_states, weight, targets).detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_only_the_wanted_gradient_is_returned():
+    hidden_states, weight, targets = problem()
+    loss = linear_cross_entropy(hidden_states.detach(), weight, targets)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, torch.autograd.grad(plain(hidden_states, weight, targets), weight)[0])
+
+
+def test_backward_can_run_twice_over_a_kept_graph():
+    hidden_states, weight, targets = problem()
+    loss = linear_cross_entropy(hidden_states, weight, targets)
+    first = torch.autograd.grad(3 * loss, weight, retain_graph=True)[0]
+    second = torch.autograd.grad(loss, weight)[0]
+    torch.testing.assert_close(first, 3 * second)
+
+
+def test_leading_dimensions_may_be_several():
+    hidden_states, weight, targets = problem()
+    folded = linear_cross_entropy(hidden_states.view(5, 10, -1), weight, targets.view(5, 10))
+    assert folded == linear_cross_entropy(hidden_states, weight, targets)
+
+
+def test_extreme_logits_stay_finite():
+    hidden_states, weight, targets = problem()
+    loss, *gradients = loss_and_gradients(
+        linear_cross_entropy, (hidden_states * 1e4).detach().requires_grad_(), weight, targets
+    )
+    torch.testing.assert_close(loss, plain(hidden_states * 1e4, weight, targets).detach())
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_all_targets_ignored_gives_what_the_plain_expression_gives():
+    hidden_states, weight, targets = problem(ignored=50)
+    assert linear_cross_entropy(hidden_states, weight, targets).isnan()
+    loss, *gradients = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets, reduction="sum")
+    assert loss == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_compiles_to_one_graph_with_the_same_values():
+    arguments = problem(ignored=7)
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend="aot_eager")
+    expected, found = (loss_and_gradients(f, *arguments) for f in (linear_cross_entropy, compiled))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_other_reductions_and_shapes_are_refused():
+    hidden_states, weight, targets = problem()
+    with pytest.raises(ValueError, match="expected reduction 'mean' or 'sum', found 'none'"):
+        linear_cross_entropy(hidden_states, weight, targets, reduction="none")
+    with pytest.raises(ValueError, match=r"expected targets of shape \(50,\), found \(49,\)"):
+        linear_cross_entropy(hidden_states, weight, targets[1:])

@@ -1,0 +1,467 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers.cache_utils import StaticCache
+
+from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchModel
+
+TINY = {
+    "vocab_size": 97,
+    "n_positions": 48,
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": 96,
+    "eos_token_id": 96,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    """Matrices this small are slower on two threads, which wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def tiny(**overrides):
+    torch.manual_seed(0)
+    # Weights ten times the usual make attention and predictions far from uniform.
+    return GPT2ScratchForCausalLM(
+        GPT2ScratchConfig(**{**TINY, "initializer_range": 0.2, "attn_implementation": "eager", **overrides})
+    ).eval()
+
+
+def pair(attn_implementation="eager", **overrides):
+    """Our model and the official one with the same weights."""
+    ours = tiny(attn_implementation=attn_implementation, **overrides)
+    config = GPT2Config(**{**TINY, "attn_implementation": attn_implementation, **overrides})
+    config.loss_type = "ForCausalLM"  # the official class guesses it, with a warning
+    official = GPT2LMHeadModel(config).eval()
+    official.load_state_dict(ours.state_dict())
+    return ours, official
+
+
+def tokens(batch=2, seq=20, seed=1):
+    return torch.randint(0, 96, (batch, seq), generator=torch.Generator().manual_seed(seed))
+
+
+def padded(side, lengths=(20, 13, 7)):
+    """Token ids, mask and position ids of sequences of several lengths."""
+    input_ids, mask = tokens(len(lengths)), torch.zeros(len(lengths), 20, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, slice(20 - length, None) if side == "left" else slice(0, length)] = 1
+    return {
+        "input_ids": input_ids * mask,
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
+    }
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+# --- parity with the official implementation --------------------------------------------------------------------------
+
+
+def test_logits_loss_and_every_gradient_equal_the_official_ones_exactly():
+    ours, official = pair()
+    input_ids = tokens()
+    labels = input_ids.masked_fill(torch.rand(input_ids.shape) < 0.2, -100)
+    for model in (ours, official):
+        model.out = model(input_ids, labels=labels)
+        model.out.loss.backward()
+    assert torch.equal(ours.out.logits, official.out.logits)
+    assert torch.equal(ours.out.loss, official.out.loss)
+    expected = gradients(official)
+    assert gradients(ours).keys() == expected.keys()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(ours).items())
+
+
+@pytest.mark.parametrize("option", [{"n_inner": 40}, {"scale_attn_weights": False}, {"activation_function": "relu"}])
+def test_options_of_the_architecture_equal_the_official_ones(option):
+    ours, official = pair(**option)
+    assert torch.equal(ours(tokens()).logits, official(tokens()).logits)
+
+
+def test_sdpa_agrees_with_eager():
+    input_ids = tokens()
+    # Another order of summation in fp32: a few units in the last place of numbers near 10.
+    torch.testing.assert_close(
+        tiny(attn_implementation="sdpa")(input_ids).logits, tiny()(input_ids).logits, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_equals_the_official_result_and_the_unpadded_one(side, attn_implementation):
+    ours, official = pair(attn_implementation)
+    batch = padded(side)
+    logits = ours(**batch).logits
+    real = batch["attention_mask"].bool()
+    assert torch.equal(logits[real], official(**batch).logits[real])
+    for row in range(3):
+        alone = ours(batch["input_ids"][row][real[row]].unsqueeze(0)).logits[0]
+        # Sums over a longer row that ends in zeros may be grouped otherwise.
+        torch.testing.assert_close(logits[row][real[row]], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_position_ids_and_inputs_embeds_are_used():
+    ours, official = pair()
+    input_ids, position_ids = tokens(), tokens(1, 20, seed=5) % 48
+    assert torch.equal(
+        ours(input_ids, position_ids=position_ids).logits, official(input_ids, position_ids=position_ids).logits
+    )
+    embeds = ours.transformer.wte(input_ids)
+    assert torch.equal(ours(inputs_embeds=embeds).logits, ours(input_ids).logits)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_cached_decoding_equals_the_official_one_and_the_whole_sequence(attn_implementation):
+    ours, official = pair(attn_implementation)
+    input_ids, caches, pieces = tokens(), {}, []
+    for piece in input_ids.split([9, 1, 1, 5, 4], dim=1):
+        outs = {model: model(piece, past_key_values=caches.get(model)) for model in (ours, official)}
+        caches = {model: out.past_key_values for model, out in outs.items()}
+        assert torch.equal(outs[ours].logits, outs[official].logits)
+        pieces.append(outs[ours].logits)
+    assert caches[ours].get_seq_length() == 20
+    torch.testing.assert_close(torch.cat(pieces, 1), ours(input_ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_cache_is_returned_only_when_asked_for():
+    assert tiny()(tokens(), use_cache=False).past_key_values is None
+    assert tiny(use_cache=False)(tokens()).past_key_values is None
+    assert tiny()(tokens()).past_key_values is not None
+
+
+def test_hidden_states_and_attentions_equal_the_official_ones():
+    ours, official = pair()
+    one, other = (model(tokens(), output_hidden_states=True, output_attentions=True) for model in (ours, official))
+    assert len(one.hidden_states) == 4
+    assert len(one.attentions) == 3
+    assert one.attentions[0].shape == (2, 4, 20, 20)
+    for name in ("hidden_states", "attentions"):
+        assert all(torch.equal(a, b) for a, b in zip(getattr(one, name), getattr(other, name), strict=True))
+    assert ours(tokens()).hidden_states is None
+
+
+def test_base_model_equals_the_official_one():
+    ours, official = pair()
+    base = GPT2Model(official.config).eval()
+    base.load_state_dict(official.transformer.state_dict())
+    assert torch.equal(ours.transformer(tokens()).last_hidden_state, base(tokens()).last_hidden_state)
+
+
+def test_tuples_are_returned_when_asked_for():
+    out = tiny()(tokens(), return_dict=False, use_cache=False)
+    assert isinstance(out, tuple)
+    assert out[0].shape == (2, 20, 97)
+
+
+def test_logits_to_keep_returns_those_positions():
+    ours, input_ids = tiny(), tokens()
+    whole = ours(input_ids).logits
+    # A product of another shape may sum in another order.
+    torch.testing.assert_close(ours(input_ids, logits_to_keep=3).logits, whole[:, -3:], rtol=1e-5, atol=1e-5)
+    kept = torch.tensor([0, 7])
+    torch.testing.assert_close(ours(input_ids, logits_to_keep=kept).logits, whole[:, kept], rtol=1e-5, atol=1e-5)
+
+
+GENERATION = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},
+    "beams": {"do_sample": False, "num_beams": 4},
+    "no cache": {"do_sample": False, "use_cache": False},
+    "static cache": {"do_sample": False, "cache_implementation": "static", "disable_compile": True},
+    "prompt lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("way", GENERATION)
+def test_generation_equals_the_official_one_token_for_token(way):
+    ours, official = pair()
+    batch = padded("left")
+    batch = {name: batch[name][: 1 if way == "prompt lookup" else 3] for name in ("input_ids", "attention_mask")}
+    texts = []
+    for model in (ours, official):
+        torch.manual_seed(3)
+        texts.append(model.generate(**batch, max_new_tokens=15, pad_token_id=96, **GENERATION[way]))
+    assert torch.equal(*texts)
+    assert texts[0].shape[1] > 20
+
+
+def test_ten_optimizer_steps_have_the_official_losses():
+    losses = []
+    for model in pair():
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        losses.append([])
+        for step in range(10):
+            loss = model(tokens(seed=step % 3), labels=tokens(seed=step % 3)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[-1].append(loss.item())
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0] - 1
+
+
+def test_dropout_draws_as_the_official_one():
+    ours, official = pair(resid_pdrop=0.1, embd_pdrop=0.2, attn_pdrop=0.3)
+    logits = []
+    for model in (ours.train(), official.train()):
+        torch.manual_seed(7)
+        logits.append(model(tokens()).logits)
+    assert torch.equal(*logits)
+    assert not torch.equal(logits[0], ours.eval()(tokens()).logits)
+
+
+# --- invariants -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_the_future_never_changes_the_past(attn_implementation):
+    ours, input_ids = tiny(attn_implementation=attn_implementation), tokens()
+    before = ours(input_ids).logits
+    for position in (1, 10, 19):
+        changed = input_ids.clone()
+        changed[:, position:] = (changed[:, position:] + 1) % 96
+        after = ours(changed).logits
+        assert torch.equal(after[:, :position], before[:, :position])
+        assert not torch.equal(after[:, position], before[:, position])
+
+
+def test_initial_weights_have_the_standard_deviations_of_gpt2():
+    torch.manual_seed(0)
+    model = GPT2ScratchForCausalLM(GPT2ScratchConfig(**{**TINY, "n_embd": 128, "n_layer": 8, "vocab_size": 500}))
+    for name, parameter in model.named_parameters():
+        if "ln_" in name:
+            assert (parameter == (1 if name.endswith("weight") else 0)).all(), name
+        elif name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        else:
+            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            # At least 6,144 draws: their standard deviation has a relative error near 1 / sqrt(2 * 6144) = 0.9 %.
+            assert parameter.std().item() == pytest.approx(std, rel=0.04), name
+            assert abs(parameter.mean().item()) < 0.05 * std, name
+
+
+def test_filling_in_a_missing_weight_leaves_the_loaded_ones_alone(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    missing = "transformer.h.1.attn.c_proj.weight"
+    kept = {name: weight for name, weight in weights.items() if name != missing}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in kept.items())
+    assert loaded[missing].std().item() == pytest.approx(0.2 / math.sqrt(6), rel=0.1)
+
+
+def test_head_is_the_token_embedding_before_and_after_saving(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    for one in (model, GPT2ScratchForCausalLM.from_pretrained(tmp_path)):
+        assert one.lm_head.weight is one.transformer.wte.weight
+    untied = tiny(tie_word_embeddings=False)
+    assert untied.lm_head.weight is not untied.transformer.wte.weight
+
+
+def test_resized_vocabulary_stays_tied():
+    model = tiny()
+    model.resize_token_embeddings(100, mean_resizing=False)
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert model(tokens()).logits.shape[-1] == model.config.vocab_size == 100
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
+    model = tiny(resid_pdrop=0.1).train()
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.zero_grad()
+        torch.manual_seed(2)
+        model(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        found.append(gradients(model))
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+# --- training path ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(57)])
+def test_shifted_targets_give_loss_and_gradients_of_labels(num_items_in_batch):
+    model, input_ids = tiny(), tokens(seq=21)
+    labels = input_ids.masked_fill(torch.rand(input_ids.shape, generator=torch.Generator().manual_seed(0)) < 0.2, -100)
+    found = []
+    for batch in ({"labels": labels[:, 1:], "shift": True}, {"labels": labels, "shift": False}):
+        model.zero_grad()
+        if batch["shift"]:
+            out = model(input_ids[:, :-1], shift_labels=batch["labels"], num_items_in_batch=num_items_in_batch)
+            assert out.logits is None
+        else:
+            out = model(input_ids, labels=batch["labels"], num_items_in_batch=num_items_in_batch)
+        out.loss.backward()
+        found.append((out.loss.detach(), gradients(model)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    for name, gradient in found[0][1].items():
+        # The same sums in another order, in fp32.
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_labels_and_shifted_labels_together_are_refused():
+    with pytest.raises(ValueError, match="expected labels or shift_labels, found both"):
+        tiny()(tokens(), labels=tokens(), shift_labels=tokens())
+
+
+# Inductor itself uses a deprecated part of torch.jit.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_model_compiles_to_one_graph_forward_and_backward():
+    model = tiny(n_layer=1, attn_implementation="sdpa").train()
+    compiled = torch.compile(model, fullgraph=True)
+    input_ids = tokens()
+    found = []
+    for function in (model, compiled):
+        model.zero_grad()
+        loss = function(input_ids, shift_labels=input_ids.roll(-1, 1), use_cache=False).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_sequence_longer_than_the_positions_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="sequence of 1,400 tokens exceeds n_positions=48; shorten it"):
+        model(tokens(1, 1400))
+    with pytest.raises(ValueError, match="sequence of 1,400 tokens"):
+        model(inputs_embeds=torch.zeros(1, 1400, 32))
+    with pytest.raises(ValueError, match="sequence of 49 tokens"):
+        model(tokens(1, 49), position_ids=torch.arange(49).unsqueeze(0))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_cache_that_grows_past_the_positions_is_refused(static):
+    model = tiny()
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+    cache = model(tokens(1, 48), past_key_values=cache, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="sequence of 49 tokens exceeds n_positions=48"):
+        model(tokens(1, 1), past_key_values=cache)
+
+
+def test_packed_documents_may_be_longer_in_all_than_the_positions():
+    packed = {"input_ids": tokens(1, 90), "position_ids": torch.arange(90).unsqueeze(0) % 45}
+    assert tiny()(**packed, use_cache=False).logits.shape == (1, 90, 97)
+
+
+def test_both_or_no_inputs_and_inputs_of_other_variants_are_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="found neither"):
+        model()
+    with pytest.raises(ValueError, match="found both"):
+        model(tokens(), inputs_embeds=torch.zeros(2, 20, 32))
+    with pytest.raises(ValueError, match="expected no token_type_ids"):
+        model(tokens(), token_type_ids=tokens())
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_saving_a_loaded_model_gives_the_same_bytes(tmp_path):
+    tiny().save_pretrained(tmp_path / "first")
+    GPT2ScratchForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
+    names = sorted(path.name for path in (tmp_path / "first").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "second").iterdir())
+    assert {"modeling_gpt2_scratch.py", "configuration_gpt2_scratch.py", "linear_cross_entropy.py"} < set(names)
+    for name in names:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("spelling", ["with prefix", "without prefix and with mask buffers"])
+def test_official_folder_loads_with_difference_zero(tmp_path, spelling):
+    _, official = pair()
+    official.save_pretrained(tmp_path)
+    if spelling != "with prefix":
+        weights = load_file(tmp_path / "model.safetensors")
+        weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
+        weights |= {f"h.{i}.attn.bias": torch.ones(48, 48).tril().view(1, 1, 48, 48) for i in range(3)}
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    ours, report = GPT2ScratchForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager", output_loading_info=True
+    )
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert torch.equal(ours(tokens()).logits, official(tokens()).logits)
+    base = GPT2ScratchModel.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(base(tokens()).last_hidden_state, official.transformer(tokens()).last_hidden_state)
+
+
+def test_our_weights_load_into_the_official_class(tmp_path):
+    ours, official = pair()
+    ours.save_pretrained(tmp_path)
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, config=official.config)
+    assert torch.equal(loaded(tokens()).logits, ours(tokens()).logits)
+
+
+LOAD = """
+import sys, torch
+{imports}
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+torch.set_num_threads(1)
+options = dict({options})
+config = AutoConfig.from_pretrained({folder!r}, **options)
+model = AutoModelForCausalLM.from_pretrained({folder!r}, attn_implementation="eager", **options).eval()
+base = AutoModel.from_pretrained({folder!r}, attn_implementation="eager", **options).eval()
+assert (type(config).__name__, type(base).__name__) == ("GPT2ScratchConfig", "GPT2ScratchModel"), (config, base)
+out = model(torch.arange(20).view(1, 20), output_hidden_states=True)
+assert torch.equal(base(torch.arange(20).view(1, 20)).last_hidden_state, out.hidden_states[-1])
+torch.save(out.logits, {result!r})
+assert ("gpt2_scratch" in sys.modules) == {imported}
+model.save_pretrained({again!r})
+"""
+
+
+@pytest.mark.parametrize("code", ["installed", "from the folder"])
+def test_auto_classes_load_a_saved_folder_in_a_new_process(tmp_path, code):
+    model = tiny()
+    model.save_pretrained(tmp_path / "model")
+    installed = code == "installed"
+    script = LOAD.format(
+        imports="import gpt2_scratch" if installed else "",
+        options="" if installed else "trust_remote_code=True",
+        imported=installed,
+        folder=str(tmp_path / "model"),
+        again=str(tmp_path / "again"),
+        result=str(tmp_path / "logits.pt"),
+    )
+    (tmp_path / "load.py").write_text(script)
+    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    if installed:
+        environment["PYTHONPATH"] = str(ROOT)
+    # A script's folder, not the working directory, is on the path: gpt2_scratch is not imported by accident.
+    result = subprocess.run(
+        [sys.executable, "load.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.arange(20).view(1, 20)).logits)
+    assert (tmp_path / "again" / "modeling_gpt2_scratch.py").exists()
