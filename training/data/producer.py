@@ -1,0 +1,356 @@
+"""Fills a shard folder: documents in the corpus's order, tokenised by worker processes, written by this one.
+
+The bytes of the shards depend on the corpus and the tokenizer alone, not on the number of workers nor on how often the
+producer was killed: it goes on behind the last whole shard, and finds its place in the document that was under way from
+the last end-of-text token on disk.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from gpt2_scratch.errors import InputError
+from training.data.corpus import DEFAULT_HUB_CONFIG, HUB_CORPORA, Corpus, corpus_name, open_corpus
+from training.data.manifest import UNFINISHED_SUFFIX, Manifest, manifest_path, sync_folder
+from training.data.shards import ShardFolder, ShardWriter, holds_foreign_shards
+from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
+from training.data.tokenizer_training import train_tokenizer
+from training.data.workers import EncodeDocuments, map_in_order
+
+LOCK_NAME = ".producer.lock"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+SECONDS_BETWEEN_REPORTS = 10.0
+
+_CHARACTERS_PER_BATCH = 1 << 18
+_DOCUMENTS_PER_BATCH = 1024
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the folder is to hold."""
+
+    corpus: str
+    corpus_config: str | None
+    text_field: str
+    tokenizer: str
+    shard_tokens: int
+    val_tokens: int
+    max_tokens: int | None
+
+    def __post_init__(self) -> None:
+        for name, smallest in (("shard_tokens", 2), ("val_tokens", 1), ("max_tokens", 2)):
+            value = getattr(self, name)
+            if value is not None and value < smallest:
+                raise InputError(f"expected {name} of at least {smallest}, found {value}")
+
+    def differences(self, manifest: Manifest) -> list[str]:
+        """Return how the manifest's folder differs, a phrase each."""
+        asked = {
+            "corpus": corpus_name(self.corpus),
+            "corpus_config": self.corpus_config,
+            "text_field": self.text_field,
+            "shard_tokens": self.shard_tokens,
+            "val_tokens": self.val_tokens,
+        }
+        found = [
+            f"{name} {getattr(manifest, name)} instead of {value}"
+            for name, value in asked.items()
+            if getattr(manifest, name) != value
+        ]
+        vocab_size = parse_train_spec(self.tokenizer)
+        if vocab_size is not None or self.tokenizer == "gpt2":
+            name = f"bpe-{vocab_size}" if vocab_size is not None else "gpt2"
+            same = manifest.tokenizer == name
+        else:
+            same = manifest.tokenizer_fingerprint == load_tokenizer(self.tokenizer).fingerprint
+        if not same:
+            found.append(f"tokenizer {manifest.tokenizer} instead of {self.tokenizer}")
+        # A complete folder that was cut later, or not at all, has all that is asked for and more.
+        had, wanted = manifest.max_tokens, self.max_tokens
+        enough = had is None or (wanted is not None and wanted <= had)
+        if had != wanted and not (manifest.complete and enough):
+            found.append(f"max_tokens {had} instead of {wanted}")
+        return found
+
+
+def produce(
+    output: Path,
+    *,
+    corpus: str,
+    corpus_config: str | None = None,
+    text_field: str = "text",
+    tokenizer: str = "gpt2",
+    shard_tokens: int,
+    val_tokens: int,
+    max_tokens: int | None = None,
+    num_workers: int | None = None,
+    report: Callable[[str], None] = print,
+) -> ShardFolder:
+    """Return the folder with the corpus's shards, made, finished, or found ready.
+
+    Args:
+        output: the shard folder; made if absent.
+        corpus: see `open_corpus`.
+        corpus_config: part of a Hub dataset.
+        text_field: the field or column that holds the text.
+        tokenizer: "gpt2", the folder of a saved one, or "train:4096" to train one on the training part of the corpus.
+        shard_tokens: tokens in each training shard but the last.
+        val_tokens: tokens in the validation shard, which is the beginning of the corpus.
+        max_tokens: stop after this many training tokens; None takes the whole corpus.
+        num_workers: tokenising processes; 0 tokenises in this one, None takes all cores.
+        report: is given progress, a line at a time, where standard error is no terminal.
+
+    Raises:
+        InputError: the corpus or the tokenizer cannot be used, the folder holds something else, or the disk is full.
+    """
+    if corpus in HUB_CORPORA:
+        corpus_config = corpus_config or DEFAULT_HUB_CONFIG
+    if num_workers is not None and num_workers < 0:
+        raise InputError(f"expected num_workers of at least 0, found {num_workers}")
+    output = Path(output)
+    request = _Request(corpus, corpus_config, text_field, tokenizer, shard_tokens, val_tokens, max_tokens)
+    parse_train_spec(tokenizer)
+    if _checked_manifest(output, request) is not None:
+        folder = ShardFolder.open(output)
+        if folder.complete:
+            return folder
+    source = open_corpus(corpus, corpus_config=corpus_config, text_field=text_field, num_workers=num_workers)
+    try:
+        with _locked(output):
+            _fill(output, source, request, num_workers, report)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise
+        raise InputError(
+            f"expected to write {output}, found: {error.strerror}; free space or choose another folder, "
+            "and run again: finished shards are kept"
+        ) from None
+    return ShardFolder.open(output)
+
+
+def _checked_manifest(output: Path, request: _Request) -> Manifest | None:
+    """Return the folder's manifest, None when it has none, after comparing it with what is asked for."""
+    if output.exists() and not output.is_dir():
+        raise InputError(f"expected a folder to write to, found the file {output}; give another --output")
+    manifest = Manifest.read(output)
+    if manifest is None:
+        if holds_foreign_shards(output):
+            raise InputError(
+                f"expected an empty folder or one of ours, found shards without a manifest in {output}; "
+                "train on them as they are, or give another --output"
+            )
+        return None
+    if differences := request.differences(manifest):
+        raise InputError(
+            f"expected what was asked for in {output}, found {', '.join(differences)}; "
+            "ask for the same, give another folder, or delete this one"
+        )
+    return manifest
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Keep other producers out of `output`, which is made if absent, and removed again if nothing came into it."""
+    path = output / LOCK_NAME
+    created = not output.exists()
+    if not created and not path.exists() and Manifest.read(output) is None and any(output.iterdir()):
+        raise InputError(
+            f"expected an empty folder or one of ours, found other files in {output}; give another --output"
+        )
+    output.mkdir(parents=True, exist_ok=True)
+    descriptor = _lock(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # before the lock goes, so that nobody can hold the lock of a removed file
+        os.close(descriptor)
+        if created and not any(output.iterdir()):
+            output.rmdir()
+
+
+def _lock(path: Path) -> int:
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(
+                f"expected to fill {path.parent} alone, found another process at it; wait for it, or end it"
+            ) from None
+        os.close(descriptor)  # whoever held it has just removed it
+
+
+def _fill(
+    output: Path, source: Corpus, request: _Request, num_workers: int | None, report: Callable[[str], None]
+) -> None:
+    try:
+        manifest = _checked_manifest(output, request)  # another producer may have been at it until we had the lock
+        if manifest is None:
+            tokenizer, manifest = _begin(output, source, request, report)
+        elif manifest.complete:
+            return
+        else:
+            tokenizer = _take_up(output, source, manifest)
+        _remove_unfinished(output, manifest)
+        writer = ShardWriter(output, manifest)
+        documents = source.documents()
+        _go_on_behind_shards(writer, documents, ShardFolder.open(output), tokenizer)
+        encode = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, manifest.dtype)
+        encoded = map_in_order(encode, _batches(documents), num_workers=num_workers)
+        with _Progress(writer, report) as progress, contextlib.closing(encoded):
+            while not writer.full and (ids := next(encoded, None)) is not None:
+                writer.add(ids)
+                progress.update()
+        writer.finish()
+    finally:
+        left = Manifest.read(output)
+        _remove_unfinished(output, left)
+        if left is None or not left.shards:
+            for path in (manifest_path(output), *(output / name for name in TOKENIZER_FILES)):
+                path.unlink(missing_ok=True)
+
+
+def _begin(
+    output: Path, source: Corpus, request: _Request, report: Callable[[str], None]
+) -> tuple[Tokenizer, Manifest]:
+    """Put tokenizer and manifest into a new folder."""
+    vocab_size = parse_train_spec(request.tokenizer)
+    if vocab_size is None:
+        tokenizer = load_tokenizer(request.tokenizer)
+    else:
+        tokenizer = train_tokenizer(source, vocab_size, val_tokens=request.val_tokens, report=report)
+    manifest = Manifest(
+        corpus=source.name,
+        corpus_config=request.corpus_config,
+        corpus_revision=source.revision,
+        text_field=request.text_field,
+        tokenizer=tokenizer.name,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        end_of_text_id=tokenizer.end_of_text_id,
+        dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
+        shard_tokens=request.shard_tokens,
+        val_tokens=request.val_tokens,
+        max_tokens=request.max_tokens,
+    )
+    tokenizer.save(output)
+    for name in TOKENIZER_FILES:
+        with (output / name).open("rb") as stream:
+            os.fsync(stream.fileno())
+    sync_folder(output)
+    manifest.write(output)
+    return tokenizer, manifest
+
+
+def _take_up(output: Path, source: Corpus, manifest: Manifest) -> Tokenizer:
+    """Return the tokenizer of a folder that was left incomplete, if the corpus is still the same."""
+    if manifest.corpus_revision != source.revision:
+        raise InputError(
+            f"expected the corpus that {output} was begun with, found that '{source.name}' has changed since; "
+            "delete the folder and prepare it again"
+        )
+    tokenizer = Tokenizer.load(output)
+    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"expected the tokenizer that {output} was begun with, found another in its tokenizer.json; "
+            "delete the folder and prepare it again"
+        )
+    return tokenizer
+
+
+def _remove_unfinished(output: Path, manifest: Manifest | None) -> None:
+    """Remove what a producer that was killed left: files that are not whole, and a shard not yet in the manifest."""
+    for path in output.glob(f"*{UNFINISHED_SUFFIX}"):
+        path.unlink()
+    if manifest is not None:
+        ours = re.compile(re.escape(manifest.corpus) + r"_(val|train)_\d{6}\.npy")
+        shards = {shard.file for shard in manifest.shards}
+        for path in list(output.iterdir()):
+            if ours.fullmatch(path.name) and path.name not in shards:
+                path.unlink()
+
+
+def _go_on_behind_shards(
+    writer: ShardWriter, documents: Iterator[str], folder: ShardFolder, tokenizer: Tokenizer
+) -> None:
+    """Advance `documents` past what the shards hold, and hand the writer the rest of the one that was under way."""
+    begun = writer.manifest.documents
+    if not begun:
+        return
+    written: list[np.ndarray] = []  # of the last document, latest first
+    for shard in reversed(folder.shards):
+        ids = shard.read()
+        starts = np.flatnonzero(ids == tokenizer.end_of_text_id)
+        written.append(ids[starts[-1] :] if len(starts) else ids)
+        if len(starts):
+            break
+    prefix = np.concatenate(written[::-1])
+    document = next(islice(documents, begun - 1, None), None)
+    ids = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, writer.manifest.dtype)([document or ""])
+    if document is None or not np.array_equal(ids[: len(prefix)], prefix):
+        raise InputError(
+            f"expected document {begun:,} of the corpus to go on as {folder.path} has it, found another; "
+            "the corpus has changed: delete the folder and prepare it again"
+        )
+    writer.add(ids[len(prefix) :])
+
+
+def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= _CHARACTERS_PER_BATCH or len(batch) == _DOCUMENTS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+class _Progress:
+    """A bar on a terminal; elsewhere a line every ten seconds."""
+
+    def __init__(self, writer: ShardWriter, report: Callable[[str], None]) -> None:
+        from tqdm import tqdm
+
+        self._writer = writer
+        self._report = report
+        self._bar = tqdm(initial=writer.tokens, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty())
+        self._started = self._reported = time.perf_counter()
+        self._tokens_at_start = writer.tokens
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def update(self) -> None:
+        """Show how far the writer is."""
+        manifest = self._writer.manifest
+        if not self._bar.disable:
+            self._bar.set_postfix(shards=len(manifest.shards), documents=manifest.documents, refresh=False)
+            self._bar.update(self._writer.tokens - self._bar.n)
+            return
+        now = time.perf_counter()
+        if now - self._reported >= SECONDS_BETWEEN_REPORTS:
+            self._reported = now
+            rate = (self._writer.tokens - self._tokens_at_start) / (now - self._started)
+            self._report(
+                f"{self._writer.tokens:,} tokens at {rate:,.0f} a second, {len(manifest.shards)} shards "
+                f"with {manifest.documents:,} documents"
+            )

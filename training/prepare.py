@@ -1,0 +1,82 @@
+"""Turn a corpus into a shard folder: `python -m training.prepare --corpus installed-docs --output data/docs`.
+
+May be ended at any time and run again: it goes on behind the last whole shard, and the shards come out the same.
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.data.shards import ShardFolder
+
+# The worker processes import this module: what is heavy is imported where it is used.
+
+DEFAULT_SHARD_TOKENS = 100_000_000
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    parser = argparse.ArgumentParser(
+        prog="python -m training.prepare",
+        description="Tokenise a corpus into the shards that training reads. Run it again to go on where it was ended.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--corpus", required=True, help="installed-docs, fineweb, fineweb-edu, or the path of a file or folder")
+    add("--output", required=True, type=Path, help="the shard folder; made if absent")
+    add("--corpus_config", help="part of a Hub dataset, such as sample-10BT, its default")
+    add("--text_field", default="text", help="field or column that holds the text in JSON lines and Parquet")
+    add("--tokenizer", default="gpt2", help="gpt2, train:4096 to train one on the corpus, or the folder of a saved one")
+    add("--shard_tokens", type=int, default=DEFAULT_SHARD_TOKENS, help="tokens in each training shard")
+    add("--val_tokens", type=int, help="tokens in the validation shard; shard_tokens when not given")
+    add("--max_tokens", type=int, help="stop after this many training tokens")
+    add("--num_workers", type=int, help="tokenising processes, 0 for none beside this one; a core each when not given")
+    return parser
+
+
+def main() -> None:
+    """Run the command; flags are read before anything heavy is imported."""
+    arguments = build_parser().parse_args()
+    from gpt2_scratch.errors import run_command
+
+    run_command(lambda: prepare(arguments))
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Fill the folder and say what came of it."""
+    from training.data.producer import produce
+
+    started = time.perf_counter()
+    folder = produce(
+        arguments.output,
+        corpus=arguments.corpus,
+        corpus_config=arguments.corpus_config,
+        text_field=arguments.text_field,
+        tokenizer=arguments.tokenizer,
+        shard_tokens=arguments.shard_tokens,
+        val_tokens=arguments.shard_tokens if arguments.val_tokens is None else arguments.val_tokens,
+        max_tokens=arguments.max_tokens,
+        num_workers=arguments.num_workers,
+        report=lambda line: print(line, flush=True),
+    )
+    print(summary(folder, time.perf_counter() - started))
+
+
+def summary(folder: "ShardFolder", elapsed_seconds: float) -> str:
+    """Return what a folder that `produce` has completed holds, in a line."""
+    from training.data.tokenizer import Tokenizer
+
+    manifest = folder.manifest
+    assert manifest is not None
+    ids = folder.val_shard.read()
+    bytes_per_token = Tokenizer.load(folder.path).token_byte_lengths()[ids].sum() / len(ids)
+    return (
+        f"{folder.path}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
+        f"{manifest.tokens:,} tokens of {manifest.tokenizer}, {bytes_per_token:.2f} bytes a token in validation, {elapsed_seconds:.1f} s"
+    )
+
+
+if __name__ == "__main__":
+    main()
