@@ -44,15 +44,17 @@ def load(model_id: str, device: str) -> tuple[Any, Any]:
     """
     if (model_id.startswith((".", "/", "~")) or model_id.count("/") > 1) and not Path(model_id).is_dir():
         raise InputError(f"expected --model to be a folder or Hub id, found no folder {model_id!r}; check the path")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
-        model = AutoModelForCausalLM.from_pretrained(model_id, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"expected --model to be a folder or Hub id with a causal language model and its tokenizer, "
-            f"found {model_id!r}: {reason}"
-        ) from error
+    found = {}
+    for part, auto_class in (("causal language model", AutoModelForCausalLM), ("tokenizer", AutoTokenizer)):
+        try:
+            found[part] = auto_class.from_pretrained(model_id, trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip(" :")
+            raise InputError(
+                f"expected --model to be a folder or Hub id with a causal language model and its tokenizer, "
+                f"found no {part} in {model_id!r}: {reason}"
+            ) from error
+    model, tokenizer = found.values()
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:

@@ -117,7 +117,15 @@ def test_missing_folder_is_refused(tmp_path, capsys):
 
 def test_folder_without_a_model_is_refused(tmp_path, capsys):
     message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
-    assert message.startswith("error: expected --model to be")
+    assert "found no causal language model in" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_folder_without_a_tokenizer_is_refused(folder, tmp_path, capsys):
+    GPT2ScratchForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    capsys.readouterr()
+    message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
+    assert "found no tokenizer in" in message
     assert len(message.splitlines()) == 1
 
 
