@@ -1,0 +1,135 @@
+"""This rank's batches, training and validation.
+
+The loader knows its rank, so it is never passed to `accelerator.prepare`: that would shard it a second time, or feed
+rank 0's stream to all. Reading is a copy out of a memory map; `torch.utils.data.DataLoader` adds read-ahead processes
+and pinning.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from gpt2_scratch.errors import InputError
+from training.batch import BatchPlan
+from training.data.order import Order
+from training.data.shards import Shard
+
+IGNORED = -100  # the target that torch's cross-entropy, and ours, leave out
+
+
+class TrainingWindows(Dataset[tuple[Tensor, Tensor]]):
+    """Sample index → inputs (seq,) and targets (seq,), both int64, the targets already shifted.
+
+    Raises:
+        InputError: a token id that the model's vocabulary does not have; the shard and the place are named.
+    """
+
+    def __init__(self, shards: Sequence[Shard], order: Order, vocab_size: int) -> None:
+        self.shards = shards
+        self.order = order
+        self.vocab_size = vocab_size
+        self._open: dict[int, np.ndarray] = {}  # memory maps by shard; each read-ahead process opens its own
+
+    def __len__(self) -> int:
+        """Samples of the first epoch; later epochs go on behind it."""
+        return self.order.windows_in_epoch(0)
+
+    def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
+        _, number, offset = self.order.locate(sample)
+        if number not in self._open:
+            self._open[number] = self.shards[number].read()
+        window = self._open[number][offset : offset + self.order.seq_len + 1].astype(np.int64)
+        return _inputs_and_targets(window, self.shards[number], offset, self.vocab_size)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": {}}
+
+
+def _inputs_and_targets(window: np.ndarray, shard: Shard, offset: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+    if window.max() >= vocab_size:
+        place = offset + int(window.argmax())
+        raise InputError(
+            f"shard {shard.path} holds token id {window.max():,} at {place:,}, but the model's vocabulary has "
+            f"{vocab_size:,} ids; it was made with another tokenizer: prepare the corpus again"
+        )
+    tokens = torch.from_numpy(window)
+    return tokens[:-1], tokens[1:]
+
+
+class _RankBatches:
+    """Lists of sample indices for `DataLoader(batch_sampler=…)`, one for each of this rank's forward passes."""
+
+    def __init__(self, plan: BatchPlan, rank: int, first_step: int, end_step: int) -> None:
+        self.plan, self.rank, self.first_step, self.end_step = plan, rank, first_step, end_step
+
+    def __len__(self) -> int:
+        return (self.end_step - self.first_step) * self.plan.accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.end_step):
+            for micro_step in range(self.plan.accumulation_steps):
+                yield list(self.plan.samples(step, micro_step, self.rank))
+
+
+def training_loader(
+    windows: TrainingWindows,
+    plan: BatchPlan,
+    *,
+    rank: int,
+    first_step: int,
+    end_step: int,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> "DataLoader[tuple[Tensor, Tensor]]":
+    """Inputs and targets, both (batch, seq): `plan.accumulation_steps` pairs for each step from first to end."""
+    return DataLoader(
+        windows,
+        batch_sampler=_RankBatches(plan, rank, first_step, end_step),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # A generator of its own: starting the loader must not draw from the one that dropout uses.
+        generator=torch.Generator(),
+    )
+
+
+def validation_batches(
+    shard: Shard, *, seq_len: int, eval_tokens: int, batch_size: int, vocab_size: int, rank: int, num_processes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the validation windows: inputs and targets, both (batch, seq).
+
+    The windows are the first `eval_tokens` of the validation shard in order, the same for every run and any number of
+    processes. All batches have one shape and all ranks have equally many, because compiled and sharded models need
+    that; what is missing is filled up with ignored targets.
+    """
+    windows = validation_windows(shard, seq_len=seq_len, eval_tokens=eval_tokens)
+    tokens = shard.read()
+    for first in range(rank * batch_size, _round_up(windows, batch_size * num_processes), batch_size * num_processes):
+        inputs = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+        targets = torch.full((batch_size, seq_len), IGNORED, dtype=torch.int64)
+        for row, window in enumerate(range(first, min(first + batch_size, windows))):
+            offset = window * seq_len
+            cut = tokens[offset : offset + seq_len + 1].astype(np.int64)
+            inputs[row], targets[row] = _inputs_and_targets(cut, shard, offset, vocab_size)
+        yield inputs, targets
+
+
+def validation_windows(shard: Shard, *, seq_len: int, eval_tokens: int) -> int:
+    """How many windows a validation scores: `eval_tokens` of them, or as many as the shard has.
+
+    Raises:
+        InputError: the shard does not hold one window.
+    """
+    available = (shard.tokens - 1) // seq_len
+    if not available:
+        raise InputError(
+            f"validation shard {shard.path} holds {shard.tokens:,} tokens, expected at least seq_len + 1 = "
+            f"{seq_len + 1:,}; prepare the corpus with more val_tokens, or train with a shorter seq_len"
+        )
+    return min(available, max(1, eval_tokens // seq_len))
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
