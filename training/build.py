@@ -1,0 +1,122 @@
+"""What a run is made of: the accelerator and the model, built from the recipe and checked before any work starts."""
+
+import datetime
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available, set_seed
+
+from gpt2_scratch.errors import InputError
+from training.recipe import Recipe
+
+if TYPE_CHECKING:
+    from gpt2_scratch import GPT2ScratchForCausalLM
+    from training.data.tokenizer import Tokenizer
+
+# Rank 0 may draw samples, compress the validation text or write a checkpoint to a slow disk while the others wait.
+_PROCESS_TIMEOUT = datetime.timedelta(hours=1)
+
+
+def resolve_mixed_precision(recipe: Recipe) -> str:
+    """The precision of matrix products, "bf16" or "no": the recipe's, or for "auto" what the hardware has.
+
+    What `accelerate launch --mixed_precision bf16` (or its configuration file) says goes before the hardware.
+    """
+    if recipe.mixed_precision != "auto":
+        return recipe.mixed_precision
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        return "bf16"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    if torch.backends.mps.is_available():
+        return "no"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """The accelerator of this process, with threads and matrix precision set for its device.
+
+    Raises:
+        InputError: the tracker that the recipe asks for is not installed.
+    """
+    available = {"none": True, "wandb": is_wandb_available(), "tensorboard": is_tensorboard_available()}
+    if not available[recipe.report_to]:
+        raise InputError(
+            f"report_to is {recipe.report_to}, which is not installed; "
+            f"pip install -c constraints.txt -e .[{recipe.report_to}]"
+        )
+    accelerator = Accelerator(
+        # Told so outright: several CPU processes would otherwise not find each other.
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=resolve_mixed_precision(recipe),
+        log_with=None if recipe.report_to == "none" else recipe.report_to,
+        project_dir=recipe.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)],
+    )
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+    else:
+        torch.set_float32_matmul_precision("high")
+    return accelerator
+
+
+def use_all_cores() -> None:
+    """Share this machine's cores among its processes: launchers say OMP_NUM_THREADS=1, which leaves cores idle.
+
+    More than one thread in OMP_NUM_THREADS is somebody's choice and is kept.
+    """
+    if int(os.environ.get("OMP_NUM_THREADS", "1")) == 1:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def build_model(recipe: Recipe, tokenizer: "Tokenizer", weights: Path | None = None) -> "GPT2ScratchForCausalLM":
+    """The model to train: from `weights` (a checkpoint), from the recipe's `init_from`, or initialised as GPT-2 was.
+
+    Raises:
+        InputError: `init_from` is no GPT-2, or does not go with the recipe's tokenizer or sequence length; an attention
+            implementation that is not there.
+    """
+    from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+
+    dropout = {"embd_pdrop": recipe.dropout, "attn_pdrop": recipe.dropout, "resid_pdrop": recipe.dropout}
+    source = weights or recipe.init_from
+    set_seed(recipe.seed)
+    try:
+        if source is not None:
+            model = GPT2ScratchForCausalLM.from_pretrained(
+                source, attn_implementation=recipe.attn_implementation, dtype=torch.float32, **dropout
+            )
+        else:
+            config = GPT2ScratchConfig(
+                vocab_size=tokenizer.vocab_size,
+                n_positions=recipe.positions,
+                n_embd=recipe.n_embd,
+                n_layer=recipe.n_layer,
+                n_head=recipe.n_head,
+                bos_token_id=tokenizer.end_of_text_id,
+                eos_token_id=tokenizer.end_of_text_id,
+                **dropout,
+            )
+            config._attn_implementation = recipe.attn_implementation
+            model = GPT2ScratchForCausalLM(config)
+    except (ImportError, OSError, ValueError) as error:
+        # from_pretrained explains what it misses in its first line; the rest is advice on other models.
+        raise InputError(f"cannot build the model: {str(error).strip().splitlines()[0]}") from error
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise InputError(
+            f"{source} has a vocabulary of {model.config.vocab_size:,} ids, the tokenizer {recipe.tokenizer} has "
+            f"{tokenizer.vocab_size:,}; prepare the corpus with that model's tokenizer"
+        )
+    if recipe.seq_len > model.config.n_positions:
+        raise InputError(
+            f"seq_len={recipe.seq_len:,} exceeds n_positions={model.config.n_positions:,} of {source}; "
+            "shorten the windows"
+        )
+    if recipe.activation_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model

@@ -1,0 +1,292 @@
+"""The run: everything is checked, then steps are taken, watched and saved, and a model folder is left."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.utils.logging import disable_progress_bar
+
+from training.build import build_accelerator, build_model
+from training.checkpoint import (
+    TrainerState,
+    bare_model,
+    load_checkpoint,
+    publish,
+    save_checkpoint,
+    save_model,
+)
+from training.compression import ScoredText
+from training.data.loader import TrainingWindows, training_loader, validation_batches, validation_windows
+from training.hub import RunFacts, write_model_card
+from training.optimizer import build_optimizer
+from training.plan import Plan, plan_run, shard_identities
+from training.plots import plot_curves
+from training.progress import RunLog, Throughput, flops_per_token, peak_flops, read_metrics
+from training.recipe import Recipe
+from training.sampling import sample_texts
+from training.schedule import learning_rate_at
+from training.step import train_step, validation_loss
+from training.summary import device_name, longer_command, summary_text
+
+
+def train(recipe: Recipe) -> None:
+    """Run the recipe to its end, from its beginning or from where an earlier start stopped.
+
+    Raises:
+        InputError: from `plan_run`, before any work starts.
+    """
+    plan = plan_run(recipe)
+    if plan.is_complete:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"The run in {recipe.output_dir} is complete: {plan.first_step:,} of {plan.total_steps:,} steps.")
+            print("To go on, give it a new end:\n  " + longer_command(plan.output_dir, plan.total_steps))
+        return
+    accelerator = build_accelerator(recipe)
+    disable_progress_bar()  # transformers' own, one for each model that is saved
+    if accelerator.is_main_process:
+        plan.output_dir.mkdir(parents=True, exist_ok=True)
+        recipe.save(plan.output_dir / "recipe.yaml")
+    model = build_model(recipe, plan.tokenizer, plan.resume_from)
+    run = Run(plan, accelerator, model)
+    try:
+        run.take_steps()
+        run.finish()
+    finally:
+        run.close()
+
+
+class Run:
+    """A run in progress: the prepared model and optimizer, and what watches them."""
+
+    def __init__(self, plan: Plan, accelerator: Accelerator, model: nn.Module) -> None:
+        self.plan = plan
+        self.accelerator = accelerator
+        recipe = plan.recipe
+        self.bare = model
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.model: nn.Module
+        self.optimizer: Optimizer
+        compiled = torch.compile(model) if recipe.compile else model
+        self.model, self.optimizer = accelerator.prepare(compiled, build_optimizer(model, recipe))
+        # Each process draws its own dropout.
+        torch.manual_seed(recipe.seed + accelerator.process_index)
+        if plan.resume_from is not None:
+            load_checkpoint(plan.resume_from, accelerator=accelerator, model=self.model, optimizer=self.optimizer)
+        self.log = RunLog(
+            plan.output_dir,
+            enabled=accelerator.is_main_process,
+            first_step=plan.first_step,
+            total_steps=plan.total_steps,
+        )
+        self.throughput = Throughput()
+        self.text = ScoredText.of_windows(
+            plan.folder.val_shard, plan.tokenizer, windows=self.val_windows, seq_len=recipe.seq_len
+        )
+        if recipe.report_to != "none":
+            accelerator.init_trackers("gpt2-scratch", config={k: str(v) for k, v in recipe.to_dict().items()})
+
+    @property
+    def val_windows(self) -> int:
+        """Windows that each validation scores."""
+        recipe = self.plan.recipe
+        return validation_windows(self.plan.folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
+
+    def take_steps(self) -> None:
+        """Train from the first step that is missing to the last."""
+        self._introduce()
+        recipe, plan = self.plan.recipe, self.plan
+        batches = self._training_batches()
+        self.model.train()
+        self.throughput.take()
+        for step in range(plan.first_step, plan.total_steps):
+            learning_rate = learning_rate_at(
+                step,
+                peak=recipe.learning_rate,
+                warmup_steps=recipe.warmup_steps,
+                total_steps=plan.total_steps,
+                min_ratio=recipe.min_learning_rate_ratio,
+                schedule=recipe.lr_scheduler_type,
+            )
+            loss, grad_norm = train_step(
+                self.accelerator,
+                self.model,
+                self.optimizer,
+                batches,
+                accumulation_steps=plan.batch.accumulation_steps,
+                learning_rate=learning_rate,
+                max_grad_norm=recipe.max_grad_norm,
+            )
+            self.throughput.add(plan.batch.tokens_per_step)
+            self.log.advance()
+            done = step + 1
+            if self._due(done, recipe.logging_steps):
+                self._record(done, loss, grad_norm, learning_rate)
+            with self.throughput.pause():
+                if self._due(done, recipe.eval_steps):
+                    self._validate(done)
+                if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
+                    for text in self._samples(done):
+                        self.log.say("  | " + text.replace("\n", "\n  | "))
+                if self._due(done, recipe.save_steps):
+                    self._save(done)
+
+    def _due(self, done: int, every: int) -> bool:
+        return done == self.plan.total_steps or (every > 0 and done % every == 0)
+
+    def _introduce(self) -> None:
+        plan, recipe, batch = self.plan, self.plan.recipe, self.plan.batch
+        start = f"going on from {plan.resume_from}" if plan.resume_from else "from the beginning"
+        self.log.say(
+            f"{self.parameters / 1e6:.1f}M parameters, {recipe.n_layer} layers, width {recipe.n_embd}, "
+            f"vocabulary {plan.tokenizer.vocab_size:,}, on {device_name(self.accelerator.device)}"
+            f" in {'bf16' if self.accelerator.mixed_precision == 'bf16' else 'fp32'}"
+        )
+        self.log.say(
+            f"{batch.tokens_per_step:,} tokens a step = {batch.per_device} × {batch.seq_len} × {batch.num_processes} "
+            f"process{'es' if batch.num_processes > 1 else ''} × {batch.accumulation_steps} accumulated; "
+            f"{plan.total_steps:,} steps, {start}"
+        )
+
+    def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        plan, recipe = self.plan, self.plan.recipe
+        windows = TrainingWindows(plan.folder.train_shards, plan.order, plan.tokenizer.vocab_size)
+        return iter(
+            training_loader(
+                windows,
+                plan.batch,
+                rank=self.accelerator.process_index,
+                first_step=plan.first_step,
+                end_step=plan.total_steps,
+                num_workers=recipe.dataloader_num_workers,
+                pin_memory=self.accelerator.device.type == "cuda",
+            )
+        )
+
+    def _record(self, done: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+        mean_loss = self.accelerator.reduce(loss, reduction="mean").item()
+        rate = self.throughput.take()
+        values = {
+            "step": done,
+            "tokens": done * self.plan.batch.tokens_per_step,
+            "train_loss": mean_loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm.item(),
+            "tokens_per_second": round(rate, 1),
+            "mfu": self._mfu(rate),
+        }
+        self.log.training(values)
+        self.accelerator.log({k: v for k, v in values.items() if k != "step" and v is not None}, step=done)
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation: the share of the devices' peak that goes into the model's own operations."""
+        device = self.accelerator.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if peak is None:
+            return None
+        recipe = self.plan.recipe
+        per_token = flops_per_token(
+            parameters=self.parameters, n_layer=recipe.n_layer, n_embd=recipe.n_embd, seq_len=recipe.seq_len
+        )
+        return round(tokens_per_second * per_token / (peak * self.accelerator.num_processes), 4)
+
+    def _validate(self, done: int) -> None:
+        recipe, accelerator = self.plan.recipe, self.accelerator
+        batches = validation_batches(
+            self.plan.folder.val_shard,
+            seq_len=recipe.seq_len,
+            eval_tokens=recipe.eval_tokens,
+            batch_size=recipe.per_device_train_batch_size,
+            vocab_size=self.plan.tokenizer.vocab_size,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        loss, tokens = validation_loss(accelerator, self.model, batches)
+        values = {
+            "step": done,
+            "tokens": done * self.plan.batch.tokens_per_step,
+            "val_loss": loss,
+            "val_tokens": tokens,
+            "bits_per_byte": self.text.bits_per_byte(loss),
+        }
+        self.log.validation(values)
+        self.accelerator.log({"val_loss": loss, "bits_per_byte": values["bits_per_byte"]}, step=done)
+
+    def _samples(self, done: int) -> list[str]:
+        """Samples of the main process; others get none."""
+        if not self.accelerator.is_main_process:
+            return []
+        recipe = self.plan.recipe
+        return sample_texts(
+            self.accelerator,
+            bare_model(self.accelerator, self.model),
+            self.plan.tokenizer,
+            recipe.sample_prompts,
+            max_new_tokens=recipe.sample_tokens,
+            seed=recipe.seed + done,
+        )
+
+    def _save(self, done: int) -> None:
+        plan, recipe = self.plan, self.plan.recipe
+        self.log.flush_to_disk()
+        state = TrainerState(
+            step=done,
+            tokens=done * plan.batch.tokens_per_step,
+            tokenizer_fingerprint=plan.tokenizer.fingerprint,
+            shards=shard_identities(plan.folder),
+            recipe=recipe.to_dict(),
+            num_processes=self.accelerator.num_processes,
+        )
+        save_checkpoint(
+            plan.output_dir,
+            state,
+            accelerator=self.accelerator,
+            model=self.model,
+            optimizer=self.optimizer,
+            tokenizer=plan.tokenizer,
+            keep=recipe.save_total_limit,
+        )
+        self._draw_curves(plan.output_dir)
+
+    def _draw_curves(self, folder: Path) -> None:
+        if self.accelerator.is_main_process:
+            plot_curves(
+                folder / "curves.png",
+                read_metrics(self.plan.output_dir),
+                title=self.plan.output_dir.name,
+                corpus=self.plan.recipe.corpus,
+                gpt2_tokens=self.plan.tokenizer.name == "gpt2",
+            )
+
+    def finish(self) -> None:
+        """Leave `model/` and `curves.png`, and tell what came out and what to try next."""
+        if not self.accelerator.is_main_process:
+            return
+        plan, prompts = self.plan, self.plan.recipe.sample_prompts
+        last = [line for line in read_metrics(plan.output_dir) if "val_loss" in line][-1]
+        facts = RunFacts(
+            name=plan.output_dir.name,
+            parameters=self.parameters,
+            steps=plan.total_steps,
+            tokens=plan.total_steps * plan.batch.tokens_per_step,
+            device=device_name(self.accelerator.device),
+            val_loss=last["val_loss"],
+            bits_per_byte=last["bits_per_byte"],
+            gzip_bits_per_byte=self.text.gzip_bits_per_byte(plan.tokenizer),
+            samples=self._samples(plan.total_steps),
+        )
+        unfinished = plan.output_dir / ".unfinished-model"
+        save_model(unfinished, bare_model(self.accelerator, self.model), plan.tokenizer)
+        self._draw_curves(plan.output_dir)
+        self._draw_curves(unfinished)
+        write_model_card(unfinished, plan.recipe, facts)
+        publish(unfinished, plan.output_dir / "model")
+        self.log.say(summary_text(plan.output_dir, facts, prompt=prompts[0] if prompts else ""))
+
+    def close(self) -> None:
+        """End the trackers and close the files."""
+        self.log.close()
+        self.accelerator.end_training()

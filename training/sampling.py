@@ -1,0 +1,45 @@
+"""A few lines of text from the model as it learns."""
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from training.data.tokenizer import Tokenizer
+
+
+@torch.no_grad()
+def sample_texts(
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    seed: int,
+    temperature: float = 0.8,
+    top_k: int = 50,
+) -> list[str]:
+    """Each prompt with its continuation, drawn from a generator that training does not share."""
+    was_training = model.training
+    model.eval()
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    texts = []
+    with torch.random.fork_rng(devices=devices), accelerator.autocast():
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+            output = model.generate(
+                torch.tensor([ids], device=accelerator.device),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=accelerator.device),
+                max_new_tokens=min(max_new_tokens, model.config.n_positions - len(ids)),
+                do_sample=True,
+                temperature=temperature,
+                top_k=top_k,
+                pad_token_id=tokenizer.end_of_text_id,
+            )
+            written = output[0, 1:].tolist()
+            texts.append(tokenizer.decode([token for token in written if token != tokenizer.end_of_text_id]))
+    model.train(was_training)
+    return texts

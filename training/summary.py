@@ -1,0 +1,58 @@
+"""The closing words of a run: what came out, where it is, and what to try next."""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from training.hub import RunFacts
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person would name it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+
+
+def _command(name: str) -> str:
+    """How to call a program of this environment from here, whether the environment is active or not."""
+    programs = Path(sys.prefix) / "bin"
+    here = Path.cwd()
+    return f"{programs.relative_to(here)}/{name}" if programs.is_relative_to(here) else name
+
+
+def longer_command(output_dir: Path, steps: int) -> str:
+    """The command that takes a complete run to twice its length."""
+    return (
+        f"{_command('accelerate')} launch --quiet training/train.py --config {output_dir / 'recipe.yaml'} "
+        f"--max_steps {2 * steps}"
+    )
+
+
+def summary_text(output_dir: Path, facts: RunFacts, *, prompt: str) -> str:
+    """Where everything is, how good it is, a sample, and three commands that work as printed."""
+    model = output_dir / "model"
+    sample = "\n".join("  | " + line for line in "\n".join(facts.samples[:1]).strip().splitlines())
+    in_python = (
+        f"import gpt2_scratch; from transformers import pipeline; "
+        f"print(pipeline('text-generation', '{model}')('{prompt}')[0]['generated_text'])"
+    )
+    return f"""
+The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
+
+  model        {model}
+  curves       {output_dir / "curves.png"}
+  metrics      {output_dir / "metrics.jsonl"}
+  checkpoints  {output_dir / "checkpoints"}
+
+  validation   {facts.val_loss:.4f} nats per token
+               {facts.bits_per_byte:.4f} bits per byte ({facts.gzip_bits_per_byte:.4f} by gzip -9 on the same text)
+
+{sample}
+
+To try next:
+  {_command("python")} -m gpt2_scratch.generate --model {model} --prompt "{prompt}"
+  {_command("python")} -c "{in_python}"
+  {longer_command(output_dir, facts.steps)}
+"""
