@@ -1,0 +1,103 @@
+"""What several tests need: the shared data where it is there, a small corpus, and a recipe that trains on it."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from training.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+SHARED_DATA = Path(os.environ.get("GPT2_SHARED_DATA", ROOT.parent / "shared" / "data"))
+
+
+def pytest_configure() -> None:
+    # Nothing may reach for the network by accident; tests that need it carry the `network` marker and undo this.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON-lines file of 400 documents that a small model can learn something from."""
+    rng = random.Random(0)
+    subjects = ["The model", "A shard", "The loader", "Every token", "One process", "The order"]
+    verbs = ["reads", "keeps", "predicts", "writes", "follows", "returns"]
+    objects = ["the next window", "a batch of tokens", "its own place", "the whole corpus", "the same text"]
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with path.open("w") as file:
+        for _ in range(400):
+            text = " ".join(f"{rng.choice(subjects)} {rng.choice(verbs)} {rng.choice(objects)}." for _ in range(12))
+            file.write(f'{{"text": "{text}"}}\n')
+    return path
+
+
+@pytest.fixture(scope="session")
+def shard_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A complete shard folder of that corpus: a validation shard and several training shards."""
+    from training.data.producer import produce
+
+    folder = tmp_path_factory.mktemp("shards") / "data"
+    produce(
+        folder,
+        corpus=str(text_file),
+        tokenizer="train:300",
+        shard_tokens=9_000,
+        val_tokens=2_000,
+        num_workers=1,
+        report=lambda line: None,
+    )
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(text_file: Path, shard_folder: Path, tmp_path: Path) -> Callable[..., Recipe]:
+    """A recipe that trains in a second or two, on the shared shard folder; any key can be changed."""
+
+    def make(**changes: Any) -> Recipe:
+        values: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "data_dir": str(shard_folder),
+            "corpus": str(text_file),
+            "tokenizer": "train:300",
+            "shard_tokens": 9_000,
+            "val_tokens": 2_000,
+            "seq_len": 32,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_embd": 32,
+            "tokens_per_step": 256,
+            "per_device_train_batch_size": 4,
+            "max_steps": 12,
+            "learning_rate": 3e-3,
+            "warmup_steps": 2,
+            "logging_steps": 1,
+            "eval_steps": 6,
+            "eval_tokens": 1_000,
+            "sample_steps": 6,
+            "sample_prompts": ["The model"],
+            "sample_tokens": 8,
+            "save_steps": 4,
+            "mixed_precision": "no",
+        }
+        return Recipe(**{**values, **changes})
+
+    return make
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps its state in singletons; a test that trains in this process starts and leaves without them."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    def forget() -> None:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+        PartialState._reset_state()
+
+    forget()
+    yield
+    forget()
