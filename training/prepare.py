@@ -74,7 +74,8 @@ def summary(folder: "ShardFolder", elapsed_seconds: float) -> str:
     bytes_per_token = Tokenizer.load(folder.path).token_byte_lengths()[ids].sum() / len(ids)
     return (
         f"{folder.path}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
-        f"{manifest.tokens:,} tokens of {manifest.tokenizer}, {bytes_per_token:.2f} bytes a token in validation, {elapsed_seconds:.1f} s"
+        f"{manifest.tokens:,} tokens of {manifest.tokenizer}, "
+        f"{bytes_per_token:.2f} bytes a token in validation, {elapsed_seconds:.1f} s"
     )
 
 

@@ -83,7 +83,7 @@ class ShardFolder:
             if tokens != record.tokens or dtype != np.dtype(manifest.dtype).newbyteorder("<"):
                 raise _broken_shard(
                     shard.path,
-                    f"{record.tokens:,} tokens of {manifest.dtype}, as {MANIFEST_NAME} says",
+                    f"{record.tokens:,} tokens of {manifest.dtype} (as {MANIFEST_NAME} says)",
                     f"{tokens:,} of {dtype.name}",
                 )
             shards.append(shard)
@@ -245,7 +245,7 @@ def _layout(path: Path) -> tuple[np.dtype, int, int]:
         raise _broken_shard(path, "a shard", f"no file that can be read ({error.strerror})") from None
     if size != offset + tokens * dtype.itemsize:
         found = (size - offset) // dtype.itemsize
-        raise _broken_shard(path, f"{tokens:,} tokens, as its header says", f"room for {found:,}")
+        raise _broken_shard(path, f"{tokens:,} tokens (as its header says)", f"room for {found:,}")
     if tokens == 0:
         raise _broken_shard(path, "tokens", "none")
     return dtype, tokens, offset

@@ -1,0 +1,341 @@
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from gpt2_scratch.errors import InputError
+from training.data.corpus import corpus_name, open_corpus
+from training.data.installed_docs import docstrings_of_source, gather_docstrings, installed_revision
+
+TEXTS = ["first document", "zweites\nDokument", "三"]
+
+
+def _json_lines(texts, field="text") -> bytes:
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def _write(path: Path, texts=TEXTS, field="text") -> Path:
+    name = path.name
+    if name.endswith(".parquet"):
+        table = pyarrow.table({"id": list(range(len(texts))), field: texts})
+        pyarrow.parquet.write_table(table, path, row_group_size=2)
+    else:
+        content = _json_lines(texts, field)
+        if name.endswith(".gz"):
+            content = gzip.compress(content)
+        elif name.endswith(".zst"):
+            content = zstandard.compress(content)
+        path.write_bytes(content)
+    return path
+
+
+ROW_FORMATS = ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.json.gz", "c.parquet"]
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_rows_of_a_file_are_documents_in_order_as_often_as_asked(tmp_path, name):
+    corpus = open_corpus(str(_write(tmp_path / name)))
+    assert list(corpus.documents()) == TEXTS
+    assert list(corpus.documents()) == TEXTS
+    assert corpus.name == "c"
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_empty_documents_and_nulls_are_skipped(tmp_path, name):
+    path = _write(tmp_path / name, ["a", "", None, " \n", "b"])
+    assert list(open_corpus(str(path)).documents()) == ["a", "b"]
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_text_field_may_have_another_name(tmp_path, name):
+    path = _write(tmp_path / name, field="content")
+    assert list(open_corpus(str(path), text_field="content").documents()) == TEXTS
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_missing_text_field_is_refused_with_the_fields_there_are(tmp_path, name):
+    path = _write(tmp_path / name, field="texts")
+    with pytest.raises(InputError, match=r"expected the field 'text' in .*found id, texts; did you mean texts\?"):
+        list(open_corpus(str(path)).documents())
+
+
+@pytest.mark.parametrize("name", ROW_FORMATS)
+def test_text_field_that_holds_no_text_is_refused_with_its_place(tmp_path, name):
+    path = _write(tmp_path / name)
+    with pytest.raises(InputError, match=r"in the field 'id' of .*(line|row) 1, found int"):
+        list(open_corpus(str(path), text_field="id").documents())
+
+
+@pytest.mark.parametrize("name", ["c.jsonl.gz", "c.jsonl.zst", "c.json.gz", "c.parquet"])
+def test_file_that_is_not_what_its_ending_says_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(b"plain text, and enough of it to hold any header\n" * 10)
+    with pytest.raises(InputError, match=r"expected a whole .*c\..* broken"):
+        list(open_corpus(str(path)).documents())
+
+
+@pytest.mark.parametrize("name", ["c.jsonl.gz", "c.jsonl.zst", "c.parquet"])
+def test_file_that_was_cut_off_is_refused(tmp_path, name):
+    path = _write(tmp_path / name, [f"document {i * 7919 % 1000}" for i in range(5000)])
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(InputError, match="expected a whole") as caught:
+        list(open_corpus(str(path)).documents())
+    assert "\n" not in str(caught.value)
+
+
+def test_line_that_is_not_json_is_refused_with_its_number(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_bytes(_json_lines(["a", "b"]) + b"\n{oops\n")
+    with pytest.raises(InputError, match=r"c\.jsonl line 4, found text that is not JSON"):
+        list(open_corpus(str(path)).documents())
+
+
+def test_line_that_is_no_object_is_refused(tmp_path):
+    (tmp_path / "c.jsonl").write_text('"just text"\n')
+    with pytest.raises(InputError, match=r"JSON object in .*line 1, found str"):
+        list(open_corpus(str(tmp_path / "c.jsonl")).documents())
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.md", "c.jsonl"])
+def test_invalid_utf8_is_refused_with_its_line(tmp_path, name):
+    good = b'{"text": "good"}\n'
+    (tmp_path / name).write_bytes(good + good + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(InputError, match=rf"UTF-8 text in .*{name}, found other bytes in line 3"):
+        list(open_corpus(str(tmp_path / name)).documents())
+
+
+def test_lone_surrogates_become_replacement_characters(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude42"}\n')
+    assert list(open_corpus(str(tmp_path / "c.jsonl")).documents()) == ["a\ufffdb 🙂"]
+
+
+def test_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
+    root = tmp_path / "my_corpus.v2"
+    (root / "b").mkdir(parents=True)
+    (root / ".hidden").mkdir()
+    (root / "z.txt").write_text("z")
+    (root / "a.md").write_text("\ufeffa")
+    (root / "b" / "x.txt").write_text("bx")
+    (root / "ignored.csv").write_text("no")
+    (root / ".hidden" / "h.txt").write_text("no")
+    _write(root / "b" / "y.jsonl", ["by1", "by2"])
+    corpus = open_corpus(str(root))
+    assert list(corpus.documents()) == ["a", "bx", "by1", "by2", "z"]
+    assert corpus.name == "my-corpus-v2"
+
+
+def test_revision_follows_the_content_and_not_the_place(tmp_path):
+    revisions = []
+    for folder, text in (("one", "some text"), ("two", "some text"), ("three", "some test")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c.txt").write_text(text)
+        revisions.append(open_corpus(str(tmp_path / folder)).revision)
+    assert revisions[0] == revisions[1] != revisions[2]
+
+
+def test_folder_without_documents_is_refused(tmp_path):
+    with pytest.raises(InputError, match="expected files that end in"):
+        open_corpus(str(tmp_path))
+    (tmp_path / "data.csv").write_text("a,b")
+    with pytest.raises(InputError, match="expected files that end in"):
+        open_corpus(str(tmp_path))
+    with pytest.raises(InputError, match="expected a file that ends in"):
+        open_corpus(str(tmp_path / "data.csv"))
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InputError, match="expected documents"):
+        list(open_corpus(str(tmp_path)).documents())
+
+
+@pytest.mark.parametrize("corpus", ["installed-doc", "no/such/file.txt", ""])
+def test_unknown_corpus_is_refused_with_those_there_are(corpus):
+    with pytest.raises(InputError, match="installed-docs, fineweb, fineweb-edu, or a path"):
+        open_corpus(corpus)
+
+
+def test_unknown_corpus_is_told_the_nearest():
+    with pytest.raises(InputError, match=r"did you mean fineweb-edu\?"):
+        open_corpus("fineweb_edu")
+
+
+def test_config_without_a_hub_dataset_is_refused():
+    with pytest.raises(InputError, match="leave it out"):
+        open_corpus("installed-docs", corpus_config="sample-10BT")
+
+
+@pytest.mark.parametrize(
+    ("corpus", "name"), [("fineweb-edu", "fineweb-edu"), ("/gone/my_text.jsonl.gz", "my-text"), ("/gone/a.b", "a-b")]
+)
+def test_name_of_a_corpus_needs_no_corpus(corpus, name):
+    assert corpus_name(corpus) == name
+
+
+# Installed documentation
+
+
+def _package(root: Path, name: str, source: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_text(source)
+
+
+LONG = "A sentence that is long enough to teach something, number"
+
+
+def test_docstrings_come_in_source_order_without_the_short_ones():
+    source = f'''"""{LONG} 1."""
+class A:
+    """{LONG} 2.
+
+    Source:
+        indented
+    """
+    def short(self):
+        """Too short."""
+    async def b(self):
+        """{LONG} 3."""
+        def inner():
+            """{LONG} 4."""
+if True:
+    try:
+        def c(): "{LONG} 5."
+    except ImportError:
+        def d(): "{LONG} 6."
+x = """Not a docstring, however long the text may be that it holds."""
+'''
+    assert docstrings_of_source(source.encode()) == [
+        f"{LONG} 1.",
+        f"{LONG} 2.\n\nSource:\n    indented",
+        *(f"{LONG} {i}." for i in range(3, 7)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [b'"""broken" (', b'"""null \x00 bytes"""', b'"""latin \xe9 without a cookie, in a text that is long enough"""'],
+)
+def test_source_that_does_not_parse_gives_nothing(source):
+    assert docstrings_of_source(source) == []
+
+
+def test_invalid_escapes_in_other_peoples_code_are_no_warnings():
+    assert len(docstrings_of_source(rb'"""An old docstring with a regular expression \d in it."""')) == 1
+
+
+@pytest.fixture
+def roots(tmp_path: Path) -> list[Path]:
+    stdlib, site = tmp_path / "lib", tmp_path / "lib" / "site-packages"
+    for i in range(150):
+        _package(stdlib, f"module{i}.py", f'"""{LONG} {i}."""\ndef f():\n    """{LONG} f{i}."""\n')
+        _package(site, f"pkg{i % 7}/m{i}.py", f'"""{LONG} s{i}."""\n')
+    _package(site, "copy.py", f'"""{LONG} 0."""\n')
+    _package(site, "broken.py", '"""broken')
+    return [stdlib, site]
+
+
+def test_each_docstring_appears_once_and_modules_stay_together(roots):
+    docstrings = gather_docstrings(roots, num_workers=0)
+    assert len(docstrings) == len(set(docstrings)) == 450
+    for i in range(1, 150):  # the first has a copy elsewhere
+        assert docstrings[docstrings.index(f"{LONG} {i}.") + 1] == f"{LONG} f{i}."
+
+
+def test_beginning_is_drawn_from_all_packages(roots):
+    beginning = gather_docstrings(roots, num_workers=0)[:90]
+    assert 20 < sum(f"{LONG} s" in docstring for docstring in beginning) < 60
+
+
+def test_docstrings_do_not_depend_on_processes_or_place(roots, tmp_path):
+    docstrings = gather_docstrings(roots, num_workers=0)
+    assert gather_docstrings(roots, num_workers=2) == docstrings
+    moved = (tmp_path / "lib").rename(tmp_path / "elsewhere")
+    assert gather_docstrings([moved, moved / "site-packages"], num_workers=0) == docstrings
+
+
+def test_revision_of_installed_docs_follows_the_packages(tmp_path):
+    (tmp_path / "a-1.0.dist-info").mkdir()
+    metadata = tmp_path / "a-1.0.dist-info" / "METADATA"
+    metadata.write_text("Metadata-Version: 2.1\nName: a\nVersion: 1.0\n")
+    before = installed_revision([tmp_path])
+    assert installed_revision([tmp_path]) == before
+    metadata.write_text("Metadata-Version: 2.1\nName: a\nVersion: 1.1\n")
+    assert installed_revision([tmp_path]) != before
+
+
+def test_installed_docs_are_gathered_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr("training.data.corpus.gather_docstrings", lambda *_, **__: calls.append(1) or ["a document"])
+    corpus = open_corpus("installed-docs")
+    assert list(corpus.documents()) == list(corpus.documents()) == ["a document"]
+    assert calls == [1]
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hub at its boundary: a real streamed dataset, from a Parquet file here."""
+    real = datasets.load_dataset
+    path = _write(tmp_path / "hub.parquet")
+    asked = []
+
+    def load_dataset(repository, **arguments):
+        asked.append((repository, arguments))
+        if arguments["name"] != "sample-10BT":
+            raise ValueError("BuilderConfig 'x' not found. Available: ['default', 'sample-10BT']")
+        return real("parquet", data_files=str(path), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "/cache/snapshots/c0ffee/README.md")
+    return asked
+
+
+def test_hub_dataset_is_streamed_at_one_commit(hub):
+    corpus = open_corpus("fineweb-edu")
+    assert (corpus.name, corpus.revision) == ("fineweb-edu", "c0ffee")
+    assert list(corpus.documents()) == list(corpus.documents()) == TEXTS
+    arguments = {"name": "sample-10BT", "split": "train", "streaming": True, "revision": "c0ffee"}
+    assert hub[0] == ("HuggingFaceFW/fineweb-edu", arguments)
+
+
+def test_unknown_config_of_a_hub_dataset_is_refused(hub):
+    with pytest.raises(InputError, match=r"found 'huge'.*Available"):
+        list(open_corpus("fineweb", corpus_config="huge").documents())
+
+
+def test_field_that_a_hub_dataset_lacks_is_refused(hub):
+    with pytest.raises(InputError, match=r"expected the field 'body'.*found id, text"):
+        list(open_corpus("fineweb", text_field="body").documents())
+
+
+def test_hub_out_of_reach_is_one_clear_error(monkeypatch):
+    def fails(*_, **__):
+        raise ConnectionError("name or service\nnot known")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
+    with pytest.raises(InputError, match="cannot be reached") as caught:
+        list(open_corpus("fineweb-edu").documents())
+    assert "\n" not in str(caught.value)
+
+
+def test_hub_lost_on_the_way_is_one_clear_error(hub, monkeypatch):
+    def rows():
+        yield {"text": "first"}
+        raise ConnectionError("server disconnected")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    documents = open_corpus("fineweb-edu").documents()
+    assert next(documents) == "first"
+    with pytest.raises(InputError, match=r"cannot be reached.*finished shards are kept"):
+        next(documents)
+
+
+@pytest.mark.network
+def test_fineweb_edu_streams_from_the_hub():
+    corpus = open_corpus("fineweb-edu")
+    assert len(corpus.revision) == 40
+    assert len(next(corpus.documents())) > 100

@@ -1,0 +1,378 @@
+import errno
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2_scratch.errors import InputError
+from training.data import producer
+from training.data.manifest import UNFINISHED_SUFFIX, Manifest
+from training.data.producer import LOCK_NAME, produce
+from training.data.shards import ShardFolder, ShardWriter
+from training.data.tokenizer import Tokenizer, train_bpe
+from training.data.tokenizer_training import train_tokenizer
+from training.data.workers import map_in_order
+
+ROOT = Path(__file__).parents[1]
+WORDS = ["the", "of", "shard", "token", "window", "batch", "model", "loss", "weight", "order", "naïve", "数学"]
+
+
+def _write_corpus(path: Path, documents: int, seed: int = 0) -> Path:
+    rng = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(documents):
+            text = " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 40, 300])))
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    return _write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl", 400)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe([" ".join(WORDS)] * 9, 300).save(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(corpus, tokenizer_folder) -> dict:
+    return {
+        "corpus": str(corpus),
+        "tokenizer": str(tokenizer_folder),
+        "shard_tokens": 5_000,
+        "val_tokens": 1_500,
+        "num_workers": 0,
+        "report": lambda line: None,
+    }
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _ids(folder: ShardFolder) -> np.ndarray:
+    return np.concatenate([shard.read() for shard in folder.shards])
+
+
+def test_shards_hold_each_document_behind_an_end_of_text_in_order(tmp_path, corpus, tokenizer_folder, settings):
+    folder = produce(tmp_path / "out", **settings)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    expected = []
+    for line in corpus.read_text().splitlines():
+        expected += [tokenizer.end_of_text_id, *tokenizer.encode(json.loads(line)["text"])]
+    assert _ids(folder).tolist() == expected
+    assert folder.val_shard.tokens == 1_500
+    assert {shard.tokens for shard in folder.train_shards[:-1]} == {5_000}
+    assert folder.manifest.documents == 400
+    assert Tokenizer.load(folder.path).fingerprint == tokenizer.fingerprint
+    assert sorted(path.name for path in folder.path.iterdir()) == sorted(
+        [*(shard.path.name for shard in folder.shards), "manifest.json", "tokenizer.json", "tokenizer_config.json"]
+    )
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 3_000)  # many batches
+    for workers in (0, 1, 2):
+        produce(tmp_path / str(workers), **{**settings, "num_workers": workers})
+    assert _bytes(tmp_path / "0") == _bytes(tmp_path / "1") == _bytes(tmp_path / "2")
+
+
+def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, settings, tokenizer_folder):
+    path = _write_corpus(tmp_path / "c.jsonl", 100)
+    settings = {**settings, "corpus": str(path)}
+    produce(tmp_path / "out", **settings)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    _write_corpus(path, 101)  # another revision
+    assert produce(tmp_path / "out", **settings).complete
+    path.unlink()
+    assert produce(tmp_path / "out", **settings).complete
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"shard_tokens": 6_000}, "shard_tokens 5000 instead of 6000"),
+        ({"val_tokens": 1_000}, "val_tokens 1500 instead of 1000"),
+        ({"corpus": "installed-docs"}, "corpus c instead of installed-docs"),
+        ({"text_field": "body"}, "text_field text instead of body"),
+        ({"tokenizer": "train:400"}, "tokenizer bpe-300 instead of train:400"),
+        ({"tokenizer": "gpt2"}, "tokenizer bpe-300 instead of gpt2"),
+    ],
+)
+def test_folder_made_with_other_settings_is_refused_with_the_difference(tmp_path, settings, change, found):
+    produce(tmp_path, **settings)
+    before = _bytes(tmp_path)
+    with pytest.raises(InputError, match=f"{found}; ask for the same, give another folder, or delete this one"):
+        produce(tmp_path, **{**settings, **change})
+    assert _bytes(tmp_path) == before
+
+
+def test_folder_cut_at_max_tokens_serves_less_and_not_more(tmp_path, settings):
+    folder = produce(tmp_path, **settings, max_tokens=7_000)
+    assert sum(shard.tokens for shard in folder.train_shards) == 7_000
+    assert produce(tmp_path, **settings, max_tokens=6_000).complete
+    for more in (None, 8_000):
+        with pytest.raises(InputError, match=f"max_tokens 7000 instead of {more}"):
+            produce(tmp_path, **settings, max_tokens=more)
+
+
+class _KilledError(Exception):
+    pass
+
+
+def _interrupt_after(monkeypatch, shards: int) -> None:
+    """Make the producer die when it has written so many shards, leaving what a kill would leave."""
+    real = ShardWriter._write_shard
+
+    def write_shard(self) -> None:
+        if len(self.manifest.shards) == shards:
+            (self._folder / f"c_train_{shards:06d}.npy{UNFINISHED_SUFFIX}").write_bytes(b"half")
+            (self._folder / f"c_train_{shards:06d}.npy").write_bytes(b"whole, but the manifest does not know it")
+            raise _KilledError
+        real(self)
+
+    monkeypatch.setattr(ShardWriter, "_write_shard", write_shard)
+    monkeypatch.setattr(producer, "_remove_unfinished", lambda *_: None)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_interrupted_producer_goes_on_to_the_same_bytes(tmp_path, settings, monkeypatch, shards):
+    produce(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, shards)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    assert len(ShardFolder.open(tmp_path / "out").shards) == shards
+    produce(tmp_path / "out", **settings)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_document_longer_than_shards_is_taken_up_in_its_middle(tmp_path, settings, monkeypatch):
+    path = tmp_path / "c.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=20_000)))
+    settings = {**settings, "corpus": str(path)}
+    produce(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 3)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    produce(tmp_path / "out", **settings)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_incomplete_folder_is_not_continued_with_a_changed_corpus(tmp_path, settings, monkeypatch):
+    path = _write_corpus(tmp_path / "c.jsonl", 200)
+    settings = {**settings, "corpus": str(path)}
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 2)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    _write_corpus(path, 200, seed=1)
+    with pytest.raises(InputError, match="'c' has changed since; delete the folder"):
+        produce(tmp_path / "out", **settings)
+    monkeypatch.setattr("training.data.corpus.FileCorpus.revision", Manifest.read(tmp_path / "out").corpus_revision)
+    with pytest.raises(InputError, match="found another; the corpus has changed"):
+        produce(tmp_path / "out", **settings)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_killed_producer_leaves_no_process_and_ends_with_the_same_bytes(tmp_path, settings):
+    path = _write_corpus(tmp_path / "c.jsonl", 4_000)
+    settings = {**settings, "corpus": str(path), "shard_tokens": 20_000}
+    produce(tmp_path / "whole", **settings)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "training.prepare", "--output", str(out), "--num_workers", "1"]
+    for name in ("corpus", "tokenizer", "shard_tokens", "val_tokens"):
+        command += [f"--{name}", str(settings[name])]
+    killed_with = []
+    for wanted in (0, 1, 4):  # shards on disk at which it is killed
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            while process.poll() is None:
+                manifest = Manifest.read(out)
+                if manifest is not None and len(manifest.shards) >= wanted and (children := _children(process.pid)):
+                    break
+                time.sleep(0.002)
+            else:
+                pytest.fail(f"ended by itself with {process.returncode}")
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        killed_with.append(len(Manifest.read(out).shards))
+        deadline = time.monotonic() + 20
+        while any(map(_is_alive, children)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(_is_alive, children))
+    assert not Manifest.read(out).complete, killed_with
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert _bytes(out) == _bytes(tmp_path / "whole")
+
+
+# A tokenizer trained on the corpus
+
+
+def test_trained_tokenizer_is_saved_and_never_saw_validation(tmp_path, settings):
+    path = tmp_path / "c.jsonl"
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for i in range(300):
+            words = ["xylophone"] * 30 if i < 20 else rng.choices(WORDS, k=60)
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    folder = produce(tmp_path / "out", **{**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 500})
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert folder.vocab_size == tokenizer.vocab_size == 290
+    assert folder.manifest.tokenizer == "bpe-290"
+    assert "xylophone" in tokenizer.decode(folder.val_shard.read().tolist())
+    assert not any("xyl" in tokenizer.decode([i]) for i in range(290))
+
+
+def test_more_is_set_aside_when_validation_turns_out_longer(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr("training.data.tokenizer_training._RESERVED_CHARACTERS_PER_TOKEN", 1)
+    lines: list[str] = []
+    produce(tmp_path / "out", **{**settings, "tokenizer": "train:300", "report": lines.append})
+    assert len([line for line in lines if "training a vocabulary" in line]) > 1
+
+
+def test_one_document_can_be_cut_between_validation_and_tokenizer_training(tmp_path, settings):
+    path = tmp_path / "c.txt"
+    path.write_text("xylophone " * 400 + " ".join(WORDS * 300))
+    settings = {**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 600, "shard_tokens": 1000}
+    produce(tmp_path / "out", **settings)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert not any("xylo" in tokenizer.decode([i]) for i in range(290))
+
+
+def test_interrupted_producer_keeps_the_tokenizer_that_it_trained(tmp_path, settings, monkeypatch):
+    settings = {**settings, "tokenizer": "train:300"}
+    produce(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 2)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    monkeypatch.setattr(producer, "train_tokenizer", None)  # training again would fail
+    produce(tmp_path / "out", **settings)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_corpus_that_validation_uses_up_trains_no_tokenizer(tmp_path, corpus, settings):
+    from training.data.corpus import open_corpus
+
+    with pytest.raises(InputError, match="found nothing behind them to train a tokenizer on"):
+        train_tokenizer(open_corpus(str(corpus)), 300, val_tokens=1_000_000, report=lambda line: None)
+
+
+# Nothing half-written
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"val_tokens": 10_000_000}, "expected a corpus of at least 10,000,002 tokens"),
+        ({"tokenizer": "train:30000"}, "found that it gives"),
+        ({"text_field": "body"}, "expected the field 'body'"),
+        ({"tokenizer": "nowhere"}, "expected a folder with a tokenizer.json"),
+        ({"corpus": "nowhere"}, "expected a corpus, found 'nowhere'"),
+        ({"shard_tokens": 0}, "expected shard_tokens of at least 2, found 0"),
+        ({"val_tokens": 0}, "expected val_tokens of at least 1, found 0"),
+        ({"max_tokens": -1}, "expected max_tokens of at least 2, found -1"),
+        ({"num_workers": -1}, "expected num_workers of at least 0, found -1"),
+    ],
+)
+@pytest.mark.parametrize("exists", [True, False])
+def test_user_mistake_leaves_the_output_as_it_was(tmp_path, settings, change, message, exists):
+    out = tmp_path / "out"
+    if exists:
+        out.mkdir()
+    with pytest.raises(InputError, match=message):
+        produce(out, **{**settings, **change})
+    assert out.exists() == exists
+    assert not exists or not list(out.iterdir())
+
+
+def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, settings, monkeypatch):
+    produce(tmp_path / "whole", **settings)
+    real, calls = os.fsync, []
+
+    def fsync(descriptor: int) -> None:
+        calls.append(descriptor)
+        if len(calls) > 12:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        with pytest.raises(InputError, match=r"No space left on device; free space.*finished shards are kept"):
+            produce(tmp_path / "out", **settings)
+    assert not list((tmp_path / "out").glob(f"*{UNFINISHED_SUFFIX}"))
+    assert ShardFolder.open(tmp_path / "out").shards
+    produce(tmp_path / "out", **settings)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_two_producers_do_not_fill_one_folder(tmp_path, settings):
+    with (tmp_path / LOCK_NAME).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="found another process at it"):
+            produce(tmp_path, **settings)
+    assert produce(tmp_path, **settings).complete  # a dead process holds no lock
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+def test_folder_with_other_files_is_refused(tmp_path, settings):
+    (tmp_path / "thesis.md").write_text("mine")
+    with pytest.raises(InputError, match="found other files in"):
+        produce(tmp_path, **settings)
+    with pytest.raises(InputError, match=r"found the file .*thesis\.md"):
+        produce(tmp_path / "thesis.md", **settings)
+    with pytest.raises(InputError, match="Not a directory"):
+        produce(tmp_path / "thesis.md" / "out", **settings)
+    assert _bytes(tmp_path) == {"thesis.md": b"mine"}
+
+
+def test_folder_with_another_programs_shards_is_refused(tmp_path, settings):
+    np.save(tmp_path / "edufineweb_val_000000", np.arange(9, dtype=np.uint16))
+    with pytest.raises(InputError, match="found shards without a manifest"):
+        produce(tmp_path, **settings)
+
+
+def test_progress_is_told_by_lines_where_there_is_no_terminal(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(producer, "SECONDS_BETWEEN_REPORTS", 0.0)
+    lines: list[str] = []
+    produce(tmp_path / "out", **{**settings, "report": lines.append})
+    assert "tokens at" in lines[-1]
+    assert "documents" in lines[-1]
+
+
+def _end(item: int) -> int:
+    if item == 3:
+        os._exit(1)
+    return item
+
+
+def test_killed_worker_is_one_clear_error():
+    with pytest.raises(InputError, match="found one killed"):
+        list(map_in_order(_end, range(50), num_workers=1))
