@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
-from gpt2_scratch.errors import InputError, run_command
+from gpt2_scratch_errors import InputError, run_command
 
 
 class CountingStreamer(TextStreamer):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.batch import plan_batch
 
 

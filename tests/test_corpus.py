@@ -8,7 +8,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.data.corpus import corpus_name, open_corpus
 from training.data.installed_docs import docstrings_of_source, gather_docstrings, installed_revision
 

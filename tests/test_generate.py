@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
-from gpt2_scratch.errors import run_command
 from gpt2_scratch.generate import main
+from gpt2_scratch_errors import run_command
 
 
 @pytest.fixture(scope="module")

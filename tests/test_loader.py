@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.batch import plan_batch
 from training.data.loader import IGNORED, TrainingWindows, training_loader, validation_batches
 from training.data.order import Order

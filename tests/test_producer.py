@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.data import producer
 from training.data.manifest import UNFINISHED_SUFFIX, Manifest
 from training.data.producer import LOCK_NAME, produce

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.recipe import QUICKSTART, RECIPES, Recipe, load_recipe
 from training.train import parse_recipe
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.data.manifest import UNFINISHED_SUFFIX, Manifest
 from training.data.shards import ShardFolder, ShardWriter, holds_foreign_shards
 

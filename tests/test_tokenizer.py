@@ -9,7 +9,7 @@ import tiktoken
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.data.tokenizer import GPT2_PATTERN, Tokenizer, load_tokenizer, parse_train_spec, train_bpe
 
 SHARED_DATA = Path(os.environ.get("GPT2_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))

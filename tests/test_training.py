@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training import build
 from training.checkpoint import TrainerState, checkpoints
 from training.loop import train

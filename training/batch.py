@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available, set_seed
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.recipe import Recipe
 
 if TYPE_CHECKING:

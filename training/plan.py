@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan, plan_batch
 from training.checkpoint import TrainerState, find_resume_point
 from training.data.loader import validation_windows

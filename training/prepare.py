@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the command; flags are read before anything heavy is imported."""
     arguments = build_parser().parse_args()
-    from gpt2_scratch.errors import run_command
+    from gpt2_scratch_errors import run_command
 
     run_command(lambda: prepare(arguments))
 

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"

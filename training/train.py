@@ -13,7 +13,7 @@ if __name__ == "__main__":
     # Python put training/ first; the project's root belongs there, so that nothing here can shadow a library's module.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from gpt2_scratch.errors import InputError, run_command
+from gpt2_scratch_errors import InputError, run_command
 from training.recipe import QUICKSTART, Recipe, field_types, load_recipe, nearest
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.data.installed_docs import gather_docstrings, installed_revision, package_roots
 
 INSTALLED_DOCS = "installed-docs"

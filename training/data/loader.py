@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan
 from training.data.order import Order
 from training.data.shards import Shard

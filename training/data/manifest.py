@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.data.corpus import DEFAULT_HUB_CONFIG, HUB_CORPORA, Corpus, corpus_name, open_corpus
 from training.data.manifest import UNFINISHED_SUFFIX, Manifest, manifest_path, sync_folder
 from training.data.shards import ShardFolder, ShardWriter, holds_foreign_shards

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 from training.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, Split, write_whole
 
 _FOREIGN_NAME = re.compile(r"(?:^|.*[_-])(?P<split>val|train)(?:[_-]\d+)?\.(?:npy|bin)")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
-from gpt2_scratch.errors import InputError
+from gpt2_scratch_errors import InputError
 
 END_OF_TEXT = "<|endoftext|>"
 

@@ -68,7 +68,7 @@ def map_in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        from gpt2_scratch.errors import InputError  # here, because it costs a worker seconds
+        from gpt2_scratch_errors import InputError  # here, because it costs a worker seconds
 
         raise InputError(
             f"expected {num_workers} worker processes to finish, found one killed (out of memory?); "

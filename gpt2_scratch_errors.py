@@ -1,11 +1,18 @@
-"""How a person's mistake reaches the person: one line and a non-zero exit code, never a traceback."""
+"""How a person's mistake reaches the person: one line and a non-zero exit code, never a traceback.
+
+A module of its own beside the packages that use it: importing the package `gpt2_scratch` imports transformers, which takes
+seconds that a mistyped flag, `--help` or a tokenising worker process should not cost.
+"""
 
 import sys
 from collections.abc import Callable
 
 
 class InputError(ValueError):
-    """Something that a person gave cannot be used; the message says what was expected, what was found, and the way out."""
+    """Something that a person gave cannot be used.
+
+    The message is one line: what was expected, what was found, and the way out.
+    """
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -1,0 +1,82 @@
+"""Rules that hold for the whole project."""
+
+import ast
+import configparser
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted(path for name in ("gpt2_scratch", "evaluation", "training") for path in (ROOT / name).rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute modules that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            found.add(node.module)
+    return found
+
+
+def test_imports_point_one_way() -> None:
+    allowed = {"gpt2_scratch": set(), "evaluation": {"gpt2_scratch"}, "training": {"gpt2_scratch", "evaluation"}}
+    for path in SOURCES:
+        package = path.relative_to(ROOT).parts[0]
+        used = {name.split(".")[0] for name in imports(path)} & set(allowed)
+        assert used - {package} <= allowed[package], path
+
+
+def test_no_script_folder_shadows_a_module() -> None:
+    installed = {"datasets", "evaluate", "tokenizers", "transformers", "accelerate", "tiktoken", "torch", "wandb"}
+    for folder in ("training", "evaluation"):
+        names = {path.stem for path in (ROOT / folder).iterdir() if path.suffix == ".py" or path.is_dir()}
+        assert not names & (installed | set(sys.stdlib_module_names)), folder
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_file_grows_past_four_hundred_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 420
+    assert path.stem != "utils"
+
+
+def test_every_requirement_is_pinned() -> None:
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    wanted = setup["options"]["install_requires"] + "".join(setup["options.extras_require"].values())
+    names = {re.split(r"[<>=\[]", line)[0].lower() for line in wanted.split() if not line.startswith("%")}
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
+    assert names <= {pin.split("==")[0].lower() for pin in pins}
+    assert "torch==2.13.0" in pins
+
+
+def test_recipes_travel_with_the_package() -> None:
+    from training.recipe import QUICKSTART
+
+    setup = configparser.ConfigParser(interpolation=None)
+    setup.read(ROOT / "setup.cfg")
+    assert setup["options.package_data"]["training"] == "recipes/*.yaml"
+    assert QUICKSTART.is_file()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_reads_every_configuration(path: Path) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == {"cpu": 1, "single_gpu": 1, "cpu_2_processes": 2, "ddp_8xa100": 8}[path.stem]
+    assert bool(config.use_cpu) == path.stem.startswith("cpu")
+
+
+def test_the_readme_names_only_files_that_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text()
+        for name in re.findall(
+            r"(?:training|accelerate_configs|gpt2_scratch|evaluation|tests|benchmarks)/[\w./-]+\.\w+", text
+        ):
+            assert (ROOT / name).exists() or "NAME" in name, f"{document}: {name}"
