@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from gpt2_scratch_errors import InputError
+from training.atomic import UNFINISHED_SUFFIX
 from training.data import producer
-from training.data.manifest import UNFINISHED_SUFFIX, Manifest
+from training.data.manifest import Manifest
 from training.data.producer import LOCK_NAME, produce
 from training.data.shards import ShardFolder, ShardWriter
 from training.data.tokenizer import Tokenizer, train_bpe

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_scratch_errors import InputError
-from training.data.manifest import UNFINISHED_SUFFIX, Manifest
+from training.atomic import UNFINISHED_SUFFIX
+from training.data.manifest import Manifest
 from training.data.shards import ShardFolder, ShardWriter, holds_foreign_shards
 
 END = 300  # of text

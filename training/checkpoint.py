@@ -8,7 +8,6 @@ older ones are removed only after that. Nothing is pickled.
 """
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from gpt2_scratch_errors import InputError
+from training.atomic import sync
 from training.data.tokenizer import Tokenizer
 from training.recipe import Recipe
 
@@ -156,7 +156,7 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> No
 def publish(unfinished: Path, target: Path) -> None:
     """Give a finished folder its name: its files reach the disk first, and an older folder of that name makes way."""
     for path in [*unfinished.rglob("*"), unfinished]:
-        _sync(path)
+        sync(path)
     if target.exists():
         replaced = target.with_name(f".replaced-{target.name}")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -165,15 +165,7 @@ def publish(unfinished: Path, target: Path) -> None:
         shutil.rmtree(replaced)
     else:
         unfinished.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(target.parent)
 
 
 def _flat(state: _Moments) -> dict[str, torch.Tensor]:

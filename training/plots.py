@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.references import VALIDATION_LOSS
+from training.atomic import write_whole
 
 
 def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
@@ -60,6 +61,4 @@ def plot_curves(path: Path, metrics: list[dict[str, Any]], *, title: str, corpus
     axes.grid(alpha=0.2)
     if training or validation:
         axes.legend(loc="upper right")
-    temporary = path.with_name(f".{path.name}.tmp")
-    FigureCanvasAgg(figure).print_png(temporary)
-    temporary.replace(path)
+    write_whole(path, FigureCanvasAgg(figure).print_png)

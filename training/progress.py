@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from training.atomic import write_whole
+
 # Dense bf16 matrix products, FLOP/s, from the vendors' data sheets. Longer names first: "H100 PCIe" is an "H100" too.
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -167,9 +169,7 @@ def _reopened(path: Path, keep: Any) -> TextIO:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and keep(line)]
         if len(kept) < len(lines):
-            temporary = path.with_name(path.name + ".tmp")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(path)
+            write_whole(path, lambda stream: stream.write("".join(kept).encode()))
     return path.open("a", encoding="utf-8")
 
 

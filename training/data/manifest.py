@@ -1,18 +1,15 @@
-"""The manifest of a shard folder, and how a file there appears whole or not at all."""
+"""The manifest of a shard folder: where the shards came from, and which there are."""
 
-import hashlib
 import json
-import os
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Literal
 
 from gpt2_scratch_errors import InputError
+from training.atomic import write_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-UNFINISHED_SUFFIX = ".unfinished"
 DTYPES = ("uint16", "uint32")
 
 Split = Literal["val", "train"]
@@ -101,40 +98,6 @@ class Manifest:
             raise _broken_manifest(path, f"dtype {data['dtype']}")
         shards = tuple(ShardRecord(**record) for record in records)
         return cls(**{**data, "shards": shards})
-
-
-class _HashingStream:
-    """A file open for writing that knows the sha256 of what went into it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self._stream.write(data)
-
-
-def write_whole(path: Path, write: Callable[[Any], object]) -> str:
-    """Make `path` of what `write` puts into a stream, whole or not at all, and return its sha256."""
-    unfinished = path.with_name(path.name + UNFINISHED_SUFFIX)
-    with unfinished.open("wb") as file:
-        stream = _HashingStream(file)
-        write(stream)
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
-    sync_folder(path.parent)
-    return stream.digest.hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Force the folder's list of names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _broken_manifest(path: Path, found: str) -> InputError:

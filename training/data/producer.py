@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from gpt2_scratch_errors import InputError
+from training.atomic import UNFINISHED_SUFFIX, sync
 from training.data.corpus import DEFAULT_HUB_CONFIG, HUB_CORPORA, Corpus, corpus_name, open_corpus
-from training.data.manifest import UNFINISHED_SUFFIX, Manifest, manifest_path, sync_folder
+from training.data.manifest import Manifest, manifest_path
 from training.data.shards import ShardFolder, ShardWriter, holds_foreign_shards
 from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.data.tokenizer_training import train_tokenizer
@@ -248,9 +249,8 @@ def _begin(
     )
     tokenizer.save(output)
     for name in TOKENIZER_FILES:
-        with (output / name).open("rb") as stream:
-            os.fsync(stream.fileno())
-    sync_folder(output)
+        sync(output / name)
+    sync(output)
     manifest.write(output)
     return tokenizer, manifest
 

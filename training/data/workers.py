@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 import numpy as np
 import tiktoken
 
+from gpt2_scratch_errors import InputError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -68,8 +70,6 @@ def map_in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        from gpt2_scratch_errors import InputError  # here, because it costs a worker seconds
-
         raise InputError(
             f"expected {num_workers} worker processes to finish, found one killed (out of memory?); "
             "run again with a smaller --num_workers: finished shards are kept"
