@@ -13,6 +13,14 @@ from transformers import GenerationConfig, PreTrainedConfig
 # Variants of GPT-2's attention that exist in `transformers` and not here. False is what we do anyway.
 _NOT_IMPLEMENTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
 
+# Where a folder's own code keeps the classes that the Auto classes look for under `trust_remote_code=True`.
+AUTO_MAP = {
+    "AutoConfig": "configuration_gpt2_scratch.GPT2ScratchConfig",
+    "AutoModel": "modeling_gpt2_scratch.GPT2ScratchModel",
+    "AutoModelForCausalLM": "modeling_gpt2_scratch.GPT2ScratchForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_gpt2_scratch.GPT2ScratchForSequenceClassification",
+}
+
 # Keys without a meaning for this model which stand in config.json files of GPT-2, from every age of `transformers`.
 _WITHOUT_EFFECT = {
     *("n_ctx", "n_special", "predict_special_tokens", "output_past", "gradient_checkpointing", "task_specific_params"),

@@ -11,27 +11,26 @@ What it costs: a token takes about 2 FLOPs per parameter forward and 4 backward,
 12 * n_layer * n_embd * seq in all. A key-value cache holds 2 * n_layer * n_embd numbers per token.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .linear_cross_entropy import linear_cross_entropy
+from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel, residual_projection
 
 
 def eager_attention(
@@ -68,16 +67,6 @@ def eager_attention(
     weights = F.softmax(scores, dim=-1).type(value.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return torch.matmul(weights, value).transpose(1, 2), weights
-
-
-def residual_projection(n_in: int, n_embd: int) -> Conv1D:
-    """Return the affine layer by which attention or MLP enters the residual stream, marked for its smaller init.
-
-    The mark is on the layer itself because `_init_weights` never sees modules that own no parameters.
-    """
-    projection = Conv1D(n_embd, n_in)
-    projection.enters_residual_stream = True
-    return projection
 
 
 class GPT2ScratchAttention(nn.Module):
@@ -159,55 +148,13 @@ class GPT2ScratchBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-class GPT2ScratchPreTrainedModel(PreTrainedModel):
-    """What the ecosystem asks of a model: how weights begin, what it supports, how it is saved."""
+class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
+    """GPT-2 without its head: token ids in, one vector per token out."""
 
-    config_class = GPT2ScratchConfig
-    config: GPT2ScratchConfig
-    base_model_prefix = "transformer"
-    supports_gradient_checkpointing = True
-    _no_split_modules = ["GPT2ScratchBlock"]  # noqa: RUF012 - the base class reads plain lists and dicts
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    # Old checkpoints carry the causal mask as a buffer of every layer.
-    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias"]  # noqa: RUF012
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs = {  # noqa: RUF012 - the base class reads a plain dict
         "hidden_states": GPT2ScratchBlock,
         "attentions": OutputRecorder(GPT2ScratchAttention, index=1),
     }
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Draw weights from N(0, initializer_range), biases zero, LayerNorm the identity.
-
-        Projections into the residual stream are drawn smaller by sqrt(2 * n_layer): that many of them are summed up,
-        and so the variance of the stream does not grow with depth (Radford et al. 2019, section 2.3).
-        """
-        super()._init_weights(module)
-        if isinstance(module, Conv1D):
-            std = self.config.initializer_range
-            if getattr(module, "enters_residual_stream", False):
-                std /= math.sqrt(2 * self.config.n_layer)
-            init.normal_(module.weight, mean=0.0, std=std)
-            init.zeros_(module.bias)
-
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save weights, configuration and code, so that the folder loads under every Auto class it can serve."""
-        if self._auto_class is not None:
-            self.config.auto_map = {
-                "AutoConfig": "configuration_gpt2_scratch.GPT2ScratchConfig",
-                "AutoModel": "modeling_gpt2_scratch.GPT2ScratchModel",
-                "AutoModelForCausalLM": "modeling_gpt2_scratch.GPT2ScratchForCausalLM",
-            }
-        super().save_pretrained(save_directory, *args, **kwargs)
-
-
-class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
-    """GPT-2 without its head: token ids in, one vector per token out."""
 
     def __init__(self, config: GPT2ScratchConfig) -> None:
         super().__init__(config)
@@ -397,3 +344,22 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+class GPT2ScratchForSequenceClassification(GenericForSequenceClassification, GPT2ScratchPreTrainedModel):
+    """GPT-2 with a classifier on the last token of each sequence, for fine-tuning.
+
+    The forward pass is the one that Hugging Face's classifiers share: logits (batch, num_labels) at the last token that
+    is not `pad_token_id`, and a loss by the kind of labels.
+    """
+
+    base_model_prefix = "transformer"
+    new_head_prefix = "score."
+
+    def __init__(self, config: GPT2ScratchConfig) -> None:
+        # The shared class would build the base model through AutoModel, which asks for trust in remote code again.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.transformer = GPT2ScratchModel(config)
+        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
+        self.post_init()
