@@ -9,7 +9,7 @@ import torch
 
 from gpt2_scratch_errors import InputError
 from training.batch import plan_batch
-from training.data.loader import IGNORED, TrainingWindows, training_loader, validation_batches
+from training.data.loader import IGNORED, TrainingWindows, training_batches, validation_batches
 from training.data.order import Order
 from training.data.shards import Shard
 
@@ -37,11 +37,11 @@ def stream(shards: list[Shard], *, per_device: int, ranks: int, steps: range, wo
     windows = TrainingWindows(shards, order_of(shards), vocab_size=4000)
     per_step: list[list[int]] = [[] for _ in steps]
     for rank in range(ranks):
-        loader = training_loader(
-            windows, plan, rank=rank, first_step=steps.start, end_step=steps.stop, num_workers=workers
+        batches = list(
+            training_batches(windows, plan, rank=rank, first_step=steps.start, end_step=steps.stop, num_workers=workers)
         )
-        assert len(loader) == len(steps) * plan.accumulation_steps
-        for number, (inputs, _) in enumerate(loader):
+        assert len(batches) == len(steps) * plan.accumulation_steps
+        for number, (inputs, _) in enumerate(batches):
             assert inputs.shape == (per_device, SEQ)
             per_step[number // plan.accumulation_steps] += inputs[:, 0].tolist()
     return [sorted(firsts) for firsts in per_step]
@@ -81,7 +81,7 @@ def test_starting_a_loader_leaves_the_random_numbers_of_dropout_alone(shards: li
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    next(iter(training_loader(windows, plan, rank=0, first_step=0, end_step=2)))
+    next(training_batches(windows, plan, rank=0, first_step=0, end_step=2))
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -97,6 +97,15 @@ def test_an_id_outside_the_vocabulary_is_refused_with_its_place(shards: list[Sha
     windows = TrainingWindows(shards, order_of(shards), vocab_size=2384)
     with pytest.raises(InputError, match=r"count_train_000002.npy holds token id 2,384 at 384, .* 2,384 ids"):
         [windows[sample] for sample in range(len(windows))]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_id_met_while_training_is_one_line(workers: int, shards: list[Shard]) -> None:
+    plan = plan_batch(tokens_per_step=4 * SEQ, seq_len=SEQ, per_device=4, num_processes=1)
+    windows = TrainingWindows(shards, order_of(shards), vocab_size=100)
+    with pytest.raises(InputError, match=r"^shard .*count_train_000000.npy holds token id") as caught:
+        list(training_batches(windows, plan, rank=0, first_step=0, end_step=9, num_workers=workers))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("batch_size", "ranks"), [(1, 1), (4, 1), (7, 1), (2, 3), (5, 4)])

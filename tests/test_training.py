@@ -397,6 +397,19 @@ def test_bf16_trains_to_nearly_the_same_loss(tiny_recipe: Make, tmp_path: Path) 
     assert weights(Path(half.output_dir) / "model")["transformer.wte.weight"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("knob", ["activation_checkpointing", "compile"])
+def test_knobs_of_speed_and_memory_leave_the_losses_alone(knob: str, tiny_recipe: Make, tmp_path: Path) -> None:
+    plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=4, eval_steps=2, sample_steps=2)
+    train(plain)
+    changed = dataclasses.replace(plain, output_dir=str(tmp_path / "changed"), **{knob: True})
+    train(changed)
+    for key, loss in losses(plain).items():
+        # The compiler fuses operations, which rounds otherwise.
+        assert losses(changed)[key] == pytest.approx(loss, abs=1e-5), key
+    saved = weights(Path(changed.output_dir) / "model")
+    assert saved.keys() == weights(Path(plain.output_dir) / "model").keys()  # no `_orig_mod.`
+
+
 def test_the_card_names_no_path_of_the_machine(tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(max_steps=1)
     train(recipe)

@@ -3,7 +3,7 @@
 import datetime
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -83,7 +83,7 @@ def build_model(recipe: Recipe, tokenizer: "Tokenizer", weights: Path | None = N
     """
     from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 
-    dropout = {"embd_pdrop": recipe.dropout, "attn_pdrop": recipe.dropout, "resid_pdrop": recipe.dropout}
+    dropout: dict[str, Any] = {"embd_pdrop": recipe.dropout, "attn_pdrop": recipe.dropout, "resid_pdrop": recipe.dropout}
     source = weights or recipe.init_from
     set_seed(recipe.seed)
     try:

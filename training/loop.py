@@ -20,7 +20,7 @@ from training.checkpoint import (
     save_model,
 )
 from training.compression import ScoredText
-from training.data.loader import TrainingWindows, training_loader, validation_batches, validation_windows
+from training.data.loader import TrainingWindows, training_batches, validation_batches, validation_windows
 from training.hub import RunFacts, write_model_card
 from training.optimizer import build_optimizer
 from training.plan import Plan, plan_run, shard_identities
@@ -154,16 +154,14 @@ class Run:
     def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan, recipe = self.plan, self.plan.recipe
         windows = TrainingWindows(plan.folder.train_shards, plan.order, plan.tokenizer.vocab_size)
-        return iter(
-            training_loader(
-                windows,
-                plan.batch,
-                rank=self.accelerator.process_index,
-                first_step=plan.first_step,
-                end_step=plan.total_steps,
-                num_workers=recipe.dataloader_num_workers,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
+        return training_batches(
+            windows,
+            plan.batch,
+            rank=self.accelerator.process_index,
+            first_step=plan.first_step,
+            end_step=plan.total_steps,
+            num_workers=recipe.dataloader_num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
         )
 
     def _record(self, done: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:

@@ -95,7 +95,8 @@ def open_data(recipe: Recipe) -> tuple[ShardFolder, Tokenizer]:
                 "them; name the tokenizer that they were made with, such as gpt2"
             )
         folder, tokenizer = ShardFolder.open(path), load_tokenizer(recipe.tokenizer)
-        folder.check_ids(tokenizer.vocab_size)
+        # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
+        folder.check_ids(tokenizer.vocab_size, [folder.val_shard, *folder.train_shards[:1]])
         return folder, tokenizer
     if os.environ.get("LOCAL_RANK", "0") == "0":
         folder = produce(

@@ -74,7 +74,7 @@ class _RankBatches:
                 yield list(self.plan.samples(step, micro_step, self.rank))
 
 
-def training_loader(
+def training_batches(
     windows: TrainingWindows,
     plan: BatchPlan,
     *,
@@ -83,9 +83,9 @@ def training_loader(
     end_step: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-) -> "DataLoader[tuple[Tensor, Tensor]]":
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets, both (batch, seq): `plan.accumulation_steps` pairs for each step from first to end."""
-    return DataLoader(
+    loader = DataLoader(
         windows,
         batch_sampler=_RankBatches(plan, rank, first_step, end_step),
         num_workers=num_workers,
@@ -93,6 +93,11 @@ def training_loader(
         # A generator of its own: starting the loader must not draw from the one that dropout uses.
         generator=torch.Generator(),
     )
+    try:
+        yield from loader
+    except InputError as error:
+        # A read-ahead process sends its error as a report of many lines; the last one is the error itself.
+        raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
 
 
 def validation_batches(
