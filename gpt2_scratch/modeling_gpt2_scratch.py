@@ -148,6 +148,21 @@ class GPT2ScratchBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
+def check_ids(name: str, ids: Tensor, limit: int) -> None:
+    """Refuse ids outside 0 … limit - 1 with their name, instead of a bare IndexError.
+
+    Only where looking costs nothing: on a GPU it would wait for the device, and a compiled graph cannot.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in ids.aminmax())
+    if lowest < 0 or highest >= limit:
+        found = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"expected {name} from 0 to {limit - 1:,}, found {found:,}; check the tokenizer and the config"
+        )
+
+
 class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
     """GPT-2 without its head: token ids in, one vector per token out."""
 
@@ -198,8 +213,8 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
                 the attention implementation.
 
         Raises:
-            ValueError: when not exactly one of `input_ids` and `inputs_embeds` is given, or the sequence is longer
-                than n_positions.
+            ValueError: when not exactly one of `input_ids` and `inputs_embeds` is given, the sequence is longer than
+                n_positions, or, on a CPU, an id is outside its range.
         """
         for name in ("output_hidden_states", "output_attentions"):
             kwargs.pop(name, None)
@@ -212,7 +227,9 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             found = "neither" if input_ids is None else "both"
             raise ValueError(f"expected either input_ids or inputs_embeds, found {found}; pass exactly one")
         if inputs_embeds is None:
+            assert input_ids is not None
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)
+            check_ids("input_ids", input_ids, self.config.vocab_size)
             inputs_embeds = self.wte(input_ids)
 
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -226,6 +243,8 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         self._check_length(past_seq, inputs_embeds.shape[1], position_ids)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seq).unsqueeze(0)
+        else:
+            check_ids("position_ids", position_ids, self.config.n_positions)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -307,12 +326,15 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             logits_to_keep: logits of only the last so many tokens, or of these positions; 0 for all.
 
         Raises:
-            ValueError: when both `labels` and `shift_labels` are given.
+            ValueError: when both `labels` and `shift_labels` are given, or, on a CPU, a target is no token.
         """
         if labels is not None and shift_labels is not None:
             raise ValueError(
                 "expected labels or shift_labels, found both; pass the tokens themselves or shifted targets"
             )
+        targets = labels if shift_labels is None else shift_labels
+        if targets is not None:
+            check_ids("labels", targets.masked_fill(targets == -100, 0), self.config.vocab_size)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,

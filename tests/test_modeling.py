@@ -1,77 +1,12 @@
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
-from transformers.cache_utils import StaticCache
+from safetensors.torch import load_file
+from tiny_models import TINY, gradients, one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
+from transformers import GPT2Model
 
-from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchModel, modeling_gpt2_scratch
-
-TINY = {
-    "vocab_size": 97,
-    "n_positions": 48,
-    "n_embd": 32,
-    "n_layer": 3,
-    "n_head": 4,
-    "bos_token_id": 96,
-    "eos_token_id": 96,
-    "resid_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0,
-}
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Matrices this small are slower on two threads, which wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def tiny(**overrides):
-    torch.manual_seed(0)
-    # Weights ten times the usual make attention and predictions far from uniform.
-    return GPT2ScratchForCausalLM(
-        GPT2ScratchConfig(**{**TINY, "initializer_range": 0.2, "attn_implementation": "eager", **overrides})
-    ).eval()
-
-
-def pair(attn_implementation="eager", **overrides):
-    """Our model and the official one with the same weights."""
-    ours = tiny(attn_implementation=attn_implementation, **overrides)
-    config = GPT2Config(**{**TINY, "attn_implementation": attn_implementation, **overrides})
-    config.loss_type = "ForCausalLM"  # the official class guesses it, with a warning
-    official = GPT2LMHeadModel(config).eval()
-    official.load_state_dict(ours.state_dict())
-    return ours, official
-
-
-def tokens(batch=2, seq=20, seed=1):
-    return torch.randint(0, 96, (batch, seq), generator=torch.Generator().manual_seed(seed))
-
-
-def padded(side, lengths=(20, 13, 7)):
-    """Token ids, mask and position ids of sequences of several lengths."""
-    input_ids, mask = tokens(len(lengths)), torch.zeros(len(lengths), 20, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, slice(20 - length, None) if side == "left" else slice(0, length)] = 1
-    return {
-        "input_ids": input_ids * mask,
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(1) - 1).clamp(min=0),
-    }
-
-
-def gradients(model):
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
+from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 
 # --- parity with the official implementation --------------------------------------------------------------------------
 
@@ -259,17 +194,6 @@ def test_initial_weights_have_the_standard_deviations_of_gpt2():
             assert abs(parameter.mean().item()) < 0.05 * std, name
 
 
-def test_drawing_a_weight_anew_leaves_the_loaded_ones_alone(tmp_path):
-    model = tiny()
-    model.save_pretrained(tmp_path)
-    weights = load_file(tmp_path / "model.safetensors")
-    misfit = "transformer.h.1.attn.c_proj.weight"
-    save_file(weights | {misfit: torch.zeros(2, 2)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path, ignore_mismatched_sizes=True).state_dict()
-    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items() if name != misfit)
-    assert loaded[misfit].std().item() == pytest.approx(0.2 / math.sqrt(6), rel=0.1)
-
-
 def test_head_is_the_token_embedding_before_and_after_saving(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
@@ -347,123 +271,3 @@ def test_model_compiles_to_one_graph_forward_and_backward():
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
     for name, gradient in found[0][1].items():
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5)
-
-
-# --- errors -----------------------------------------------------------------------------------------------------------
-
-
-def test_sequence_longer_than_the_positions_is_refused():
-    model = tiny()
-    with pytest.raises(ValueError, match="sequence of 1,400 tokens exceeds n_positions=48; shorten it"):
-        model(tokens(1, 1400))
-    with pytest.raises(ValueError, match="sequence of 1,400 tokens"):
-        model(inputs_embeds=torch.zeros(1, 1400, 32))
-    with pytest.raises(ValueError, match="sequence of 49 tokens"):
-        model(tokens(1, 49), position_ids=torch.arange(49).unsqueeze(0))
-
-
-@pytest.mark.parametrize("static", [False, True])
-def test_cache_that_grows_past_the_positions_is_refused(static):
-    model = tiny()
-    cache = StaticCache(config=model.config, max_cache_len=64) if static else None
-    cache = model(tokens(1, 48), past_key_values=cache, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match="sequence of 49 tokens exceeds n_positions=48"):
-        model(tokens(1, 1), past_key_values=cache)
-
-
-def test_packed_documents_may_be_longer_in_all_than_the_positions():
-    packed = {"input_ids": tokens(1, 90), "position_ids": torch.arange(90).unsqueeze(0) % 45}
-    assert tiny()(**packed, use_cache=False).logits.shape == (1, 90, 97)
-
-
-def test_both_or_no_inputs_and_inputs_of_other_variants_are_refused():
-    model = tiny()
-    with pytest.raises(ValueError, match="found neither"):
-        model()
-    with pytest.raises(ValueError, match="found both"):
-        model(tokens(), inputs_embeds=torch.zeros(2, 20, 32))
-    with pytest.raises(ValueError, match="expected no token_type_ids"):
-        model(tokens(), token_type_ids=tokens())
-
-
-# --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def test_saving_a_loaded_model_gives_the_same_bytes(tmp_path):
-    tiny().save_pretrained(tmp_path / "first")
-    GPT2ScratchForCausalLM.from_pretrained(tmp_path / "first").save_pretrained(tmp_path / "second")
-    names = sorted(path.name for path in (tmp_path / "first").iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "second").iterdir())
-    assert {path.name for path in Path(modeling_gpt2_scratch.__file__).parent.glob("*_gpt2_scratch.py")} < set(names)
-    for name in names:
-        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
-
-
-@pytest.mark.parametrize("spelling", ["with prefix", "without prefix and with mask buffers"])
-def test_official_folder_loads_with_difference_zero(tmp_path, spelling):
-    _, official = pair()
-    official.save_pretrained(tmp_path)
-    if spelling != "with prefix":
-        weights = load_file(tmp_path / "model.safetensors")
-        weights = {name.removeprefix("transformer."): weight for name, weight in weights.items()}
-        weights |= {f"h.{i}.attn.bias": torch.ones(48, 48).tril().view(1, 1, 48, 48) for i in range(3)}
-        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    ours, report = GPT2ScratchForCausalLM.from_pretrained(
-        tmp_path, attn_implementation="eager", output_loading_info=True
-    )
-    assert not report["missing_keys"]
-    assert not report["unexpected_keys"]
-    assert torch.equal(ours(tokens()).logits, official(tokens()).logits)
-    base = GPT2ScratchModel.from_pretrained(tmp_path, attn_implementation="eager")
-    assert torch.equal(base(tokens()).last_hidden_state, official.transformer(tokens()).last_hidden_state)
-
-
-def test_our_weights_load_into_the_official_class(tmp_path):
-    ours, official = pair()
-    ours.save_pretrained(tmp_path)
-    loaded = GPT2LMHeadModel.from_pretrained(tmp_path, config=official.config)
-    assert torch.equal(loaded(tokens()).logits, ours(tokens()).logits)
-
-
-LOAD = """
-import sys, torch
-{imports}
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-torch.set_num_threads(1)
-options = dict({options})
-config = AutoConfig.from_pretrained({folder!r}, **options)
-model = AutoModelForCausalLM.from_pretrained({folder!r}, attn_implementation="eager", **options).eval()
-base = AutoModel.from_pretrained({folder!r}, attn_implementation="eager", **options).eval()
-assert (type(config).__name__, type(base).__name__) == ("GPT2ScratchConfig", "GPT2ScratchModel"), (config, base)
-out = model(torch.arange(20).view(1, 20), output_hidden_states=True)
-assert torch.equal(base(torch.arange(20).view(1, 20)).last_hidden_state, out.hidden_states[-1])
-torch.save(out.logits, {result!r})
-assert ("gpt2_scratch" in sys.modules) == {imported}
-model.save_pretrained({again!r})
-"""
-
-
-@pytest.mark.parametrize("code", ["installed", "from the folder"])
-def test_auto_classes_load_a_saved_folder_in_a_new_process(tmp_path, code):
-    model = tiny()
-    model.save_pretrained(tmp_path / "model")
-    installed = code == "installed"
-    script = LOAD.format(
-        imports="import gpt2_scratch" if installed else "",
-        options="" if installed else "trust_remote_code=True",
-        imported=installed,
-        folder=str(tmp_path / "model"),
-        again=str(tmp_path / "again"),
-        result=str(tmp_path / "logits.pt"),
-    )
-    (tmp_path / "load.py").write_text(script)
-    environment = {"PATH": "/usr/bin:/bin", "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
-    if installed:
-        environment["PYTHONPATH"] = str(ROOT)
-    # A script's folder, not the working directory, is on the path: gpt2_scratch is not imported by accident.
-    result = subprocess.run(
-        [sys.executable, "load.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), model(torch.arange(20).view(1, 20)).logits)
-    assert (tmp_path / "again" / "modeling_gpt2_scratch.py").exists()
