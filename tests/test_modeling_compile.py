@@ -1,0 +1,63 @@
+"""Under `torch.compile`: one graph, the same numbers, no recompilation while lengths change."""
+
+import pytest
+import torch
+from tiny_models import gradients, one_thread, tiny, tokens  # noqa: F401 - a fixture for all
+from torch._dynamo.testing import CompileCounter
+
+
+@pytest.fixture(autouse=True)
+def _forget_compiled_code():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+# Inductor itself uses a deprecated part of torch.jit.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_model_compiles_to_one_graph_forward_and_backward():
+    model = tiny(n_layer=1, attn_implementation="sdpa").train()
+    compiled = torch.compile(model, fullgraph=True)
+    input_ids = tokens()
+    found = []
+    for function in (model, compiled):
+        model.zero_grad()
+        loss = function(input_ids, shift_labels=input_ids.roll(-1, 1), use_cache=False).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=0)
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_lengths_of_an_evaluation_compile_once():
+    model = tiny(attn_implementation="sdpa")
+    # Tracing is what a new length would repeat; generating code for a CPU would only take longer.
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
+    with torch.no_grad():
+        for batch, seq in ((2, 20), (3, 13), (5, 48), (4, 2)):
+            input_ids = tokens(batch, seq)
+            mask = torch.ones_like(input_ids)
+            mask[0, : seq // 2] = 0
+            found = compiled(input_ids, attention_mask=mask, use_cache=False).logits
+            assert torch.equal(found, model(input_ids, attention_mask=mask, use_cache=False).logits)
+    assert counter.frame_count == 1
+
+
+def test_lengths_compile_at_most_twice_when_nothing_is_said_about_them():
+    model = tiny(n_layer=1, attn_implementation="sdpa")
+    counter = CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for seq in (20, 13, 31, 48, 2):
+            compiled(tokens(2, seq), shift_labels=tokens(2, seq), use_cache=False)
+    assert counter.frame_count == 2
+
+
+def test_state_dict_of_a_compiled_model_saves_and_loads(tmp_path):
+    model = tiny()
+    compiled = torch.compile(model, backend="eager")
+    compiled.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
