@@ -236,16 +236,16 @@ def roots(tmp_path: Path) -> list[Path]:
     return [stdlib, site]
 
 
-def test_each_docstring_appears_once_and_modules_stay_together(roots):
+def test_each_docstring_appears_once(roots):
     docstrings = gather_docstrings(roots, num_workers=0)
     assert len(docstrings) == len(set(docstrings)) == 450
-    for i in range(1, 150):  # the first has a copy elsewhere
-        assert docstrings[docstrings.index(f"{LONG} {i}.") + 1] == f"{LONG} f{i}."
 
 
-def test_beginning_is_drawn_from_all_packages(roots):
-    beginning = gather_docstrings(roots, num_workers=0)[:90]
-    assert 20 < sum(f"{LONG} s" in docstring for docstring in beginning) < 60
+def test_any_part_of_the_corpus_is_drawn_from_all_packages(roots):
+    docstrings = gather_docstrings(roots, num_workers=0)
+    for start in range(0, 450, 90):
+        # A third is from site-packages: 30 of 90, give or take a few standard deviations of 4.
+        assert 15 < sum(f"{LONG} s" in docstring for docstring in docstrings[start : start + 90]) < 45
 
 
 def test_docstrings_do_not_depend_on_processes_or_place(roots, tmp_path):

@@ -3,9 +3,9 @@
 Modules, classes and functions of the standard library and of everything in site-packages, read with `ast`: nothing is
 imported. It costs some 15 s of two cores for the 15,000 files that come with this project's dependencies.
 
-Files are ordered by the sha256 of their path below their root, and a file's documents stand in source order. So a
-module's docstrings stay together, and the beginning of the corpus, which validation takes, is whole modules drawn
-evenly from all packages. Paths of the machine play no part.
+Documents are ordered by the sha256 of their text. So the beginning of the corpus, which validation takes, is drawn
+evenly from all packages, and neither the machine's paths nor the order of its files play a part. Exact duplicates are
+dropped; docstrings that differ in a few words are common in such packages and stay, in training and in validation.
 """
 
 import ast
@@ -40,15 +40,16 @@ def installed_revision(roots: Sequence[Path]) -> str:
 
 
 def gather_docstrings(roots: Sequence[Path], *, num_workers: int | None = None) -> list[str]:
-    """Return the docstrings of all source files below `roots`, each text once, in the corpus's order.
+    """Return the docstrings of all source files below `roots`, each text once, in the order of their hashes.
 
     Files that do not parse, or that hold no triple-quoted string, give none.
     """
-    paths = [path for _, _, path in sorted(_source_files(roots))]
+    paths = list(_source_files(roots))
     tasks = [paths[i : i + _FILES_PER_TASK] for i in range(0, len(paths), _FILES_PER_TASK)]
     # Fewer processes than tasks: starting one takes longer than a task.
     results = map_in_order(_docstrings_of_files, tasks, num_workers=0 if len(tasks) < 2 else num_workers)
-    return list(dict.fromkeys(docstring for docstrings in results for docstring in docstrings))
+    texts = {docstring for docstrings in results for docstring in docstrings}
+    return sorted(texts, key=lambda text: hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest())
 
 
 def docstrings_of_source(source: bytes) -> list[str]:
@@ -89,15 +90,10 @@ def _docstrings_of_files(paths: Sequence[str]) -> list[str]:
     return docstrings
 
 
-def _source_files(roots: Sequence[Path]) -> Iterator[tuple[bytes, int, str]]:
-    """Yield (hash of the relative path, number of its root, path) of each source file, unordered."""
-    for number, root in enumerate(roots):
+def _source_files(roots: Sequence[Path]) -> Iterator[str]:
+    for root in roots:
         for folder, subfolders, files in os.walk(root):
             if folder == str(root):
                 # The standard library's folder holds the site-packages of an interpreter without environment.
                 subfolders[:] = [name for name in subfolders if name not in ("site-packages", "dist-packages")]
-            for file in files:
-                if file.endswith(".py"):
-                    path = Path(folder, file)
-                    relative = path.relative_to(root).as_posix()
-                    yield hashlib.sha256(os.fsencode(relative)).digest(), number, str(path)
+            yield from (str(Path(folder, file)) for file in files if file.endswith(".py"))
