@@ -307,7 +307,6 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -318,20 +317,18 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         Arguments:
             input_ids: as for `GPT2ScratchModel`, like all arguments that are not listed here.
             labels: (batch, seq) the tokens themselves; shifted by one here. -100 is ignored.
-            shift_labels: (batch, seq) targets that are shifted already: `shift_labels[:, t]` follows
-                `input_ids[:, t]`. The logits are never formed as a whole, and `logits` is None. Where we differ from
-                Hugging Face: there it must come together with `labels`.
             num_items_in_batch: number of targets that the summed loss is divided by, the mean over the targets that
                 are not ignored when None. A tensor, because under compile every new int costs a recompilation.
             logits_to_keep: logits of only the last so many tokens, or of these positions; 0 for all.
+            kwargs: `shift_labels`, (batch, seq) targets that are shifted already: `shift_labels[:, t]` follows
+                `input_ids[:, t]`. Where we differ from Hugging Face: alone, without `labels`, they give the loss
+                without the logits being formed as a whole, and `logits` is None. It has no place among the named
+                arguments because Trainer would evaluate only batches with every label that is named there.
 
         Raises:
-            ValueError: when both `labels` and `shift_labels` are given, or, on a CPU, a target is no token.
+            ValueError: on a CPU, when a target is no token.
         """
-        if labels is not None and shift_labels is not None:
-            raise ValueError(
-                "expected labels or shift_labels, found both; pass the tokens themselves or shifted targets"
-            )
+        shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         targets = labels if shift_labels is None else shift_labels
         if targets is not None:
             check_ids("labels", targets.masked_fill(targets == -100, 0), self.config.vocab_size)
@@ -347,7 +344,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state  # (batch, seq, n_embd)
 
         loss, logits = None, None
-        if shift_labels is not None:
+        if shift_labels is not None and labels is None:
             reduction = "mean" if num_items_in_batch is None else "sum"
             loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, reduction=reduction)
             if num_items_in_batch is not None:
@@ -357,7 +354,11 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             logits = self.lm_head(hidden_states[:, kept, :])  # (batch, kept, vocab_size)
             if labels is not None:
                 loss = self.loss_function(
-                    logits, labels, vocab_size=self.config.vocab_size, num_items_in_batch=num_items_in_batch
+                    logits,
+                    labels,
+                    vocab_size=self.config.vocab_size,
+                    num_items_in_batch=num_items_in_batch,
+                    shift_labels=shift_labels,
                 )
         return CausalLMOutputWithPast(
             loss=loss,

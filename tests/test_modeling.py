@@ -190,6 +190,9 @@ def test_shifted_targets_give_loss_and_gradients_of_labels(num_items_in_batch):
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_labels_and_shifted_labels_together_are_refused():
-    with pytest.raises(ValueError, match="expected labels or shift_labels, found both"):
-        tiny()(tokens(), labels=tokens(), shift_labels=tokens())
+def test_shifted_targets_beside_labels_give_what_the_official_model_does():
+    targets = tokens(seed=5)
+    one, other = (model(tokens(), labels=tokens(), shift_labels=targets) for model in pair())
+    assert torch.equal(one.loss, other.loss)
+    assert torch.equal(one.logits, other.logits)
+    torch.testing.assert_close(one.loss, tiny()(tokens(), shift_labels=targets).loss, rtol=1e-6, atol=0)
