@@ -9,9 +9,10 @@ import torch
 
 from gpt2_scratch_errors import InputError
 from training.batch import plan_batch
+from training.data.growing import TrainingShards
 from training.data.loader import IGNORED, TrainingWindows, training_batches, validation_batches
 from training.data.order import Order
-from training.data.shards import Shard
+from training.data.shards import Shard, ShardFolder
 
 SEQ = 16
 
@@ -31,10 +32,14 @@ def order_of(shards: list[Shard]) -> Order:
     return Order([shard.tokens for shard in shards], seq_len=SEQ, seed=1)
 
 
+def source(shards: list[Shard]) -> TrainingShards:
+    return TrainingShards(ShardFolder(shards[0].path.parent, tuple(shards), None), seq_len=SEQ, seed=1)
+
+
 def stream(shards: list[Shard], *, per_device: int, ranks: int, steps: range, workers: int = 0) -> list[list[int]]:
     """First token of every window, step by step, gathered over all ranks."""
     plan = plan_batch(tokens_per_step=16 * SEQ, seq_len=SEQ, per_device=per_device, num_processes=ranks)
-    windows = TrainingWindows(shards, order_of(shards), vocab_size=4000)
+    windows = TrainingWindows(source(shards), vocab_size=4000)
     per_step: list[list[int]] = [[] for _ in steps]
     for rank in range(ranks):
         batches = list(
@@ -49,7 +54,7 @@ def stream(shards: list[Shard], *, per_device: int, ranks: int, steps: range, wo
 
 def test_targets_are_the_inputs_one_further_and_stand_where_the_order_says(shards: list[Shard]) -> None:
     order = order_of(shards)
-    windows = TrainingWindows(shards, order, vocab_size=4000)
+    windows = TrainingWindows(source(shards), vocab_size=4000)
     for sample in range(len(windows)):
         place = order.locate(sample)
         inputs, targets = windows[sample]
@@ -77,7 +82,7 @@ def test_read_ahead_processes_give_the_same_batches(shards: list[Shard]) -> None
 
 def test_starting_a_loader_leaves_the_random_numbers_of_dropout_alone(shards: list[Shard]) -> None:
     plan = plan_batch(tokens_per_step=4 * SEQ, seq_len=SEQ, per_device=4, num_processes=1)
-    windows = TrainingWindows(shards, order_of(shards), vocab_size=4000)
+    windows = TrainingWindows(source(shards), vocab_size=4000)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -86,7 +91,7 @@ def test_starting_a_loader_leaves_the_random_numbers_of_dropout_alone(shards: li
 
 
 def test_windows_travel_to_other_processes_without_their_memory_maps(shards: list[Shard]) -> None:
-    windows = TrainingWindows(shards, order_of(shards), vocab_size=4000)
+    windows = TrainingWindows(source(shards), vocab_size=4000)
     before = windows[3]
     assert len(pickle.dumps(windows)) < 4000
     assert torch.equal(pickle.loads(pickle.dumps(windows))[3][0], before[0])
@@ -94,7 +99,7 @@ def test_windows_travel_to_other_processes_without_their_memory_maps(shards: lis
 
 def test_an_id_outside_the_vocabulary_is_refused_with_its_place(shards: list[Shard]) -> None:
     # The last whole window of the last shard ends at 384.
-    windows = TrainingWindows(shards, order_of(shards), vocab_size=2384)
+    windows = TrainingWindows(source(shards), vocab_size=2384)
     with pytest.raises(InputError, match=r"count_train_000002.npy holds token id 2,384 at 384, .* 2,384 ids"):
         [windows[sample] for sample in range(len(windows))]
 
@@ -102,7 +107,7 @@ def test_an_id_outside_the_vocabulary_is_refused_with_its_place(shards: list[Sha
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_bad_id_met_while_training_is_one_line(workers: int, shards: list[Shard]) -> None:
     plan = plan_batch(tokens_per_step=4 * SEQ, seq_len=SEQ, per_device=4, num_processes=1)
-    windows = TrainingWindows(shards, order_of(shards), vocab_size=100)
+    windows = TrainingWindows(source(shards), vocab_size=100)
     with pytest.raises(InputError, match=r"^shard .*count_train_000000.npy holds token id") as caught:
         list(training_batches(windows, plan, rank=0, first_step=0, end_step=9, num_workers=workers))
     assert "\n" not in str(caught.value)

@@ -14,9 +14,10 @@ import pytest
 
 from gpt2_scratch_errors import InputError
 from training.atomic import UNFINISHED_SUFFIX
-from training.data import producer
+from training.data import producer, reporting
+from training.data.folder_lock import LOCK_NAME
 from training.data.manifest import Manifest
-from training.data.producer import LOCK_NAME, produce
+from training.data.producer import produce
 from training.data.shards import ShardFolder, ShardWriter
 from training.data.tokenizer import Tokenizer, train_bpe
 from training.data.tokenizer_training import train_tokenizer
@@ -361,7 +362,7 @@ def test_folder_with_another_programs_shards_is_refused(tmp_path, settings):
 
 
 def test_progress_is_told_by_lines_where_there_is_no_terminal(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(producer, "SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(reporting, "SECONDS_BETWEEN_REPORTS", 0.0)
     lines: list[str] = []
     produce(tmp_path / "out", **{**settings, "report": lines.append})
     assert "tokens at" in lines[-1]

@@ -83,7 +83,11 @@ def build_model(recipe: Recipe, tokenizer: "Tokenizer", weights: Path | None = N
     """
     from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 
-    dropout: dict[str, Any] = {"embd_pdrop": recipe.dropout, "attn_pdrop": recipe.dropout, "resid_pdrop": recipe.dropout}
+    dropout: dict[str, Any] = {
+        "embd_pdrop": recipe.dropout,
+        "attn_pdrop": recipe.dropout,
+        "resid_pdrop": recipe.dropout,
+    }
     source = weights or recipe.init_from
     set_seed(recipe.seed)
     try:

@@ -20,7 +20,9 @@ from training.checkpoint import (
     save_model,
 )
 from training.compression import ScoredText
+from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
 from training.data.loader import TrainingWindows, training_batches, validation_batches, validation_windows
+from training.data.reporting import AtMostEvery
 from training.hub import RunFacts, write_model_card
 from training.optimizer import build_optimizer
 from training.plan import Plan, plan_run, shard_identities
@@ -39,7 +41,12 @@ def train(recipe: Recipe) -> None:
     Raises:
         InputError: from `plan_run`, before any work starts.
     """
-    plan = plan_run(recipe)
+    with ProducerBeside() as producer:
+        _train(plan_run(recipe, producer), producer)
+
+
+def _train(plan: Plan, producer: ProducerBeside) -> None:
+    recipe = plan.recipe
     if plan.is_complete:
         if os.environ.get("RANK", "0") == "0":
             print(f"The run in {recipe.output_dir} is complete: {plan.first_step:,} of {plan.total_steps:,} steps.")
@@ -52,6 +59,8 @@ def train(recipe: Recipe) -> None:
         recipe.save(plan.output_dir / "recipe.yaml")
     model = build_model(recipe, plan.tokenizer, plan.resume_from)
     run = Run(plan, accelerator, model)
+    if accelerator.is_main_process:
+        producer.say = run.log.say
     try:
         run.take_steps()
         run.finish()
@@ -153,15 +162,23 @@ class Run:
 
     def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan, recipe = self.plan, self.plan.recipe
-        windows = TrainingWindows(plan.folder.train_shards, plan.order, plan.tokenizer.vocab_size)
+        say = AtMostEvery(SECONDS_BETWEEN_LINES, self.log.say)
+
+        def waiting(step: int) -> None:
+            say(
+                f"step {step + 1} waits for the corpus: its shards are not ready yet, "
+                f"{len(plan.shards.shards)} training shards are"
+            )
+
         return training_batches(
-            windows,
+            TrainingWindows(plan.shards, plan.tokenizer.vocab_size),
             plan.batch,
             rank=self.accelerator.process_index,
             first_step=plan.first_step,
             end_step=plan.total_steps,
             num_workers=recipe.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
+            on_wait=waiting,
         )
 
     def _record(self, done: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:

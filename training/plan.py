@@ -8,13 +8,19 @@ from pathlib import Path
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan, plan_batch
 from training.checkpoint import TrainerState, find_resume_point
+from training.data.beside import ProducerBeside, producer_command
+from training.data.corpus import open_corpus
+from training.data.growing import TrainingShards
 from training.data.loader import validation_windows
-from training.data.manifest import manifest_path
+from training.data.manifest import Manifest
 from training.data.order import Order
-from training.data.producer import produce
+from training.data.request import ShardRequest
 from training.data.shards import ShardFolder, holds_foreign_shards
 from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
+from training.data.workers import usable_cpus
 from training.recipe import Recipe
+
+_SECONDS_BETWEEN_LOOKS = 0.3
 
 
 @dataclass(frozen=True)
@@ -23,9 +29,8 @@ class Plan:
 
     Attributes:
         recipe: every knob.
-        folder: the shards.
+        shards: the training shards and the order of their windows; they may still be growing.
         tokenizer: the shards' tokenizer.
-        order: the order in which their windows are drawn.
         batch: how a step falls on processes and forward passes.
         total_steps: where the run ends.
         resume_from: the checkpoint to go on from.
@@ -33,13 +38,17 @@ class Plan:
     """
 
     recipe: Recipe
-    folder: ShardFolder
+    shards: TrainingShards
     tokenizer: Tokenizer
-    order: Order
     batch: BatchPlan
     total_steps: int
     resume_from: Path | None
     first_step: int
+
+    @property
+    def folder(self) -> ShardFolder:
+        """The shard folder as it was last looked at."""
+        return self.shards.folder
 
     @property
     def output_dir(self) -> Path:
@@ -52,8 +61,11 @@ class Plan:
         return self.first_step >= self.total_steps and (self.output_dir / "model").is_dir()
 
 
-def plan_run(recipe: Recipe) -> Plan:
-    """Check the recipe against the output folder, the data and the number of processes, preparing the data when needed.
+def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
+    """Check the recipe against the output folder, the data and the number of processes.
+
+    When the shard folder is not complete, `producer` is started, and what is there is taken as soon as it can be
+    trained on.
 
     Raises:
         InputError: whatever would make the run fail, or another run than was asked for.
@@ -65,10 +77,10 @@ def plan_run(recipe: Recipe) -> Plan:
         per_device=recipe.per_device_train_batch_size,
         num_processes=int(os.environ.get("WORLD_SIZE", "1")),
     )
-    folder, tokenizer = open_data(recipe)
+    folder, tokenizer = open_data(recipe, producer)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
     try:
-        order = Order([shard.tokens for shard in folder.train_shards], seq_len=recipe.seq_len, seed=recipe.seed)
+        shards = TrainingShards(folder, seq_len=recipe.seq_len, seed=recipe.seed)
     except ValueError as error:
         raise InputError(
             f"{recipe.data_dir}: {error}; prepare a larger corpus, or train with a shorter seq_len"
@@ -76,48 +88,72 @@ def plan_run(recipe: Recipe) -> Plan:
     first_step = 0
     if resume_from is not None:
         state = TrainerState.read(resume_from)
-        _refuse_other_data(state, folder, tokenizer, recipe.data_dir)
+        refuse_other_data(state, folder, tokenizer, recipe)
         first_step = state.step
-    return Plan(recipe, folder, tokenizer, order, batch, total_steps(recipe, order), resume_from, first_step)
+    return Plan(recipe, shards, tokenizer, batch, total_steps(recipe, shards.order), resume_from, first_step)
 
 
-def open_data(recipe: Recipe) -> tuple[ShardFolder, Tokenizer]:
-    """The recipe's shards and their tokenizer; one process of each node first fills a folder that is not complete.
+def open_data(recipe: Recipe, producer: ProducerBeside) -> tuple[ShardFolder, Tokenizer]:
+    """The recipe's shards and their tokenizer; for a folder that is not complete, the first process of a node starts
+    the producer.
 
     Raises:
         InputError: the corpus, the folder or the tokenizer cannot be used, or do not go together.
     """
     path = Path(recipe.data_dir)
     if holds_foreign_shards(path):
-        if parse_train_spec(recipe.tokenizer) is not None:
-            raise InputError(
-                f"{path} holds ready shards without a manifest, so tokenizer {recipe.tokenizer} cannot be trained for "
-                "them; name the tokenizer that they were made with, such as gpt2"
-            )
-        folder, tokenizer = ShardFolder.open(path), load_tokenizer(recipe.tokenizer)
-        # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
-        folder.check_ids(tokenizer.vocab_size, [folder.val_shard, *folder.train_shards[:1]])
-        return folder, tokenizer
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        folder = produce(
-            path,
-            corpus=recipe.corpus,
-            corpus_config=recipe.corpus_config,
-            text_field=recipe.text_field,
-            tokenizer=recipe.tokenizer,
-            shard_tokens=recipe.shard_tokens,
-            val_tokens=recipe.validation_shard_tokens,
-        )
-    else:
-        folder = _wait_for_shards(path)
+        return _open_foreign_shards(path, recipe)
+    request = ShardRequest(
+        corpus=recipe.corpus,
+        corpus_config=recipe.corpus_config,
+        text_field=recipe.text_field,
+        tokenizer=recipe.tokenizer,
+        shard_tokens=recipe.shard_tokens,
+        val_tokens=recipe.validation_shard_tokens,
+    )
+    manifest = request.manifest_in(path)
+    if (manifest is None or not manifest.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
+        open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # refuses what is not there
+        workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        producer.start(producer_command(path, [*request.flags(), "--num_workers", str(workers)]))
+    folder = _wait_for_shards(path, producer, all_of_them=recipe.num_train_epochs is not None)
     return folder, Tokenizer.load(path)
 
 
-def _wait_for_shards(path: Path) -> ShardFolder:
-    """The folder that another process of this node fills, once it is complete; that process tells how far it is."""
-    while not (manifest_path(path).exists() and ShardFolder.open(path).complete):
-        time.sleep(1.0)
-    return ShardFolder.open(path)
+def _open_foreign_shards(path: Path, recipe: Recipe) -> tuple[ShardFolder, Tokenizer]:
+    if parse_train_spec(recipe.tokenizer) is not None:
+        raise InputError(
+            f"{path} holds ready shards without a manifest, so tokenizer {recipe.tokenizer} cannot be trained for "
+            "them; name the tokenizer that they were made with, such as gpt2"
+        )
+    folder, tokenizer = ShardFolder.open(path), load_tokenizer(recipe.tokenizer)
+    # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
+    folder.check_ids(tokenizer.vocab_size, [folder.val_shard, *folder.train_shards[:1]])
+    return folder, tokenizer
+
+
+def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
+    """Processes that tokenise beside training: the recipe's number, or a core for each that training leaves free."""
+    if recipe.preprocessing_num_workers is not None:
+        return recipe.preprocessing_num_workers
+    taken = local_processes * (1 + recipe.dataloader_num_workers)
+    return max(1, usable_cpus() - taken)
+
+
+def _wait_for_shards(path: Path, producer: ProducerBeside, *, all_of_them: bool) -> ShardFolder:
+    """The folder, once validation and the first training shard are whole; or all shards, whose number gives epochs
+    their length.
+
+    Raises:
+        InputError: the producer ended for a reason that will not go away.
+    """
+    while True:
+        manifest = Manifest.read(path)
+        if manifest is not None and (manifest.complete or (len(manifest.shards) > 1 and not all_of_them)):
+            producer.training_begins()
+            return ShardFolder.open(path)
+        producer.check()
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def total_steps(recipe: Recipe, order: Order) -> int:
@@ -139,13 +175,29 @@ def total_steps(recipe: Recipe, order: Order) -> int:
     return steps
 
 
-def _refuse_other_data(state: TrainerState, folder: ShardFolder, tokenizer: Tokenizer, data_dir: str) -> None:
+def refuse_other_data(state: TrainerState, folder: ShardFolder, tokenizer: Tokenizer, recipe: Recipe) -> None:
+    """Refuse to go on over other data than the checkpoint's run has seen; shards that came later are welcome.
+
+    Raises:
+        InputError: another tokenizer, other shards, or shards that came after an epoch of them was over.
+    """
     if state.tokenizer_fingerprint != tokenizer.fingerprint:
         raise InputError(
-            f"data_dir {data_dir} was made with another tokenizer than the checkpoint's run; name that run's data"
+            f"data_dir {recipe.data_dir} was made with another tokenizer than the checkpoint's run; "
+            "name that run's data"
         )
-    if state.shards != shard_identities(folder):
-        raise InputError(f"data_dir {data_dir} holds other shards than the checkpoint's run; name that run's data")
+    seen, found = state.shards, shard_identities(folder)
+    common = min(len(seen), len(found))
+    same = seen[:common] == found[:common] and (len(found) >= len(seen) or not folder.complete)
+    if same and len(found) > len(seen):
+        # Epoch 0 goes through the shards in their order, so more of them change nothing; later epochs had them all.
+        earlier = [shard.tokens for shard in folder.train_shards[: len(seen) - 1]]
+        windows = Order(earlier, seq_len=recipe.seq_len, seed=recipe.seed).windows_in_epoch(0)
+        same = state.tokens <= windows * recipe.seq_len
+    if not same:
+        raise InputError(
+            f"data_dir {recipe.data_dir} holds other shards than the checkpoint's run; name that run's data"
+        )
 
 
 def shard_identities(folder: ShardFolder) -> list[str]:

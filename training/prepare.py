@@ -4,6 +4,10 @@ May be ended at any time and run again: it goes on behind the last whole shard, 
 """
 
 import argparse
+import os
+import signal
+import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +18,9 @@ if TYPE_CHECKING:
 # The worker processes import this module: what is heavy is imported where it is used.
 
 DEFAULT_SHARD_TOKENS = 100_000_000
+
+_NICENESS_BESIDE_TRAINING = 5
+_SECONDS_TO_CLEAN_UP = 10.0
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -33,6 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--val_tokens", type=int, help="tokens in the validation shard; shard_tokens when not given")
     add("--max_tokens", type=int, help="stop after this many training tokens")
     add("--num_workers", type=int, help="tokenising processes, 0 for none beside this one; a core each when not given")
+    add(
+        "--beside",
+        action="store_true",
+        help="work as training wants it: give way to it, wait for another producer, end when standard input closes",
+    )
     return parser
 
 
@@ -41,7 +53,26 @@ def main() -> None:
     arguments = build_parser().parse_args()
     from gpt2_scratch_errors import run_command
 
+    signal.signal(signal.SIGTERM, _end)
+    if arguments.beside:
+        os.nice(_NICENESS_BESIDE_TRAINING)
+        threading.Thread(target=_end_with_standard_input, daemon=True).start()
     run_command(lambda: prepare(arguments))
+
+
+def _end(*_: object) -> None:
+    """End as Ctrl-C does, leaving nothing half-written; once, so that the cleaning up is not disturbed."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end_with_standard_input() -> None:
+    """End when the process at the other end of the pipe is gone, however it went."""
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_SECONDS_TO_CLEAN_UP)
+    os._exit(1)
 
 
 def prepare(arguments: argparse.Namespace) -> None:
@@ -59,6 +90,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         val_tokens=arguments.shard_tokens if arguments.val_tokens is None else arguments.val_tokens,
         max_tokens=arguments.max_tokens,
         num_workers=arguments.num_workers,
+        wait=arguments.beside,
         report=lambda line: print(line, flush=True),
     )
     print(summary(folder, time.perf_counter() - started))

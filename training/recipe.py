@@ -101,6 +101,9 @@ class Recipe:
     compile: bool = knob("torch.compile the model", False)
     activation_checkpointing: bool = knob("recompute activations in the backward pass to save memory", False)
     dataloader_num_workers: int = knob("processes that read batches ahead; 0 reads in the training process", 0)
+    preprocessing_num_workers: int | None = knob(
+        "processes that tokenise the corpus beside training; the cores that training leaves free when not given", None
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -130,6 +133,8 @@ class Recipe:
         for name in ("max_steps", "num_train_epochs", "max_tokens", "save_total_limit", "val_tokens", "n_positions"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "more than 0, or left out")
+        workers = self.preprocessing_num_workers
+        self._require("preprocessing_num_workers", workers is None or workers >= 0, "at least 0, or left out")
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
         self._require("min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")

@@ -69,7 +69,7 @@ class Corpus(ABC):
 
 
 def open_corpus(
-    corpus: str, *, corpus_config: str | None = None, text_field: str = "text", num_workers: int | None = None
+    corpus: str, corpus_config: str | None = None, *, text_field: str = "text", num_workers: int | None = None
 ) -> Corpus:
     """Return the corpus that is meant.
 

@@ -5,7 +5,8 @@ rank 0's stream to all. Reading is a copy out of a memory map; `torch.utils.data
 and pinning.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan
-from training.data.order import Order
+from training.data.growing import TrainingShards
 from training.data.shards import Shard
 
 IGNORED = -100  # the target that torch's cross-entropy, and ours, leave out
@@ -27,22 +28,22 @@ class TrainingWindows(Dataset[tuple[Tensor, Tensor]]):
         InputError: a token id that the model's vocabulary does not have; the shard and the place are named.
     """
 
-    def __init__(self, shards: Sequence[Shard], order: Order, vocab_size: int) -> None:
-        self.shards = shards
-        self.order = order
+    def __init__(self, source: TrainingShards, vocab_size: int) -> None:
+        self.source = source
         self.vocab_size = vocab_size
         self._open: dict[int, np.ndarray] = {}  # memory maps by shard; each read-ahead process opens its own
 
     def __len__(self) -> int:
-        """Samples of the first epoch; later epochs go on behind it."""
-        return self.order.windows_in_epoch(0)
+        """Samples of the first epoch, as far as its shards are there; later epochs go on behind it."""
+        return self.source.order.windows_in_epoch(0)
 
     def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
-        _, number, offset = self.order.locate(sample)
+        _, number, offset = self.source.locate(sample)
+        shard = self.source.shards[number]
         if number not in self._open:
-            self._open[number] = self.shards[number].read()
-        window = self._open[number][offset : offset + self.order.seq_len + 1].astype(np.int64)
-        return _inputs_and_targets(window, self.shards[number], offset, self.vocab_size)
+            self._open[number] = shard.read()
+        window = self._open[number][offset : offset + self.source.seq_len + 1].astype(np.int64)
+        return _inputs_and_targets(window, shard, offset, self.vocab_size)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}
@@ -60,16 +61,31 @@ def _inputs_and_targets(window: np.ndarray, shard: Shard, offset: int, vocab_siz
 
 
 class _RankBatches:
-    """Lists of sample indices for `DataLoader(batch_sampler=…)`, one for each of this rank's forward passes."""
+    """Lists of sample indices for `DataLoader(batch_sampler=…)`, one for each of this rank's forward passes.
 
-    def __init__(self, plan: BatchPlan, rank: int, first_step: int, end_step: int) -> None:
+    A step is begun when the shards of all its samples are there, those of other ranks too: whoever has to wait does so
+    here, and not in an exchange with the others that runs into a time-out.
+    """
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        rank: int,
+        first_step: int,
+        end_step: int,
+        source: TrainingShards,
+        on_wait: Callable[[int], None],
+    ) -> None:
         self.plan, self.rank, self.first_step, self.end_step = plan, rank, first_step, end_step
+        self.source, self.on_wait = source, on_wait
 
     def __len__(self) -> int:
         return (self.end_step - self.first_step) * self.plan.accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in range(self.first_step, self.end_step):
+            last = (step + 1) * self.plan.sequences_per_step - 1
+            self.source.wait_for(last, functools.partial(self.on_wait, step))
             for micro_step in range(self.plan.accumulation_steps):
                 yield list(self.plan.samples(step, micro_step, self.rank))
 
@@ -83,11 +99,15 @@ def training_batches(
     end_step: int,
     num_workers: int = 0,
     pin_memory: bool = False,
+    on_wait: Callable[[int], None] = lambda step: None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, both (batch, seq): `plan.accumulation_steps` pairs for each step from first to end."""
+    """Inputs and targets, both (batch, seq): `plan.accumulation_steps` pairs for each step from first to end.
+
+    While the shards of a step are not there yet, `on_wait` is called with the step, twice a second.
+    """
     loader = DataLoader(
         windows,
-        batch_sampler=_RankBatches(plan, rank, first_step, end_step),
+        batch_sampler=_RankBatches(plan, rank, first_step, end_step, windows.source, on_wait),
         num_workers=num_workers,
         pin_memory=pin_memory,
         # A generator of its own: starting the loader must not draw from the one that dropout uses.

@@ -7,13 +7,8 @@ the last end-of-text token on disk.
 
 import contextlib
 import errno
-import fcntl
-import os
 import re
-import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -21,67 +16,21 @@ import numpy as np
 
 from gpt2_scratch_errors import InputError
 from training.atomic import UNFINISHED_SUFFIX, sync
-from training.data.corpus import DEFAULT_HUB_CONFIG, HUB_CORPORA, Corpus, corpus_name, open_corpus
+from training.data.corpus import Corpus, open_corpus
+from training.data.folder_lock import locked
 from training.data.manifest import Manifest, manifest_path
-from training.data.shards import ShardFolder, ShardWriter, holds_foreign_shards
+from training.data.reporting import AtMostEvery, Progress
+from training.data.request import ShardRequest
+from training.data.shards import ShardFolder, ShardWriter
 from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.data.tokenizer_training import train_tokenizer
 from training.data.workers import EncodeDocuments, map_in_order
 
-LOCK_NAME = ".producer.lock"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
-SECONDS_BETWEEN_REPORTS = 10.0
+SECONDS_BETWEEN_WAITING_LINES = 60.0
 
 _CHARACTERS_PER_BATCH = 1 << 18
 _DOCUMENTS_PER_BATCH = 1024
-
-
-@dataclass(frozen=True)
-class _Request:
-    """What the folder is to hold."""
-
-    corpus: str
-    corpus_config: str | None
-    text_field: str
-    tokenizer: str
-    shard_tokens: int
-    val_tokens: int
-    max_tokens: int | None
-
-    def __post_init__(self) -> None:
-        for name, smallest in (("shard_tokens", 2), ("val_tokens", 1), ("max_tokens", 2)):
-            value = getattr(self, name)
-            if value is not None and value < smallest:
-                raise InputError(f"expected {name} of at least {smallest}, found {value}")
-
-    def differences(self, manifest: Manifest) -> list[str]:
-        """Return how the manifest's folder differs, a phrase each."""
-        asked = {
-            "corpus": corpus_name(self.corpus),
-            "corpus_config": self.corpus_config,
-            "text_field": self.text_field,
-            "shard_tokens": self.shard_tokens,
-            "val_tokens": self.val_tokens,
-        }
-        found = [
-            f"{name} {getattr(manifest, name)} instead of {value}"
-            for name, value in asked.items()
-            if getattr(manifest, name) != value
-        ]
-        vocab_size = parse_train_spec(self.tokenizer)
-        if vocab_size is not None or self.tokenizer == "gpt2":
-            name = f"bpe-{vocab_size}" if vocab_size is not None else "gpt2"
-            same = manifest.tokenizer == name
-        else:
-            same = manifest.tokenizer_fingerprint == load_tokenizer(self.tokenizer).fingerprint
-        if not same:
-            found.append(f"tokenizer {manifest.tokenizer} instead of {self.tokenizer}")
-        # A complete folder that was cut later, or not at all, has all that is asked for and more.
-        had, wanted = manifest.max_tokens, self.max_tokens
-        enough = had is None or (wanted is not None and wanted <= had)
-        if had != wanted and not (manifest.complete and enough):
-            found.append(f"max_tokens {had} instead of {wanted}")
-        return found
 
 
 def produce(
@@ -95,6 +44,7 @@ def produce(
     val_tokens: int,
     max_tokens: int | None = None,
     num_workers: int | None = None,
+    wait: bool = False,
     report: Callable[[str], None] = print,
 ) -> ShardFolder:
     """Return the folder with the corpus's shards, made, finished, or found ready.
@@ -109,25 +59,36 @@ def produce(
         val_tokens: tokens in the validation shard, which is the beginning of the corpus.
         max_tokens: stop after this many training tokens; None takes the whole corpus.
         num_workers: tokenising processes; 0 tokenises in this one, None takes all cores.
+        wait: when another process fills the folder, wait until it has, or take over when it dies.
         report: is given progress, a line at a time, where standard error is no terminal.
 
     Raises:
         InputError: the corpus or the tokenizer cannot be used, the folder holds something else, or the disk is full.
     """
-    if corpus in HUB_CORPORA:
-        corpus_config = corpus_config or DEFAULT_HUB_CONFIG
     if num_workers is not None and num_workers < 0:
         raise InputError(f"expected num_workers of at least 0, found {num_workers}")
     output = Path(output)
-    request = _Request(corpus, corpus_config, text_field, tokenizer, shard_tokens, val_tokens, max_tokens)
-    parse_train_spec(tokenizer)
-    if _checked_manifest(output, request) is not None:
+    request = ShardRequest(
+        corpus=corpus,
+        corpus_config=corpus_config,
+        text_field=text_field,
+        tokenizer=tokenizer,
+        shard_tokens=shard_tokens,
+        val_tokens=val_tokens,
+        max_tokens=max_tokens,
+    )
+    if request.manifest_in(output) is not None:
         folder = ShardFolder.open(output)
         if folder.complete:
             return folder
-    source = open_corpus(corpus, corpus_config=corpus_config, text_field=text_field, num_workers=num_workers)
+    source = open_corpus(request.corpus, request.corpus_config, text_field=text_field, num_workers=num_workers)
+    waiting_line = AtMostEvery(SECONDS_BETWEEN_WAITING_LINES, report)
+
+    def waiting() -> None:
+        waiting_line(f"another process fills {output}; waiting until it has")
+
     try:
-        with _locked(output):
+        with locked(output, on_wait=waiting if wait else None):
             _fill(output, source, request, num_workers, report)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
@@ -139,66 +100,11 @@ def produce(
     return ShardFolder.open(output)
 
 
-def _checked_manifest(output: Path, request: _Request) -> Manifest | None:
-    """Return the folder's manifest, None when it has none, after comparing it with what is asked for."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"expected a folder to write to, found the file {output}; give another --output")
-    manifest = Manifest.read(output)
-    if manifest is None:
-        if holds_foreign_shards(output):
-            raise InputError(
-                f"expected an empty folder or one of ours, found shards without a manifest in {output}; "
-                "train on them as they are, or give another --output"
-            )
-        return None
-    if differences := request.differences(manifest):
-        raise InputError(
-            f"expected what was asked for in {output}, found {', '.join(differences)}; "
-            "ask for the same, give another folder, or delete this one"
-        )
-    return manifest
-
-
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
-    """Keep other producers out of `output`, which is made if absent, and removed again if nothing came into it."""
-    path = output / LOCK_NAME
-    created = not output.exists()
-    if not created and not path.exists() and Manifest.read(output) is None and any(output.iterdir()):
-        raise InputError(
-            f"expected an empty folder or one of ours, found other files in {output}; give another --output"
-        )
-    output.mkdir(parents=True, exist_ok=True)
-    descriptor = _lock(path)
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)  # before the lock goes, so that nobody can hold the lock of a removed file
-        os.close(descriptor)
-        if created and not any(output.iterdir()):
-            output.rmdir()
-
-
-def _lock(path: Path) -> int:
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise InputError(
-                f"expected to fill {path.parent} alone, found another process at it; wait for it, or end it"
-            ) from None
-        os.close(descriptor)  # whoever held it has just removed it
-
-
 def _fill(
-    output: Path, source: Corpus, request: _Request, num_workers: int | None, report: Callable[[str], None]
+    output: Path, source: Corpus, request: ShardRequest, num_workers: int | None, report: Callable[[str], None]
 ) -> None:
     try:
-        manifest = _checked_manifest(output, request)  # another producer may have been at it until we had the lock
+        manifest = request.manifest_in(output)  # another producer may have been at it until we had the lock
         if manifest is None:
             tokenizer, manifest = _begin(output, source, request, report)
         elif manifest.complete:
@@ -211,10 +117,13 @@ def _fill(
         _go_on_behind_shards(writer, documents, ShardFolder.open(output), tokenizer)
         encode = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, manifest.dtype)
         encoded = map_in_order(encode, _batches(documents), num_workers=num_workers)
-        with _Progress(writer, report) as progress, contextlib.closing(encoded):
+        with Progress(tokens=writer.tokens, report=report) as progress, contextlib.closing(encoded):
             while not writer.full and (ids := next(encoded, None)) is not None:
                 writer.add(ids)
-                progress.update()
+                written = writer.manifest
+                progress.update(
+                    tokens=writer.tokens, documents=written.documents, shards=len(written.shards), share=None
+                )
         writer.finish()
     finally:
         left = Manifest.read(output)
@@ -225,7 +134,7 @@ def _fill(
 
 
 def _begin(
-    output: Path, source: Corpus, request: _Request, report: Callable[[str], None]
+    output: Path, source: Corpus, request: ShardRequest, report: Callable[[str], None]
 ) -> tuple[Tokenizer, Manifest]:
     """Put tokenizer and manifest into a new folder."""
     vocab_size = parse_train_spec(request.tokenizer)
@@ -319,38 +228,3 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-class _Progress:
-    """A bar on a terminal; elsewhere a line every ten seconds."""
-
-    def __init__(self, writer: ShardWriter, report: Callable[[str], None]) -> None:
-        from tqdm import tqdm
-
-        self._writer = writer
-        self._report = report
-        self._bar = tqdm(initial=writer.tokens, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty())
-        self._started = self._reported = time.perf_counter()
-        self._tokens_at_start = writer.tokens
-
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self) -> None:
-        """Show how far the writer is."""
-        manifest = self._writer.manifest
-        if not self._bar.disable:
-            self._bar.set_postfix(shards=len(manifest.shards), documents=manifest.documents, refresh=False)
-            self._bar.update(self._writer.tokens - self._bar.n)
-            return
-        now = time.perf_counter()
-        if now - self._reported >= SECONDS_BETWEEN_REPORTS:
-            self._reported = now
-            rate = (self._writer.tokens - self._tokens_at_start) / (now - self._started)
-            self._report(
-                f"{self._writer.tokens:,} tokens at {rate:,.0f} a second, {len(manifest.shards)} shards "
-                f"with {manifest.documents:,} documents"
-            )

@@ -1,0 +1,425 @@
+"""Training while the corpus is still being tokenised: what it begins with, what it survives, what it leaves behind."""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2_scratch_errors import InputError
+from training.batch import plan_batch
+from training.checkpoint import TrainerState, checkpoints
+from training.data.beside import ProducerBeside, producer_command
+from training.data.growing import TrainingShards
+from training.data.loader import TrainingWindows, training_batches
+from training.data.manifest import Manifest
+from training.data.producer import produce
+from training.data.shards import ShardFolder
+from training.data.tokenizer import train_bpe
+from training.loop import train
+from training.plan import preprocessing_workers, refuse_other_data
+from training.progress import read_metrics
+from training.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tiny matrices on several threads spend their time waiting for each other when the cores are busy.
+    monkeypatch.setattr("training.build.use_all_cores", lambda: torch.set_num_threads(1))
+
+
+def processes_that_name(text: str) -> list[int]:
+    """Living processes whose command line holds `text`, this one left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, state = (folder / "cmdline").read_bytes(), (folder / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if text.encode() in command and state[0] != "Z" and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+# A folder that grows
+
+
+class GrowingFolder:
+    """A copy of a complete shard folder, of which the manifest names the first shards only."""
+
+    def __init__(self, complete: Path, path: Path) -> None:
+        shutil.copytree(complete, path)
+        self.path = path
+        manifest = Manifest.read(path)
+        assert manifest is not None
+        self.whole = manifest
+
+    def show(self, shards: int, *, complete: bool = False) -> ShardFolder:
+        dataclasses.replace(self.whole, shards=self.whole.shards[:shards], complete=complete).write(self.path)
+        for record in self.whole.shards[shards:]:  # what is not in the manifest may be in any state
+            (self.path / record.file).unlink(missing_ok=True)
+        return ShardFolder.open(self.path)
+
+
+@pytest.fixture
+def growing(shard_folder: Path, tmp_path: Path) -> GrowingFolder:
+    return GrowingFolder(shard_folder, tmp_path / "growing")
+
+
+def restore(growing: GrowingFolder, complete: Path, shards: int) -> None:
+    """Let the folder have its first `shards` shards, as the producer would."""
+    for record in growing.whole.shards[:shards]:
+        if not (growing.path / record.file).exists():
+            shutil.copy(complete / record.file, growing.path / record.file)
+    every = shards == len(growing.whole.shards)
+    dataclasses.replace(growing.whole, shards=growing.whole.shards[:shards], complete=every).write(growing.path)
+
+
+def test_growing_folder_and_finished_folder_give_the_same_order(growing: GrowingFolder, shard_folder: Path) -> None:
+    finished = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
+    shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
+    assert len(growing.whole.shards) > 3
+    sample, number = 0, 2
+    windows = []
+    while sample < 3 * finished.order.windows_in_epoch(0):
+        if not shards.holds(sample):
+            number += 1
+            restore(growing, shard_folder, number)
+            assert shards.holds(sample)
+        windows.append(shards.locate(sample))
+        sample += 1
+    assert windows == [finished.locate(sample) for sample in range(len(windows))]
+    assert number == len(growing.whole.shards)
+    assert {window.epoch for window in windows} >= {0, 1, 2}
+
+
+def test_second_epoch_waits_for_the_whole_folder(growing: GrowingFolder, shard_folder: Path) -> None:
+    shards = TrainingShards(growing.show(3), seq_len=32, seed=5)
+    first_of_epoch_1 = shards.order.windows_in_epoch(0)
+    assert shards.holds(first_of_epoch_1 - 1)
+    assert not shards.holds(first_of_epoch_1)
+    # Every shard is there now, but nothing says yet that no other will come.
+    growing.whole = dataclasses.replace(growing.whole, shards=growing.whole.shards[:3])
+    restore(growing, shard_folder, 3)
+    assert shards.holds(first_of_epoch_1)
+    assert shards.locate(first_of_epoch_1).epoch == 1
+
+
+def first_tokens(batches: Iterator, steps: int) -> list[list[int]]:
+    return [next(batches)[0][:, :3].flatten().tolist() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_into_shards_that_come_later(workers: int, growing: GrowingFolder, shard_folder: Path) -> None:
+    plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=16, num_processes=1)
+    finished = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
+    steps = 2 * finished.order.windows_in_epoch(0) // 16
+    whole = training_batches(TrainingWindows(finished, 300), plan, rank=0, first_step=0, end_step=steps)
+    expected = first_tokens(whole, steps)
+
+    shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
+    waited: list[int] = []
+
+    def on_wait(step: int) -> None:
+        waited.append(step)
+        restore(growing, shard_folder, len(shards.shards) + 2)
+
+    batches = training_batches(
+        TrainingWindows(shards, 300), plan, rank=0, first_step=0, end_step=steps, num_workers=workers, on_wait=on_wait
+    )
+    assert first_tokens(batches, steps) == expected
+    assert list(batches) == []
+    assert waited
+
+
+def test_all_ranks_wait_for_a_step_whose_last_sample_is_not_there(growing: GrowingFolder) -> None:
+    class StopError(Exception):
+        pass
+
+    def on_wait(step: int) -> None:
+        raise StopError(step)
+
+    shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
+    plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=4, num_processes=2)
+    whole_steps = shards.order.windows_in_epoch(0) // 16
+    for rank in range(2):
+        batches = training_batches(
+            TrainingWindows(shards, 300), plan, rank=rank, first_step=0, end_step=10**6, on_wait=on_wait
+        )
+        for _ in range(whole_steps * plan.accumulation_steps):
+            next(batches)
+        with pytest.raises(StopError, match=str(whole_steps)):
+            next(batches)
+
+
+# Going on from a checkpoint
+
+
+def test_checkpoint_goes_on_over_a_folder_that_has_grown_or_is_behind(
+    growing: GrowingFolder, tiny_recipe: Make
+) -> None:
+    from training.data.tokenizer import Tokenizer
+    from training.plan import shard_identities
+
+    tokenizer, recipe = Tokenizer.load(growing.path), tiny_recipe()
+    two, three = growing.show(3), shard_identities(growing.show(3))
+    assert len(three) == 3
+
+    def state(shards: list[str], tokens: int) -> TrainerState:
+        return TrainerState(1, tokens, tokenizer.fingerprint, shards, recipe.to_dict(), 1)
+
+    refuse_other_data(state(three, 300), two, tokenizer, recipe)
+    refuse_other_data(state(three[:2], 300), two, tokenizer, recipe)  # it has grown
+    refuse_other_data(state([*three, "later"], 300), two, tokenizer, recipe)  # it was made again, and is behind
+    with pytest.raises(InputError, match="other shards than the checkpoint's run"):
+        refuse_other_data(state(["other", *three[1:]], 300), two, tokenizer, recipe)
+    with pytest.raises(InputError, match="other shards"):  # its second epoch had these shards only
+        refuse_other_data(state(three[:2], 10_000), two, tokenizer, recipe)
+    complete = growing.show(3, complete=True)
+    with pytest.raises(InputError, match="other shards"):
+        refuse_other_data(state([*three, "later"], 300), complete, tokenizer, recipe)
+    with pytest.raises(InputError, match="another tokenizer"):
+        refuse_other_data(dataclasses.replace(state(three, 1), tokenizer_fingerprint="x"), two, tokenizer, recipe)
+
+
+# The process beside training
+
+
+def script(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "stand_in.py"
+    path.write_text("import os, pathlib, sys, time\n" + text)
+    return [sys.executable, str(path)]
+
+
+def test_producer_that_dies_is_told_with_its_error_and_started_again(tmp_path: Path) -> None:
+    command = script(
+        tmp_path,
+        f"""
+marker = pathlib.Path({str(tmp_path / "tries")!r})
+tries = len(marker.read_text()) if marker.exists() else 0
+marker.write_text("x" * (tries + 1))
+if tries < 2:
+    print("Traceback (most recent call last):", file=sys.stderr)
+    sys.exit("error: the disk is full")
+""",
+    )
+    lines: list[str] = []
+    with ProducerBeside(lines.append) as producer:
+        producer.training_begins()
+        producer.start(command)
+        wait_until(lambda: (tmp_path / "tries").exists() and len((tmp_path / "tries").read_text()) == 3)
+        producer.check()
+    assert lines == [
+        f"The producer of shards died: the disk is full; training goes on with the shards there are; "
+        f"it starts again in {seconds} s"
+        for seconds in (1, 2)
+    ]
+
+
+def test_mistake_before_the_first_shard_ends_the_wait(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with ProducerBeside(lines.append) as producer:
+        producer.start(script(tmp_path, "print('error: no such corpus', file=sys.stderr); sys.exit(2)"))
+
+        def refused() -> bool:
+            try:
+                producer.check()
+            except InputError as error:
+                return str(error) == "no such corpus"
+            return False
+
+        wait_until(refused)
+    assert lines == []
+
+
+def test_killed_producer_is_started_again_and_named_as_killed(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with ProducerBeside(lines.append) as producer:
+        producer.training_begins()
+        producer.start(script(tmp_path, "os.kill(os.getpid(), 9)"))
+        wait_until(lambda: lines)
+    assert "died: killed by SIGKILL; training goes on" in lines[0]
+
+
+def test_a_minute_holds_one_line_of_the_producer(tmp_path: Path) -> None:
+    lines: list[str] = []
+    marker = tmp_path / "done"
+    with ProducerBeside(lines.append) as producer:
+        producer.training_begins()
+        producer.start(script(tmp_path, f"print('first'); print('second'); pathlib.Path({str(marker)!r}).touch()"))
+        wait_until(marker.exists)
+    assert lines == ["first"]
+
+
+def test_producer_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data.beside._SECONDS_TO_END", 0.5)
+    marker = tmp_path / "started"
+    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(marker)!r}).touch()"
+    with ProducerBeside() as producer:
+        producer.start(script(tmp_path, code + "; time.sleep(60)"))
+        wait_until(marker.exists)
+    assert threading.active_count() == 1 or not any(thread.name == "producer" for thread in threading.enumerate())
+
+
+def slow_corpus(path: Path) -> Path:
+    """A corpus that takes the producer some seconds."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("to", "ken", "win", "shard", "ba") for b in ("s", "dow", "ch", "ing", "er")]
+    with path.open("w") as file:
+        for _ in range(20_000):
+            file.write(json.dumps({"text": " ".join(rng.choices(words, k=200))}) + "\n")
+    return path
+
+
+@pytest.fixture
+def slow_command(tmp_path: Path) -> list[str]:
+    train_bpe(["token window shard batch"] * 9, 260).save(tmp_path / "tokenizer")
+    corpus = slow_corpus(tmp_path / "c.jsonl")
+    flags = ["--corpus", str(corpus), "--tokenizer", str(tmp_path / "tokenizer"), "--num_workers", "1"]
+    return producer_command(tmp_path / "out", [*flags, "--shard_tokens", "50000", "--val_tokens", "5000"])
+
+
+@on_linux
+def test_producer_ends_with_training_and_leaves_whole_shards_only(tmp_path: Path, slow_command: list[str]) -> None:
+    with ProducerBeside(lambda line: None) as producer:
+        producer.start(slow_command)
+        wait_until(lambda: (manifest := Manifest.read(tmp_path / "out")) and len(manifest.shards) > 1)
+    assert processes_that_name(str(tmp_path)) == []
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None
+    assert not manifest.complete
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"manifest.json", "tokenizer.json", "tokenizer_config.json", *(s.file for s in manifest.shards)}
+
+
+@on_linux
+def test_producer_ends_when_training_is_killed(tmp_path: Path, slow_command: list[str]) -> None:
+    program = f"""
+import sys, time
+from training.data.beside import ProducerBeside
+with ProducerBeside() as producer:
+    producer.start({slow_command!r})
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: (manifest := Manifest.read(tmp_path / "out")) and manifest.shards)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_until(lambda: not processes_that_name(str(tmp_path / "out")), 20)
+    assert not (tmp_path / "out" / ".producer.lock").exists()  # it had the time to clean up
+
+
+def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(tmp_path: Path, text_file: Path) -> None:
+    settings = {"corpus": str(text_file), "tokenizer": "train:300", "shard_tokens": 9_000, "val_tokens": 2_000}
+    lines: list[str] = []
+    folders: list[ShardFolder] = []
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    command = producer_command(tmp_path / "out", [*flags, "--num_workers", "0"])
+    with ProducerBeside(lambda line: None) as producer:
+        producer.start(command)
+        wait_until((tmp_path / "out" / ".producer.lock").exists)
+        folders.append(produce(tmp_path / "out", **settings, num_workers=0, wait=True, report=lines.append))
+    assert folders[0].complete
+    assert any("another process fills" in line for line in lines) or len(lines) <= 1
+
+
+def test_cores_that_training_leaves_free_tokenise(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.plan.usable_cpus", lambda: 64)
+    assert preprocessing_workers(tiny_recipe(dataloader_num_workers=2), 8) == 64 - 24
+    assert preprocessing_workers(tiny_recipe(preprocessing_num_workers=3), 8) == 3
+    monkeypatch.setattr("training.plan.usable_cpus", lambda: 2)
+    assert preprocessing_workers(tiny_recipe(), 8) == 1
+
+
+# Whole runs
+
+
+def test_run_over_a_folder_that_is_not_there_equals_one_over_ready_shards(tiny_recipe: Make, tmp_path: Path) -> None:
+    ready = tiny_recipe(output_dir=str(tmp_path / "ready"))
+    train(ready)
+    beside = tiny_recipe(output_dir=str(tmp_path / "beside"), data_dir=str(tmp_path / "data"))
+    train(beside)
+    assert [line["train_loss"] for line in read_metrics(Path(beside.output_dir)) if "train_loss" in line] == [
+        line["train_loss"] for line in read_metrics(Path(ready.output_dir)) if "train_loss" in line
+    ]
+    assert not any(thread.name == "producer" for thread in threading.enumerate())
+
+
+def test_run_dry_waits_with_a_message_and_goes_on(
+    tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The producer is away (another node holds the lock): training takes what is there, waits, and takes the rest."""
+    import fcntl
+
+    growing.show(2)
+    recipe = tiny_recipe(data_dir=str(growing.path), max_steps=60, save_steps=20, eval_steps=0, sample_steps=0)
+    ready = tiny_recipe(output_dir=str(tmp_path / "ready"), max_steps=60, save_steps=0, eval_steps=0, sample_steps=0)
+    whole_steps = TrainingShards(ShardFolder.open(growing.path), seq_len=32, seed=0).order.windows_in_epoch(0) // 8
+    assert whole_steps < 60
+    seen: list[int] = []
+
+    def another_node() -> None:
+        wait_until(lambda: len(read_metrics(Path(recipe.output_dir))) >= whole_steps)
+        time.sleep(0.7)
+        seen.append(len(read_metrics(Path(recipe.output_dir))))
+        restore(growing, shard_folder, len(growing.whole.shards))
+
+    with (growing.path / ".producer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=another_node)
+        thread.start()
+        train(recipe)
+        thread.join()
+    assert seen == [whole_steps]
+    assert f"step {whole_steps + 1} waits for the corpus" in capsys.readouterr().out
+    state = TrainerState.read(checkpoints(Path(recipe.output_dir))[0])
+    assert len(state.shards) in (2, len(growing.whole.shards))
+    train(ready)
+    assert [line["train_loss"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line] == [
+        line["train_loss"] for line in read_metrics(Path(ready.output_dir)) if "train_loss" in line
+    ]
+
+
+def test_length_in_epochs_needs_the_whole_folder(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe(data_dir=str(tmp_path / "data"), max_steps=None, num_train_epochs=0.1, eval_steps=0)
+    train(recipe)
+    folder = ShardFolder.open(tmp_path / "data")
+    assert folder.complete
+    steps = len([line for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line])
+    windows = TrainingShards(folder, seq_len=32, seed=0).order.windows_in_epoch(0)
+    assert steps == int(0.1 * windows) * 32 // 256
+
+
+def test_corpus_that_cannot_be_read_ends_the_run_with_the_producers_line(tiny_recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"texts": "no such field"}\n')
+    recipe = tiny_recipe(data_dir=str(tmp_path / "data"), corpus=str(tmp_path / "c.jsonl"), tokenizer="train:300")
+    with pytest.raises(InputError, match=r"^expected the field 'text' in .*did you mean texts"):
+        train(recipe)
+    assert not Path(recipe.output_dir).exists()
+    assert not (tmp_path / "data").exists()

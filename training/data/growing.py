@@ -1,0 +1,56 @@
+"""The training shards and the order of their windows, while a producer may still be adding shards.
+
+A shard counts once the manifest names it, and that happens when it is whole. Epoch 0 takes the shards in their own
+order, so the windows of those that are there have their final places already; later epochs need all of them.
+"""
+
+import time
+from collections.abc import Callable
+
+from training.data.order import Order, Window
+from training.data.shards import Shard, ShardFolder
+
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class TrainingShards:
+    """Training shards in their order; picklable, so that read-ahead processes can follow the folder on their own.
+
+    Args:
+        folder: as it was opened; looked at again when a sample lies behind its last shard.
+        seq_len: tokens in a window's inputs.
+        seed: names the order.
+
+    Raises:
+        ValueError: no training shard holds a window.
+    """
+
+    def __init__(self, folder: ShardFolder, *, seq_len: int, seed: int) -> None:
+        self.seq_len = seq_len
+        self.seed = seed
+        self._take(folder)
+
+    def _take(self, folder: ShardFolder) -> None:
+        self.folder = folder
+        self.shards: list[Shard] = folder.train_shards
+        self.order = Order([shard.tokens for shard in self.shards], seq_len=self.seq_len, seed=self.seed)
+
+    def holds(self, sample: int) -> bool:
+        """Return whether `sample` can be read, after another look at the folder where that may change the answer."""
+        if not self._known(sample):
+            self._take(ShardFolder.open(self.folder.path))
+        return self._known(sample)
+
+    def wait_for(self, sample: int, on_wait: Callable[[], None]) -> None:
+        """Return when `sample` can be read; `on_wait` is called twice a second until then."""
+        while not self.holds(sample):
+            on_wait()
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+    def locate(self, sample: int) -> Window:
+        """Return where `sample` is, waiting for its shard if need be."""
+        self.wait_for(sample, lambda: None)
+        return self.order.locate(sample)
+
+    def _known(self, sample: int) -> bool:
+        return self.folder.complete or sample < self.order.windows_in_epoch(0)
