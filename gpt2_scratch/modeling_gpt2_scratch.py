@@ -280,9 +280,10 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         if length <= n_positions:
             return
         if position_ids is None or (not compiling and bool(position_ids.max() >= n_positions)):
+            # A length inside a compiled graph may be a symbol, which cannot be printed.
+            found = "" if compiling else f" of {length:,} tokens"
             raise ValueError(
-                f"sequence of {length:,} tokens exceeds n_positions={n_positions}; "
-                "shorten it, or train with more positions"
+                f"sequence{found} exceeds n_positions={n_positions}; shorten it, or train with more positions"
             )
 
 

@@ -127,6 +127,29 @@ def test_lora_attaches_to_c_attn_trains_and_merges_back(tmp_path, task):
 
 
 @peft_warns
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_lora_trains_with_activation_checkpointing(use_reentrant):
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = tiny().train()
+        if checkpointing:
+            # transformers 5.17, the oldest we support, knows only the former name.
+            name = "activation_checkpointing_enable"
+            enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+            enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        adapted = get_peft_model(
+            model,
+            LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False),
+        )
+        adapted(tokens(), labels=tokens(), use_cache=False).loss.backward()
+        found.append({name: p.grad.clone() for name, p in adapted.named_parameters() if p.requires_grad})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][name]) and gradient.any() for name, gradient in found[0].items())
+
+
+@peft_warns
 def test_adapter_finds_its_base_model_by_its_folder(tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     model = GPT2ScratchForCausalLM.from_pretrained(tmp_path / "model")

@@ -61,3 +61,18 @@ def test_state_dict_of_a_compiled_model_saves_and_loads(tmp_path):
     compiled.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_compiled_model_refuses_a_sequence_that_is_too_long_with_our_message():
+    compiled = torch.compile(tiny(n_layer=1, attn_implementation="sdpa"), backend="eager", dynamic=True)
+    with torch.no_grad():
+        compiled(tokens(), use_cache=False)
+        with pytest.raises(ValueError, match="sequence of 49 tokens exceeds n_positions=48"):
+            compiled(tokens(2, 49), use_cache=False)
+
+
+def test_model_exports_to_a_graph():
+    model = tiny(n_layer=1, attn_implementation="sdpa")
+    exported = torch.export.export(model, (), {"input_ids": tokens(), "use_cache": False}, strict=False)
+    found = exported.module()(input_ids=tokens(seed=4), use_cache=False)
+    assert torch.equal(found.logits, model(tokens(seed=4)).logits)

@@ -251,6 +251,35 @@ def test_model_on_the_meta_device_costs_nothing(model_class):
     assert not list(model.buffers())
 
 
+@pytest.mark.parametrize("model_class", CLASSES)
+def test_model_made_on_the_meta_device_can_be_initialised_on_another(model_class):
+    with torch.device("meta"):
+        model = model_class(GPT2ScratchConfig(**TINY))
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.init_weights()
+    for name, parameter in model.named_parameters():
+        std = 0.02 / 6**0.5 if name.endswith("c_proj.weight") else 0.02
+        if name.endswith("bias") or "ln_" in name:
+            assert (parameter == float("ln_" in name and name.endswith("weight"))).all(), name
+        else:
+            # At least 64 draws: their standard deviation has a relative error near 1 / sqrt(2 * 64) = 9 %.
+            assert parameter.std().item() == pytest.approx(std, rel=0.3), name
+
+
+def test_vocabulary_can_grow_to_a_multiple():
+    model = tiny()
+    model.resize_token_embeddings(pad_to_multiple_of=64, mean_resizing=False)
+    assert model.config.vocab_size == model.lm_head.out_features == 128
+
+
+def test_weights_can_be_saved_from_another_state_dict(tmp_path):
+    model, other = tiny(), tiny(initializer_range=0.1)
+    model.save_pretrained(tmp_path, state_dict=other.state_dict())
+    loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in other.state_dict().items())
+
+
 def test_activation_checkpointing_can_be_turned_off_again():
     model = tiny().train()
     name = "activation_checkpointing"
