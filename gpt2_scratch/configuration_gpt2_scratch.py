@@ -122,11 +122,20 @@ class GPT2ScratchConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration that a config.json describes.
+        """Return the configuration that a config.json describes, with `kwargs` in place of what it says.
 
         Unlike a keyword in a program, an unknown key in a file may be another program's note: it is kept and without
-        effect. Only one that looks like a misspelt field is refused.
+        effect. Only one that looks like a misspelt field is refused. What is given in place of a file's value is
+        checked as the value itself; keywords that are not ours are options of loading, and go on to the base class.
+
+        Raises:
+            ValueError: as the class itself.
         """
+        for name in list(kwargs):
+            if name in _FIELDS or name in _NOT_IMPLEMENTED:
+                config_dict = {**config_dict, cls.attribute_map.get(name, name): kwargs.pop(name)}
+            elif not _is_known(name) and _suggestion(name):
+                raise ValueError(f"expected a keyword of {cls.__name__}, found {name!r}{_suggestion(name)}")
         notes = {name: value for name, value in config_dict.items() if not _is_known(name) and not _suggestion(name)}
         result = super().from_dict({k: v for k, v in config_dict.items() if k not in notes}, **kwargs)
         config = result[0] if isinstance(result, tuple) else result

@@ -2,7 +2,8 @@ import json
 
 import pytest
 import torch
-from transformers import GPT2Config
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, GPT2Config
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 
@@ -130,3 +131,40 @@ def test_heads_that_do_not_divide_the_width_are_refused():
 def test_value_outside_its_range_is_refused(name, value):
     with pytest.raises(ValueError, match=f"expected {name} .*found {value}"):
         GPT2ScratchConfig(**{name: value})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    GPT2ScratchConfig(n_embd=32, n_layer=2, n_head=4, vocab_size=50, n_positions=16).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("load", [GPT2ScratchConfig.from_pretrained, AutoConfig.from_pretrained])
+def test_values_given_in_place_of_those_of_a_file_are_used_and_checked(folder, load):
+    config = load(folder, n_layer=3, hidden_size=64, resid_pdrop=0, id2label={0: "a", 1: "b", 2: "c"})
+    assert (config.n_layer, config.n_embd, config.resid_pdrop, config.num_labels) == (3, 64, 0, 3)
+    with pytest.raises(ValueError, match="n_embd=32 and n_head=5"):
+        load(folder, n_head=5)
+    with pytest.raises(ValueError, match="expected reorder_and_upcast_attn=False, found True"):
+        load(folder, reorder_and_upcast_attn=True)
+    with pytest.raises(ValueError, match="found 'n_layers', did you mean 'n_layer'"):
+        load(folder, n_layers=3)
+    with pytest.raises(StrictDataclassError, match="expected int, got str"):
+        load(folder, n_layer="3")
+
+
+def test_options_of_loading_are_no_keys_of_the_configuration(folder):
+    config, unused = GPT2ScratchConfig.from_pretrained(folder, n_layer=1, device_map="auto", return_unused_kwargs=True)
+    assert config.n_layer == 1
+    assert unused == {"device_map": "auto"}
+    assert not hasattr(config, "device_map")
+
+
+def test_values_given_to_a_model_are_used_and_checked(folder):
+    GPT2ScratchForCausalLM(GPT2ScratchConfig.from_pretrained(folder)).save_pretrained(folder)
+    model = GPT2ScratchForCausalLM.from_pretrained(folder, attn_pdrop=0.5, attn_implementation="eager")
+    assert model.config.attn_pdrop == model.transformer.h[0].attn.config.attn_pdrop == 0.5
+    with pytest.raises(ValueError, match="n_embd=32 and n_head=5"):
+        GPT2ScratchForCausalLM.from_pretrained(folder, n_head=5)
+    with pytest.raises(ValueError, match="did you mean 'n_layer'"):
+        GPT2ScratchForCausalLM.from_pretrained(folder, n_layers=3)
