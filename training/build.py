@@ -33,7 +33,7 @@ def resolve_mixed_precision(recipe: Recipe) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if torch.backends.mps.is_available():
         return "no"
-    capabilities = torch.cpu.get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot tell
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
