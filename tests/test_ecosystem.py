@@ -5,7 +5,7 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from tiny_models import one_thread, pair, tiny, tokens  # noqa: F401 - a fixture for all
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification
@@ -156,8 +156,9 @@ def test_adapter_finds_its_base_model_by_its_folder(tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
     adapted = get_peft_model(model, config).eval()
     adapted.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(loaded(tokens()).logits, adapted(tokens()).logits)
+    for auto_class in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+        loaded = auto_class.from_pretrained(tmp_path / "adapter")
+        assert torch.equal(loaded(tokens()).logits, adapted(tokens()).logits)
 
 
 def test_affine_layers_are_those_that_tools_know():

@@ -204,6 +204,9 @@ def test_sharded_weights_stay_sharded(tmp_path, dtype):
     loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "native").state_dict()
     expected = model.to(torch.bfloat16 if dtype else torch.float32).state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+    if not dtype:
+        weights = {name: content for name, content in contents(tmp_path / "model").items() if "safetensors" in name}
+        assert weights.items() <= contents(tmp_path / "native").items()
     index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 21_432 * (2 if dtype else 4)
 
