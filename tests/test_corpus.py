@@ -2,7 +2,6 @@ import gzip
 import json
 from pathlib import Path
 
-import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -101,12 +100,38 @@ def test_line_that_is_no_object_is_refused(tmp_path):
         list(open_corpus(str(tmp_path / "c.jsonl")).documents())
 
 
-@pytest.mark.parametrize("name", ["c.txt", "c.md", "c.jsonl"])
-def test_invalid_utf8_is_refused_with_its_line(tmp_path, name):
-    good = b'{"text": "good"}\n'
-    (tmp_path / name).write_bytes(good + good + b'{"text": "caf\xe9"}\n')
-    with pytest.raises(InputError, match=rf"UTF-8 text in .*{name}, found other bytes in line 3"):
-        list(open_corpus(str(tmp_path / name)).documents())
+@pytest.mark.parametrize("name", ["c.txt", "c.md", "c.jsonl", "c.jsonl.gz"])
+def test_invalid_utf8_is_replaced_and_told(tmp_path, name):
+    content = b'{"text": "good"}\n{"text": "caf\xe9"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    documents = list(open_corpus(str(tmp_path / name)).read())
+    assert "caf\ufffd" in documents[-1].text
+    assert [document.replaced for document in documents] == ([False, True] if "json" in name else [True])
+
+
+def test_invalid_utf8_in_parquet_is_replaced_and_told(tmp_path):
+    offsets, data = pyarrow.array([0, 4, 8], pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"goodcaf\xe9")
+    column = pyarrow.StringArray.from_buffers(2, offsets, data)
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "c.parquet")
+    documents = list(open_corpus(str(tmp_path / "c.parquet")).read())
+    assert [(document.text, document.replaced) for document in documents] == [("good", False), ("caf\ufffd", True)]
+
+
+@pytest.mark.parametrize("kind", ["large_string", "dictionary", "null"])
+def test_text_columns_of_parquet_come_in_several_types(tmp_path, kind):
+    texts = pyarrow.array(["a", None, "b"])
+    column = {
+        "large_string": lambda: texts.cast(pyarrow.large_string()),
+        "dictionary": texts.dictionary_encode,
+        "null": lambda: pyarrow.nulls(3),
+    }[kind]()
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "c.parquet")
+    corpus = open_corpus(str(tmp_path / "c.parquet"))
+    if kind == "null":
+        with pytest.raises(InputError, match="expected documents in the corpus 'c', found none"):
+            list(corpus.documents())
+    else:
+        assert list(corpus.documents()) == ["a", "b"]
 
 
 def test_lone_surrogates_become_replacement_characters(tmp_path):
@@ -138,6 +163,41 @@ def test_revision_follows_the_content_and_not_the_place(tmp_path):
     assert revisions[0] == revisions[1] != revisions[2]
 
 
+@pytest.mark.parametrize("name", [*ROW_FORMATS, "folder"])
+def test_reading_from_the_place_of_a_document_begins_with_it(tmp_path, name):
+    texts = [f"document {i}\nnaïve {i * 7}" for i in range(23)]
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        for i, text in enumerate(texts):
+            if i % 3:
+                (path / f"{i:02d}.txt").write_text(text)
+            else:
+                _write(path / f"{i:02d}.jsonl", [None, text])
+    else:
+        _write(path, texts)
+    corpus = open_corpus(str(path))
+    documents = list(corpus.read())
+    assert [document.text for document in documents] == texts
+    shares = [corpus.share_before(document.place) for document in documents]
+    assert shares == sorted(shares)
+    assert 0 <= shares[0] <= shares[-1] < 1
+    for number in range(23):
+        place = json.loads(json.dumps(documents[number].place))
+        assert list(corpus.read(place)) == documents[number:]
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet"])
+def test_what_lies_before_a_place_is_not_read_again(tmp_path, name):
+    texts = [f"{i} " * 2000 for i in range(100)]
+    path = _write(tmp_path / name, texts)
+    place = list(open_corpus(str(path)).read())[90].place
+    content = bytearray(path.read_bytes())
+    content[1000 : len(content) // 2] = bytes(len(content) // 2 - 1000)  # unreadable, for who would try
+    path.write_bytes(content)
+    assert [document.text for document in open_corpus(str(path)).read(place)] == texts[90:]
+
+
 def test_folder_without_documents_is_refused(tmp_path):
     with pytest.raises(InputError, match="expected files that end in"):
         open_corpus(str(tmp_path))
@@ -153,7 +213,7 @@ def test_folder_without_documents_is_refused(tmp_path):
 
 @pytest.mark.parametrize("corpus", ["installed-doc", "no/such/file.txt", ""])
 def test_unknown_corpus_is_refused_with_those_there_are(corpus):
-    with pytest.raises(InputError, match="installed-docs, fineweb, fineweb-edu, or a path"):
+    with pytest.raises(InputError, match="installed-docs, fineweb, fineweb-edu, a path, or a dataset of the Hub"):
         open_corpus(corpus)
 
 
@@ -271,71 +331,3 @@ def test_installed_docs_are_gathered_once(monkeypatch):
     corpus = open_corpus("installed-docs")
     assert list(corpus.documents()) == list(corpus.documents()) == ["a document"]
     assert calls == [1]
-
-
-# The Hub
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The Hub at its boundary: a real streamed dataset, from a Parquet file here."""
-    real = datasets.load_dataset
-    path = _write(tmp_path / "hub.parquet")
-    asked = []
-
-    def load_dataset(repository, **arguments):
-        asked.append((repository, arguments))
-        if arguments["name"] != "sample-10BT":
-            raise ValueError("BuilderConfig 'x' not found. Available: ['default', 'sample-10BT']")
-        return real("parquet", data_files=str(path), split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: "/cache/snapshots/c0ffee/README.md")
-    return asked
-
-
-def test_hub_dataset_is_streamed_at_one_commit(hub):
-    corpus = open_corpus("fineweb-edu")
-    assert (corpus.name, corpus.revision) == ("fineweb-edu", "c0ffee")
-    assert list(corpus.documents()) == list(corpus.documents()) == TEXTS
-    arguments = {"name": "sample-10BT", "split": "train", "streaming": True, "revision": "c0ffee"}
-    assert hub[0] == ("HuggingFaceFW/fineweb-edu", arguments)
-
-
-def test_unknown_config_of_a_hub_dataset_is_refused(hub):
-    with pytest.raises(InputError, match=r"found 'huge'.*Available"):
-        list(open_corpus("fineweb", corpus_config="huge").documents())
-
-
-def test_field_that_a_hub_dataset_lacks_is_refused(hub):
-    with pytest.raises(InputError, match=r"expected the field 'body'.*found id, text"):
-        list(open_corpus("fineweb", text_field="body").documents())
-
-
-def test_hub_out_of_reach_is_one_clear_error(monkeypatch):
-    def fails(*_, **__):
-        raise ConnectionError("name or service\nnot known")
-
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", fails)
-    with pytest.raises(InputError, match="cannot be reached") as caught:
-        list(open_corpus("fineweb-edu").documents())
-    assert "\n" not in str(caught.value)
-
-
-def test_hub_lost_on_the_way_is_one_clear_error(hub, monkeypatch):
-    def rows():
-        yield {"text": "first"}
-        raise ConnectionError("server disconnected")
-
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
-    documents = open_corpus("fineweb-edu").documents()
-    assert next(documents) == "first"
-    with pytest.raises(InputError, match=r"cannot be reached.*finished shards are kept"):
-        next(documents)
-
-
-@pytest.mark.network
-def test_fineweb_edu_streams_from_the_hub():
-    corpus = open_corpus("fineweb-edu")
-    assert len(corpus.revision) == 40
-    assert len(next(corpus.documents())) > 100

@@ -1,8 +1,11 @@
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +13,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from gpt2_scratch_errors import InputError
 from training.atomic import UNFINISHED_SUFFIX
 from training.data import producer, reporting
+from training.data.files import FileCorpus
 from training.data.folder_lock import LOCK_NAME
 from training.data.manifest import Manifest
 from training.data.producer import produce
@@ -86,9 +92,9 @@ def test_shards_hold_each_document_behind_an_end_of_text_in_order(tmp_path, corp
 
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 3_000)  # many batches
-    for workers in (0, 1, 2):
+    for workers in (0, 1, 2, 4):
         produce(tmp_path / str(workers), **{**settings, "num_workers": workers})
-    assert _bytes(tmp_path / "0") == _bytes(tmp_path / "1") == _bytes(tmp_path / "2")
+    assert _bytes(tmp_path / "0") == _bytes(tmp_path / "1") == _bytes(tmp_path / "2") == _bytes(tmp_path / "4")
 
 
 def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, settings, tokenizer_folder):
@@ -147,7 +153,7 @@ def _interrupt_after(monkeypatch, shards: int) -> None:
         real(self)
 
     monkeypatch.setattr(ShardWriter, "_write_shard", write_shard)
-    monkeypatch.setattr(producer, "_remove_unfinished", lambda *_: None)
+    monkeypatch.setattr(producer, "tidied", contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -185,9 +191,84 @@ def test_incomplete_folder_is_not_continued_with_a_changed_corpus(tmp_path, sett
     _write_corpus(path, 200, seed=1)
     with pytest.raises(InputError, match="'c' has changed since; delete the folder"):
         produce(tmp_path / "out", **settings)
-    monkeypatch.setattr("training.data.corpus.FileCorpus.revision", Manifest.read(tmp_path / "out").corpus_revision)
+    monkeypatch.setattr(FileCorpus, "revision", Manifest.read(tmp_path / "out").corpus_revision)
     with pytest.raises(InputError, match="found another; the corpus has changed"):
         produce(tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet", "c"])
+def test_producer_goes_on_without_reading_what_is_behind_it(tmp_path, settings, monkeypatch, name):
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=rng.choice([1, 5, 40, 300]))) for _ in range(400)]
+    path = tmp_path / name
+    if name == "c.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=10)
+    elif name == "c.jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        path.mkdir()
+        for number, text in enumerate(texts):
+            (path / f"{number:03d}.txt").write_text(text)
+    monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 2_000)
+    settings = {**settings, "corpus": str(path)}
+    whole = produce(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 4)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.resume.document < manifest.documents <= manifest.resume.document + 30
+
+    read, real = [], FileCorpus._read
+
+    def spy(self, start):
+        for document in real(self, start):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr(FileCorpus, "_read", spy)
+    produce(tmp_path / "out", **settings)
+    assert len(read) == 400 - manifest.resume.document
+    assert _bytes(tmp_path / "out") == _bytes(whole.path)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 21_000])
+def test_documents_that_are_not_utf8_are_counted_once_whatever_happens(tmp_path, settings, monkeypatch, max_tokens):
+    path = tmp_path / "c.jsonl"
+    with path.open("wb") as file:
+        for number in range(300):
+            word = b"caf\xe9" if number % 7 == 0 else b"window"
+            file.write(b'{"text": "' + b" ".join([word] * 40) + b'"}\n')
+    settings = {**settings, "corpus": str(path), "max_tokens": max_tokens}
+    lines: list[str] = []
+    for number, characters in enumerate((3_000, 1_000_000)):
+        monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", characters)
+        produce(tmp_path / str(number), **{**settings, "num_workers": number, "report": lines.append})
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 3)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    folder = produce(tmp_path / "out", **settings)
+    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "0") == _bytes(tmp_path / "1")
+    begun = folder.manifest.documents
+    assert (begun == 300) == (max_tokens is None)
+    assert folder.manifest.replaced_documents == len(range(0, begun, 7))
+    assert f"{folder.manifest.replaced_documents:,} documents held bytes that are not UTF-8" in lines[-1]
+
+
+def test_document_of_ten_megabytes_is_a_document_like_any_other(tmp_path, settings):
+    path = tmp_path / "c.jsonl"
+    long = " ".join(random.Random(0).choices(WORDS, k=1_750_000))
+    assert len(long.encode()) > 10_000_000
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("before", long, "x" * 200_000, "after")))
+    settings = {**settings, "corpus": str(path), "shard_tokens": 1_000_000, "num_workers": 1}
+    folder = produce(tmp_path / "out", **settings)
+    tokenizer = Tokenizer.load(folder.path)
+    assert folder.manifest.documents == 4
+    ids = _ids(folder)
+    assert tokenizer.decode(ids[-6:].tolist()).endswith("after")
+    start, end = np.flatnonzero(ids == tokenizer.end_of_text_id)[1:3]
+    assert tokenizer.decode(ids[start + 1 : end].tolist()) == long
 
 
 def _children(pid: int) -> list[int]:
@@ -333,6 +414,33 @@ def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, set
     assert ShardFolder.open(tmp_path / "out").shards
     produce(tmp_path / "out", **settings)
     assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+
+
+def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
+    expected = r"found: 0.0 GB of disk space left where 0.0 GB are needed; free space or choose another folder"
+    with pytest.raises(InputError, match=expected):
+        produce(tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_disk_that_gets_full_is_noticed_before_the_shard_that_does_not_fit(tmp_path, settings, monkeypatch):
+    free = iter([10**9, 10**9, 10**9])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, next(free, 10**5)))
+    with pytest.raises(InputError, match=r"GB of disk space left.*finished shards are kept"):
+        produce(tmp_path / "out", **settings)
+    assert len(ShardFolder.open(tmp_path / "out").shards) == 2
+
+
+def test_time_left_is_told_where_the_end_is_known(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(reporting, "SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 10_000)
+    for number, limit in enumerate((None, 20_000)):
+        lines: list[str] = []
+        produce(tmp_path / str(number), **{**settings, "report": lines.append}, max_tokens=limit)
+        shares = [int(match[1]) for line in lines if (match := re.search(r" (\d+)%, \d+ s left", line))]
+        assert len(shares) > 3
+        assert shares == sorted(shares)
 
 
 def test_two_producers_do_not_fill_one_folder(tmp_path, settings):

@@ -34,6 +34,12 @@ def write_whole(path: Path, write: Callable[[Any], object]) -> str:
     return stream.digest.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def sync(path: Path) -> None:
     """Force a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -1,20 +1,16 @@
-"""A corpus: named documents in a fixed order, read again from the start whenever somebody asks.
+"""A corpus: documents in a fixed order, read from the start or from a place on, whenever somebody asks.
 
-Three kinds: documentation strings of the installed packages (no download), files and folders, and FineWeb from the Hub.
+Three kinds: documentation strings of the installed packages (no download), files and folders, and datasets of the Hub.
 Files and the Hub are streamed: memory holds a row group or a line, except that a text file is one document.
 """
 
 import difflib
 import functools
-import hashlib
-import io
-import json
 import re
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt2_scratch_errors import InputError
 from training.data.installed_docs import gather_docstrings, installed_revision, package_roots
@@ -23,13 +19,29 @@ INSTALLED_DOCS = "installed-docs"
 HUB_CORPORA = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 DEFAULT_HUB_CONFIG = "sample-10BT"
 
-_TEXT_ENDINGS = (".txt", ".md")
-_JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
-_PARQUET_ENDING = ".parquet"
-FILE_ENDINGS = (*_TEXT_ENDINGS, *_JSONL_ENDINGS, _PARQUET_ENDING)
+TEXT_ENDINGS = (".txt", ".md")
+JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
+PARQUET_ENDING = ".parquet"
+FILE_ENDINGS = (*TEXT_ENDINGS, *JSONL_ENDINGS, PARQUET_ENDING)
 
-_ROWS_PER_BATCH = 1000
-_FINGERPRINTED_BYTES = 65_536
+_HUB_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+
+Place = Any
+"""Where a document begins, as a corpus understands it; made of what JSON knows."""
+
+
+class Document(NamedTuple):
+    """A text that is not empty, and valid Unicode.
+
+    Attributes:
+        text: its characters.
+        place: from where on reading begins with this document; None where only an earlier one has such a place.
+        replaced: whether bytes or surrogates that form no character were replaced by U+FFFD.
+    """
+
+    text: str
+    place: Place | None = None
+    replaced: bool = False
 
 
 class Corpus(ABC):
@@ -48,59 +60,98 @@ class Corpus(ABC):
         return self._revision()
 
     def documents(self) -> Iterator[str]:
-        """Yield the documents that are not empty, from the first, each valid Unicode.
+        """Yield the text of each document, from the first."""
+        return (document.text for document in self.read())
+
+    def read(self, start: Place | None = None) -> Iterator[Document]:
+        """Yield the documents that are not empty, from the first, or from the place of one on.
 
         Raises:
             InputError: the source is broken, or holds no document.
         """
         empty = True
-        for text in self._texts():
+        for text, place, replaced in self._read(start):
             if text and not text.isspace():
                 empty = False
-                yield _without_lone_surrogates(text)
-        if empty:
+                valid = _without_lone_surrogates(text)
+                yield Document(valid, place, replaced or valid is not text)
+        if empty and start is None:
             raise InputError(f"expected documents in the corpus '{self.name}', found none; give another --corpus")
+
+    def share_before(self, place: Place) -> float | None:
+        """Return how much of the corpus lies before a document's place, between 0 and 1; None where nobody knows."""
+        return None
+
+    def least_tokens(self) -> int | None:
+        """Return a number of tokens that the corpus surely has, for a first look at the disk; None where unknown."""
+        return None
+
+    def can_go_on_from(self, revision: str) -> bool:
+        """Return whether the corpus can be read as it was at `revision`, and from now on is."""
+        return self.revision == revision
 
     @abstractmethod
     def _revision(self) -> str: ...
 
     @abstractmethod
-    def _texts(self) -> Iterable[str]: ...
+    def _read(self, start: Place | None) -> Iterator[Document]: ...
 
 
 def open_corpus(
-    corpus: str, corpus_config: str | None = None, *, text_field: str = "text", num_workers: int | None = None
+    corpus: str,
+    corpus_config: str | None = None,
+    *,
+    text_field: str = "text",
+    num_workers: int | None = None,
+    report: Callable[[str], None] = print,
 ) -> Corpus:
-    """Return the corpus that is meant.
+    """Return the corpus that is meant; the Hub is asked nothing yet.
 
     Args:
-        corpus: `installed-docs`, `fineweb`, `fineweb-edu`, or the path of a file or folder.
-        corpus_config: which part of a Hub dataset; `sample-10BT` when None.
-        text_field: the field or column that holds the text in JSON lines and Parquet.
+        corpus: `installed-docs`, `fineweb`, `fineweb-edu`, the path of a file or folder, or a dataset's `owner/name`.
+        corpus_config: which part of a Hub dataset; for FineWeb `sample-10BT` when None.
+        text_field: the field or column that holds the text in JSON lines, Parquet and Hub datasets.
         num_workers: processes for gathering installed-docs; all cores when None.
+        report: is told, a line a minute, that the Hub cannot be reached.
 
     Raises:
         InputError: there is no such corpus.
     """
-    if corpus in HUB_CORPORA:
-        return HubCorpus(corpus, HUB_CORPORA[corpus], corpus_config or DEFAULT_HUB_CONFIG, text_field)
+    path = Path(corpus)
+    exists = bool(corpus) and path.exists()
+    if corpus in HUB_CORPORA or (not exists and _is_hub_repository(corpus)):
+        from training.data.hub_corpus import HubCorpus
+
+        default = DEFAULT_HUB_CONFIG if corpus in HUB_CORPORA else None
+        return HubCorpus(
+            HUB_CORPORA.get(corpus, corpus),
+            corpus_config or default,
+            name=corpus_name(corpus),
+            text_field=text_field,
+            report=report,
+        )
     if corpus_config is not None:
         raise InputError(
-            f"expected --corpus_config with {' or '.join(HUB_CORPORA)} only, "
-            f"found '{corpus_config}' with '{corpus}'; leave it out"
+            f"expected --corpus_config with a dataset of the Hub only, found '{corpus_config}' with '{corpus}'; "
+            "leave it out"
         )
     if corpus == INSTALLED_DOCS:
         return InstalledDocs(num_workers=num_workers)
-    path = Path(corpus)
-    if not corpus or not path.exists():
+    if not exists:
         known = [INSTALLED_DOCS, *HUB_CORPORA]
         nearest = difflib.get_close_matches(corpus, known, n=1)
         hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise InputError(
             f"expected a corpus, found '{corpus}', which is neither a name nor a file or folder that exists; "
-            f"{hint}give {', '.join(known)}, or a path"
+            f"{hint}give {', '.join(known)}, a path, or a dataset of the Hub as owner/name"
         )
+    from training.data.files import FileCorpus
+
     return FileCorpus(path, text_field)
+
+
+def _is_hub_repository(corpus: str) -> bool:
+    return bool(_HUB_REPOSITORY.fullmatch(corpus)) and not corpus.lower().endswith(FILE_ENDINGS) and corpus[0] != "."
 
 
 def corpus_name(corpus: str) -> str:
@@ -122,6 +173,10 @@ class InstalledDocs(Corpus):
     def __init__(self, *, num_workers: int | None = None) -> None:
         self._num_workers = num_workers
 
+    def share_before(self, place: Place) -> float | None:
+        """Return the share of the docstrings that come before."""
+        return place / len(self._docstrings)
+
     def _revision(self) -> str:
         return installed_revision(package_roots())
 
@@ -129,218 +184,21 @@ class InstalledDocs(Corpus):
     def _docstrings(self) -> list[str]:
         return gather_docstrings(package_roots(), num_workers=self._num_workers)
 
-    def _texts(self) -> list[str]:
-        return self._docstrings
+    def _read(self, start: Place | None) -> Iterator[Document]:
+        for number in range(start or 0, len(self._docstrings)):
+            yield Document(self._docstrings[number], number)
 
 
-class FileCorpus(Corpus):
-    """A file, or the files below a folder in the order of their relative paths; hidden ones are left out.
+def text_of(row: Any, text_field: str, place: str) -> str:
+    """Return the text of a row, which stands at `place`; a null stands for an empty document.
 
-    A .txt or .md file is one document; JSON lines and Parquet hold one a row.
+    Raises:
+        InputError: the row is no object, has no such field, or something else than text in it.
     """
-
-    def __init__(self, path: Path, text_field: str = "text") -> None:
-        path = path.resolve()
-        self._text_field = text_field
-        if path.is_dir():
-            visible = [file for file in path.rglob("*") if not _is_hidden(file.relative_to(path))]
-            self._files = sorted(
-                (file for file in visible if file.is_file() and file.name.lower().endswith(FILE_ENDINGS)),
-                key=lambda file: file.relative_to(path).parts,
-            )
-            self._root = path
-            if not self._files:
-                raise InputError(f"expected files that end in {', '.join(FILE_ENDINGS)} in {path}, found none")
-        else:
-            if not path.name.lower().endswith(FILE_ENDINGS):
-                raise InputError(f"expected a file that ends in {', '.join(FILE_ENDINGS)}, found {path}; rename it")
-            self._files = [path]
-            self._root = path.parent
-        self.name = corpus_name(str(path))
-
-    def _revision(self) -> str:
-        """Return a hash of names, sizes, and the first and last 64 KiB of each file."""
-        digest = hashlib.sha256()
-        for file in self._files:
-            size = file.stat().st_size
-            digest.update(f"{file.relative_to(self._root).as_posix()}\0{size}\0".encode())
-            with _opened(file) as stream:
-                digest.update(stream.read(_FINGERPRINTED_BYTES))
-                stream.seek(max(0, size - _FINGERPRINTED_BYTES))
-                digest.update(stream.read(_FINGERPRINTED_BYTES))
-        return digest.hexdigest()
-
-    def _texts(self) -> Iterator[str]:
-        for file in self._files:
-            ending = file.name.lower()
-            if ending.endswith(_TEXT_ENDINGS):
-                yield _read_text(file)
-            elif ending.endswith(_JSONL_ENDINGS):
-                yield from _read_json_lines(file, self._text_field)
-            else:
-                yield from _read_parquet(file, self._text_field)
-
-
-class HubCorpus(Corpus):
-    """A dataset on the Hub, streamed at one commit. Nothing is asked of the Hub before it is needed."""
-
-    def __init__(self, name: str, repository: str, config: str, text_field: str = "text") -> None:
-        self.name = name
-        self._repository = repository
-        self._config = config
-        self._text_field = text_field
-
-    def _revision(self) -> str:
-        """Return the commit that `main` stands for."""
-        import huggingface_hub
-
-        try:
-            card = huggingface_hub.hf_hub_download(self._repository, "README.md", repo_type="dataset")
-        except _network_errors() as error:
-            raise self._unreachable(error) from None
-        return Path(card).parent.name  # …/snapshots/<commit>/README.md
-
-    def _texts(self) -> Iterator[str]:
-        import datasets
-
-        try:
-            rows = iter(
-                datasets.load_dataset(
-                    self._repository, name=self._config, split="train", streaming=True, revision=self.revision
-                )
-            )
-        except ValueError as error:  # what `datasets` raises for an unknown config, with the list of those that exist
-            raise InputError(
-                f"expected a config of {self._repository}, found '{self._config}': {_one_line(error)}"
-            ) from None
-        except _network_errors() as error:
-            raise self._unreachable(error) from None
-        number = 0
-        while True:
-            try:
-                row = next(rows, None)
-            except _network_errors() as error:
-                raise self._unreachable(error) from None
-            if row is None:
-                return
-            number += 1
-            yield _text_of(row, self._text_field, f"{self._repository} row {number:,}")
-
-    def _unreachable(self, error: BaseException) -> InputError:
-        return InputError(
-            f"expected to stream {self._repository} ({self._config}) from the Hub, found that it cannot be reached "
-            f"({type(error).__name__}: {_one_line(error)}); run the same command again when it can: finished shards "
-            f"are kept; --corpus {INSTALLED_DOCS} or a path needs no network"
-        )
-
-
-def _network_errors() -> tuple[type[BaseException], ...]:
-    """Return what the Hub's client raises when there is no connection, whichever HTTP library it has loaded."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    transports = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
-    return (OSError, HfHubHTTPError, *transports)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
-
-
-def _without_lone_surrogates(text: str) -> str:
-    """Return `text` with pairs of surrogates joined and lone ones as U+FFFD: JSON and Python escapes can write them."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
-
-
-def _opened(file: Path) -> io.BufferedReader:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise InputError(f"expected to read {file}, found: {error.strerror}") from None
-
-
-def _read_text(file: Path) -> str:
-    with _opened(file) as stream:
-        content = stream.read()
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise _not_utf8(file, line) from None
-
-
-def _not_utf8(file: Path, line: int) -> InputError:
-    return InputError(f"expected UTF-8 text in {file}, found other bytes in line {line:,}; convert the file to UTF-8")
-
-
-def _lines(file: Path) -> Iterator[bytes]:
-    """Yield the lines of a file that may be compressed."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
-    if compression is None:
-        with _opened(file) as stream:
-            yield from stream
-        return
-    import pyarrow
-
-    with _opened(file) as stream:
-        try:
-            # pyarrow notices a cut-off file in either format; `zstandard` takes it for the end.
-            yield from io.BufferedReader(pyarrow.CompressedInputStream(stream, compression))
-        except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(
-                f"expected a whole {compression} file, found {file} broken ({_one_line(error)}); fetch it again"
-            ) from None
-
-
-def _read_json_lines(file: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(file), start=1):
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-        except UnicodeDecodeError:
-            raise _not_utf8(file, number) from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(
-                f"expected a JSON object in {file} line {number:,}, found text that is not JSON ({error})"
-            ) from None
-        yield _text_of(row, text_field, f"{file} line {number:,}")
-
-
-def _read_parquet(file: Path, text_field: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with _opened(file) as stream:
-        try:
-            parquet = pyarrow.parquet.ParquetFile(stream)
-            schema = parquet.schema_arrow
-            if text_field not in schema.names:
-                raise _no_field(text_field, schema.names, str(file))
-            number = 0
-            for batch in parquet.iter_batches(batch_size=_ROWS_PER_BATCH, columns=[text_field]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield _text_of({text_field: text}, text_field, f"{file} row {number:,}")
-        except (OSError, pyarrow.ArrowException) as error:
-            raise InputError(
-                f"expected a whole Parquet file, found {file} broken ({_one_line(error)}); fetch it again"
-            ) from None
-
-
-def _text_of(row: Any, text_field: str, place: str) -> str:
-    """Return the text of a row; a null stands for an empty document."""
     if not isinstance(row, dict):
         raise InputError(f"expected a JSON object in {place}, found {type(row).__name__}")
     if text_field not in row:
-        raise _no_field(text_field, list(row), place)
+        raise no_field(text_field, list(row), place)
     text = row[text_field]
     if text is None:
         return ""
@@ -352,10 +210,25 @@ def _text_of(row: Any, text_field: str, place: str) -> str:
     return text
 
 
-def _no_field(text_field: str, fields: list[str], place: str) -> InputError:
+def no_field(text_field: str, fields: list[str], place: str) -> InputError:
+    """Return the error that names the fields there are."""
     nearest = difflib.get_close_matches(text_field, fields, n=1)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     there = ", ".join(fields) or "no field at all"
     return InputError(
         f"expected the field '{text_field}' in {place}, found {there}; {hint}name the field with --text_field"
     )
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message without line ends, cut where it gets long."""
+    return " ".join(str(error).split())[:300]
+
+
+def _without_lone_surrogates(text: str) -> str:
+    """Return `text` with pairs of surrogates joined and lone ones as U+FFFD: JSON and Python escapes can write them."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

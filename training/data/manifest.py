@@ -1,9 +1,9 @@
 """The manifest of a shard folder: where the shards came from, and which there are."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from gpt2_scratch_errors import InputError
 from training.atomic import write_whole
@@ -32,8 +32,26 @@ class ShardRecord:
 
 
 @dataclass(frozen=True)
+class ResumePoint:
+    """Where reading a corpus can go on to finish its folder.
+
+    Attributes:
+        document: number of a document that begins in a whole shard, counted from 0.
+        place: where it begins, as the corpus understands it.
+    """
+
+    document: int
+    place: Any
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """Where the shards came from, and which there are."""
+    """Where the shards came from, and which there are.
+
+    Attributes:
+        replaced_documents: how many of the documents held bytes that are no UTF-8, which U+FFFD has replaced.
+        resume: where the producer goes on; None when it has no better place than the beginning, or is done.
+    """
 
     corpus: str
     corpus_config: str | None
@@ -48,6 +66,8 @@ class Manifest:
     val_tokens: int
     max_tokens: int | None
     complete: bool = False
+    replaced_documents: int = 0
+    resume: ResumePoint | None = None
     shards: tuple[ShardRecord, ...] = field(default=())
     format_version: int = FORMAT_VERSION
 
@@ -86,10 +106,12 @@ class Manifest:
                 f"expected format_version {FORMAT_VERSION} in {path}, found {version}; "
                 "use the program that wrote the folder, or prepare it again in another one"
             )
-        names, record_names = {item.name for item in fields(cls)}, {item.name for item in fields(ShardRecord)}
+        names = {item.name for item in fields(cls)}
+        needed = {item.name for item in fields(cls) if item.default is MISSING}
+        record_names = {item.name for item in fields(ShardRecord)}
         records = data.get("shards")
         if (
-            set(data) != names
+            not needed <= set(data) <= names
             or not isinstance(records, list)
             or any(not isinstance(record, dict) or set(record) != record_names for record in records)
         ):
@@ -97,7 +119,8 @@ class Manifest:
         if data["dtype"] not in DTYPES:
             raise _broken_manifest(path, f"dtype {data['dtype']}")
         shards = tuple(ShardRecord(**record) for record in records)
-        return cls(**{**data, "shards": shards})
+        resume = data.get("resume")
+        return cls(**{**data, "shards": shards, "resume": resume and ResumePoint(**resume)})
 
 
 def _broken_manifest(path: Path, found: str) -> InputError:

@@ -7,26 +7,29 @@ the last end-of-text token on disk.
 
 import contextlib
 import errno
-import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from gpt2_scratch_errors import InputError
-from training.atomic import UNFINISHED_SUFFIX, sync
-from training.data.corpus import Corpus, open_corpus
+from training.data.beginning import begin_folder, take_up_folder, tidied
+from training.data.corpus import Corpus, Document, Place, open_corpus
 from training.data.folder_lock import locked
-from training.data.manifest import Manifest, manifest_path
+from training.data.hub_corpus import HubCorpus
+from training.data.hub_shards import download_ready_shards
+from training.data.manifest import Manifest, ResumePoint
 from training.data.reporting import AtMostEvery, Progress
 from training.data.request import ShardRequest
-from training.data.shards import ShardFolder, ShardWriter
+from training.data.shards import ShardFolder, ShardWriter, require_space
 from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.data.tokenizer_training import train_tokenizer
 from training.data.workers import EncodeDocuments, map_in_order
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SECONDS_BETWEEN_WAITING_LINES = 60.0
 
 _CHARACTERS_PER_BATCH = 1 << 18
@@ -81,7 +84,9 @@ def produce(
         folder = ShardFolder.open(output)
         if folder.complete:
             return folder
-    source = open_corpus(request.corpus, request.corpus_config, text_field=text_field, num_workers=num_workers)
+    source = open_corpus(
+        request.corpus, request.corpus_config, text_field=text_field, num_workers=num_workers, report=report
+    )
     waiting_line = AtMostEvery(SECONDS_BETWEEN_WAITING_LINES, report)
 
     def waiting() -> None:
@@ -89,7 +94,8 @@ def produce(
 
     try:
         with locked(output, on_wait=waiting if wait else None):
-            _fill(output, source, request, num_workers, report)
+            if not (isinstance(source, HubCorpus) and download_ready_shards(output, source, request, report)):
+                _fill(output, source, request, num_workers, report)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise
@@ -103,97 +109,70 @@ def produce(
 def _fill(
     output: Path, source: Corpus, request: ShardRequest, num_workers: int | None, report: Callable[[str], None]
 ) -> None:
-    try:
+    """Put the shards of the corpus's documents into `output`."""
+    with tidied(output):
         manifest = request.manifest_in(output)  # another producer may have been at it until we had the lock
         if manifest is None:
-            tokenizer, manifest = _begin(output, source, request, report)
+            tokenizer = _tokenizer_for(source, request, report)
+            manifest = begin_folder(output, source, request, tokenizer)
         elif manifest.complete:
             return
         else:
-            tokenizer = _take_up(output, source, manifest)
-        _remove_unfinished(output, manifest)
-        writer = ShardWriter(output, manifest)
-        documents = source.documents()
+            tokenizer = take_up_folder(output, source, manifest)
+        _look_at_the_disk(output, source, manifest)
+        places = _Places(manifest)
+        writer = ShardWriter(output, manifest, news=places.news)
+        documents = source.read(manifest.resume.place if manifest.resume else None)
         _go_on_behind_shards(writer, documents, ShardFolder.open(output), tokenizer)
+        batches = places.noted(_batches(documents, manifest.documents))
         encode = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, manifest.dtype)
-        encoded = map_in_order(encode, _batches(documents), num_workers=num_workers)
+        encoded = map_in_order(encode, (batch.texts for batch in batches), num_workers=num_workers)
         with Progress(tokens=writer.tokens, report=report) as progress, contextlib.closing(encoded):
             while not writer.full and (ids := next(encoded, None)) is not None:
+                batch = places.reach_next()
                 writer.add(ids)
                 written = writer.manifest
                 progress.update(
-                    tokens=writer.tokens, documents=written.documents, shards=len(written.shards), share=None
+                    tokens=writer.tokens,
+                    documents=written.documents,
+                    shards=len(written.shards),
+                    share=_share_done(writer, source, batch),
                 )
-        writer.finish()
-    finally:
-        left = Manifest.read(output)
-        _remove_unfinished(output, left)
-        if left is None or not left.shards:
-            for path in (manifest_path(output), *(output / name for name in TOKENIZER_FILES)):
-                path.unlink(missing_ok=True)
+        replaced = writer.finish().replaced_documents
+        if replaced:
+            report(f"{replaced:,} documents held bytes that are not UTF-8; U+FFFD stands for these now")
 
 
-def _begin(
-    output: Path, source: Corpus, request: ShardRequest, report: Callable[[str], None]
-) -> tuple[Tokenizer, Manifest]:
-    """Put tokenizer and manifest into a new folder."""
+def _tokenizer_for(source: Corpus, request: ShardRequest, report: Callable[[str], None]) -> Tokenizer:
     vocab_size = parse_train_spec(request.tokenizer)
     if vocab_size is None:
-        tokenizer = load_tokenizer(request.tokenizer)
-    else:
-        tokenizer = train_tokenizer(source, vocab_size, val_tokens=request.val_tokens, report=report)
-    manifest = Manifest(
-        corpus=source.name,
-        corpus_config=request.corpus_config,
-        corpus_revision=source.revision,
-        text_field=request.text_field,
-        tokenizer=tokenizer.name,
-        tokenizer_fingerprint=tokenizer.fingerprint,
-        vocab_size=tokenizer.vocab_size,
-        end_of_text_id=tokenizer.end_of_text_id,
-        dtype="uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32",
-        shard_tokens=request.shard_tokens,
-        val_tokens=request.val_tokens,
-        max_tokens=request.max_tokens,
-    )
-    tokenizer.save(output)
-    for name in TOKENIZER_FILES:
-        sync(output / name)
-    sync(output)
-    manifest.write(output)
-    return tokenizer, manifest
+        return load_tokenizer(request.tokenizer)
+    return train_tokenizer(source, vocab_size, val_tokens=request.val_tokens, report=report)
 
 
-def _take_up(output: Path, source: Corpus, manifest: Manifest) -> Tokenizer:
-    """Return the tokenizer of a folder that was left incomplete, if the corpus is still the same."""
-    if manifest.corpus_revision != source.revision:
-        raise InputError(
-            f"expected the corpus that {output} was begun with, found that '{source.name}' has changed since; "
-            "delete the folder and prepare it again"
-        )
-    tokenizer = Tokenizer.load(output)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise InputError(
-            f"expected the tokenizer that {output} was begun with, found another in its tokenizer.json; "
-            "delete the folder and prepare it again"
-        )
-    return tokenizer
+def _look_at_the_disk(output: Path, source: Corpus, manifest: Manifest) -> None:
+    """Refuse to begin what surely does not fit.
+
+    Raises:
+        OSError: no space.
+    """
+    known = [number for number in (source.least_tokens(), manifest.max_tokens) if number is not None]
+    next_shard = manifest.shard_tokens if manifest.shards else manifest.val_tokens
+    tokens = max(0, min(known) - manifest.tokens) if known else next_shard
+    require_space(output, tokens * np.dtype(manifest.dtype).itemsize)
 
 
-def _remove_unfinished(output: Path, manifest: Manifest | None) -> None:
-    """Remove what a producer that was killed left: files that are not whole, and a shard not yet in the manifest."""
-    for path in output.glob(f"*{UNFINISHED_SUFFIX}"):
-        path.unlink()
-    if manifest is not None:
-        ours = re.compile(re.escape(manifest.corpus) + r"_(val|train)_\d{6}\.npy")
-        shards = {shard.file for shard in manifest.shards}
-        for path in list(output.iterdir()):
-            if ours.fullmatch(path.name) and path.name not in shards:
-                path.unlink()
+def _share_done(writer: ShardWriter, source: Corpus, batch: "_Batch") -> float | None:
+    """Return how much of the folder is done, by its limit of tokens or by the place in the corpus."""
+    limit = writer.manifest.max_tokens
+    by_corpus = source.share_before(batch.place) if batch.place is not None else None
+    if limit is None:
+        return by_corpus
+    return max(by_corpus or 0.0, writer.tokens / (writer.manifest.val_tokens + limit))
 
 
 def _go_on_behind_shards(
-    writer: ShardWriter, documents: Iterator[str], folder: ShardFolder, tokenizer: Tokenizer
+    writer: ShardWriter, documents: Iterator[Document], folder: ShardFolder, tokenizer: Tokenizer
 ) -> None:
     """Advance `documents` past what the shards hold, and hand the writer the rest of the one that was under way."""
     begun = writer.manifest.documents
@@ -207,8 +186,10 @@ def _go_on_behind_shards(
         if len(starts):
             break
     prefix = np.concatenate(written[::-1])
-    document = next(islice(documents, begun - 1, None), None)
-    ids = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, writer.manifest.dtype)([document or ""])
+    first = writer.manifest.resume.document if writer.manifest.resume else 0
+    document = next(islice(documents, begun - 1 - first, None), None)
+    encode = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, writer.manifest.dtype)
+    ids = encode([document.text if document else ""])
     if document is None or not np.array_equal(ids[: len(prefix)], prefix):
         raise InputError(
             f"expected document {begun:,} of the corpus to go on as {folder.path} has it, found another; "
@@ -217,14 +198,75 @@ def _go_on_behind_shards(
     writer.add(ids[len(prefix) :])
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _CHARACTERS_PER_BATCH or len(batch) == _DOCUMENTS_PER_BATCH:
+@dataclass
+class _Batch:
+    """Documents that a worker encodes together.
+
+    Attributes:
+        first: number of the first, counted from 0.
+        place: of the first, where it has one.
+        texts: theirs.
+        replaced: numbers of those whose bytes were no UTF-8.
+    """
+
+    first: int
+    place: Place | None
+    texts: list[str] = field(default_factory=list)
+    replaced: list[int] = field(default_factory=list)
+
+
+def _batches(documents: Iterable[Document], first: int) -> Iterator[_Batch]:
+    """Yield the documents in batches that begin with a place where there is one."""
+    batch, characters = _Batch(first, None), 0
+    for number, document in enumerate(documents, start=first):
+        if batch.texts and batch.place is None and document.place is not None:
             yield batch
-            batch, characters = [], 0
-    if batch:
+            batch, characters = _Batch(number, None), 0
+        if not batch.texts:
+            batch.place = document.place
+        if document.replaced:
+            batch.replaced.append(number)
+        batch.texts.append(document.text)
+        characters += len(document.text)
+        if characters >= _CHARACTERS_PER_BATCH or len(batch.texts) == _DOCUMENTS_PER_BATCH:
+            yield batch
+            batch, characters = _Batch(number + 1, None), 0
+    if batch.texts:
         yield batch
+
+
+class _Places:
+    """What the manifest says of the corpus when a shard is whole: where to go on, and how many documents were mended.
+
+    Batches are noted as they are read, ahead of the writer, and reached as their ids come back.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._resume = manifest.resume
+        self._counted, self._documents = manifest.replaced_documents, manifest.documents
+        self._ahead: deque[_Batch] = deque()
+        self._reached: deque[_Batch] = deque()
+
+    def noted(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
+        """Pass batches on and remember them."""
+        for batch in batches:
+            self._ahead.append(batch)
+            yield batch
+
+    def reach_next(self) -> _Batch:
+        """Return the next batch, of which the writer gets the ids now."""
+        batch = self._ahead.popleft()
+        batch.texts.clear()
+        self._reached.append(batch)
+        return batch
+
+    def news(self, documents: int) -> dict[str, Any]:
+        """Return the manifest's changes when `documents` have begun in whole shards."""
+        for batch in self._reached:
+            self._counted += sum(self._documents <= number < documents for number in batch.replaced)
+            if batch.place is not None and batch.first < documents:
+                self._resume = ResumePoint(batch.first, batch.place)
+        self._documents = documents
+        while len(self._reached) > 1:  # the last one may go on into the next shard
+            self._reached.popleft()
+        return {"resume": self._resume, "replaced_documents": self._counted}

@@ -55,6 +55,7 @@ class Progress:
         self._started = self._reported = time.perf_counter()
         self._first_tokens = tokens
         self._first_share: float | None = None
+        self._share: float | None = None
 
     def __enter__(self) -> "Progress":
         return self
@@ -69,9 +70,10 @@ class Progress:
             tokens: in it, and on their way into it.
             documents: that begin in its whole shards.
             shards: that are whole.
-            share: of all there is to do, between 0 and 1; None where the end is not known.
+            share: of all there is to do, between 0 and 1; None where nothing new is known.
         """
         now = time.perf_counter()
+        self._share = share = self._share if share is None else share
         if share is not None and self._first_share is None:
             self._first_share = share
         left = ""

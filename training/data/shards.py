@@ -8,11 +8,13 @@ A file appears under its name only when it is whole: it is written under another
 Opening a folder reads headers and sizes only.
 """
 
+import errno
 import os
 import re
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -26,6 +28,7 @@ _BIN_HEADER_INTS = 256
 _BIN_MAGIC = 20240520
 _BIN_VERSION = 1
 _IDS_PER_CHECK = 1 << 22
+_SPARE_BYTES = 1 << 20  # for the manifest, and what else a file system wants
 
 
 @dataclass(frozen=True)
@@ -146,10 +149,14 @@ class ShardWriter:
     Args:
         folder: exists already.
         manifest: of a folder that may hold shards already; writing goes on behind them.
+        news: is asked, when so many documents have begun, what else the manifest is to say.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, *, news: Callable[[int], dict[str, Any]] = lambda documents: {}
+    ) -> None:
         self.manifest = manifest
+        self._news = news
         self._folder = folder
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
         self._buffer = np.empty(self._size_of_next(), dtype=self._dtype)
@@ -194,7 +201,7 @@ class ShardWriter:
             )
         if self._filled:
             self._write_shard()
-        self.manifest = replace(self.manifest, complete=True)
+        self.manifest = replace(self.manifest, complete=True, resume=None)
         self.manifest.write(self._folder)
         return self.manifest
 
@@ -217,16 +224,31 @@ class ShardWriter:
         ids = self._buffer[: self._filled]
         split: Split = "train" if self.manifest.shards else "val"
         file = f"{self.manifest.corpus}_{split}_{len(self.manifest.shards):06d}.npy"
+        require_space(self._folder, ids.nbytes)
         digest = write_whole(
             self._folder / file, lambda stream: np.lib.format.write_array(cast(Any, stream), ids, allow_pickle=False)
         )
         documents = int(np.count_nonzero(ids == self.manifest.end_of_text_id))
         record = ShardRecord(file, split, len(ids), documents, digest)
         self.manifest = replace(self.manifest, shards=(*self.manifest.shards, record))
+        self.manifest = replace(self.manifest, **self._news(self.manifest.documents))
         self.manifest.write(self._folder)
         self._filled = 0
         if len(self._buffer) != self._size_of_next():
             self._buffer = np.empty(self._size_of_next(), dtype=self._dtype)
+
+
+def require_space(folder: Path, needed_bytes: int) -> None:
+    """Look at the disk before something is written to it.
+
+    Raises:
+        OSError: as the write would raise it.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < needed_bytes + _SPARE_BYTES:
+        raise OSError(
+            errno.ENOSPC, f"{free / 1e9:.1f} GB of disk space left where {needed_bytes / 1e9:.1f} GB are needed"
+        )
 
 
 def _broken_shard(path: Path, expected: str, found: str) -> InputError:
@@ -281,18 +303,22 @@ def _bin_header(stream: BinaryIO, path: Path) -> tuple[np.dtype, int, int]:
     return np.dtype("<u2"), int(header[2]), size
 
 
+def foreign_split(name: str) -> Split | None:
+    """Return the split of a shard of another program, by its name; None for other files."""
+    match = _FOREIGN_NAME.fullmatch(PurePosixPath(name).name)
+    return cast(Split, match["split"]) if match else None
+
+
 def holds_foreign_shards(folder: str | Path) -> bool:
     """Return whether `folder` holds shards and no manifest: another program wrote them."""
     folder = Path(folder)
-    return not (folder / MANIFEST_NAME).exists() and any(
-        _FOREIGN_NAME.fullmatch(path.name) for path in folder.glob("*")
-    )
+    return not (folder / MANIFEST_NAME).exists() and any(foreign_split(path.name) for path in folder.glob("*"))
 
 
 def _foreign_shards(folder: Path) -> tuple[Shard, ...]:
     """Return the shards of a folder without manifest, by their names: *_val_*.npy, *_train_*.npy, or .bin."""
-    matches = {path: _FOREIGN_NAME.fullmatch(path.name) for path in sorted(folder.glob("*"))}
-    found = {path: cast(Split, match["split"]) for path, match in matches.items() if match}
+    splits = {path: foreign_split(path.name) for path in sorted(folder.glob("*"))}
+    found = {path: split for path, split in splits.items() if split}
     if not found:
         what = "a folder without any" if folder.is_dir() else "no such folder"
         raise InputError(

@@ -1,0 +1,153 @@
+"""A dataset on the Hub at one commit: rows streamed with `datasets`, or ready shards to download as they are.
+
+An outage is waited for: the stream is opened again where it broke off. Its places are the states of the `datasets`
+stream, which knows the file it is in, so going on reads one file again at most.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from gpt2_scratch_errors import InputError
+from training.data.corpus import Corpus, Document, Place, one_line, text_of
+from training.data.patience import Patience, network_errors
+from training.data.shards import foreign_split
+
+_ROWS_BETWEEN_PLACES = 1000
+
+
+class HubCorpus(Corpus):
+    """A dataset on the Hub. Nothing is asked of the Hub before it is needed.
+
+    Args:
+        repository: as owner/name.
+        config: its part; None where it has one only.
+        name: the shards' prefix.
+        text_field: the column that holds the text.
+        report: is told, a line a minute, that the Hub cannot be reached.
+    """
+
+    def __init__(
+        self, repository: str, config: str | None, *, name: str, text_field: str, report: Callable[[str], None]
+    ) -> None:
+        self.name = name
+        self.repository = repository
+        self.patience = Patience(repository, report)
+        self._config = config
+        self._text_field = text_field
+        self._rows_in_all: int | None = None
+
+    def can_go_on_from(self, revision: str) -> bool:
+        """Read the dataset at `revision` from now on: the Hub keeps every commit."""
+        self.revision = revision
+        return True
+
+    def share_before(self, place: Place) -> float | None:
+        """Return the share of the rows before a place, where the dataset's card tells how many there are."""
+        return min(1.0, place["row"] / self._rows_in_all) if self._rows_in_all else None
+
+    def ready_shards(self) -> list[str]:
+        """Return the repository's shards of token ids, validation first; none where it holds text.
+
+        With a config, only those in the folder of that name count.
+
+        Raises:
+            InputError: there are shards, but none for validation or none for training, or of two kinds.
+        """
+        import huggingface_hub
+
+        names = self.patience.call(
+            lambda: huggingface_hub.HfApi().list_repo_files(
+                self.repository, repo_type="dataset", revision=self.revision
+            )
+        )
+        shards = [(foreign_split(name), name) for name in sorted(names) if self._is_in_config(name)]
+        val = [name for split, name in shards if split == "val"]
+        train = [name for split, name in shards if split == "train"]
+        kinds = {PurePosixPath(name).suffix for name in (*val, *train)}
+        if kinds and not (val and train and len(kinds) == 1):
+            raise InputError(
+                f"expected shards of one kind for validation and for training in {self.repository}, found "
+                f"{len(val)} and {len(train)} of {' and '.join(sorted(kinds))}; name their folder with --corpus_config"
+            )
+        return [*val, *train]
+
+    def file_sizes(self, names: list[str]) -> dict[str, int]:
+        """Return the bytes of each of the repository's files."""
+        import huggingface_hub
+
+        found = self.patience.call(
+            lambda: huggingface_hub.HfApi().get_paths_info(
+                self.repository, names, repo_type="dataset", revision=self.revision
+            )
+        )
+        return {file.path: file.size for file in found if isinstance(file, huggingface_hub.RepoFile)}
+
+    def download(self, name: str, folder: Path) -> Path:
+        """Return a file of the repository, brought into `folder`; what is there of it already is not fetched again."""
+        import huggingface_hub
+
+        return Path(
+            self.patience.call(
+                lambda: huggingface_hub.hf_hub_download(
+                    self.repository, name, repo_type="dataset", revision=self.revision, local_dir=folder
+                )
+            )
+        )
+
+    def _is_in_config(self, name: str) -> bool:
+        return self._config is None or PurePosixPath(name).is_relative_to(self._config)
+
+    def _revision(self) -> str:
+        """Return the commit that `main` stands for."""
+        import huggingface_hub
+
+        info = self.patience.call(lambda: huggingface_hub.HfApi().dataset_info(self.repository, expand=["sha"]))
+        return str(info.sha)
+
+    def _read(self, start: Place | None) -> Iterator[Document]:
+        place = start or {"row": 0, "state": None}
+        number = place["row"]
+        while True:
+            try:
+                for row, state in self._rows(place["state"], skipped=number - place["row"]):
+                    self.patience.relieved()
+                    if state is not None:
+                        place = {"row": number, "state": state}
+                    number += 1
+                    text = text_of(row, self._text_field, f"{self.repository} row {number:,}")
+                    yield Document(text, place if place["row"] == number - 1 else None)
+                return
+            except network_errors() as error:
+                self.patience.wait(error)
+
+    def _rows(self, state: dict[str, Any] | None, *, skipped: int) -> Iterator[tuple[Any, dict[str, Any] | None]]:
+        """Yield (row, now and then the state from which the stream begins with it), without the first `skipped`."""
+        import datasets
+
+        try:
+            dataset = datasets.load_dataset(
+                self.repository, name=self._config, split="train", streaming=True, revision=self.revision
+            )
+        except ValueError as error:  # an unknown config, or no split of that name, with the list of those that exist
+            raise InputError(
+                f"expected a config with a split 'train' in {self.repository}, "
+                f"found '{self._config}': {one_line(error)}"
+            ) from None
+        splits = dataset.info.splits or {}
+        if "train" in splits:
+            self._rows_in_all = splits["train"].num_examples
+        if state is not None:
+            dataset.load_state_dict(state)
+        rows = iter(dataset)
+        for _ in range(skipped):
+            next(rows, None)
+        number = skipped
+        while True:
+            # Before the row is drawn: the state is then the one that begins with it.
+            before = dataset.state_dict() if number and number % _ROWS_BETWEEN_PLACES == 0 else None
+            row = next(rows, None)
+            if row is None:
+                return
+            yield row, before
+            number += 1
