@@ -143,8 +143,9 @@ def folder(tmp_path):
 def test_values_given_in_place_of_those_of_a_file_are_used_and_checked(folder, load):
     config = load(folder, n_layer=3, hidden_size=64, resid_pdrop=0, id2label={0: "a", 1: "b", 2: "c"})
     assert (config.n_layer, config.n_embd, config.resid_pdrop, config.num_labels) == (3, 64, 0, 3)
-    with pytest.raises(ValueError, match="n_embd=32 and n_head=5"):
-        load(folder, n_head=5)
+    for name in ("n_head", "num_attention_heads"):
+        with pytest.raises(ValueError, match="n_embd=32 and n_head=5"):
+            load(folder, **{name: 5})
     with pytest.raises(ValueError, match="expected reorder_and_upcast_attn=False, found True"):
         load(folder, reorder_and_upcast_attn=True)
     with pytest.raises(ValueError, match="found 'n_layers', did you mean 'n_layer'"):
