@@ -13,7 +13,7 @@ from training.data.corpus import Corpus, Document, Place, one_line, text_of
 from training.data.patience import Patience, network_errors
 from training.data.shards import foreign_split
 
-_ROWS_BETWEEN_PLACES = 1000
+_ROWS_BETWEEN_PLACES = 256
 
 
 class HubCorpus(Corpus):
