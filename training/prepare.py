@@ -1,6 +1,7 @@
 """Turn a corpus into a shard folder: `python -m training.prepare --corpus installed-docs --output data/docs`.
 
 May be ended at any time and run again: it goes on behind the last whole shard, and the shards come out the same.
+`python -m training.prepare --inspect data/docs --verify` tells what is in a folder.
 """
 
 import argparse
@@ -31,8 +32,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--corpus", required=True, help="installed-docs, fineweb, fineweb-edu, or the path of a file or folder")
-    add("--output", required=True, type=Path, help="the shard folder; made if absent")
+    add_either = parser.add_mutually_exclusive_group(required=True).add_argument
+    add_either("--corpus", help="installed-docs, fineweb, fineweb-edu, a file or folder, or a Hub dataset's owner/name")
+    add_either("--inspect", type=Path, metavar="DIR", help="tell what is in a shard folder, anybody's")
+    add("--output", type=Path, help="the shard folder; made if absent")
+    add("--verify", action="store_true", help="with --inspect, read every byte: hashes and ids")
     add("--corpus_config", help="part of a Hub dataset, such as sample-10BT, its default")
     add("--text_field", default="text", help="field or column that holds the text in JSON lines and Parquet")
     add("--tokenizer", default="gpt2", help="gpt2, train:4096 to train one on the corpus, or the folder of a saved one")
@@ -76,7 +80,19 @@ def _end_with_standard_input() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Fill the folder and say what came of it."""
+    """Fill the folder and say what came of it; or tell what is in one."""
+    from gpt2_scratch_errors import InputError
+
+    if arguments.inspect is not None:
+        from training.data.inspection import inspect
+
+        for line in inspect(arguments.inspect, tokenizer=arguments.tokenizer, verify=arguments.verify):
+            print(line)
+        return
+    if arguments.verify:
+        raise InputError("--verify goes with --inspect DIR")
+    if arguments.output is None:
+        raise InputError("expected the folder to fill, found no --output")
     from training.data.producer import produce
 
     started = time.perf_counter()
