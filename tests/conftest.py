@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("GPT2_SHARED_DATA", ROOT.parent / "shared" / "data"))
 
 
-def pytest_configure() -> None:
-    # Nothing may reach for the network by accident; tests that need it carry the `network` marker and undo this.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+def pytest_configure(config: pytest.Config) -> None:
+    # Nothing may reach for the network by accident, unless the tests that need it were asked for.
+    if "not network" in config.option.markexpr:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

@@ -12,7 +12,6 @@ import os
 import shutil
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import tiktoken
 import torch
@@ -42,15 +41,9 @@ def official(name: str) -> str:
     return str(Path(folder) / name)
 
 
-@pytest.fixture
-def _online(monkeypatch):
-    if "GPT2_OFFICIAL_DIR" not in os.environ:
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-
-
 def network(test):
-    """Mark a test that needs official weights, and allow it to fetch them."""
-    return pytest.mark.network(pytest.mark.timeout(1800)(pytest.mark.usefixtures("_online")(test)))
+    """Mark a test that needs official weights, and allow it the time to fetch them."""
+    return pytest.mark.network(pytest.mark.timeout(1800)(test))
 
 
 def gpt2(**options):
