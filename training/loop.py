@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from training.compression import ScoredText
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
 from training.data.loader import TrainingWindows, training_batches, validation_batches, validation_windows
 from training.data.reporting import AtMostEvery
+from training.documents import attention_for
 from training.hub import RunFacts, write_model_card
 from training.optimizer import build_optimizer
 from training.plan import Plan, plan_run, shard_identities
@@ -57,7 +59,8 @@ def _train(plan: Plan, producer: ProducerBeside) -> None:
     if accelerator.is_main_process:
         plan.output_dir.mkdir(parents=True, exist_ok=True)
         recipe.save(plan.output_dir / "recipe.yaml")
-    model = build_model(recipe, plan.tokenizer, plan.resume_from)
+    attention = attention_for(recipe, accelerator.device.type)
+    model = build_model(replace(recipe, attn_implementation=attention), plan.tokenizer, plan.resume_from)
     run = Run(plan, accelerator, model)
     if accelerator.is_main_process:
         producer.say = run.log.say
@@ -104,6 +107,11 @@ class Run:
         recipe = self.plan.recipe
         return validation_windows(self.plan.folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
 
+    @property
+    def document_mark(self) -> int | None:
+        """The id at which documents begin, when the recipe keeps them apart."""
+        return self.plan.tokenizer.end_of_text_id if self.plan.recipe.document_mask else None
+
     def take_steps(self) -> None:
         """Train from the first step that is missing to the last."""
         self._introduce()
@@ -128,6 +136,7 @@ class Run:
                 accumulation_steps=plan.batch.accumulation_steps,
                 learning_rate=learning_rate,
                 max_grad_norm=recipe.max_grad_norm,
+                end_of_text_id=self.document_mark,
             )
             self.throughput.add(plan.batch.tokens_per_step)
             self.log.advance()
@@ -219,7 +228,7 @@ class Run:
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        loss, tokens = validation_loss(accelerator, self.model, batches)
+        loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.document_mark)
         values = {
             "step": done,
             "tokens": done * self.plan.batch.tokens_per_step,

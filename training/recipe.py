@@ -64,6 +64,7 @@ class Recipe:
     n_positions: int | None = knob("longest sequence the model can take; seq_len when not given", None, group="model")
     init_from: str | None = knob("model folder or Hub id to start from instead of random weights", None, group="model")
     dropout: float = knob("dropout of embeddings, attention and residual branches", 0.0)
+    document_mask: bool = knob("no attention across documents, positions restart at each one", False, group="model")
     attn_implementation: str = knob("attention: eager, sdpa, flash_attention_2 or flex_attention", "sdpa")
 
     # optimization

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from training.data.loader import IGNORED
+from training.documents import document_positions
 
 
 class StepResult(NamedTuple):
@@ -22,6 +23,20 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
 
 
+def model_inputs(
+    batch: tuple[Tensor, Tensor], device: torch.device, end_of_text_id: int | None = None
+) -> dict[str, Tensor]:
+    """A batch as the model takes it; with an `end_of_text_id`, positions keep its documents apart."""
+    inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    if end_of_text_id is None:
+        return {"input_ids": inputs, "shift_labels": targets}
+    return {
+        "input_ids": inputs,
+        "shift_labels": targets,
+        "position_ids": document_positions(inputs, end_of_text_id),
+    }
+
+
 def train_step(
     accelerator: Accelerator,
     model: nn.Module,
@@ -31,20 +46,22 @@ def train_step(
     accumulation_steps: int,
     learning_rate: float,
     max_grad_norm: float,
+    end_of_text_id: int | None = None,
 ) -> StepResult:
     """Take `accumulation_steps` batches, average their gradients over all processes, clip, and update the weights.
 
+    With an `end_of_text_id`, documents are kept apart (`training.documents`).
     All windows are full, so the plain mean over batches and processes is the mean over the step's tokens.
     """
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(accumulation_steps):
-        inputs, targets = (tensor.to(accelerator.device, non_blocking=True) for tensor in next(batches))
+        inputs = model_inputs(next(batches), accelerator.device, end_of_text_id)
         # Gradients are exchanged once, in the last backward pass.
         last = micro_step == accumulation_steps - 1
         with nullcontext() if last else accelerator.no_sync(model):
-            outputs = model(input_ids=inputs, shift_labels=targets, use_cache=False)
+            outputs = model(**inputs, use_cache=False)
             scaled = outputs.loss / accumulation_steps
             accelerator.backward(scaled)
         loss += scaled.detach()
@@ -56,7 +73,11 @@ def train_step(
 
 @torch.no_grad()
 def validation_loss(
-    accelerator: Accelerator, model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]
+    accelerator: Accelerator,
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    end_of_text_id: int | None = None,
 ) -> tuple[float, int]:
     """Mean loss in nats per token over all processes' batches, and the number of tokens it is the mean of.
 
@@ -67,7 +88,7 @@ def validation_loss(
     one = torch.ones((), device=accelerator.device)
     losses, tokens = [torch.zeros((), device=accelerator.device)], 0
     for inputs, targets in batches:
-        on_device = {"input_ids": inputs.to(accelerator.device), "shift_labels": targets.to(accelerator.device)}
+        on_device = model_inputs((inputs, targets), accelerator.device, end_of_text_id)
         losses.append(model(**on_device, num_items_in_batch=one, use_cache=False).loss.float())
         tokens += int((targets != IGNORED).sum())
     model.train(was_training)
