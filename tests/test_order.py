@@ -1,5 +1,6 @@
 """The order of windows: a pure function that visits everything once."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -106,3 +107,84 @@ def test_processes_and_accumulation_only_slice_the_batch(
         for sample in plan.samples(step, micro_step, rank)
     ]
     assert taken == list(range(step * sequences, (step + 1) * sequences))
+
+
+# A simulation of whole runs: 1,024 sequences a step, on 1 to 1,024 processes, that are killed and go on with others.
+
+WORLDS = [1, 2, 4, 8, 64, 1024]
+SIZES = [9_000, 40_001, 25_000, 33]  # the last shard holds one window of 32
+
+
+def windows_of_step(order: Order, step: int, world: int, per_device: int) -> list[list[Window]]:
+    """What each process takes in a step."""
+    plan = plan_batch(tokens_per_step=1024 * 32, seq_len=32, per_device=per_device, num_processes=world)
+    return [
+        [
+            order.locate(sample)
+            for micro_step in range(plan.accumulation_steps)
+            for sample in plan.samples(step, micro_step, rank)
+        ]
+        for rank in range(world)
+    ]
+
+
+@pytest.fixture(scope="module")
+def alone() -> list[set[Window]]:
+    """The windows of each step of a run of one process, through two epochs and into the third."""
+    order = Order(SIZES, seq_len=32, seed=11)
+    return [set(windows_of_step(order, step, 1, 1)[0]) for step in range(6)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_step_holds_the_same_windows_for_any_number_of_processes(world: int, alone: list[set[Window]]) -> None:
+    order = Order(SIZES, seq_len=32, seed=11)
+    for step, expected in enumerate(alone):
+        ranks = windows_of_step(order, step, world, per_device=1)
+        together = [window for windows in ranks for window in windows]
+        assert len(set(together)) == len(together) == 1024  # no two processes have one window
+        assert set(together) == expected
+
+
+@pytest.mark.parametrize(("world", "per_device"), [(1, 1024), (2, 16), (2, 512), (8, 1), (8, 32), (64, 4), (64, 16)])
+def test_every_step_holds_the_same_windows_for_any_accumulation(
+    world: int, per_device: int, alone: list[set[Window]]
+) -> None:
+    order = Order(SIZES, seq_len=32, seed=11)
+    for step, expected in enumerate(alone[:3]):
+        assert {window for windows in windows_of_step(order, step, world, per_device) for window in windows} == expected
+
+
+@given(worlds=st.lists(st.sampled_from(WORLDS), min_size=6, max_size=6))
+@settings(max_examples=10, deadline=None)
+def test_run_that_goes_on_with_another_number_of_processes_at_every_step_sees_the_same(worlds: list[int]) -> None:
+    whole = Order(SIZES, seq_len=32, seed=11)
+    for step, world in enumerate(worlds):
+        resumed = Order(SIZES, seq_len=32, seed=11)  # nothing but the step is carried over
+        expected = {whole.locate(sample) for sample in range(1024 * step, 1024 * (step + 1))}
+        assert {window for windows in windows_of_step(resumed, step, world, 1) for window in windows} == expected
+
+
+def test_simulated_epochs_visit_every_window_once_and_no_two_alike() -> None:
+    order = Order(SIZES, seq_len=32, seed=11)
+    starts = [0, *(sum(order.windows_in_epoch(e) for e in range(epoch + 1)) for epoch in range(3))]
+    epochs = [[order.locate(sample) for sample in range(*pair)] for pair in itertools.pairwise(starts)]
+    for epoch, windows in enumerate(epochs):
+        assert len(set(windows)) == len(windows)
+        assert {window.epoch for window in windows} == {epoch}
+        # Neighbouring windows meet: all of a shard is covered, but for the shift and what is left at its end.
+        for shard, size in enumerate(SIZES):
+            offsets = sorted(window.offset for window in windows if window.shard == shard)
+            assert offsets == list(range(offsets[0], offsets[0] + 32 * len(offsets), 32)) if offsets else size <= 64
+            assert not offsets or (offsets[0] < 32 and offsets[-1] + 33 > size - 32)
+    sequences = [[(window.shard, window.offset) for window in windows] for windows in epochs]
+    assert sequences[0] != sequences[1] != sequences[2] != sequences[0]
+    cuts = [{(shard, offset % 32) for shard, offset in sequence} for sequence in sequences]
+    assert cuts[0] != cuts[1] != cuts[2]
+
+
+@given(sizes=shard_sizes, more=st.lists(st.integers(0, 400), max_size=4), seed=st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_shards_that_come_later_change_nothing_of_the_first_epoch(sizes: list[int], more: list[int], seed: int) -> None:
+    growing, finished = Order(sizes, seq_len=20, seed=seed), Order([*sizes, *more], seq_len=20, seed=seed)
+    windows = range(growing.windows_in_epoch(0))
+    assert [growing.locate(sample) for sample in windows] == [finished.locate(sample) for sample in windows]
