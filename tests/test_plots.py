@@ -55,5 +55,5 @@ def test_a_run_without_a_line_still_gets_a_picture(tmp_path: Path) -> None:
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_constants() -> None:
-    assert smoothed([4.0, 4.0, 4.0]) == pytest.approx([4.0] * 3)
+    assert smoothed([4.0, 4.0, 4.0], weight=0.9) == pytest.approx([4.0] * 3)
     assert smoothed([1.0, 3.0], weight=0.5) == pytest.approx([1.0, (0.5 * 0.5 * 1.0 + 0.5 * 3.0) / 0.75])

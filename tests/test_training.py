@@ -102,8 +102,10 @@ def test_the_model_folder_loads_through_the_auto_classes(tiny_recipe: Make) -> N
     assert type(model).__name__ == "GPT2ScratchForCausalLM"
     assert tokenizer.model_max_length == model.config.n_positions == 32
     assert tokenizer.eos_token_id == model.config.eos_token_id == model.config.vocab_size - 1
-    text = pipeline("text-generation", model=folder)("The model", max_new_tokens=4)[0]["generated_text"]
+    # As a user calls it first: the pipeline's own 256 new tokens would not fit 32 positions.
+    text = pipeline("text-generation", model=folder)("The model")[0]["generated_text"]
     assert text.startswith("The model")
+    assert len(tokenizer.encode(text)) <= 32
 
 
 def test_checkpoints_load_as_model_folders(tiny_recipe: Make) -> None:

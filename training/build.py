@@ -123,6 +123,9 @@ def build_model(recipe: Recipe, tokenizer: "Tokenizer", weights: Path | None = N
             f"seq_len={recipe.seq_len:,} exceeds n_positions={model.config.n_positions:,} of {source}; "
             "shorten the windows"
         )
+    # Without a number of its own a model gets the text-generation pipeline's 256, which runs past a short n_positions.
+    if model.generation_config.max_new_tokens is None:
+        model.generation_config.max_new_tokens = min(128, model.config.n_positions // 2)
     if recipe.activation_checkpointing:
         # The name since transformers 5.18; the older one warns there.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

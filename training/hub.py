@@ -43,7 +43,8 @@ def write_model_card(folder: Path, recipe: Recipe, facts: RunFacts) -> None:
     corpus += f" ({recipe.corpus_config})" if recipe.corpus_config else ""
     # Paths of the machine are nobody's business.
     local = {"output_dir", "data_dir", "corpus", "tokenizer", "init_from", "resume_from_checkpoint", "sample_prompts"}
-    knobs = "\n".join(f"| `{key}` | {value} |" for key, value in recipe.to_dict().items() if key not in local)
+    shown = {key: value for key, value in recipe.to_dict().items() if key not in local and value is not None}
+    knobs = "\n".join(f"| `{key}` | {value} |" for key, value in shown.items())
     content = f"""---
 {data.to_yaml()}
 ---

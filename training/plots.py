@@ -6,8 +6,10 @@ from typing import Any
 from evaluation.references import VALIDATION_LOSS
 from training.atomic import write_whole
 
+_SMOOTHED_POINTS = 30  # that the curve of the training loss keeps apart; more show noise, fewer lag behind
 
-def smoothed(values: list[float], weight: float = 0.9) -> list[float]:
+
+def smoothed(values: list[float], weight: float) -> list[float]:
     """Exponential moving average, corrected for its beginning (as Adam's), so that the curve does not start at zero."""
     average, curve = 0.0, []
     for count, value in enumerate(values, start=1):
@@ -28,6 +30,7 @@ def plot_curves(path: Path, metrics: list[dict[str, Any]], *, title: str, corpus
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     training = [line for line in metrics if "train_loss" in line]
     validation = [line for line in metrics if "val_loss" in line]
@@ -36,7 +39,9 @@ def plot_curves(path: Path, metrics: list[dict[str, Any]], *, title: str, corpus
     if training:
         tokens, losses = [line["tokens"] for line in training], [line["train_loss"] for line in training]
         axes.plot(tokens, losses, color="tab:blue", alpha=0.25, linewidth=0.8)
-        axes.plot(tokens, smoothed(losses), color="tab:blue", label="training")
+        axes.plot(
+            tokens, smoothed(losses, max(0.0, 1.0 - _SMOOTHED_POINTS / len(losses))), color="tab:blue", label="training"
+        )
     if validation:
         axes.plot(
             [line["tokens"] for line in validation],
@@ -58,6 +63,7 @@ def plot_curves(path: Path, metrics: list[dict[str, Any]], *, title: str, corpus
             color="tab:gray",
         )
     axes.set(title=title, xlabel="tokens", ylabel="loss (nats per token)")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.2)
     if training or validation:
         axes.legend(loc="upper right")
