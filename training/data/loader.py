@@ -6,7 +6,7 @@ and pinning.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -38,26 +38,46 @@ class TrainingWindows(Dataset[tuple[Tensor, Tensor]]):
         return self.source.order.windows_in_epoch(0)
 
     def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = self.__getitems__([sample])
+        return inputs[0], targets[0]
+
+    def __getitems__(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A batch at once, (batch, seq) each, which spares a tensor for every row and their stacking."""
+        seq_len = self.source.seq_len
+        inputs = np.empty((len(samples), seq_len), dtype=np.int64)
+        targets = np.empty_like(inputs)
+        for row, sample in enumerate(samples):
+            _, number, offset = self.source.locate(sample)
+            if number not in self._open:
+                self._open[number] = self.source.shards[number].read()
+            window = self._open[number][offset : offset + seq_len + 1]
+            inputs[row], targets[row] = window[:-1], window[1:]
+        if max(inputs.max(), targets.max()) >= self.vocab_size:
+            for sample in samples:
+                self._refuse_unknown_ids(sample)
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def _refuse_unknown_ids(self, sample: int) -> None:
         _, number, offset = self.source.locate(sample)
-        shard = self.source.shards[number]
-        if number not in self._open:
-            self._open[number] = shard.read()
-        window = self._open[number][offset : offset + self.source.seq_len + 1].astype(np.int64)
-        return _inputs_and_targets(window, shard, offset, self.vocab_size)
+        window = self._open[number][offset : offset + self.source.seq_len + 1]
+        _checked(window, self.source.shards[number], offset, self.vocab_size)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}
 
 
-def _inputs_and_targets(window: np.ndarray, shard: Shard, offset: int, vocab_size: int) -> tuple[Tensor, Tensor]:
+def _checked(window: np.ndarray, shard: Shard, offset: int, vocab_size: int) -> np.ndarray:
     if window.max() >= vocab_size:
         place = offset + int(window.argmax())
         raise InputError(
             f"shard {shard.path} holds token id {window.max():,} at {place:,}, but the model's vocabulary has "
             f"{vocab_size:,} ids; it was made with another tokenizer: prepare the corpus again"
         )
-    tokens = torch.from_numpy(window)
-    return tokens[:-1], tokens[1:]
+    return window
+
+
+def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    return batch
 
 
 class _RankBatches:
@@ -108,6 +128,7 @@ def training_batches(
     loader = DataLoader(
         windows,
         batch_sampler=_RankBatches(plan, rank, first_step, end_step, windows.source, on_wait),
+        collate_fn=_as_it_is,  # they come as batches
         num_workers=num_workers,
         pin_memory=pin_memory,
         # A generator of its own: starting the loader must not draw from the one that dropout uses.
@@ -136,8 +157,9 @@ def validation_batches(
         targets = torch.full((batch_size, seq_len), IGNORED, dtype=torch.int64)
         for row, window in enumerate(range(first, min(first + batch_size, windows))):
             offset = window * seq_len
-            cut = tokens[offset : offset + seq_len + 1].astype(np.int64)
-            inputs[row], targets[row] = _inputs_and_targets(cut, shard, offset, vocab_size)
+            checked = _checked(tokens[offset : offset + seq_len + 1], shard, offset, vocab_size)
+            cut = torch.from_numpy(checked.astype(np.int64))
+            inputs[row], targets[row] = cut[:-1], cut[1:]
         yield inputs, targets
 
 
