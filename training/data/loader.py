@@ -1,12 +1,13 @@
 """This rank's batches, training and validation.
 
 The loader knows its rank, so it is never passed to `accelerator.prepare`: that would shard it a second time, or feed
-rank 0's stream to all. Reading is a copy out of a memory map; `torch.utils.data.DataLoader` adds read-ahead processes
+rank 0's stream to all. Reading is a system call a row; `torch.utils.data.DataLoader` adds read-ahead processes
 and pinning.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan
 from training.data.growing import TrainingShards
-from training.data.shards import Shard
+from training.data.shards import Shard, ShardReader
 
 IGNORED = -100  # the target that torch's cross-entropy, and ours, leave out
+_OPEN_SHARDS = 8  # samples go through one shard after the other
 
 
 class TrainingWindows(Dataset[tuple[Tensor, Tensor]]):
@@ -31,7 +33,7 @@ class TrainingWindows(Dataset[tuple[Tensor, Tensor]]):
     def __init__(self, source: TrainingShards, vocab_size: int) -> None:
         self.source = source
         self.vocab_size = vocab_size
-        self._open: dict[int, np.ndarray] = {}  # memory maps by shard; each read-ahead process opens its own
+        self._open: dict[int, ShardReader] = {}  # by shard; each read-ahead process opens its own
 
     def __len__(self) -> int:
         """Samples of the first epoch, as far as its shards are there; later epochs go on behind it."""
@@ -47,20 +49,21 @@ class TrainingWindows(Dataset[tuple[Tensor, Tensor]]):
         inputs = np.empty((len(samples), seq_len), dtype=np.int64)
         targets = np.empty_like(inputs)
         for row, sample in enumerate(samples):
-            _, number, offset = self.source.locate(sample)
-            if number not in self._open:
-                self._open[number] = self.source.shards[number].read()
-            window = self._open[number][offset : offset + seq_len + 1]
+            window = self._window(sample)[0]
             inputs[row], targets[row] = window[:-1], window[1:]
         if max(inputs.max(), targets.max()) >= self.vocab_size:
             for sample in samples:
-                self._refuse_unknown_ids(sample)
+                _checked(*self._window(sample), self.vocab_size)
         return torch.from_numpy(inputs), torch.from_numpy(targets)
 
-    def _refuse_unknown_ids(self, sample: int) -> None:
+    def _window(self, sample: int) -> tuple[np.ndarray, Shard, int]:
+        """The ids of a sample, (seq + 1,), the shard, and where in it they are."""
         _, number, offset = self.source.locate(sample)
-        window = self._open[number][offset : offset + self.source.seq_len + 1]
-        _checked(window, self.source.shards[number], offset, self.vocab_size)
+        if number not in self._open:
+            if len(self._open) == _OPEN_SHARDS:
+                self._open.pop(next(iter(self._open)))
+            self._open[number] = ShardReader(self.source.shards[number])
+        return self._open[number].read(offset, self.source.seq_len + 1), self.source.shards[number], offset
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": {}}
@@ -76,7 +79,7 @@ def _checked(window: np.ndarray, shard: Shard, offset: int, vocab_size: int) -> 
     return window
 
 
-def _as_it_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
