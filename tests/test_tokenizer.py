@@ -257,3 +257,14 @@ def test_missing_and_broken_tokenizer_files_are_refused(tmp_path):
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="not UTF-8"):
         load_tokenizer(str(tmp_path))
+
+
+def test_workers_encode_as_the_tokenizer_does():
+    from training.data.workers import EncodeDocuments
+
+    tokenizer = train_bpe(["some words, some more words"] * 9, 264)
+    documents = ["some words", "<|endoftext|> is text here", "naïve 数学 🙂", "x" * 5000, " "]
+    expected = [token for text in documents for token in (tokenizer.end_of_text_id, *tokenizer.encode(text))]
+    ids = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, "uint16")(documents)
+    assert ids.dtype == np.uint16
+    assert ids.tolist() == expected

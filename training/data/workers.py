@@ -88,11 +88,13 @@ class EncodeDocuments:
 
     def __call__(self, documents: Sequence[str]) -> np.ndarray:
         """Return the ids of `documents`, one after the other."""
-        ids: list[int] = []
+        mark = np.array([self.end_of_text_id], dtype=self.dtype)
+        parts = [mark[:0]]
         for document in documents:
-            ids.append(self.end_of_text_id)
-            ids.extend(self.encoding.encode_ordinary(document))
-        return np.array(ids, dtype=self.dtype)
+            # Ids as an array, which spares an object for each; a special token's text is text here.
+            ids = self.encoding.encode_to_numpy(document, allowed_special=set(), disallowed_special=())
+            parts += [mark, ids.astype(self.dtype)]
+        return np.concatenate(parts)
 
 
 _function: Callable[[Any], Any]

@@ -1,0 +1,198 @@
+"""The data engine's claims about speed, all in one run on one machine.
+
+    python benchmarks/data.py [--rounds 5] [--corpus FILE_OR_FOLDER] [--tokenizer gpt2]
+
+Tokenising: our worker processes on batches, against one process with tiktoken in a loop, and against a pool that maps
+one document at a time (build-nanogpt's fineweb.py: `Pool.imap(tokenize, documents, chunksize=16)`), on as many
+processes as ours. Each side is warm: its processes run before the clock does. Sides take turns; medians, and the ratio
+round by round. Loading: shuffled batches of 1,024 tokens a row on one core; a training step of GPT-2 124M is taken as
+its FLOPs at the full peak of an A100, which no run reaches. Placing: the first batch anywhere in 10B tokens, which
+sparse files stand in for.
+"""
+
+import argparse
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+import torch
+
+from training.batch import plan_batch
+from training.data.corpus import INSTALLED_DOCS, open_corpus
+from training.data.growing import TrainingShards
+from training.data.loader import TrainingWindows, training_batches
+from training.data.shards import Shard, ShardFolder
+from training.data.tokenizer import load_tokenizer
+from training.data.workers import EncodeDocuments, map_in_order, usable_cpus
+from training.progress import PEAK_FLOPS, flops_per_token
+
+_CHARACTERS_PER_BATCH = 1 << 18
+_SEQ_LEN = 1024
+_TOKENS_PER_SHARD = 100_000_000
+
+_pool_encoding: tiktoken.Encoding
+_pool_end_of_text: int
+
+
+def batches_of(documents: Sequence[str]) -> Iterator[list[str]]:
+    """Documents in batches such as the producer makes."""
+    batch: list[str] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document)
+        if characters >= _CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def start_pool_worker(encoding: tiktoken.Encoding, end_of_text: int) -> None:
+    """What build-nanogpt has as globals of its module."""
+    global _pool_encoding, _pool_end_of_text
+    _pool_encoding, _pool_end_of_text = encoding, end_of_text
+
+
+def tokenize_one(document: str) -> np.ndarray:
+    """One document, as build-nanogpt's `tokenize` does it."""
+    tokens = [_pool_end_of_text]
+    tokens.extend(_pool_encoding.encode_ordinary(document))
+    tokens_np = np.array(tokens)
+    assert (tokens_np >= 0).all()
+    assert (tokens_np < 2**16).all()
+    return tokens_np.astype(np.uint16)
+
+
+def seconds(action: Callable[[], int], expected: int) -> float:
+    """Time of an action that returns how many tokens it made."""
+    start = time.perf_counter()
+    made = action()
+    elapsed = time.perf_counter() - start
+    assert made == expected, (made, expected)
+    return elapsed
+
+
+def tokenising(documents: list[str], tokenizer_name: str, rounds: int, workers: int) -> None:
+    """Print documents/s of the three sides, and the ratios."""
+    tokenizer = load_tokenizer(tokenizer_name)
+    encode = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, "uint16")
+    start_pool_worker(tokenizer.encoding, tokenizer.end_of_text_id)
+    expected = sum(len(tokenize_one(document)) for document in documents)
+
+    def ours() -> float:
+        warm = [documents[:1]] * (4 * workers)  # answered before the clock starts
+        started: list[float] = []
+
+        def items() -> Iterator[Sequence[str]]:
+            yield from warm
+            started.append(time.perf_counter())
+            yield from batches_of(documents)
+
+        made = [len(ids) for ids in map_in_order(encode, items(), num_workers=workers)]
+        elapsed = time.perf_counter() - started[0]
+        assert sum(made[len(warm) :]) == expected
+        return elapsed
+
+    with multiprocessing.Pool(workers, start_pool_worker, (tokenizer.encoding, tokenizer.end_of_text_id)) as pool:
+        sides: dict[str, Callable[[], float]] = {
+            "loop": lambda: seconds(lambda: sum(len(tokenize_one(document)) for document in documents), expected),
+            "pool": lambda: seconds(lambda: sum(map(len, pool.imap(tokenize_one, documents, chunksize=16))), expected),
+            "ours": ours,
+        }
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                times[name].append(side())
+    print(f"tokenising {len(documents):,} documents, {expected:,} tokens of {tokenizer.name}, {workers} processes:")
+    for name, values in times.items():
+        median = statistics.median(values)
+        line = f"  {name}: {len(documents) / median:,.0f} documents/s, {expected / median / 1e6:.2f}M tokens/s"
+        if name != "ours":
+            ratios = [other / mine for other, mine in zip(values, times["ours"], strict=True)]
+            line += f"; ours is {statistics.median(ratios):.2f} times as fast ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(line)
+
+
+def loading(rounds: int) -> None:
+    """Print tokens/s of the loader on one core, and its share of a training step."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        rng = np.random.default_rng(0)
+        for number, split in enumerate(("val", "train", "train")):
+            np.save(Path(name) / f"x_{split}_{number:06d}.npy", rng.integers(0, 50257, 30_000_000).astype("<u2"))
+        source = TrainingShards(ShardFolder.open(name), seq_len=_SEQ_LEN, seed=0)
+        plan = plan_batch(tokens_per_step=64 * _SEQ_LEN, seq_len=_SEQ_LEN, per_device=64, num_processes=1)
+        rates = []
+        for _ in range(rounds + 1):
+            start, tokens = time.perf_counter(), 0
+            windows = TrainingWindows(source, 50257)
+            for inputs, _targets in training_batches(windows, plan, rank=0, first_step=0, end_step=400):
+                tokens += inputs.numel()
+            rates.append(tokens / (time.perf_counter() - start))
+    rate = statistics.median(rates[1:])  # the first warms the page cache
+    flops = flops_per_token(parameters=124_439_808, n_layer=12, n_embd=768, seq_len=_SEQ_LEN)
+    share = PEAK_FLOPS["A100"] / flops / rate
+    print(
+        f"loading: {rate / 1e6:.0f}M tokens/s shuffled on one core; {share:.2%} of a step at the full peak of an A100"
+    )
+
+
+def placing(rounds: int) -> None:
+    """Print how long the first batch takes, anywhere in ten billion tokens."""
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        shards = []
+        for number in range(101):
+            path = Path(name) / f"x_{'train' if number else 'val'}_{number:06d}.npy"
+            with path.open("wb") as file:
+                header = {"descr": "<u2", "fortran_order": False, "shape": (_TOKENS_PER_SHARD,)}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + 2 * _TOKENS_PER_SHARD)
+            shards.append(Shard(path, "train" if number else "val", _TOKENS_PER_SHARD))
+        times, openings = [], []
+        plan = plan_batch(tokens_per_step=512 * _SEQ_LEN, seq_len=_SEQ_LEN, per_device=64, num_processes=8)
+        for _ in range(4 * rounds):
+            step = rng.randrange(10**10 // (512 * _SEQ_LEN))
+            start = time.perf_counter()
+            folder = ShardFolder.open(name)
+            openings.append(time.perf_counter() - start)
+            windows = TrainingWindows(TrainingShards(folder, seq_len=_SEQ_LEN, seed=0), 50257)
+            next(training_batches(windows, plan, rank=3, first_step=step, end_step=step + 1))
+            times.append(time.perf_counter() - start)
+    print(
+        f"placing: the folder opened and the first batch of 64 rows read anywhere in 10B tokens in "
+        f"{1e3 * statistics.median(times):.1f} ms (longest {1e3 * max(times):.1f} ms), "
+        f"of which opening {1e3 * statistics.median(openings):.1f} ms"
+    )
+
+
+def main() -> None:
+    """Run all three."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--corpus", default=INSTALLED_DOCS, help="as in python -m training.prepare")
+    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a saved one")
+    parser.add_argument("--workers", type=int, default=min(2, usable_cpus()))
+    arguments = parser.parse_args()
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
+        f"{platform.python_version()}, tiktoken {tiktoken.__version__}, torch {torch.__version__}; "
+        f"medians of {arguments.rounds} rounds"
+    )
+    loading(arguments.rounds)
+    placing(arguments.rounds)
+    documents = list(open_corpus(arguments.corpus).documents())
+    tokenising(documents, arguments.tokenizer, arguments.rounds, arguments.workers)
+
+
+if __name__ == "__main__":
+    main()
