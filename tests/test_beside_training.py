@@ -423,3 +423,71 @@ def test_corpus_that_cannot_be_read_ends_the_run_with_the_producers_line(tiny_re
         train(recipe)
     assert not Path(recipe.output_dir).exists()
     assert not (tmp_path / "data").exists()
+
+
+@on_linux
+def test_producer_killed_under_a_run_is_started_again_and_the_run_goes_on(
+    tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_bpe(["token window shard batch"] * 9, 260).save(tmp_path / "tokenizer")
+    data = tmp_path / "data"
+    recipe = tiny_recipe(
+        data_dir=str(data),
+        corpus=str(slow_corpus(tmp_path / "c.jsonl")),
+        tokenizer=str(tmp_path / "tokenizer"),
+        shard_tokens=20_000,
+        max_steps=250,  # through three shards
+        eval_steps=0,
+        sample_steps=0,
+        save_steps=0,
+        preprocessing_num_workers=0,
+    )
+    at_the_kill: list[int] = []
+
+    def kill() -> None:
+        wait_until(lambda: len(read_metrics(Path(recipe.output_dir))) > 3)
+        for process in processes_that_name(str(data)):
+            os.kill(process, signal.SIGKILL)
+        manifest = Manifest.read(data)
+        assert manifest is not None
+        at_the_kill.append(len(manifest.shards))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    train(recipe)
+    thread.join()
+    assert at_the_kill
+    assert "The producer of shards died: killed by SIGKILL; training goes on" in capsys.readouterr().out
+    losses = [line["train_loss"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line]
+    assert len(losses) == 250
+    assert processes_that_name(str(data)) == []
+
+
+@on_linux
+def test_two_processes_of_a_node_start_one_producer(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe(output_dir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"), max_steps=3, eval_steps=0)
+    recipe.save(tmp_path / "recipe.yaml")
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
+    command += [str(ROOT / "training" / "train.py"), "--config", str(tmp_path / "recipe.yaml")]
+    producers: set[int] = set()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            for found in processes_that_name(str(tmp_path / "data")):
+                try:
+                    if b"training.prepare" in Path(f"/proc/{found}/cmdline").read_bytes():
+                        # A process that has been forked, and is not yet another program, looks like its parent.
+                        producers.add(os.getsid(found))
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+            time.sleep(0.05)
+        assert process.stderr is not None
+        assert process.returncode == 0, process.stderr.read()
+    assert len(producers) == 1
+    alone = dataclasses.replace(recipe, output_dir=str(tmp_path / "alone"))
+    train(alone)
+    for path in (recipe, alone):
+        assert len(read_metrics(Path(path.output_dir))) == 4
+    for two, one in zip(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "alone"), strict=True):
+        key = "train_loss" if "train_loss" in one else "val_loss"
+        assert two[key] == pytest.approx(one[key], abs=1e-5)
