@@ -354,6 +354,8 @@ def test_cores_that_training_leaves_free_tokenise(tiny_recipe: Make, monkeypatch
     assert preprocessing_workers(tiny_recipe(dataloader_num_workers=2), 8) == 64 - 24
     assert preprocessing_workers(tiny_recipe(preprocessing_num_workers=3), 8) == 3
     monkeypatch.setattr("training.plan.usable_cpus", lambda: 2)
+    assert preprocessing_workers(tiny_recipe(), 8) == 2
+    monkeypatch.setattr("training.plan.usable_cpus", lambda: 1)
     assert preprocessing_workers(tiny_recipe(), 8) == 1
 
 

@@ -133,11 +133,14 @@ def _open_foreign_shards(path: Path, recipe: Recipe) -> tuple[ShardFolder, Token
 
 
 def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
-    """Processes that tokenise beside training: the recipe's number, or a core for each that training leaves free."""
+    """Processes that tokenise beside training: the recipe's number, or the cores that training leaves free.
+
+    Two at least, where there are two cores: they give way to training, and have it all until the first shard is ready.
+    """
     if recipe.preprocessing_num_workers is not None:
         return recipe.preprocessing_num_workers
     taken = local_processes * (1 + recipe.dataloader_num_workers)
-    return max(1, usable_cpus() - taken)
+    return max(min(2, usable_cpus()), usable_cpus() - taken)
 
 
 def _wait_for_shards(path: Path, producer: ProducerBeside, *, all_of_them: bool) -> ShardFolder:

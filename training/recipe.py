@@ -46,7 +46,8 @@ class Recipe:
     # data
     data_dir: str = knob("shard folder; filled from the corpus when it is not complete")
     corpus: str = knob(
-        "installed-docs, fineweb, fineweb-edu, or a file or folder of text, jsonl or parquet", group="data"
+        "installed-docs, fineweb, fineweb-edu, a file or folder of text, jsonl or parquet, or a Hub dataset's owner/name",
+        group="data",
     )
     corpus_config: str | None = knob("configuration of a Hub corpus, such as sample-10BT", None, group="data")
     text_field: str = knob("column that holds the text in jsonl, parquet and Hub corpora", "text", group="data")
