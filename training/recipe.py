@@ -46,7 +46,7 @@ class Recipe:
     # data
     data_dir: str = knob("shard folder; filled from the corpus when it is not complete")
     corpus: str = knob(
-        "installed-docs, fineweb, fineweb-edu, text, jsonl or parquet in a file or folder, or a Hub dataset as owner/name",
+        "installed-docs, fineweb, fineweb-edu, a file or folder (text, jsonl, parquet), or a Hub dataset as owner/name",
         group="data",
     )
     corpus_config: str | None = knob("configuration of a Hub corpus, such as sample-10BT", None, group="data")
