@@ -1,11 +1,17 @@
 """How a person's mistake reaches the person: one line and a non-zero exit code, never a traceback.
 
-A module of its own beside the packages that use it: importing the package `gpt2_scratch` imports transformers, which takes
-seconds that a mistyped flag, `--help` or a tokenising worker process should not cost.
+A module of its own beside the packages that use it: importing the package `gpt2_scratch` imports transformers, which
+takes seconds that a mistyped flag, `--help` or a tokenising worker process should not cost.
 """
 
+import argparse
+import os
 import sys
+import time
 from collections.abc import Callable
+from typing import NoReturn
+
+_SECONDS_FOR_THE_FIRST_PROCESS = 3.0
 
 
 class InputError(ValueError):
@@ -13,6 +19,14 @@ class InputError(ValueError):
 
     The message is one line: what was expected, what was found, and the way out.
     """
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser whose complaints are an `InputError`: one line, without the whole usage before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line."""
+        raise InputError(f"{message}; --help lists the flags")
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -23,6 +37,10 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            # Most mistakes meet every process, and one line is enough: when the first process tells it and ends, the
+            # launcher ends this one here.
+            time.sleep(_SECONDS_FOR_THE_FIRST_PROCESS)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

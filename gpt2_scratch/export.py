@@ -8,7 +8,6 @@ every byte; what changes is config.json and the code beside it. Only `--dtype` r
 memory: the weights are checked by the headers of their files, and cast one at a time.
 """
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
-from gpt2_scratch_errors import InputError, run_command
+from gpt2_scratch_errors import CommandParser, InputError, run_command
 
 from . import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
 from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig
@@ -257,7 +256,7 @@ def carry_other_files(source: Path, target: Path, model_format: str) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Export as the command line says."""
-    parser = argparse.ArgumentParser(prog="python -m gpt2_scratch.export", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m gpt2_scratch.export", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a folder or a Hub id")
     parser.add_argument("--output", required=True, type=Path, help="the new folder")
     parser.add_argument("--format", required=True, choices=FORMATS, help="gpt2 loads without our code")

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
-from gpt2_scratch_errors import InputError, run_command
+from gpt2_scratch_errors import CommandParser, InputError, run_command
 
 
 class CountingStreamer(TextStreamer):
@@ -136,7 +136,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         InputError: for a number outside its range, or a device that does not exist.
     """
-    parser = argparse.ArgumentParser(prog="python -m gpt2_scratch.generate", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m gpt2_scratch.generate", description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="a folder or a Hub id")
     parser.add_argument("--prompt", help="what the text begins with; standard input when not given")
     parser.add_argument("--max_new_tokens", type=int, default=128)

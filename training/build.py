@@ -2,14 +2,17 @@
 
 import datetime
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available, set_seed
+from safetensors import SafetensorError
 
 from gpt2_scratch_errors import InputError
+from training.data.workers import usable_cpus
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -33,7 +36,9 @@ def resolve_mixed_precision(recipe: Recipe) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     if torch.backends.mps.is_available():
         return "no"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch cannot tell
+    capabilities: Mapping[str, object] = getattr(
+        torch.cpu, "get_capabilities", dict
+    )()  # older releases of torch cannot tell
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
@@ -70,8 +75,7 @@ def use_all_cores() -> None:
     More than one thread in OMP_NUM_THREADS is somebody's choice and is kept.
     """
     if int(os.environ.get("OMP_NUM_THREADS", "1")) == 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def build_model(recipe: Recipe, tokenizer: "Tokenizer", weights: Path | None = None) -> "GPT2ScratchForCausalLM":
@@ -110,7 +114,7 @@ def build_model(recipe: Recipe, tokenizer: "Tokenizer", weights: Path | None = N
             )
             config._attn_implementation = recipe.attn_implementation
             model = GPT2ScratchForCausalLM(config)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         # from_pretrained explains what it misses in its first line; the rest is advice on other models.
         raise InputError(f"cannot build the model: {str(error).strip().splitlines()[0]}") from error
     if model.config.vocab_size != tokenizer.vocab_size:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gpt2_scratch_errors import CommandParser, InputError, run_command
+
 if TYPE_CHECKING:
     from training.data.shards import ShardFolder
 
@@ -26,7 +28,7 @@ _SECONDS_TO_CLEAN_UP = 10.0
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m training.prepare",
         description="Tokenise a corpus into the shards that training reads. Run it again to go on where it was ended.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -55,13 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Run the command; flags are read before anything heavy is imported."""
     arguments = build_parser().parse_args()
-    from gpt2_scratch_errors import run_command
-
     signal.signal(signal.SIGTERM, _end)
     if arguments.beside:
         os.nice(_NICENESS_BESIDE_TRAINING)
         threading.Thread(target=_end_with_standard_input, daemon=True).start()
-    run_command(lambda: prepare(arguments))
+    prepare(arguments)
 
 
 def _end(*_: object) -> None:
@@ -81,8 +81,6 @@ def _end_with_standard_input() -> None:
 
 def prepare(arguments: argparse.Namespace) -> None:
     """Fill the folder and say what came of it; or tell what is in one."""
-    from gpt2_scratch_errors import InputError
-
     if arguments.inspect is not None:
         from training.data.inspection import inspect
 
@@ -128,4 +126,4 @@ def summary(folder: "ShardFolder", elapsed_seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

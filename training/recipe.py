@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from gpt2_scratch_errors import InputError
+from training.atomic import write_whole
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
@@ -137,6 +138,12 @@ class Recipe:
             self._require(name, value is None or value > 0, "more than 0, or left out")
         workers = self.preprocessing_num_workers
         self._require("preprocessing_num_workers", workers is None or workers >= 0, "at least 0, or left out")
+        for name in ("shard_tokens", "val_tokens"):
+            value = getattr(self, name)
+            self._require(
+                name, value is None or value <= 10**9, "at most 1,000,000,000, since a shard is held in memory"
+            )
+        self._require("seed", self.seed < 2**32, "less than 2**32")
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
         self._require("min_learning_rate_ratio", 0 <= self.min_learning_rate_ratio <= 1, "between 0 and 1")
@@ -176,7 +183,8 @@ class Recipe:
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML, which `load_recipe` reads back to an equal one."""
-        path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        write_whole(path, lambda stream: stream.write(text.encode()))
 
     def differences(self, other: "Recipe") -> list[str]:
         """What keeps `other` from going on where this recipe's run stopped: `key: this → that`, a line each."""
@@ -266,7 +274,12 @@ def coerce(key: str, kind: Any, value: Any) -> Any:
 
 
 def _to_int(value: Any) -> int | None:
-    number = _to_float(value.replace("_", "") if isinstance(value, str) else value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    text = value.replace("_", "") if isinstance(value, str) else value
+    if isinstance(text, str) and text.lstrip("+-").isdecimal():
+        return int(text)
+    number = _to_float(text)  # 1e9 is a whole number too
     return int(number) if number is not None and number == int(number) else None
 
 

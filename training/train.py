@@ -13,15 +13,13 @@ if __name__ == "__main__":
     # Python put training/ first; the project's root belongs there, so that nothing here can shadow a library's module.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from gpt2_scratch_errors import InputError, run_command
+from gpt2_scratch_errors import CommandParser, InputError, run_command
 from training.recipe import QUICKSTART, Recipe, field_types, load_recipe, nearest
 
 
 def build_parser() -> argparse.ArgumentParser:
     """A parser with a flag for each key of the recipe; values stay strings until the recipe gives them their type."""
-    parser = argparse.ArgumentParser(
-        prog="training/train.py", description="Train a GPT-2 as a recipe says.", allow_abbrev=False
-    )
+    parser = CommandParser(prog="training/train.py", description="Train a GPT-2 as a recipe says.", allow_abbrev=False)
     parser.add_argument("--config", type=Path, default=QUICKSTART, help="recipe, a YAML file (default: quickstart)")
     kinds = field_types()
     for key in dataclasses.fields(Recipe):
