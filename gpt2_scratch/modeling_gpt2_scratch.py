@@ -30,7 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .linear_cross_entropy import linear_cross_entropy
-from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel, residual_projection
+from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel, check_ids, residual_projection
 
 
 def eager_attention(
@@ -148,21 +148,6 @@ class GPT2ScratchBlock(GradientCheckpointingLayer):
         return hidden_states + self.mlp(self.ln_2(hidden_states))
 
 
-def check_ids(name: str, ids: Tensor, limit: int) -> None:
-    """Refuse ids outside 0 … limit - 1 with their name, instead of a bare IndexError.
-
-    Only where looking costs nothing: on a GPU it would wait for the device, and a compiled graph cannot.
-    """
-    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
-        return
-    lowest, highest = (int(bound) for bound in ids.aminmax())
-    if lowest < 0 or highest >= limit:
-        found = lowest if lowest < 0 else highest
-        raise ValueError(
-            f"expected {name} from 0 to {limit - 1:,}, found {found:,}; check the tokenizer and the config"
-        )
-
-
 class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
     """GPT-2 without its head: token ids in, one vector per token out."""
 
@@ -241,10 +226,8 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
 
         past_seq = 0 if past_key_values is None else past_key_values.get_seq_length()
         self._check_length(past_seq, inputs_embeds.shape[1], position_ids)
-        if position_ids is None:
-            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seq).unsqueeze(0)
-        else:
-            check_ids("position_ids", position_ids, self.config.n_positions)
+        # Only positions that the caller gave can be those of packed documents. Told of others, a traced graph could not
+        # rule that out, and would build a dense mask at every step where sdpa needs none.
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -253,7 +236,12 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             position_ids=position_ids,
         )
 
-        hidden_states = self.drop(inputs_embeds + self.wpe(position_ids))  # (batch, seq, n_embd)
+        if position_ids is None:
+            positions = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seq).unsqueeze(0)
+        else:
+            check_ids("position_ids", position_ids, self.config.n_positions)
+            positions = position_ids
+        hidden_states = self.drop(inputs_embeds + self.wpe(positions))  # (batch, seq, n_embd)
         for block in self.h:
             hidden_states = block(
                 hidden_states,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +27,21 @@ def residual_projection(n_in: int, n_embd: int) -> Conv1D:
     projection = Conv1D(n_embd, n_in)
     projection.enters_residual_stream = True
     return projection
+
+
+def check_ids(name: str, ids: Tensor, limit: int) -> None:
+    """Refuse ids outside 0 … limit - 1 with their name, instead of a bare IndexError.
+
+    Only where looking costs nothing: on a GPU it would wait for the device, and a compiled graph cannot.
+    """
+    if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
+        return
+    lowest, highest = (int(bound) for bound in ids.aminmax())
+    if lowest < 0 or highest >= limit:
+        found = lowest if lowest < 0 else highest
+        raise ValueError(
+            f"expected {name} from 0 to {limit - 1:,}, found {found:,}; check the tokenizer and the config"
+        )
 
 
 class GPT2ScratchPreTrainedModel(PreTrainedModel):

@@ -30,6 +30,22 @@ def test_model_compiles_to_one_graph_forward_and_backward():
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_compiled_attention_gets_a_mask_only_for_positions_that_were_given(packed):
+    seen = []
+
+    def watch(graph, _):
+        attention = torch.nn.functional.scaled_dot_product_attention
+        seen.extend(node.kwargs for node in graph.graph.nodes if node.target is attention)
+        return graph.forward
+
+    compiled = torch.compile(tiny(attn_implementation="sdpa"), fullgraph=True, backend=watch)
+    positions = {"position_ids": torch.arange(20).unsqueeze(0) % 11} if packed else {}
+    compiled(tokens(), use_cache=False, **positions)
+    assert [call["is_causal"] for call in seen] == [not packed] * 3
+    assert [call["attn_mask"] is None for call in seen] == [not packed] * 3
+
+
 def test_lengths_of_an_evaluation_compile_once():
     model = tiny(attn_implementation="sdpa")
     # Tracing is what a new length would repeat; generating code for a CPU would only take longer.
