@@ -56,12 +56,16 @@ def linear_cross_entropy(
             "give one target per hidden state"
         )
     hidden_states, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or hidden_states.device.type == "meta":
         logits = F.linear(hidden_states, weight).float()
         return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
-    needs_gradient = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-    total = _SummedCrossEntropy.apply(hidden_states, weight, targets, ignore_index, needs_gradient)
-    return total if reduction == "sum" else total / (targets != ignore_index).sum()
+    wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_states, weight)]
+    total = _SummedCrossEntropy.apply(hidden_states, weight, targets, ignore_index, *wanted)
+    if reduction == "sum":
+        return total
+    count = (targets != ignore_index).sum()
+    # A plain 0 / 0 would be NaN in the gradients too, where `F.cross_entropy` gives zeros.
+    return (total / count.clamp(min=1)).masked_fill(count == 0, float("nan"))
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
@@ -69,38 +73,46 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_gradient: bool
+        ctx: Any,
+        hidden_states: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ignore_index: int,
+        hidden_wanted: bool,
+        weight_wanted: bool,
     ) -> Tensor:
         device = hidden_states.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
+        ctx.dtypes = hidden_states.dtype, weight.dtype
         with torch.autocast(device, enabled=False):
             loss, *gradients = _loss_and_gradients(
-                hidden_states.to(dtype), weight.to(dtype), targets, ignore_index, needs_gradient
+                hidden_states.to(dtype), weight.to(dtype), targets, ignore_index, hidden_wanted, weight_wanted
             )
-        if needs_gradient:
-            ctx.save_for_backward(gradients[0].to(hidden_states.dtype), gradients[1].to(weight.dtype))
+        ctx.save_for_backward(*gradients)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
-        return (
-            *(gradient * upstream.to(gradient.dtype) if needed else None for gradient, needed in wanted),
-            None,
-            None,
-            None,
-        )
+        scaled = []
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            # In fp32 or better, and rounded once: the factor, 1 / count for a mean, is seldom a number of bf16.
+            precise = torch.promote_types(dtype, torch.float32)
+            scaled.append(None if gradient is None else (gradient.to(precise) * upstream).to(dtype))
+        return (*scaled, None, None, None, None)
 
 
 def _loss_and_gradients(
-    hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_gradient: bool
-) -> tuple[Tensor, ...]:
-    """Return the summed loss, and with `needs_gradient` its gradients to hidden states and weight (fp32)."""
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, hidden_wanted: bool, weight_wanted: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return the summed loss and its gradients to hidden states and weight (fp32), None where not wanted.
+
+    A frozen head, as under LoRA, thereby costs two matrix products instead of three.
+    """
     tokens, vocab_size = len(hidden_states), len(weight)
     kind = hidden_states.device.type
-    chunk = min(tokens, _CHUNK_TOKENS.get(kind, 4096))
+    chunk = max(1, min(tokens, _CHUNK_TOKENS.get(kind, 4096)))
     rows = min(chunk, max(1, _SOFTMAX_LOGITS.get(kind, 2**27) // vocab_size))
 
     counted = targets != ignore_index
@@ -109,10 +121,9 @@ def _loss_and_gradients(
     losses = torch.empty(tokens, 1, dtype=torch.float32, device=hidden_states.device)
     logits_buffer = hidden_states.new_empty(chunk, vocab_size)
     softmax_buffer = torch.empty(rows, vocab_size, dtype=torch.float32, device=hidden_states.device)
-    if needs_gradient:
-        hidden_gradient = torch.empty_like(hidden_states)
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
-        product = torch.empty_like(weight)
+    hidden_gradient = torch.empty_like(hidden_states) if hidden_wanted else None
+    weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if weight_wanted else None
+    product = torch.empty_like(weight) if weight_wanted else None
 
     for start in range(0, tokens, chunk):
         part = slice(start, min(start + chunk, tokens))
@@ -128,14 +139,15 @@ def _loss_and_gradients(
             torch.softmax(probabilities, 1, out=probabilities)
             # The largest probability is exp(0) / sum, so the sum of exponentials is known without another exp.
             torch.sub(maximum - target_logits, probabilities.amax(1, keepdim=True).log_(), out=losses[here])
-            if needs_gradient:
+            if hidden_wanted or weight_wanted:
                 # d loss / d logits = probabilities - one_hot(target)
                 probabilities.scatter_add_(1, targets[here], torch.full_like(target_logits, -1.0))
                 probabilities.mul_(counted[here])
                 block.copy_(probabilities)
-        if needs_gradient:
+        if hidden_gradient is not None:
             torch.mm(logits, weight, out=hidden_gradient[part])
+        if weight_gradient is not None:
             weight_gradient.add_(torch.mm(logits.t(), hidden_states[part], out=product))
 
     loss = losses.masked_fill_(~counted, 0.0).sum()
-    return (loss, hidden_gradient, weight_gradient) if needs_gradient else (loss,)
+    return loss, hidden_gradient, weight_gradient

@@ -115,6 +115,29 @@ def test_only_the_wanted_gradient_is_returned():
     torch.testing.assert_close(weight.grad, torch.autograd.grad(plain(hidden_states, weight, targets), weight)[0])
 
 
+@pytest.mark.parametrize(("frozen", "products"), [("neither", 3), ("weight", 2), ("hidden states", 2), ("both", 1)])
+def test_matrix_products_of_frozen_inputs_are_not_computed(frozen, products, monkeypatch):
+    hidden_states, weight, targets = problem(tokens=3)  # one chunk
+    hidden_states.requires_grad_(frozen not in ("hidden states", "both"))
+    weight.requires_grad_(frozen not in ("weight", "both"))
+    calls, mm = [], torch.mm
+    monkeypatch.setattr(torch, "mm", lambda *arguments, **options: calls.append(1) or mm(*arguments, **options))
+    loss = linear_cross_entropy(hidden_states, weight, targets)
+    assert len(calls) == products
+    assert loss.requires_grad == (frozen != "both")
+
+
+def test_factor_from_above_is_not_rounded_to_the_parameters_dtype():
+    # 1 / 50 in bf16 is 0.02002: every gradient would be larger by a thousandth.
+    arguments = problem(tokens=50, n_embd=64, dtype=torch.bfloat16)
+    summed = loss_and_gradients(linear_cross_entropy, *arguments, reduction="sum")
+    mean = loss_and_gradients(linear_cross_entropy, *arguments)
+    for one, other in zip(mean[1:], summed[1:], strict=True):
+        ratio = (one.double() * other.double()).sum() / other.double().square().sum()
+        # Rounding errors of 8 bits average out over thousands of entries.
+        assert ratio.item() == pytest.approx(1 / 50, rel=3e-4)
+
+
 def test_backward_can_run_twice_over_a_kept_graph():
     hidden_states, weight, targets = problem()
     loss = linear_cross_entropy(hidden_states, weight, targets)
@@ -139,11 +162,28 @@ def test_extreme_logits_stay_finite():
 
 
 def test_all_targets_ignored_gives_what_the_plain_expression_gives():
-    hidden_states, weight, targets = problem(ignored=50)
-    assert linear_cross_entropy(hidden_states, weight, targets).isnan()
-    loss, *gradients = loss_and_gradients(linear_cross_entropy, hidden_states, weight, targets, reduction="sum")
-    assert loss == 0
-    assert all((gradient == 0).all() for gradient in gradients)
+    for reduction in ("mean", "sum"):
+        loss, *gradients = loss_and_gradients(linear_cross_entropy, *problem(ignored=50), reduction=reduction)
+        expected = loss_and_gradients(plain, *problem(ignored=50), reduction=reduction)[0]
+        torch.testing.assert_close(loss, expected, equal_nan=True)
+        assert all((gradient == 0).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_no_tokens_at_all_give_what_the_plain_expression_gives(reduction):
+    found, expected = (
+        loss_and_gradients(function, *problem(tokens=0), reduction=reduction)
+        for function in (linear_cross_entropy, plain)
+    )
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_meta_device_gives_a_loss_and_gradients_without_numbers():
+    hidden_states, weight, targets = (part.detach().to("meta") for part in problem())
+    arguments = hidden_states.requires_grad_(), weight.requires_grad_(), targets
+    loss, *gradients = loss_and_gradients(linear_cross_entropy, *arguments)
+    assert (loss.shape, loss.dtype, loss.device.type) == ((), torch.float32, "meta")
+    assert [gradient.shape for gradient in gradients] == [hidden_states.shape, weight.shape]
 
 
 def test_compiles_to_one_graph_with_the_same_values():
