@@ -312,7 +312,8 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             kwargs: `shift_labels`, (batch, seq) targets that are shifted already: `shift_labels[:, t]` follows
                 `input_ids[:, t]`. Where we differ from Hugging Face: alone, without `labels`, they give the loss
                 without the logits being formed as a whole, and `logits` is None. It has no place among the named
-                arguments because Trainer would evaluate only batches with every label that is named there.
+                arguments because Trainer would evaluate only batches with every label that is named there. Another
+                `ignore_index` than -100. The rest goes to attention and `loss_function`, as in the official class.
 
         Raises:
             ValueError: on a CPU, when a target is no token.
@@ -320,7 +321,8 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         targets = labels if shift_labels is None else shift_labels
         if targets is not None:
-            check_ids("labels", targets.masked_fill(targets == -100, 0), self.config.vocab_size)
+            ignore_index = kwargs.get("ignore_index", -100)
+            check_ids("labels", targets.masked_fill(targets == ignore_index, 0), self.config.vocab_size)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -335,7 +337,9 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         loss, logits = None, None
         if shift_labels is not None and labels is None:
             reduction = "mean" if num_items_in_batch is None else "sum"
-            loss = linear_cross_entropy(hidden_states, self.lm_head.weight, shift_labels, reduction=reduction)
+            loss = linear_cross_entropy(
+                hidden_states, self.lm_head.weight, shift_labels, ignore_index=ignore_index, reduction=reduction
+            )
             if num_items_in_batch is not None:
                 loss = loss / num_items_in_batch
         else:
@@ -348,6 +352,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
                     vocab_size=self.config.vocab_size,
                     num_items_in_batch=num_items_in_batch,
                     shift_labels=shift_labels,
+                    **kwargs,
                 )
         return CausalLMOutputWithPast(
             loss=loss,

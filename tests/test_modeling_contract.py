@@ -91,6 +91,19 @@ def test_number_of_items_divides_the_loss_as_in_the_official_class(count):
     assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
 
 
+def test_keywords_of_the_loss_reach_it_as_in_the_official_class():
+    labels = tokens().masked_fill(torch.arange(20) < 7, -1)
+    ours, official = pair()
+    losses = [model(tokens(), labels=labels, ignore_index=-1).loss for model in (ours, official)]
+    assert torch.equal(*losses)
+    fused = ours(tokens(), shift_labels=labels.roll(-1, 1).masked_fill(torch.arange(20) == 19, -1), ignore_index=-1)
+    torch.testing.assert_close(fused.loss, losses[0], rtol=1e-6, atol=0)
+    seen = {}
+    ours.loss_function = lambda logits, labels, **options: seen.update(options) or logits.sum()
+    ours(tokens(), labels=tokens(), label_smoothing=0.1)
+    assert seen["label_smoothing"] == 0.1
+
+
 # --- inputs -----------------------------------------------------------------------------------------------------------
 
 
