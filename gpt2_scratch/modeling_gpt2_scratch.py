@@ -219,6 +219,11 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
 
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
+            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+                raise ValueError(
+                    "expected no past_key_values with activation checkpointing in training, found some; give the whole "
+                    "sequence, or turn off one of the two"
+                )
             # The blocks run a second time in the backward pass and would enter their keys twice.
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None:

@@ -64,6 +64,16 @@ def test_positions_without_an_embedding_are_refused(bad):
         tiny()(tokens(), position_ids=position_ids)
 
 
+def test_cache_is_not_forgotten_by_activation_checkpointing():
+    model = tiny()
+    cache = model(tokens(), use_cache=True).past_key_values
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    with pytest.raises(ValueError, match="expected no past_key_values with activation checkpointing in training"):
+        model.train()(tokens(), past_key_values=cache)
+    assert model.eval()(tokens(1, 1).expand(2, 1), past_key_values=cache).past_key_values.get_seq_length() == 21
+
+
 def change_weights(folder, change):
     """Rewrite the weights of a folder as `change` turns their dictionary."""
     path = folder / "model.safetensors"
