@@ -11,6 +11,7 @@ What it costs: a token takes about 2 FLOPs per parameter forward and 4 backward,
 12 * n_layer * n_embd * seq in all. A key-value cache holds 2 * n_layer * n_embd numbers per token.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .linear_cross_entropy import linear_cross_entropy
-from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel, check_ids, residual_projection
+from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel, check_ids, residual_projection, too_long
 
 
 def eager_attention(
@@ -274,10 +275,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             return
         if position_ids is None or (not compiling and bool(position_ids.max() >= n_positions)):
             # A length inside a compiled graph may be a symbol, which cannot be printed.
-            found = "" if compiling else f" of {length:,} tokens"
-            raise ValueError(
-                f"sequence{found} exceeds n_positions={n_positions}; shorten it, or train with more positions"
-            )
+            raise too_long(None if compiling else length, n_positions)
 
 
 class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
@@ -291,6 +289,15 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         self.transformer = GPT2ScratchModel(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.post_init()
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # generate() looks for its arguments by name
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Return the inputs of the next step, and refuse positions that a compiled step could not look at."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        length = 0 if inputs.get("position_ids") is None else int(inputs["position_ids"].max()) + 1
+        if length > self.config.n_positions:
+            raise too_long(length, self.config.n_positions)
+        return inputs
 
     @can_return_tuple
     def forward(

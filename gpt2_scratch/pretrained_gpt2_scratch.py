@@ -44,6 +44,12 @@ def check_ids(name: str, ids: Tensor, limit: int) -> None:
         )
 
 
+def too_long(length: int | None, n_positions: int) -> ValueError:
+    """Return the refusal of a sequence that the position embedding has no rows for."""
+    found = "" if length is None else f" of {length:,} tokens"
+    return ValueError(f"sequence{found} exceeds n_positions={n_positions}; shorten it, or train with more positions")
+
+
 class GPT2ScratchPreTrainedModel(PreTrainedModel):
     """The base of all models here."""
 

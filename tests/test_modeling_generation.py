@@ -137,6 +137,21 @@ def test_generation_ends_at_the_end_of_text_token():
     assert short.tolist() == text[: text.tolist().index(end, 20) + 1].tolist()
 
 
-def test_generation_past_the_positions_is_refused_with_our_message():
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_past_the_positions_is_refused_with_our_message(cache, compiled):
+    model = tiny(n_layer=1)
+    if compiled:
+        torch._dynamo.reset()
+        model.forward = torch.compile(model.forward, backend="eager", dynamic=True)
+    options = {"max_new_tokens": 40, "pad_token_id": 96, "do_sample": False, "eos_token_id": -1}
     with pytest.raises(ValueError, match="sequence of 49 tokens exceeds n_positions=48"):
-        tiny().generate(tokens(), max_new_tokens=40, pad_token_id=96, do_sample=False, eos_token_id=-1)
+        model.generate(tokens(seq=40), cache_implementation=cache, disable_compile=True, **options)
+
+
+def test_left_padding_takes_no_positions():
+    input_ids, mask = tokens(seq=50), torch.ones(2, 50, dtype=torch.long)
+    mask[:, :20] = 0
+    options = {"max_new_tokens": 10, "pad_token_id": 96, "do_sample": False, "eos_token_id": -1}
+    padded_text = tiny().generate(input_ids, attention_mask=mask, **options)
+    assert torch.equal(padded_text[:, 50:], tiny().generate(input_ids[:, 20:], **options)[:, 30:])
