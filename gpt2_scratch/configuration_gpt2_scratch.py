@@ -121,6 +121,14 @@ class GPT2ScratchConfig(PreTrainedConfig):
             )
 
     @classmethod
+    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return what a folder's config.json says; an official one is of our type, and no reason for a warning."""
+        config_dict, kwargs = super().get_config_dict(*args, **kwargs)
+        if config_dict.get("model_type") == "gpt2":
+            config_dict = {**config_dict, "model_type": cls.model_type}
+        return config_dict, kwargs
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the configuration that a config.json describes, with `kwargs` in place of what it says.
 
