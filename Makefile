@@ -23,11 +23,13 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/bin/python:
+# A stamp of its own: an environment that was interrupted half-way is made again.
+$(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
 
-$(VENV)/.installed: $(VENV)/bin/python setup.cfg pyproject.toml constraints.txt
+$(VENV)/.installed: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
 	@touch $@
 

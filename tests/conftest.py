@@ -90,8 +90,9 @@ def tiny_recipe(text_file: Path, shard_folder: Path, tmp_path: Path) -> Callable
 
 
 @pytest.fixture
-def fresh_accelerator() -> Iterator[None]:
+def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """accelerate keeps its state in singletons; a test that trains in this process starts and leaves without them."""
+    import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     def forget() -> None:
@@ -99,6 +100,8 @@ def fresh_accelerator() -> Iterator[None]:
         GradientState._reset_state()
         PartialState._reset_state()
 
+    # One thread: on shared cores two of them wait for each other longer than these models compute.
+    monkeypatch.setattr("training.build.use_all_cores", lambda: torch.set_num_threads(1))
     forget()
     yield
     forget()

@@ -1,8 +1,16 @@
 import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -136,12 +144,95 @@ def test_folder_without_a_tokenizer_is_refused(folder, tmp_path, capsys):
         ("--num_samples", 0),
         ("--temperature", -1),
         ("--temperature", "nan"),
+        ("--temperature", "1e-300"),
         ("--top_k", -1),
         ("--top_p", 0),
         ("--top_p", 1.5),
         ("--seed", -1),
         ("--device", "toaster"),
+        ("--device", "meta"),
     ],
 )
 def test_bad_value_is_refused_before_anything_is_loaded(flag, value, capsys):
     assert f"error: expected {flag} to be" in refusal(capsys, "--model", "no/model", "--prompt", "a", flag, value)
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def lose_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.ln_f.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def give_a_smaller_tokenizer_id(folder):
+    model = GPT2ScratchForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(50, mean_resizing=False)
+    model.config.bos_token_id = model.config.eos_token_id = 1
+    model.save_pretrained(folder)
+
+
+def misfit(folder):
+    change_config(folder, n_positions=48)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt2_scratch"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_weights, "found no causal language model in"),
+        (lambda folder: change_config(folder, n_layer="two"), "found no causal language model in"),
+        (lambda folder: change_config(folder, dtype="floaty"), "floaty"),
+        (lambda folder: change_config(folder, attn_implementation="flash_attention_2"), "(?i)flash"),
+        (misfit, r"found none that fit transformer.wpe.weight \(1 such weights\)"),
+        (lose_a_weight, r"found none that fit transformer.ln_f.bias \(1 such weights\)|found 1 missing"),
+        (give_a_smaller_tokenizer_id, "ids below the model's vocabulary of 50, found"),
+    ],
+)
+def test_folder_that_cannot_be_used_is_refused_in_one_line(folder, tmp_path, capsys, model_type, damage, message):
+    if "flash" in message and torch.cuda.is_available():
+        pytest.skip("what a machine with a GPU does depends on the packages on it")
+    shutil.copytree(folder, tmp_path / "model")
+    damage(tmp_path / "model")
+    change_config(tmp_path / "model", model_type=model_type, auto_map={})
+    capsys.readouterr()
+    found = refusal(capsys, "--model", tmp_path / "model", "--prompt", "a", "--device", "cpu")
+    assert len(found.splitlines()) == 1, found
+    assert re.search(message, found), found
+
+
+def test_beams_of_the_generation_config_are_not_asked_for(folder, tmp_path, capfdbinary):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_beams": 4, "num_return_sequences": 2}))
+    out, _ = generate(capfdbinary, "--model", tmp_path / "model", "--prompt", "Once", "--max_new_tokens", 3)
+    assert out.startswith(b"Once")
+
+
+def test_prompt_that_is_not_text_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), encoding="utf-8"))
+    for prompt in ([], ["--prompt", "caf\udce9"]):
+        message = refusal(capsys, "--model", "no/model", *prompt)
+        assert "expected a prompt in UTF-8" in message
+        assert len(message.splitlines()) == 1
+
+
+def test_reader_that_has_read_enough_ends_the_text_in_silence(folder):
+    command = [sys.executable, "-m", "gpt2_scratch.generate", "--model", folder, "--prompt", "Once upon a time"]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 1

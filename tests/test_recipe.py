@@ -126,7 +126,7 @@ def test_a_recipe_that_is_not_there_is_refused_with_those_that_are(tmp_path: Pat
 def test_differences_name_only_what_makes_another_run() -> None:
     recipe = Recipe(**MINIMAL)
     other = dataclasses.replace(recipe, n_layer=6, seed=1, eval_steps=7, output_dir="elsewhere", max_steps=99)
-    assert recipe.differences(other) == ["seed: 1337 → 1", "n_layer: 12 → 6"]
+    assert other.differences_from(recipe.to_dict()) == ["seed: 1337 → 1", "n_layer: 12 → 6"]
 
 
 def run_train(*arguments: str) -> "subprocess.CompletedProcess[str]":

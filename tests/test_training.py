@@ -262,7 +262,7 @@ def test_metrics_reach_tensorboard(tiny_recipe: Make) -> None:
     [
         ({"n_layer": 3}, r"holds another run \(n_layer: 2 → 3\); undo the difference, or choose another output_dir"),
         ({"seed": 1, "seq_len": 16}, r"another run \(seq_len: 32 → 16; seed: 1337 → 1\)"),
-        ({"resume_from_checkpoint": "none"}, "holds a run with checkpoints up to step-000002"),
+        ({"resume_from_checkpoint": "none"}, "holds a run, and resume_from_checkpoint is none"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a checkpoint: expected training_state"),
     ],
 )

@@ -30,7 +30,6 @@ from transformers import PreTrainedModel
 from gpt2_scratch_errors import InputError
 from training.atomic import sync
 from training.data.tokenizer import Tokenizer
-from training.recipe import Recipe
 
 _NAME = re.compile(r"step-(\d{6,})")
 _Moments = dict[str, dict[str, torch.Tensor]]  # by parameter and moment
@@ -57,7 +56,10 @@ class TrainerState:
         """
         path = checkpoint / "training_state" / "trainer_state.json"
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            state = cls(**json.loads(path.read_text(encoding="utf-8")))
+            if not (isinstance(state.step, int) and isinstance(state.tokens, int) and isinstance(state.recipe, dict)):
+                raise TypeError("step, tokens or recipe of another type")
+            return state
         except FileNotFoundError:
             raise InputError(
                 f"{checkpoint} is not a checkpoint: expected {path.relative_to(checkpoint)} in it; "
@@ -102,7 +104,8 @@ def save_checkpoint(
     bare = bare_model(accelerator, model)
     optimizer_state = get_optimizer_state_dict(bare, optimizer, options=_WHOLE_OPTIMIZER)
     if accelerator.is_main_process:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for dead in target.parent.glob(".unfinished-*"):  # of a save that was killed
+            shutil.rmtree(dead)
         training_state.mkdir(parents=True)
         save_model(unfinished, bare, tokenizer)
         save_file(_flat(cast(_Moments, optimizer_state["state"])), training_state / "optimizer.safetensors")
@@ -113,7 +116,8 @@ def save_checkpoint(
     if accelerator.is_main_process:
         publish(unfinished, target)
         for old in checkpoints(output_dir)[: -keep if keep else 0]:
-            shutil.rmtree(old)
+            if old != target:
+                shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return target
 
@@ -138,8 +142,11 @@ def load_checkpoint(checkpoint: Path, *, accelerator: Accelerator, model: nn.Mod
     state: dict[str, Any] = {"state": _nested(flat), "param_groups": groups}
     set_optimizer_state_dict(bare, optimizer, state, options=_WHOLE_OPTIMIZER)
     generators = folder / f"rng_state_{accelerator.process_index}.safetensors"
-    if generators.exists():
-        _restore_rng_state(load_file(generators), accelerator.device)
+    if generators.exists() or TrainerState.read(checkpoint).num_processes == accelerator.num_processes:
+        try:
+            _restore_rng_state(load_file(generators), accelerator.device)
+        except (OSError, SafetensorError, KeyError) as error:
+            raise InputError(f"checkpoint {checkpoint} has no readable {generators.name} ({error})") from None
 
 
 def bare_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:
@@ -155,6 +162,8 @@ def save_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> No
 
 def publish(unfinished: Path, target: Path) -> None:
     """Give a finished folder its name: its files reach the disk first, and an older folder of that name makes way."""
+    for weights in unfinished.rglob("*.safetensors"):  # written for their owner alone, unlike the files beside them
+        weights.chmod((unfinished / "config.json").stat().st_mode)
     for path in [*unfinished.rglob("*"), unfinished]:
         sync(path)
     if target.exists():
@@ -193,47 +202,3 @@ def _restore_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> 
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def find_resume_point(recipe: Recipe) -> Path | None:
-    """The checkpoint that the recipe goes on from, or None for a run that begins at its beginning.
-
-    Raises:
-        InputError: the output folder holds another run or other files, the run must not be started over, or the
-        checkpoint's data
-            or model are not the recipe's.
-    """
-    output_dir = Path(recipe.output_dir)
-    wish = recipe.resume_from_checkpoint
-    if output_dir.exists() and not output_dir.is_dir():
-        raise InputError(f"output_dir {output_dir} is a file, expected a folder; choose another output_dir")
-    is_run = (output_dir / "recipe.yaml").is_file()
-    if not is_run and output_dir.is_dir() and any(output_dir.iterdir()):
-        raise InputError(f"output_dir {output_dir} holds files but no run of ours; choose another output_dir")
-    if wish not in ("auto", "none"):
-        _refuse_another_run(recipe, TrainerState.read(Path(wish)).recipe, f"checkpoint {wish}")
-        return Path(wish)
-    found = checkpoints(output_dir)
-    if wish == "none" and found:
-        raise InputError(
-            f"output_dir {output_dir} holds a run with checkpoints up to {found[-1].name}, and "
-            "resume_from_checkpoint is none; leave that out to continue, or choose another output_dir"
-        )
-    if found:
-        _refuse_another_run(recipe, TrainerState.read(found[-1]).recipe, f"output_dir {output_dir}")
-        return found[-1]
-    if (output_dir / "model").exists():
-        raise InputError(
-            f"output_dir {output_dir} holds a finished model but no checkpoint to go on from; "
-            f"choose another output_dir, and start from it with init_from: {output_dir / 'model'}"
-        )
-    return None
-
-
-def _refuse_another_run(recipe: Recipe, earlier: dict[str, Any], where: str) -> None:
-    known = {key: value for key, value in earlier.items() if key in recipe.to_dict()}
-    differences = Recipe(**{**recipe.to_dict(), **known}).differences(recipe)
-    if differences:
-        raise InputError(
-            f"{where} holds another run ({'; '.join(differences)}); undo the difference, or choose another output_dir"
-        )

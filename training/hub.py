@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedConfig
 
 from training.recipe import Recipe
 
@@ -25,7 +26,7 @@ class RunFacts:
     samples: list[str]
 
 
-def write_model_card(folder: Path, recipe: Recipe, facts: RunFacts) -> None:
+def write_model_card(folder: Path, recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> None:
     """Write `folder/README.md`: metadata for the Hub, how to load the model, its results, recipe and samples."""
     dataset = _HUB_DATASETS.get(recipe.corpus)
     data = ModelCardData(
@@ -51,8 +52,8 @@ def write_model_card(folder: Path, recipe: Recipe, facts: RunFacts) -> None:
 
 # {facts.name}
 
-A GPT-2 with {facts.parameters / 1e6:.1f}M parameters ({recipe.n_layer} layers, {recipe.n_head} heads, width
-{recipe.n_embd}), trained from {"scratch" if recipe.init_from is None else "an earlier model"} on {corpus}:
+A GPT-2 with {facts.parameters / 1e6:.1f}M parameters ({config.n_layer} layers, {config.n_head} heads, width
+{config.n_embd}), trained from {"scratch" if recipe.init_from is None else "an earlier model"} on {corpus}:
 {facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in all, on {facts.device}.
 
 ```python

@@ -1,6 +1,9 @@
 """The run: everything is checked, then steps are taken, watched and saved, and a model folder is left."""
 
+import contextlib
+import math
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +12,10 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers.utils.logging import disable_progress_bar
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
+from gpt2_scratch_errors import InputError
 from training.build import build_accelerator, build_model
 from training.checkpoint import (
     TrainerState,
@@ -31,6 +36,7 @@ from training.plan import Plan, plan_run, shard_identities
 from training.plots import plot_curves
 from training.progress import RunLog, Throughput, flops_per_token, peak_flops, read_metrics
 from training.recipe import Recipe
+from training.resume import alone_in, set_aside_later_checkpoints
 from training.sampling import sample_texts
 from training.schedule import learning_rate_at
 from training.step import train_step, validation_loss
@@ -55,30 +61,31 @@ def _train(plan: Plan, producer: ProducerBeside) -> None:
             print("To go on, give it a new end:\n  " + longer_command(plan.output_dir, plan.total_steps))
         return
     accelerator = build_accelerator(recipe)
-    disable_progress_bar()  # transformers' own, one for each model that is saved
-    if accelerator.is_main_process:
-        plan.output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.save(plan.output_dir / "recipe.yaml")
+    # Its bars for each model that is saved, and its reports before an error that we put into one line.
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     attention = attention_for(recipe, accelerator.device.type)
     model = build_model(replace(recipe, attn_implementation=attention), plan.tokenizer, plan.resume_from)
-    run = Run(plan, accelerator, model)
-    if accelerator.is_main_process:
-        producer.say = run.log.say
-    try:
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            plan.output_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(alone_in(plan.output_dir))
+        run = Run(plan, accelerator, model)
+        stack.callback(run.close)
+        if accelerator.is_main_process:
+            producer.say = run.log.say
         run.take_steps()
         run.finish()
-    finally:
-        run.close()
 
 
 class Run:
     """A run in progress: the prepared model and optimizer, and what watches them."""
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, model: nn.Module) -> None:
+    def __init__(self, plan: Plan, accelerator: Accelerator, model: PreTrainedModel) -> None:
         self.plan = plan
         self.accelerator = accelerator
         recipe = plan.recipe
-        self.bare = model
+        self.config = model.config
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.model: nn.Module
         self.optimizer: Optimizer
@@ -88,6 +95,10 @@ class Run:
         torch.manual_seed(recipe.seed + accelerator.process_index)
         if plan.resume_from is not None:
             load_checkpoint(plan.resume_from, accelerator=accelerator, model=self.model, optimizer=self.optimizer)
+        # Nothing is written before everything could be built.
+        if accelerator.is_main_process:
+            recipe.save(plan.output_dir / "recipe.yaml")
+            set_aside_later_checkpoints(plan.output_dir, plan.first_step)
         self.log = RunLog(
             plan.output_dir,
             enabled=accelerator.is_main_process,
@@ -116,6 +127,9 @@ class Run:
         """Train from the first step that is missing to the last."""
         self._introduce()
         recipe, plan = self.plan.recipe, self.plan
+        if plan.first_step == plan.total_steps:  # only the model folder is missing, or it goes to a new output_dir
+            known = any("val_loss" in line for line in read_metrics(plan.output_dir))
+            self._validate(plan.first_step, record=not known)
         batches = self._training_batches()
         self.model.train()
         self.throughput.take()
@@ -143,6 +157,8 @@ class Run:
             done = step + 1
             if self._due(done, recipe.logging_steps):
                 self._record(done, loss, grad_norm, learning_rate)
+            if self._due(done, recipe.save_steps):
+                self._refuse_divergence(done, loss)
             with self.throughput.pause():
                 if self._due(done, recipe.eval_steps):
                     self._validate(done)
@@ -152,14 +168,22 @@ class Run:
                 if self._due(done, recipe.save_steps):
                     self._save(done)
 
+    def _refuse_divergence(self, done: int, loss: Tensor) -> None:
+        """Stop before weights that are not finite take the place of good ones; all processes stop alike."""
+        if not math.isfinite(self.accelerator.reduce(loss, reduction="mean").item()):
+            raise InputError(
+                f"the loss is no longer a finite number at step {done:,}; lower learning_rate or raise warmup_steps: "
+                f"the checkpoints in {self.plan.output_dir} are from before and will be continued"
+            )
+
     def _due(self, done: int, every: int) -> bool:
         return done == self.plan.total_steps or (every > 0 and done % every == 0)
 
     def _introduce(self) -> None:
-        plan, recipe, batch = self.plan, self.plan.recipe, self.plan.batch
+        plan, batch = self.plan, self.plan.batch
         start = f"going on from {plan.resume_from}" if plan.resume_from else "from the beginning"
         self.log.say(
-            f"{self.parameters / 1e6:.1f}M parameters, {recipe.n_layer} layers, width {recipe.n_embd}, "
+            f"{self.parameters / 1e6:.1f}M parameters, {self.config.n_layer} layers, width {self.config.n_embd}, "
             f"vocabulary {plan.tokenizer.vocab_size:,}, on {device_name(self.accelerator.device)}"
             f" in {'bf16' if self.accelerator.mixed_precision == 'bf16' else 'fp32'}"
         )
@@ -213,11 +237,11 @@ class Run:
             return None
         recipe = self.plan.recipe
         per_token = flops_per_token(
-            parameters=self.parameters, n_layer=recipe.n_layer, n_embd=recipe.n_embd, seq_len=recipe.seq_len
+            parameters=self.parameters, n_layer=self.config.n_layer, n_embd=self.config.n_embd, seq_len=recipe.seq_len
         )
         return round(tokens_per_second * per_token / (peak * self.accelerator.num_processes), 4)
 
-    def _validate(self, done: int) -> None:
+    def _validate(self, done: int, *, record: bool = True) -> None:
         recipe, accelerator = self.plan.recipe, self.accelerator
         batches = validation_batches(
             self.plan.folder.val_shard,
@@ -236,6 +260,8 @@ class Run:
             "val_tokens": tokens,
             "bits_per_byte": self.text.bits_per_byte(loss),
         }
+        if not record:
+            return
         self.log.validation(values)
         self.accelerator.log({"val_loss": loss, "bits_per_byte": values["bits_per_byte"]}, step=done)
 
@@ -291,6 +317,8 @@ class Run:
             return
         plan, prompts = self.plan, self.plan.recipe.sample_prompts
         last = [line for line in read_metrics(plan.output_dir) if "val_loss" in line][-1]
+        unfinished = plan.output_dir / ".unfinished-model"
+        shutil.rmtree(unfinished, ignore_errors=True)
         facts = RunFacts(
             name=plan.output_dir.name,
             parameters=self.parameters,
@@ -302,11 +330,10 @@ class Run:
             gzip_bits_per_byte=self.text.gzip_bits_per_byte(plan.tokenizer),
             samples=self._samples(plan.total_steps),
         )
-        unfinished = plan.output_dir / ".unfinished-model"
         save_model(unfinished, bare_model(self.accelerator, self.model), plan.tokenizer)
         self._draw_curves(plan.output_dir)
         self._draw_curves(unfinished)
-        write_model_card(unfinished, plan.recipe, facts)
+        write_model_card(unfinished, plan.recipe, facts, self.config)
         publish(unfinished, plan.output_dir / "model")
         self.log.say(summary_text(plan.output_dir, facts, prompt=prompts[0] if prompts else ""))
 

@@ -1,5 +1,6 @@
 """What is known of a run before anything heavy is built, and everything that can be refused by then."""
 
+import filecmp
 import os
 import time
 from dataclasses import dataclass
@@ -7,7 +8,7 @@ from pathlib import Path
 
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan, plan_batch
-from training.checkpoint import TrainerState, find_resume_point
+from training.checkpoint import TrainerState
 from training.data.beside import ProducerBeside, producer_command
 from training.data.corpus import open_corpus
 from training.data.growing import TrainingShards
@@ -19,6 +20,7 @@ from training.data.shards import ShardFolder, holds_foreign_shards
 from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.data.workers import usable_cpus
 from training.recipe import Recipe
+from training.resume import find_resume_point
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 
@@ -58,7 +60,14 @@ class Plan:
     @property
     def is_complete(self) -> bool:
         """Whether an earlier start took the last step and left the model folder."""
-        return self.first_step >= self.total_steps and (self.output_dir / "model").is_dir()
+        weights = self.output_dir / "model" / "model.safetensors"
+        return (
+            self.first_step == self.total_steps
+            and self.resume_from is not None
+            and weights.is_file()
+            # A run that was extended and died before its end has an older model there.
+            and filecmp.cmp(weights, self.resume_from / weights.name, shallow=False)
+        )
 
 
 def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
@@ -79,6 +88,8 @@ def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
     )
     folder, tokenizer = open_data(recipe, producer)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
+    # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
+    folder.check_ids(tokenizer.vocab_size, [folder.val_shard, *folder.train_shards[:1]])
     try:
         shards = TrainingShards(folder, seq_len=recipe.seq_len, seed=recipe.seed)
     except ValueError as error:
@@ -90,7 +101,13 @@ def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
         state = TrainerState.read(resume_from)
         refuse_other_data(state, folder, tokenizer, recipe)
         first_step = state.step
-    return Plan(recipe, shards, tokenizer, batch, total_steps(recipe, shards.order), resume_from, first_step)
+    end = total_steps(recipe, shards.order)
+    if first_step > end:
+        raise InputError(
+            f"{resume_from} is {first_step:,} steps long, and the run was asked to end after {end:,}; "
+            "give it a later end, or choose another output_dir"
+        )
+    return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step)
 
 
 def open_data(recipe: Recipe, producer: ProducerBeside) -> tuple[ShardFolder, Tokenizer]:
@@ -117,7 +134,13 @@ def open_data(recipe: Recipe, producer: ProducerBeside) -> tuple[ShardFolder, To
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         producer.start(producer_command(path, [*request.flags(), "--num_workers", str(workers)]))
     folder = _wait_for_shards(path, producer, all_of_them=recipe.num_train_epochs is not None)
-    return folder, Tokenizer.load(path)
+    tokenizer = Tokenizer.load(path)
+    if folder.manifest is not None and tokenizer.fingerprint != folder.manifest.tokenizer_fingerprint:
+        raise InputError(
+            f"{path / 'tokenizer.json'} is another tokenizer than the shards were made with; "
+            "put the right one there, or prepare the corpus again"
+        )
+    return folder, tokenizer
 
 
 def _open_foreign_shards(path: Path, recipe: Recipe) -> tuple[ShardFolder, Tokenizer]:
@@ -126,10 +149,7 @@ def _open_foreign_shards(path: Path, recipe: Recipe) -> tuple[ShardFolder, Token
             f"{path} holds ready shards without a manifest, so tokenizer {recipe.tokenizer} cannot be trained for "
             "them; name the tokenizer that they were made with, such as gpt2"
         )
-    folder, tokenizer = ShardFolder.open(path), load_tokenizer(recipe.tokenizer)
-    # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
-    folder.check_ids(tokenizer.vocab_size, [folder.val_shard, *folder.train_shards[:1]])
-    return folder, tokenizer
+    return ShardFolder.open(path), load_tokenizer(recipe.tokenizer)
 
 
 def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:

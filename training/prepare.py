@@ -55,7 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    """Run the command; flags are read before anything heavy is imported."""
+    """Run the command."""
+    run_command(_run)
+
+
+def _run() -> None:
+    """Read the flags, before anything heavy is imported, and do what they say."""
     arguments = build_parser().parse_args()
     signal.signal(signal.SIGTERM, _end)
     if arguments.beside:
@@ -126,4 +131,4 @@ def summary(folder: "ShardFolder", elapsed_seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    main()

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -83,8 +83,8 @@ class RunLog:
         self.enabled = enabled
         if not enabled:
             return
-        self._metrics = _reopened(output_dir / "metrics.jsonl", lambda line: json.loads(line)["step"] <= first_step)
-        self._columns = _reopened(output_dir / "log.txt", lambda line: int(line.split()[0]) <= first_step)
+        self._metrics = _reopened(output_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
+        self._columns = _reopened(output_dir / "log.txt", lambda line: int(line.split()[0]), first_step)
         self._printed = (output_dir / "train.log").open("a", encoding="utf-8")
         self._bar = tqdm(
             total=total_steps,
@@ -163,20 +163,28 @@ class RunLog:
                 file.close()
 
 
-def _reopened(path: Path, keep: Any) -> TextIO:
-    """The file opened for appending, with the lines that `keep` refuses (and a torn last line) dropped."""
+def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> TextIO:
+    """The file opened for appending; lines behind `last_step` and those that a crash tore are dropped."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and keep(line)]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if _is_readable(line, step_of) and step_of(line) <= last_step]
         if len(kept) < len(lines):
             write_whole(path, lambda stream: stream.write("".join(kept).encode()))
     return path.open("a", encoding="utf-8")
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a torn last line is left out."""
+    """The lines of a run's metrics.jsonl; those that cannot be read are left out."""
     path = output_dir / "metrics.jsonl"
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if _is_readable(line, json.loads)]
+
+
+def _is_readable(line: str, read: Callable[[str], Any]) -> bool:
+    try:
+        read(line)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return False
+    return line.endswith("\n")

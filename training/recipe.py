@@ -140,9 +140,7 @@ class Recipe:
         self._require("preprocessing_num_workers", workers is None or workers >= 0, "at least 0, or left out")
         for name in ("shard_tokens", "val_tokens"):
             value = getattr(self, name)
-            self._require(
-                name, value is None or value <= 10**9, "at most 1,000,000,000, since a shard is held in memory"
-            )
+            self._require(name, value is None or value <= 10**9, "at most 1,000,000,000; shards are held in memory")
         self._require("seed", self.seed < 2**32, "less than 2**32")
         for name in ("adam_beta1", "adam_beta2", "dropout"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and less than 1")
@@ -186,12 +184,12 @@ class Recipe:
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
         write_whole(path, lambda stream: stream.write(text.encode()))
 
-    def differences(self, other: "Recipe") -> list[str]:
-        """What keeps `other` from going on where this recipe's run stopped: `key: this → that`, a line each."""
+    def differences_from(self, earlier: Mapping[str, Any]) -> list[str]:
+        """What keeps this recipe from going on where a run with the keys `earlier` stopped: `key: then → now`."""
         return [
-            f"{key.name}: {getattr(self, key.name)} → {getattr(other, key.name)}"
+            f"{key.name}: {earlier[key.name]} → {getattr(self, key.name)}"
             for key in dataclasses.fields(Recipe)
-            if key.metadata["group"] and getattr(self, key.name) != getattr(other, key.name)
+            if key.metadata["group"] and key.name in earlier and earlier[key.name] != getattr(self, key.name)
         ]
 
 

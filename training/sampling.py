@@ -29,7 +29,9 @@ def sample_texts(
     with torch.random.fork_rng(devices=devices), accelerator.autocast():
         torch.manual_seed(seed)
         for prompt in prompts:
-            ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)]
+            # A prompt that leaves no room is cut from the left.
+            room = model.config.n_positions - min(max_new_tokens, model.config.n_positions // 2)
+            ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)][-room:]
             output = model.generate(
                 torch.tensor([ids], device=accelerator.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=accelerator.device),
@@ -38,8 +40,9 @@ def sample_texts(
                 temperature=temperature,
                 top_k=top_k,
                 pad_token_id=tokenizer.end_of_text_id,
+                remove_invalid_values=True,  # a run that diverges is told by its loss, not by its samples
             )
-            written = output[0, 1:].tolist()
+            written = output[0].tolist()
             texts.append(tokenizer.decode([token for token in written if token != tokenizer.end_of_text_id]))
     model.train(was_training)
     return texts

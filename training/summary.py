@@ -1,7 +1,9 @@
 """The closing words of a run: what came out, where it is, and what to try next."""
 
+import json
 import sys
 from pathlib import Path
+from shlex import quote
 
 import torch
 
@@ -25,7 +27,7 @@ def _command(name: str) -> str:
 def longer_command(output_dir: Path, steps: int) -> str:
     """The command that takes a complete run to twice its length."""
     return (
-        f"{_command('accelerate')} launch --quiet training/train.py --config {output_dir / 'recipe.yaml'} "
+        f"{_command('accelerate')} launch --quiet training/train.py --config {quote(str(output_dir / 'recipe.yaml'))} "
         f"--max_steps {2 * steps}"
     )
 
@@ -34,9 +36,10 @@ def summary_text(output_dir: Path, facts: RunFacts, *, prompt: str) -> str:
     """Where everything is, how good it is, a sample, and three commands that work as printed."""
     model = output_dir / "model"
     sample = "\n".join("  | " + line for line in "\n".join(facts.samples[:1]).strip().splitlines())
+    # JSON's strings are Python's too, and their double quotes stand well in a shell's single ones.
     in_python = (
-        f"import gpt2_scratch; from transformers import pipeline; "
-        f"print(pipeline('text-generation', '{model}')('{prompt}')[0]['generated_text'])"
+        "import gpt2_scratch; from transformers import pipeline; "
+        f'print(pipeline("text-generation", {json.dumps(str(model))})({json.dumps(prompt)})[0]["generated_text"])'
     )
     return f"""
 The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
@@ -52,7 +55,7 @@ The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
 {sample}
 
 To try next:
-  {_command("python")} -m gpt2_scratch.generate --model {model} --prompt "{prompt}"
-  {_command("python")} -c "{in_python}"
+  {_command("python")} -m gpt2_scratch.generate --model {quote(str(model))} --prompt {quote(prompt)}
+  {_command("python")} -c {quote(in_python)}
   {longer_command(output_dir, facts.steps)}
 """

@@ -1,0 +1,121 @@
+"""Where a run goes on, and whether the output folder is the recipe's to write to."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from gpt2_scratch_errors import InputError
+from training.checkpoint import TrainerState, checkpoints
+from training.recipe import Recipe
+
+
+def find_resume_point(recipe: Recipe) -> Path | None:
+    """The checkpoint that the recipe goes on from, or None for a run that begins at its beginning.
+
+    Raises:
+        InputError: the output folder cannot be written or holds another run or other files, the run must not be
+            started over, or the checkpoint's data or model are not the recipe's.
+    """
+    output_dir, wish = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    _refuse_unusable(output_dir)
+    if Path(recipe.data_dir).resolve().is_relative_to(output_dir.resolve()):
+        raise InputError(f"data_dir {recipe.data_dir} lies in output_dir {output_dir}; choose folders side by side")
+    is_run = (output_dir / "recipe.yaml").is_file()
+    if not is_run and output_dir.is_dir() and any(output_dir.iterdir()):
+        raise InputError(f"output_dir {output_dir} holds files but no run of ours; choose another output_dir")
+    if is_run:
+        _refuse_another_run(recipe, _keys_of(output_dir / "recipe.yaml"), f"output_dir {output_dir}")
+    if wish == "none" and is_run:
+        raise InputError(
+            f"output_dir {output_dir} holds a run, and resume_from_checkpoint is none; "
+            "leave that out to continue, or choose another output_dir"
+        )
+    if wish not in ("auto", "none"):
+        _refuse_another_run(recipe, TrainerState.read(Path(wish)).recipe, f"checkpoint {wish}")
+        return Path(wish)
+    found = checkpoints(output_dir)
+    if found:
+        _refuse_another_run(recipe, TrainerState.read(found[-1]).recipe, f"output_dir {output_dir}")
+        return found[-1]
+    if (output_dir / "model").exists():
+        raise InputError(
+            f"output_dir {output_dir} holds a finished model but no checkpoint to go on from; "
+            f"choose another output_dir, and start from it with init_from: {output_dir / 'model'}"
+        )
+    return None
+
+
+def _refuse_unusable(output_dir: Path) -> None:
+    if output_dir.exists() and not output_dir.is_dir():
+        raise InputError(f"output_dir {output_dir} is a file, expected a folder; choose another output_dir")
+    parent = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    try:
+        # Only writing tells: permissions say nothing of file systems that take no folders.
+        tempfile.TemporaryDirectory(dir=parent).cleanup()
+    except OSError as error:
+        raise InputError(
+            f"output_dir {output_dir} cannot be written ({error.strerror}); choose another output_dir"
+        ) from None
+
+
+def _keys_of(path: Path) -> dict[str, object]:
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        keys = None
+    if not isinstance(keys, dict):
+        raise InputError(f"{path} of an earlier run cannot be read; mend it, or choose another output_dir")
+    return keys
+
+
+def _refuse_another_run(recipe: Recipe, earlier: dict[str, object], where: str) -> None:
+    differences = recipe.differences_from(earlier)
+    if differences:
+        raise InputError(
+            f"{where} holds another run ({'; '.join(differences)}); undo the difference, or choose another output_dir"
+        )
+
+
+def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints that lie behind `step`, where a run is about to go on from an older one.
+
+    Otherwise the branch that was left would be continued, or make the new one's checkpoints look old.
+
+    Returns:
+        Their new places, `checkpoints/abandoned-step-000060`.
+    """
+    places = []
+    for path in checkpoints(output_dir):
+        if int(path.name.removeprefix("step-")) > step:
+            place = path.with_name(f"abandoned-{path.name}")
+            shutil.rmtree(place, ignore_errors=True)
+            places.append(path.rename(place))
+    return places
+
+
+@contextlib.contextmanager
+def alone_in(output_dir: Path) -> Iterator[None]:
+    """Keep a second run out of `output_dir` while this one writes to it; a dead process keeps nobody out.
+
+    Raises:
+        InputError: another process is at it.
+    """
+    descriptor = os.open(output_dir, os.O_RDONLY)
+    try:
+        # File systems without locks on folders are taken as they are.
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"output_dir {output_dir} is being written by another run; end that, or choose another output_dir"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
