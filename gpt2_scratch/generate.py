@@ -8,6 +8,7 @@ error.
 
 import argparse
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -16,11 +17,19 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
 from gpt2_scratch_errors import CommandParser, InputError, run_command
+
+# What transformers raises for folders whose config, weights or tokenizer cannot be used.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError),
+    *(SafetensorError, StrictDataclassError),
+)
 
 
 class CountingStreamer(TextStreamer):
@@ -45,16 +54,27 @@ def load(model_id: str, device: str) -> tuple[Any, Any]:
     if (model_id.startswith((".", "/", "~")) or model_id.count("/") > 1) and not Path(model_id).is_dir():
         raise InputError(f"expected --model to be a folder or Hub id, found no folder {model_id!r}; check the path")
     found = {}
-    for part, auto_class in (("causal language model", AutoModelForCausalLM), ("tokenizer", AutoTokenizer)):
+    # Weights of another shape are reported like missing ones, and refused below.
+    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    for part, auto_class, kwargs in (
+        ("causal language model", AutoModelForCausalLM, report),
+        ("tokenizer", AutoTokenizer, {}),
+    ):
         try:
-            found[part] = auto_class.from_pretrained(model_id, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
+            found[part] = auto_class.from_pretrained(model_id, trust_remote_code=False, **kwargs)
+        except UNREADABLE as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip(" :")
             raise InputError(
                 f"expected --model to be a folder or Hub id with a causal language model and its tokenizer, "
                 f"found no {part} in {model_id!r}: {reason}"
             ) from error
-    model, tokenizer = found.values()
+    (model, info), tokenizer = found.values()
+    unfilled = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
+    if unfilled:
+        raise InputError(
+            f"expected weights in {model_id!r} for the whole model that its config.json describes, found none that fit "
+            f"{', '.join(unfilled[:3])} ({len(unfilled)} such weights); take a complete checkpoint"
+        )
     try:
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
@@ -63,11 +83,26 @@ def load(model_id: str, device: str) -> tuple[Any, Any]:
         ) from error
 
 
-def encode(tokenizer: Any, prompt: str, n_positions: int | None) -> Tensor:
+def read_prompt(prompt: str | None) -> str:
+    """Return the prompt of the command line, or else all of standard input.
+
+    Raises:
+        InputError: when it is not text.
+    """
+    try:
+        prompt = sys.stdin.read().rstrip("\n") if prompt is None else prompt
+        prompt.encode()  # bytes of a command line that are no text come as lone surrogates
+    except UnicodeError as error:
+        raise InputError(f"expected a prompt in UTF-8, found {error}; convert the text") from error
+    return prompt
+
+
+def encode(tokenizer: Any, prompt: str, n_positions: int | None, vocab_size: int) -> Tensor:
     """Return the prompt's token ids (1, seq); an empty prompt becomes the end-of-text token, where documents begin.
 
     Raises:
-        InputError: when no position is left for a new token, or the tokenizer has no token to begin with.
+        InputError: when no position is left for a new token, the tokenizer has no token to begin with, or is not the
+            model's.
     """
     ids = tokenizer(prompt)["input_ids"] if prompt else []
     if not ids:
@@ -83,18 +118,34 @@ def encode(tokenizer: Any, prompt: str, n_positions: int | None) -> Tensor:
             f"expected a prompt of fewer tokens than the model has positions ({n_positions:,}), found {len(ids):,}; "
             "shorten the prompt"
         )
+    if max(ids) >= vocab_size:
+        raise InputError(
+            f"expected the tokenizer to give ids below the model's vocabulary of {vocab_size:,}, found {max(ids):,}; "
+            "take the tokenizer that belongs to the model"
+        )
     return torch.tensor([ids])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Generate as the command line says."""
+    """Generate as the command line says, until whoever reads the text has read enough."""
     options = parse(arguments)
+    try:
+        generate(options)
+    except BrokenPipeError:
+        # Python would complain again at its end, when it flushes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Load the model and print its texts and the speed."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    prompt = sys.stdin.read().rstrip("\n") if options.prompt is None else options.prompt
+    prompt = read_prompt(options.prompt)
     model, tokenizer = load(options.model, options.device)
     n_positions = getattr(model.config, "max_position_embeddings", None)
-    input_ids = encode(tokenizer, prompt, n_positions).to(model.device)
+    vocab_size = model.get_input_embeddings().num_embeddings
+    input_ids = encode(tokenizer, prompt, n_positions, vocab_size).to(model.device)
 
     room = options.max_new_tokens if n_positions is None else n_positions - input_ids.shape[1]
     sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
@@ -118,6 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             max_new_tokens=min(options.max_new_tokens, room),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,
+            # A folder's generation config may ask for several, which cannot be printed as they are made.
+            num_beams=1,
+            num_return_sequences=1,
             **sampling,
         )
         new_tokens += streamer.new_tokens
@@ -152,16 +206,19 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
     _check(options.max_new_tokens >= 1, "--max_new_tokens", "at least 1", options.max_new_tokens)
     _check(options.num_samples >= 1, "--num_samples", "at least 1", options.num_samples)
-    _check(0 <= options.temperature < math.inf, "--temperature", "0 or more", options.temperature)
+    # Scores divided by much less would overflow.
+    usable = options.temperature == 0 or 1e-6 <= options.temperature < math.inf
+    _check(usable, "--temperature", "0, or 0.000001 or more", options.temperature)
     _check(options.top_k >= 0, "--top_k", "0 or more", options.top_k)
     _check(0 < options.top_p <= 1, "--top_p", "above 0 and up to 1", options.top_p)
     _check(0 <= options.seed < 2**63, "--seed", "0 or more and below 2**63", options.seed)
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.device(options.device)
+        kind = torch.device(options.device).type
     except RuntimeError as error:
         raise InputError(f"expected --device to be cpu, cuda, cuda:1 or mps, found {options.device!r}") from error
+    _check(kind != "meta", "--device", "one that computes", "meta")
     return options
 
 

@@ -173,7 +173,7 @@ def lose_a_weight(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def give_a_smaller_tokenizer_id(folder):
+def shrink_the_vocabulary(folder):
     model = GPT2ScratchForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(50, mean_resizing=False)
     model.config.bos_token_id = model.config.eos_token_id = 1
@@ -194,7 +194,7 @@ def misfit(folder):
         (lambda folder: change_config(folder, attn_implementation="flash_attention_2"), "(?i)flash"),
         (misfit, r"found none that fit transformer.wpe.weight \(1 such weights\)"),
         (lose_a_weight, r"found none that fit transformer.ln_f.bias \(1 such weights\)|found 1 missing"),
-        (give_a_smaller_tokenizer_id, "ids below the model's vocabulary of 50, found"),
+        (shrink_the_vocabulary, "ids below the model's vocabulary of 50, found"),
     ],
 )
 def test_folder_that_cannot_be_used_is_refused_in_one_line(folder, tmp_path, capsys, model_type, damage, message):
