@@ -1,6 +1,7 @@
 """What a run writes down while it goes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,7 @@ def test_a_loss_that_is_not_a_number_is_not_hidden(tmp_path: Path, capsys: pytes
     log = open_log(tmp_path)
     log.training(training_line(1, float("nan")))
     log.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["train_loss"] != 0
+    assert math.isnan(json.loads((tmp_path / "metrics.jsonl").read_text())["train_loss"])
     assert "loss nan" in capsys.readouterr().out
     assert (tmp_path / "log.txt").read_text() == "1 train nan\n"
 

@@ -144,16 +144,6 @@ class ShardFolder:
         """Return whether no more shards will come."""
         return self.manifest is None or self.manifest.complete
 
-    @property
-    def vocab_size(self) -> int | None:
-        """Return the tokenizer's vocabulary size, where the manifest says it."""
-        return self.manifest.vocab_size if self.manifest else None
-
-    @property
-    def tokenizer_fingerprint(self) -> str | None:
-        """Return the tokenizer's fingerprint, where the manifest says it."""
-        return self.manifest.tokenizer_fingerprint if self.manifest else None
-
     def check_ids(self, vocab_size: int, shards: Sequence[Shard] | None = None) -> None:
         """Read every id of `shards` (of all, when None): what to do with a folder that has no manifest.
 

@@ -59,10 +59,6 @@ class Tokenizer:
         """Return the ids of `text` as plain text: a literal `<|endoftext|>` in it is not the special token."""
         return self.encoding.encode_ordinary(text)
 
-    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        """Return the ids of each text. On one thread: parallel work belongs to the producer's processes."""
-        return [self.encoding.encode_ordinary(text) for text in texts]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, with U+FFFD where they do not form valid UTF-8."""
         return self.encoding.decode(ids)
