@@ -5,10 +5,13 @@ do not implement is refused instead of ignored: a model that silently computes s
 """
 
 import difflib
+import fnmatch
+from collections.abc import Iterable
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # Variants of GPT-2's attention that exist in `transformers` and not here. False is what we do anyway.
 _NOT_IMPLEMENTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
@@ -28,8 +31,11 @@ _WITHOUT_EFFECT = {
     *("torch_dtype", "attn_implementation", "experts_implementation", "per_layer_config", "quantization_config"),
     *("auto_map", "tokenizer_class", "prefix", "finetuning_task", "is_decoder", "cross_attention_hidden_size"),
     *("pruned_heads", "tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss", "sep_token_id"),
-    *("decoder_start_token_id", "transformers_weights", "tie_last_hidden_states"),
+    *("decoder_start_token_id", "transformers_weights", "tie_last_hidden_states", "conversational", "xla_device"),
+    *("output_scores", "eos_token_ids", "is_encoder_decoder", "num_labels", "use_return_dict", "cache_position"),
 }
+# Notes of transformers itself, of Unsloth, and of programs that name themselves, like `transformers.js_config`.
+_NOTES = ("_*", "unsloth_*", "*.js_config")
 
 
 @strict
@@ -114,6 +120,11 @@ class GPT2ScratchConfig(PreTrainedConfig):
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"expected {name} between 0 and 1, found {value}; it is a probability")
+        if self.activation_function not in ACT2FN:
+            raise ValueError(
+                f"expected activation_function to be a name from transformers.activations, found "
+                f"{self.activation_function!r}{_suggestion(self.activation_function, ACT2FN)}; GPT-2's is 'gelu_new'"
+            )
         if self.n_embd % self.n_head != 0:
             raise ValueError(
                 f"expected n_embd to be a multiple of n_head, found n_embd={self.n_embd} and n_head={self.n_head}; "
@@ -132,9 +143,8 @@ class GPT2ScratchConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """Return the configuration that a config.json describes, with `kwargs` in place of what it says.
 
-        Unlike a keyword in a program, an unknown key in a file may be another program's note: it is kept and without
-        effect. Only one that looks like a misspelt field is refused. What is given in place of a file's value is
-        checked as the value itself; keywords that are not ours are options of loading, and go on to the base class.
+        What is given in place of a file's value is checked as the value itself; keywords that are not ours are options
+        of loading, and go on to the base class.
 
         Raises:
             ValueError: as the class itself.
@@ -144,12 +154,7 @@ class GPT2ScratchConfig(PreTrainedConfig):
                 config_dict = {**config_dict, cls.attribute_map.get(name, name): kwargs.pop(name)}
             elif not _is_known(name) and _suggestion(name):
                 raise ValueError(f"expected a keyword of {cls.__name__}, found {name!r}{_suggestion(name)}")
-        notes = {name: value for name, value in config_dict.items() if not _is_known(name) and not _suggestion(name)}
-        result = super().from_dict({k: v for k, v in config_dict.items() if k not in notes}, **kwargs)
-        config = result[0] if isinstance(result, tuple) else result
-        for name, value in notes.items():
-            setattr(config, name, value)
-        return result
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def gpt2(cls, **overrides: Any) -> Self:
@@ -177,19 +182,21 @@ _GENERATION = GenerationConfig().to_dict()
 
 
 def _is_known(name: str) -> bool:
-    """Whether a keyword is a field of ours, something the base class reads or writes, or a harmless key of GPT-2."""
+    """Whether a key is a field of ours, something the base class reads or writes, or a harmless note of others."""
+    if callable(getattr(PreTrainedConfig, name, None)):
+        return False  # a method, which the value would hide
     return (
         name in _FIELDS
         or name in _WITHOUT_EFFECT
         or name in _NOT_IMPLEMENTED
         or name in _GENERATION
-        or name.startswith("_")
+        or any(fnmatch.fnmatchcase(name, pattern) for pattern in _NOTES)
         or hasattr(PreTrainedConfig, name)
         or name in PreTrainedConfig.__dataclass_fields__
     )
 
 
-def _suggestion(name: str) -> str:
-    """', did you mean …?' when the name is close to a field's, else an empty string."""
-    nearest = difflib.get_close_matches(name, _FIELDS, n=1, cutoff=0.7)
+def _suggestion(name: str, known: Iterable[str] = _FIELDS) -> str:
+    """', did you mean …?' when the name is close to a known one, else an empty string."""
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f", did you mean {nearest[0]!r}?" if nearest else ""

@@ -107,9 +107,64 @@ def test_refusal_of_a_typo_names_the_nearest_field():
         GPT2ScratchConfig.from_dict({"n_layers": 3})
 
 
-def test_note_of_another_program_in_a_file_is_kept():
-    config = GPT2ScratchConfig.from_dict({"n_layer": 2, "transformers.js_config": {"dtype": "q8"}})
-    assert config.to_dict()["transformers.js_config"] == {"dtype": "q8"}
+@pytest.mark.parametrize("note", ["transformers.js_config", "unsloth_version", "_commit_of_mine"])
+def test_note_of_another_program_in_a_file_is_kept(note):
+    assert GPT2ScratchConfig.from_dict({"n_layer": 2, note: {"dtype": "q8"}}).to_dict()[note] == {"dtype": "q8"}
+
+
+@pytest.mark.parametrize("name", ["rotary_dim", "attention_layers", "to_dict", "from_pretrained", "__class__"])
+def test_unknown_key_and_name_of_a_method_are_refused_in_a_program_and_in_a_file(name, tmp_path):
+    with pytest.raises(ValueError, match=f"found '{name}'"):
+        GPT2ScratchConfig(**{name: 1})
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL_CONFIG | {name: 1}))
+    for load in (
+        GPT2ScratchConfig.from_pretrained,
+        lambda path: GPT2ScratchConfig.from_json_file(path / "config.json"),
+    ):
+        with pytest.raises(ValueError, match=f"found '{name}'"):
+            load(tmp_path)
+
+
+# What config.json of the larger models on the Hub has beside or in place of that of gpt2, and what `transformers` 2 to 4
+# wrote into every file of its time.
+LARGER = {
+    "gpt2-medium": {"n_embd": 1024, "n_head": 16, "n_layer": 24, "n_special": 0, "predict_special_tokens": True},
+    "gpt2-large": {"n_embd": 1280, "n_head": 20, "n_layer": 36},
+    "gpt2-xl": {"n_embd": 1600, "n_head": 25, "n_layer": 48, "output_past": True},
+}
+OF_VERSION = {
+    2: {
+        **{"do_sample": False, "eos_token_ids": 0, "finetuning_task": None, "id2label": {"0": "LABEL_0"}},
+        **{"is_decoder": False, "label2id": {"LABEL_0": 0}, "length_penalty": 1.0, "max_length": 20, "num_beams": 1},
+        **{"num_labels": 1, "num_return_sequences": 1, "output_attentions": False, "output_hidden_states": False},
+        **{"output_past": True, "pruned_heads": {}, "repetition_penalty": 1.0, "temperature": 1.0, "top_k": 50},
+        **{"top_p": 1.0, "torchscript": False, "use_bfloat16": False, "pad_token_id": 0},
+    },
+    3: {"_num_labels": 1, "xla_device": None, "gradient_checkpointing": False, "bad_words_ids": None},
+    4: {
+        **{"_name_or_path": "gpt2", "chunk_size_feed_forward": 0, "diversity_penalty": 0.0, "early_stopping": False},
+        **{"encoder_no_repeat_ngram_size": 0, "exponential_decay_length_penalty": None, "forced_bos_token_id": None},
+        **{"is_encoder_decoder": False, "min_length": 0, "num_beam_groups": 1, "prefix": None, "problem_type": None},
+        **{"remove_invalid_values": False, "return_dict": True, "return_dict_in_generate": False, "typical_p": 1.0},
+        **{"sep_token_id": None, "suppress_tokens": None, "task_specific_params": None, "tf_legacy_loss": False},
+        **{"tie_encoder_decoder": False, "torch_dtype": "float32", "transformers_version": "4.41.2"},
+        **{"begin_suppress_tokens": None, "cross_attention_hidden_size": None, "tokenizer_class": None},
+        **{"scale_attn_by_inverse_layer_idx": False, "reorder_and_upcast_attn": False, "add_cross_attention": False},
+    },
+}
+
+
+@pytest.mark.parametrize("version", OF_VERSION)
+@pytest.mark.parametrize("size", LARGER)
+def test_official_files_of_every_size_and_age_load(size, version, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL_CONFIG | LARGER[size] | OF_VERSION[version]))
+    config = GPT2ScratchConfig.from_pretrained(tmp_path)
+    assert config.n_embd == LARGER[size]["n_embd"]
+
+
+def test_unknown_activation_is_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="found 'gelu_nwe', did you mean 'gelu_new'"):
+        GPT2ScratchConfig(activation_function="gelu_nwe")
 
 
 @pytest.mark.parametrize("flag", ["scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention"])
