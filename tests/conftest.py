@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from small_corpora import WORDS, write_corpus
 
 from training.recipe import Recipe
 
@@ -52,6 +53,35 @@ def shard_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> P
         report=lambda line: None,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSON-lines file for the producer, with documents of all lengths."""
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl", 400)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tokenizer of 300 ids."""
+    from training.data.tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_bpe([" ".join(WORDS)] * 9, 300).save(folder)
+    return folder
+
+
+@pytest.fixture
+def settings(corpus: Path, tokenizer_folder: Path) -> dict[str, Any]:
+    """What `produce` is asked for in most tests."""
+    return {
+        "corpus": str(corpus),
+        "tokenizer": str(tokenizer_folder),
+        "shard_tokens": 5_000,
+        "val_tokens": 1_500,
+        "num_workers": 0,
+        "report": lambda line: None,
+    }
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from small_corpora import WORDS, folder_bytes, write_corpus
 
 from gpt2_scratch_errors import InputError
 from training.atomic import UNFINISHED_SUFFIX
@@ -21,48 +22,10 @@ from training.data.files import FileCorpus
 from training.data.manifest import Manifest
 from training.data.producer import produce
 from training.data.shards import ShardFolder, ShardWriter
-from training.data.tokenizer import Tokenizer, train_bpe
+from training.data.tokenizer import Tokenizer
 from training.data.tokenizer_training import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-WORDS = ["the", "of", "shard", "token", "window", "batch", "model", "loss", "weight", "order", "naïve", "数学"]
-
-
-def _write_corpus(path: Path, documents: int, seed: int = 0) -> Path:
-    rng = random.Random(seed)
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(documents):
-            text = " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 40, 300])))
-            file.write(json.dumps({"text": text}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return _write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl", 400)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe([" ".join(WORDS)] * 9, 300).save(folder)
-    return folder
-
-
-@pytest.fixture
-def settings(corpus, tokenizer_folder) -> dict:
-    return {
-        "corpus": str(corpus),
-        "tokenizer": str(tokenizer_folder),
-        "shard_tokens": 5_000,
-        "val_tokens": 1_500,
-        "num_workers": 0,
-        "report": lambda line: None,
-    }
-
-
-def _bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def _ids(folder: ShardFolder) -> np.ndarray:
@@ -89,15 +52,20 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkey
     monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 3_000)  # many batches
     for workers in (0, 1, 2, 4):
         produce(tmp_path / str(workers), **{**settings, "num_workers": workers})
-    assert _bytes(tmp_path / "0") == _bytes(tmp_path / "1") == _bytes(tmp_path / "2") == _bytes(tmp_path / "4")
+    assert (
+        folder_bytes(tmp_path / "0")
+        == folder_bytes(tmp_path / "1")
+        == folder_bytes(tmp_path / "2")
+        == folder_bytes(tmp_path / "4")
+    )
 
 
 def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, settings, tokenizer_folder):
-    path = _write_corpus(tmp_path / "c.jsonl", 100)
+    path = write_corpus(tmp_path / "c.jsonl", 100)
     settings = {**settings, "corpus": str(path)}
     produce(tmp_path / "out", **settings)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-    _write_corpus(path, 101)  # another revision
+    write_corpus(path, 101)  # another revision
     assert produce(tmp_path / "out", **settings).complete
     path.unlink()
     assert produce(tmp_path / "out", **settings).complete
@@ -117,10 +85,10 @@ def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, s
 )
 def test_folder_made_with_other_settings_is_refused_with_the_difference(tmp_path, settings, change, found):
     produce(tmp_path, **settings)
-    before = _bytes(tmp_path)
+    before = folder_bytes(tmp_path)
     with pytest.raises(InputError, match=f"{found}; ask for the same, give another folder, or delete this one"):
         produce(tmp_path, **{**settings, **change})
-    assert _bytes(tmp_path) == before
+    assert folder_bytes(tmp_path) == before
 
 
 def test_folder_cut_at_max_tokens_serves_less_and_not_more(tmp_path, settings):
@@ -160,7 +128,7 @@ def test_interrupted_producer_goes_on_to_the_same_bytes(tmp_path, settings, monk
             produce(tmp_path / "out", **settings)
     assert len(ShardFolder.open(tmp_path / "out").shards) == shards
     produce(tmp_path / "out", **settings)
-    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
 def test_document_longer_than_shards_is_taken_up_in_its_middle(tmp_path, settings, monkeypatch):
@@ -173,17 +141,17 @@ def test_document_longer_than_shards_is_taken_up_in_its_middle(tmp_path, setting
         with pytest.raises(_KilledError):
             produce(tmp_path / "out", **settings)
     produce(tmp_path / "out", **settings)
-    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
 def test_incomplete_folder_is_not_continued_with_a_changed_corpus(tmp_path, settings, monkeypatch):
-    path = _write_corpus(tmp_path / "c.jsonl", 200)
+    path = write_corpus(tmp_path / "c.jsonl", 200)
     settings = {**settings, "corpus": str(path)}
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 2)
         with pytest.raises(_KilledError):
             produce(tmp_path / "out", **settings)
-    _write_corpus(path, 200, seed=1)
+    write_corpus(path, 200, seed=1)
     with pytest.raises(InputError, match="'c' has changed since; delete the folder"):
         produce(tmp_path / "out", **settings)
     monkeypatch.setattr(FileCorpus, "revision", Manifest.read(tmp_path / "out").corpus_revision)
@@ -224,7 +192,7 @@ def test_producer_goes_on_without_reading_what_is_behind_it(tmp_path, settings, 
     monkeypatch.setattr(FileCorpus, "_read", spy)
     produce(tmp_path / "out", **settings)
     assert len(read) == 400 - manifest.resume.document
-    assert _bytes(tmp_path / "out") == _bytes(whole.path)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(whole.path)
 
 
 @pytest.mark.parametrize("max_tokens", [None, 21_000])
@@ -244,7 +212,7 @@ def test_documents_that_are_not_utf8_are_counted_once_whatever_happens(tmp_path,
         with pytest.raises(_KilledError):
             produce(tmp_path / "out", **settings)
     folder = produce(tmp_path / "out", **settings)
-    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "0") == _bytes(tmp_path / "1")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "0") == folder_bytes(tmp_path / "1")
     begun = folder.manifest.documents
     assert (begun == 300) == (max_tokens is None)
     assert folder.manifest.replaced_documents == len(range(0, begun, 7))
@@ -279,7 +247,7 @@ def _is_alive(pid: int) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_killed_producer_leaves_no_process_and_ends_with_the_same_bytes(tmp_path, settings):
-    path = _write_corpus(tmp_path / "c.jsonl", 4_000)
+    path = write_corpus(tmp_path / "c.jsonl", 4_000)
     settings = {**settings, "corpus": str(path), "shard_tokens": 20_000}
     produce(tmp_path / "whole", **settings)
     out = tmp_path / "out"
@@ -307,7 +275,7 @@ def test_killed_producer_leaves_no_process_and_ends_with_the_same_bytes(tmp_path
         assert not any(map(_is_alive, children))
     assert not Manifest.read(out).complete, killed_with
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert _bytes(out) == _bytes(tmp_path / "whole")
+    assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
 
 
 # A tokenizer trained on the corpus
@@ -353,7 +321,7 @@ def test_interrupted_producer_keeps_the_tokenizer_that_it_trained(tmp_path, sett
             produce(tmp_path / "out", **settings)
     monkeypatch.setattr(producer, "train_tokenizer", None)  # training again would fail
     produce(tmp_path / "out", **settings)
-    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
 def test_corpus_that_validation_uses_up_trains_no_tokenizer(tmp_path, corpus, settings):

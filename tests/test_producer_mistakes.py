@@ -2,15 +2,14 @@
 
 import errno
 import fcntl
-import json
 import os
-import random
 import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_corpora import folder_bytes
 
 from gpt2_scratch_errors import InputError
 from training.atomic import UNFINISHED_SUFFIX
@@ -18,48 +17,9 @@ from training.data import producer, reporting
 from training.data.folder_lock import LOCK_NAME
 from training.data.producer import produce
 from training.data.shards import ShardFolder
-from training.data.tokenizer import train_bpe
 from training.data.workers import map_in_order
 
 ROOT = Path(__file__).parents[1]
-WORDS = ["the", "of", "shard", "token", "window", "batch", "model", "loss", "weight", "order", "naïve", "数学"]
-
-
-def _write_corpus(path: Path, documents: int, seed: int = 0) -> Path:
-    rng = random.Random(seed)
-    with path.open("w", encoding="utf-8") as file:
-        for _ in range(documents):
-            text = " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 40, 300])))
-            file.write(json.dumps({"text": text}) + "\n")
-    return path
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return _write_corpus(tmp_path_factory.mktemp("corpus") / "c.jsonl", 400)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_bpe([" ".join(WORDS)] * 9, 300).save(folder)
-    return folder
-
-
-@pytest.fixture
-def settings(corpus, tokenizer_folder) -> dict:
-    return {
-        "corpus": str(corpus),
-        "tokenizer": str(tokenizer_folder),
-        "shard_tokens": 5_000,
-        "val_tokens": 1_500,
-        "num_workers": 0,
-        "report": lambda line: None,
-    }
-
-
-def _bytes(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -104,7 +64,7 @@ def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, set
     assert not list((tmp_path / "out").glob(f"*{UNFINISHED_SUFFIX}"))
     assert ShardFolder.open(tmp_path / "out").shards
     produce(tmp_path / "out", **settings)
-    assert _bytes(tmp_path / "out") == _bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
 def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, settings, monkeypatch):
@@ -151,7 +111,7 @@ def test_folder_with_other_files_is_refused(tmp_path, settings):
         produce(tmp_path / "thesis.md", **settings)
     with pytest.raises(InputError, match="Not a directory"):
         produce(tmp_path / "thesis.md" / "out", **settings)
-    assert _bytes(tmp_path) == {"thesis.md": b"mine"}
+    assert folder_bytes(tmp_path) == {"thesis.md": b"mine"}
 
 
 def test_folder_with_another_programs_shards_is_refused(tmp_path, settings):
