@@ -290,7 +290,7 @@ def test_trained_tokenizer_is_saved_and_never_saw_validation(tmp_path, settings)
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
     folder = produce(tmp_path / "out", **{**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 500})
     tokenizer = Tokenizer.load(tmp_path / "out")
-    assert folder.vocab_size == tokenizer.vocab_size == 290
+    assert folder.manifest.vocab_size == tokenizer.vocab_size == 290
     assert folder.manifest.tokenizer == "bpe-290"
     assert "xylophone" in tokenizer.decode(folder.val_shard.read().tolist())
     assert not any("xyl" in tokenizer.decode([i]) for i in range(290))
