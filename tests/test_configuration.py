@@ -125,7 +125,7 @@ def test_unknown_key_and_name_of_a_method_are_refused_in_a_program_and_in_a_file
             load(tmp_path)
 
 
-# What config.json of the larger models on the Hub has beside or in place of that of gpt2, and what `transformers` 2 to 4
+# What config.json of the larger models on the Hub has beside that of gpt2, and what `transformers` 2 to 4
 # wrote into every file of its time.
 LARGER = {
     "gpt2-medium": {"n_embd": 1024, "n_head": 16, "n_layer": 24, "n_special": 0, "predict_special_tokens": True},
