@@ -8,6 +8,7 @@ every byte; what changes is config.json and the code beside it. Only `--dtype` r
 memory: the weights are checked by the headers of their files, and cast one at a time.
 """
 
+import contextlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ _OFFICIAL_NAMES: dict[type[GPT2ScratchPreTrainedModel], str] = {
     GPT2ScratchForSequenceClassification: "GPT2ForSequenceClassification",
     GPT2ScratchModel: "GPT2Model",
 }
+_FLOATING = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 # Tokenizer, generation config, card and its pictures; not weights of other frameworks, nor an optimizer's state.
 _CARRIED = ("*.json", "*.txt", "*.jinja", "*.md", "*.png", "LICENSE*")
@@ -57,16 +59,20 @@ def export(model: str, output: Path, model_format: str, dtype: torch.dtype | Non
     Raises:
         InputError: when `model` is no GPT-2 that we implement, or not a whole one, or `output` exists.
     """
+    if "\0" in str(output):
+        raise InputError(f"expected --output to be a path, found {str(output)!r} with a NUL in it; choose another name")
     if output.exists() or output.is_symlink():
         raise InputError(f"expected --output to be a new folder, found that {output} exists; choose another name")
     source = find_source(model)
     config_dict, model_class = read_config(source)
     files = weight_files(source)
     with torch.device("meta"):
-        skeleton = model_class(GPT2ScratchConfig.from_dict(config_dict))
+        # The attention that config.json asks for need not be installed here.
+        skeleton = model_class(GPT2ScratchConfig.from_dict(_without_attention(config_dict)))
     check_weights(source, files, skeleton)
 
     unfinished = output.with_name(f".unfinished-{output.name}")
+    new_parents = [parent for parent in output.parents if not parent.exists()]  # innermost first
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
@@ -80,6 +86,9 @@ def export(model: str, output: Path, model_format: str, dtype: torch.dtype | Non
         raise InputError(f"expected to write {output}, found {error}; choose another --output") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+        for parent in [] if output.exists() else new_parents:
+            with contextlib.suppress(OSError):  # never made, or no longer empty
+                parent.rmdir()
     name = _OFFICIAL_NAMES[model_class] if model_format == "gpt2" else model_class.__name__
     return f"wrote {output}: model_type {model_format}, {name}, {skeleton.num_parameters():,} parameters"
 
@@ -106,24 +115,38 @@ def read_config(source: Path) -> tuple[dict[str, Any], type[GPT2ScratchPreTraine
         config_dict = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"expected a model folder, found no config.json in {source}; check --model") from None
+    except OSError as error:
+        raise InputError(f"expected to read {path}, found {error}; check --model") from error
     except ValueError as error:
         raise InputError(f"expected JSON in {path}, found {error}; check --model") from error
     model_type = config_dict.get("model_type") if isinstance(config_dict, dict) else None
     if model_type not in FORMATS:
         raise InputError(f"expected model_type gpt2 or gpt2_scratch in {path}, found {model_type!r}; check --model")
+    if config_dict.get("quantization_config"):
+        raise InputError(
+            f"expected weights as they were trained, found a quantization_config in {path}; dequantize the model, "
+            "and save that"
+        )
     try:
-        GPT2ScratchConfig.from_dict(config_dict)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+        GPT2ScratchConfig.from_dict(_without_attention(config_dict))
+    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         raise InputError(f"expected a GPT-2 as we implement it in {path}: {' '.join(str(error).split())}") from error
 
     classes = {name: ours for ours, official in _OFFICIAL_NAMES.items() for name in (official, ours.__name__)}
-    (architecture, *_) = config_dict.get("architectures") or ["GPT2LMHeadModel"]
-    if architecture not in classes:
+    architectures = config_dict.get("architectures") or ["GPT2LMHeadModel"]
+    if not isinstance(architectures, list) or architectures[0] not in list(classes):
+        found = architectures[0] if isinstance(architectures, list) else repr(architectures)
         raise InputError(
-            f"expected one of {', '.join(classes)} as architecture in {path}, found {architecture}; "
+            f"expected one of {', '.join(classes)} as architecture in {path}, found {found}; "
             "load it with the class you want, and save that"
         )
-    return config_dict, classes[architecture]
+    return config_dict, classes[architectures[0]]
+
+
+def _without_attention(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with the attention that needs no package."""
+    config_dict = {key: value for key, value in config_dict.items() if key.lstrip("_") != "attn_implementation"}
+    return config_dict | {"attn_implementation": "eager"}
 
 
 def weight_files(source: Path) -> list[str]:
@@ -136,7 +159,7 @@ def weight_files(source: Path) -> list[str]:
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise InputError(f"expected a weight_map in {source / _INDEX}, found {error!r}; check --model") from error
         for name in files:
-            if Path(name).name != name or not (source / name).is_file():
+            if not isinstance(name, str) or Path(name).name != name or not (source / name).is_file():
                 raise InputError(f"expected the shard {name} beside {source / _INDEX}, found none; download it again")
         return files
     found = sorted(path.name for path in source.glob("pytorch_model*.bin"))
@@ -157,15 +180,28 @@ def check_weights(source: Path, files: Sequence[str], skeleton: GPT2ScratchPreTr
     if skeleton.config.tie_word_embeddings:
         required.discard("lm_head.weight")
     found: dict[str, tuple[int, ...]] = {}
+    repeated: list[str] = []
+    other_types: list[str] = []
     for name in files:
         try:
             with safe_open(source / name, framework="pt") as weights:
-                found |= {_bare(key): tuple(weights.get_slice(key).get_shape()) for key in weights.keys()}  # noqa: SIM118
+                for key in weights.keys():  # noqa: SIM118
+                    if key.endswith((".attn.bias", ".attn.masked_bias")):
+                        continue  # a causal mask
+                    weight = weights.get_slice(key)
+                    repeated += [key] if _bare(key) in found else []
+                    other_types += [f"{weight.get_dtype()} in {key}"] if weight.get_dtype() not in _FLOATING else []
+                    found[_bare(key)] = tuple(weight.get_shape())
         except SafetensorError as error:
             raise InputError(
                 f"expected safetensors in {source / name}, found {error}; download or save it again"
             ) from error
-    found = {key: shape for key, shape in found.items() if not key.endswith((".attn.bias", ".attn.masked_bias"))}
+    if repeated:
+        raise InputError(f"expected every weight once in {source}, found {repeated[0]} twice; save the model again")
+    if other_types:
+        raise InputError(
+            f"expected {', '.join(_FLOATING)} in {source}, found {other_types[0]}; dequantize the model, and save that"
+        )
     for problem, keys in (("without", sorted(required - set(found))), ("with", sorted(set(found) - set(expected)))):
         if keys:
             raise InputError(
@@ -200,7 +236,8 @@ def write_weights(source: Path, target: Path, files: Sequence[str], dtype: torch
     if files != [_WEIGHTS]:
         index = json.loads((source / _INDEX).read_text(encoding="utf-8"))
         if dtype is not None:
-            index["metadata"] = {**index.get("metadata", {}), "total_size": total_size}
+            metadata = index.get("metadata")
+            index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_size}
         _write_json(target / _INDEX, index)
 
 
@@ -249,9 +286,10 @@ def carry_other_files(source: Path, target: Path, model_format: str) -> None:
             shutil.copyfile(path, target / path.name)
     card = target / "README.md"
     if model_format == "gpt2" and card.exists():
-        lines = card.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = card.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
         kept = [line for line in lines if "`import gpt2_scratch`" not in line and line.strip() != "- gpt2_scratch"]
-        card.write_text("".join(kept).replace(", trust_remote_code=True", ""), encoding="utf-8")
+        text = "".join(kept).replace(", trust_remote_code=True", "")
+        card.write_text(text, encoding="utf-8", errors="surrogateescape")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
