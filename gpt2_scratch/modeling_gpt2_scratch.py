@@ -7,6 +7,8 @@ normalised stream is compared with every token embedding to score the next token
 Parameters have the names and layouts of the official checkpoints (`Conv1D` keeps weights as (in, out)), and operations
 stand in the order of `transformers.GPT2LMHeadModel`, so logits and gradients are equal bit for bit in fp32.
 
+Initial weights are drawn in `pretrained_gpt2_scratch.py`, by `_init_weights`.
+
 What it costs: a token takes about 2 FLOPs per parameter forward and 4 backward, and attention another
 12 * n_layer * n_embd * seq in all. A key-value cache holds 2 * n_layer * n_embd numbers per token.
 """
@@ -31,7 +33,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .linear_cross_entropy import linear_cross_entropy
-from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel, check_ids, residual_projection, too_long
+from .pretrained_gpt2_scratch import (
+    GPT2ScratchPreTrainedModel,
+    check_dimensions,
+    check_ids,
+    residual_projection,
+    too_long,
+)
 
 
 def eager_attention(
@@ -113,6 +121,7 @@ class GPT2ScratchAttention(nn.Module):
         dropout = self.config.attn_pdrop if self.training else 0.0
         kwargs.update(dropout=dropout, scaling=self.scaling)
         attended, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        # Conv1D views its input as rows; a kernel is free to return a layout in which that is no view.
         attended = attended.reshape(batch, seq, n_embd).contiguous()
         return self.resid_dropout(self.c_proj(attended)), weights
 
@@ -212,6 +221,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             found = "neither" if input_ids is None else "both"
             raise ValueError(f"expected either input_ids or inputs_embeds, found {found}; pass exactly one")
+        check_dimensions(input_ids=(input_ids, "batch, seq"), inputs_embeds=(inputs_embeds, "batch, seq, n_embd"))
         if inputs_embeds is None:
             assert input_ids is not None
             self.warn_if_padding_and_no_attention_mask(input_ids, attention_mask)

@@ -5,6 +5,8 @@ Face's default, it is stricter: a checkpoint that does not fill the model is an 
 is read only when asked for.
 """
 
+import functools
+import logging
 import math
 import os
 from pathlib import Path
@@ -27,6 +29,13 @@ def residual_projection(n_in: int, n_embd: int) -> Conv1D:
     projection = Conv1D(n_embd, n_in)
     projection.enters_residual_stream = True
     return projection
+
+
+def check_dimensions(**expected: tuple[Tensor | None, str]) -> None:
+    """Refuse tensors that have not the dimensions whose names follow them."""
+    for name, (tensor, dimensions) in expected.items():
+        if tensor is not None and tensor.dim() != dimensions.count(",") + 1:
+            raise ValueError(f"expected {name} of shape ({dimensions}), found {tuple(tensor.shape)}; reshape it")
 
 
 def check_ids(name: str, ids: Tensor, limit: int) -> None:
@@ -60,7 +69,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["GPT2ScratchBlock"]  # noqa: RUF012 - the base class reads plain lists
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     # Old checkpoints carry the causal mask as a buffer of every layer.
-    _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias"]  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)attn\.(masked_)?bias$"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -112,14 +121,22 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
         if use_safetensors is None and pretrained_model_name_or_path is not None:
             _refuse_pickle(Path(pretrained_model_name_or_path))
             use_safetensors = True
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path,
-            *args,
-            use_safetensors=use_safetensors,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **kwargs,
-        )
+        # The base class's report of what does not fit suggests to go on regardless: it is shown when we do.
+        reports: list[logging.LogRecord] = []
+        logger = logging.getLogger("transformers.modeling_utils")
+        hold_back = functools.partial(_hold_back, reports)
+        logger.addFilter(hold_back)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *args,
+                use_safetensors=use_safetensors,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        finally:
+            logger.removeFilter(hold_back)
         if info["mismatched_keys"] and not ignore_mismatched_sizes:
             found = "; ".join(
                 f"{name} of shape {tuple(expected)}, found {tuple(shape)}"
@@ -137,6 +154,8 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
                 f"expected every weight of {cls.__name__} in {pretrained_model_name_or_path}, found {len(missing)} "
                 f"missing: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}; take a complete checkpoint"
             )
+        for report in reports:
+            logger.handle(report)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -144,6 +163,14 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def _hold_back(reports: list[logging.LogRecord], record: logging.LogRecord) -> bool:
+    """Keep a load report for later; a filter of a logger, which passes on all else."""
+    is_report = "LOAD REPORT" in record.getMessage()
+    if is_report:
+        reports.append(record)
+    return not is_report
 
 
 def _refuse_pickle(folder: Path) -> None:

@@ -45,6 +45,15 @@ def test_both_or_no_inputs_and_inputs_of_other_variants_are_refused():
         model(tokens(), token_type_ids=tokens())
 
 
+def test_inputs_of_other_dimensions_are_refused_with_the_expected_ones():
+    model = tiny()
+    for shape in ((20,), (1, 1, 20)):
+        with pytest.raises(ValueError, match=r"expected input_ids of shape \(batch, seq\), found \(.*20.*\)"):
+            model(tokens(1).view(shape))
+    with pytest.raises(ValueError, match=r"expected inputs_embeds of shape \(batch, seq, n_embd\), found \(20, 32\)"):
+        model(inputs_embeds=torch.zeros(20, 32))
+
+
 @pytest.mark.parametrize("bad", [97, -1, 50256])
 def test_ids_outside_the_vocabulary_are_refused(bad):
     model, input_ids = tiny(), tokens()
@@ -81,12 +90,18 @@ def change_weights(folder, change):
 
 
 @pytest.mark.parametrize("model_class", [GPT2ScratchForCausalLM, GPT2ScratchModel])
-def test_checkpoint_of_another_shape_is_refused_with_the_weight_and_both_shapes(tmp_path, model_class):
+def test_checkpoint_of_another_shape_is_refused_with_the_weight_and_both_shapes_and_no_other_report(
+    tmp_path, model_class, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tiny().save_pretrained(tmp_path)
     name = "transformer.h.1.mlp.c_fc.weight"
     change_weights(tmp_path, lambda weights: weights | {name: torch.zeros(32, 64)})
     with pytest.raises(ValueError, match=r"expected .*h.1.mlp.c_fc.weight of shape \(32, 128\), found \(32, 64\), in"):
         model_class.from_pretrained(tmp_path)
+    assert caplog.text == ""
+    model_class.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert "LOAD REPORT" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -125,10 +140,14 @@ def test_mask_buffers_of_old_checkpoints_are_ignored_in_silence(tmp_path, caplog
     with caplog.at_level(logging.WARNING, "transformers"):
         GPT2ScratchForCausalLM.from_pretrained(tmp_path)
     assert caplog.text == ""
-    change_weights(tmp_path, lambda weights: weights | {"transformer.h.0.attn.stowaway": torch.ones(1)})
+    change_weights(tmp_path, lambda weights: weights | {"transformer.h.9.attn.c_attn.bias": torch.ones(1)})
+    change_weights(tmp_path, lambda weights: weights | {"transformer.h.0.cattn.bias": torch.ones(1)})
+    change_weights(tmp_path, lambda weights: weights | {"transformer.h.0.attn.biases": torch.ones(1)})
     with caplog.at_level(logging.WARNING, "transformers"):
         GPT2ScratchForCausalLM.from_pretrained(tmp_path)
-    assert "stowaway" in caplog.text
+    # The report folds numbers of layers together.
+    for name in ("c_attn.bias", "cattn.bias", "attn.biases"):
+        assert name in caplog.text
 
 
 def test_pickled_weights_are_read_only_when_asked_for(tmp_path):
