@@ -235,11 +235,15 @@ def test_new_tokens_begin_near_the_mean_of_the_old_ones():
     torch.testing.assert_close(model.transformer.wte.weight[97:], mean.expand(4, -1), rtol=0.1, atol=0.01)
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("pdrop", ["resid_pdrop", "embd_pdrop", "attn_pdrop"])
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_dropout_does_nothing_in_evaluation(model_class):
-    model = build(model_class, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    assert torch.equal(model(tokens())[0], model(tokens())[0])
-    assert not torch.equal(model.train()(tokens())[0], model(tokens())[0])
+def test_dropout_does_nothing_in_evaluation(model_class, pdrop, attn_implementation):
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "attn_implementation": attn_implementation}
+    expected = build(model_class, **none)(tokens())[0]
+    model = build(model_class, **none | {pdrop: 0.5})
+    assert torch.equal(model(tokens())[0], expected)
+    assert not torch.equal(model.train()(tokens())[0], expected)
 
 
 def test_half_precision_model_computes_in_half_precision():

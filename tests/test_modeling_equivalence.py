@@ -106,6 +106,21 @@ def test_everything_that_the_official_model_returns(geometry, attn_implementatio
         assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(ours).items())
 
 
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_everything_under_bf16_autocast(attn_implementation):
+    found = []
+    for model in twins(NARROWED["gpt2"], torch.float32, attn_implementation):
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model.train()(tokens(), labels=tokens())
+        out.loss.backward()
+        found.append((out.logits, out.loss, gradients(model)))
+    (logits, loss, ours), (official_logits, official_loss, official) = found
+    assert logits.dtype == torch.bfloat16
+    assert torch.equal(logits, official_logits)
+    assert torch.equal(loss, official_loss)
+    assert all(torch.equal(gradient, official[name]) for name, gradient in ours.items())
+
+
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention"])
