@@ -32,7 +32,7 @@ _WITHOUT_EFFECT = {
     *("auto_map", "tokenizer_class", "prefix", "finetuning_task", "is_decoder", "cross_attention_hidden_size"),
     *("pruned_heads", "tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss", "sep_token_id"),
     *("decoder_start_token_id", "transformers_weights", "tie_last_hidden_states", "conversational", "xla_device"),
-    *("output_scores", "eos_token_ids", "is_encoder_decoder", "num_labels", "use_return_dict", "cache_position"),
+    *("output_scores", "eos_token_ids", "is_encoder_decoder", "num_labels", "use_return_dict", "loss_type"),
 }
 # Notes of transformers itself, of Unsloth, and of programs that name themselves, like `transformers.js_config`.
 _NOTES = ("_*", "unsloth_*", "*.js_config")

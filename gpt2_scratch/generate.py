@@ -63,7 +63,9 @@ def load(model_id: str, device: str) -> tuple[Any, Any]:
         try:
             found[part] = auto_class.from_pretrained(model_id, trust_remote_code=False, **kwargs)
         except UNREADABLE as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__).strip(" :")
+            lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+            # The first line of most messages says it, that of a config's field only which field.
+            reason = ": ".join(lines) if isinstance(error, StrictDataclassError) else lines[0]
             raise InputError(
                 f"expected --model to be a folder or Hub id with a causal language model and its tokenizer, "
                 f"found no {part} in {model_id!r}: {reason}"

@@ -189,7 +189,7 @@ def misfit(folder):
     ("damage", "message"),
     [
         (cut_weights, "found no causal language model in"),
-        (lambda folder: change_config(folder, n_layer="two"), "found no causal language model in"),
+        (lambda folder: change_config(folder, n_layer="two"), "'n_layer': .*expected int, got str"),
         (lambda folder: change_config(folder, dtype="floaty"), "floaty"),
         (lambda folder: change_config(folder, attn_implementation="flash_attention_2"), "(?i)flash"),
         (misfit, r"found none that fit transformer.wpe.weight \(1 such weights\)"),
