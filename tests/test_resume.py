@@ -265,3 +265,38 @@ def test_files_of_a_model_folder_can_be_read_by_others(tiny_recipe: Make) -> Non
     train(tiny_recipe(max_steps=1))
     model = run_of(tiny_recipe()) / "model"
     assert (model / "model.safetensors").stat().st_mode == (model / "config.json").stat().st_mode
+
+
+def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import checkpoint as module
+
+    recipe = tiny_recipe(max_steps=8)
+    publish = module.publish
+
+    def die_at_step_8(unfinished: Path, target: Path) -> None:
+        if target.name == "step-000008":
+            raise KeyboardInterrupt
+        publish(unfinished, target)
+
+    monkeypatch.setattr(module, "publish", die_at_step_8)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    run = Path(recipe.output_dir)
+    assert [path.name for path in checkpoints(run)] == ["step-000004"]
+    monkeypatch.undo()
+    train(recipe)
+    assert [path.name for path in checkpoints(run)] == ["step-000004", "step-000008"]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_an_output_folder_with_other_files_is_refused(tiny_recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear reader")
+    with pytest.raises(InputError, match="holds files but no run of ours"):
+        train(tiny_recipe(output_dir=str(tmp_path / "mine")))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file, expected a folder"):
+        train(tiny_recipe(output_dir=str(tmp_path / "file")))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
