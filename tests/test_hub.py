@@ -1,5 +1,7 @@
 """Corpora from the Hub: its real clients against a server on this machine, and outages with a clock of our own."""
 
+import importlib
+import importlib.util
 import io
 import itertools
 import os
@@ -12,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import httpx
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -33,6 +34,9 @@ from training.data.patience import Patience, passes
 from training.data.producer import produce
 from training.data.shards import ShardFolder
 from training.data.tokenizer import train_bpe
+
+# What the Hub's client speaks HTTP with: httpx2 since its release 2.
+httpx: Any = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 ROOT = Path(__file__).parents[1]
 SECRET = "hf_nobodyMayReadThis"
