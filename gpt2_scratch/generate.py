@@ -8,7 +8,6 @@ error.
 
 import argparse
 import math
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -129,14 +128,8 @@ def encode(tokenizer: Any, prompt: str, n_positions: int | None, vocab_size: int
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Generate as the command line says, until whoever reads the text has read enough."""
-    options = parse(arguments)
-    try:
-        generate(options)
-    except BrokenPipeError:
-        # Python would complain again at its end, when it flushes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    """Generate as the command line says."""
+    generate(parse(arguments))
 
 
 def generate(options: argparse.Namespace) -> None:

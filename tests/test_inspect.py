@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from training import prepare
 from training.data.manifest import Manifest
 from training.data.shards import ShardFolder
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -121,3 +124,13 @@ def test_flags_that_do_not_go_together_are_one_line(
     flags: tuple[str, ...], error: str, told: Callable[..., str]
 ) -> None:
     assert error in told(*flags, exit_code=2)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(folder: Path) -> None:
+    command = [sys.executable, "-u", "-m", "training.prepare", "--inspect", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == b""
