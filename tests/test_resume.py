@@ -98,6 +98,16 @@ def test_a_model_of_before_the_extension_does_not_pass_for_the_end(tiny_recipe: 
     assert (run_of(recipe) / "model" / "model.safetensors").read_bytes() == newest.read_bytes()
 
 
+def test_an_end_moved_to_the_checkpoint_is_validated_there(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(eval_steps=6, save_steps=8, save_total_limit=None)
+    train(recipe)
+    shutil.rmtree(run_of(recipe) / "model")
+    shutil.rmtree(run_of(recipe) / "checkpoints" / "step-000012")
+    train(dataclasses.replace(recipe, max_steps=8))
+    # The validation of step 6 is not the end's.
+    assert [line["step"] for line in read_metrics(run_of(recipe)) if "val_loss" in line] == [6, 8]
+
+
 def test_an_end_before_the_checkpoint_is_refused(tiny_recipe: Make) -> None:
     train(tiny_recipe(max_steps=4))
     with pytest.raises(InputError, match="step-000004 is 4 steps long, and the run was asked to end after 2"):

@@ -128,7 +128,8 @@ class Run:
         self._introduce()
         recipe, plan = self.plan.recipe, self.plan
         if plan.first_step == plan.total_steps:  # only the model folder is missing, or it goes to a new output_dir
-            known = any("val_loss" in line for line in read_metrics(plan.output_dir))
+            lines = read_metrics(plan.output_dir)
+            known = any("val_loss" in line and line["step"] == plan.first_step for line in lines)
             self._validate(plan.first_step, record=not known)
         batches = self._training_batches()
         self.model.train()
