@@ -1,0 +1,43 @@
+"""The tasks by name: "hellaswag" is a task under its default protocol, "hellaswag:completion" under another."""
+
+import difflib
+
+from evaluation.items import Task
+from gpt2_scratch_errors import InputError
+
+__all__ = ["Task", "default_protocols", "task_named", "tasks"]
+
+
+def tasks() -> dict[str, Task]:
+    """Return every task under every protocol by its full name; a task's first protocol is its default."""
+    return {task.full_name: task for task in _all()}
+
+
+def default_protocols() -> dict[str, Task]:
+    """Return each task's name with the task under its default protocol."""
+    defaults: dict[str, Task] = {}
+    for task in _all():
+        defaults.setdefault(task.name, task)
+    return defaults
+
+
+def task_named(name: str) -> Task:
+    """Return the task that `name` asks for: "hellaswag", or with a protocol "hellaswag:completion".
+
+    Raises:
+        InputError: there is no such task or protocol; the message lists those that there are.
+    """
+    known, defaults = tasks(), default_protocols()
+    if found := known.get(name) or defaults.get(name):
+        return found
+    task, _, _ = name.partition(":")
+    if task in defaults:
+        protocols = ", ".join(full_name for full_name in known if full_name.startswith(f"{task}:"))
+        raise InputError(f"expected a protocol of {task}, found '{name}'; there are {protocols}")
+    nearest = difflib.get_close_matches(task, defaults, 1)
+    meant = f"; did you mean {nearest[0]}?" if nearest else ";"
+    raise InputError(f"expected a task, found '{name}'{meant} there are {', '.join(defaults)}")
+
+
+def _all() -> list[Task]:
+    return []
