@@ -323,15 +323,15 @@ def test_full_disk_is_not_taken_for_the_network() -> None:
 def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubCorpus:
     """A Hub corpus whose stream is a real one, over a file here, on a clock of our own."""
     (tmp_path / "rows.parquet").write_bytes(parquet([None if i % 97 == 0 else f"row {i}" for i in range(4000)]))
-    real = datasets.load_dataset
+    real = datasets.load_dataset_builder
 
-    def load_dataset(repository: str, **arguments: Any) -> Any:
+    def load_dataset_builder(repository: str, **arguments: Any) -> Any:
         if arguments["name"] not in (None, "sample-10BT"):
             raise ValueError("BuilderConfig 'x' not found. Available: ['default', 'sample-10BT']")
         path = str(tmp_path / "rows.parquet")
-        return real("parquet", data_files=path, split="train", streaming=True, cache_dir=str(tmp_path / "cache"))
+        return real("parquet", data_files=path, cache_dir=str(tmp_path / "cache"))
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
     return hub_corpus("org/rows")
 
 
@@ -374,6 +374,37 @@ def test_stream_that_is_lost_goes_on_with_the_next_row(
     corpus = hub_corpus("org/rows", clock=clock)
     assert list(corpus.documents()) == expected
     assert clock.pauses == [1, 2, 1]  # two tries for one row, then a loss of its own
+
+
+def test_share_before_a_place_is_known_though_no_card_tells_the_rows(rows: HubCorpus) -> None:
+    places = [document.place for document in rows.read() if document.place is not None]
+    assert [rows.share_before(place) for place in places] == [place["row"] / 4000 for place in places]
+
+
+def test_invalid_utf8_in_a_dataset_is_replaced_and_told(rows: HubCorpus, tmp_path: Path) -> None:
+    wrong = pyarrow.array([b"one", b"tw\xffo", b"three"])
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, wrong.buffers())
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "rows.parquet")
+    assert [(document.text, document.replaced) for document in rows.read()] == [
+        ("one", False),
+        ("tw\ufffdo", True),
+        ("three", False),
+    ]
+
+
+@pytest.mark.parametrize("damage", ["in its middle", "at its end"])
+def test_broken_file_of_a_dataset_is_refused_after_a_few_tries(rows: HubCorpus, damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    content = bytearray(path.read_bytes())
+    if damage == "in its middle":
+        middle = slice(len(content) // 2, len(content) // 2 + 200)
+        content[middle] = bytes(byte ^ 0x5A for byte in content[middle])
+    path.write_bytes(content if damage == "in its middle" else content[: len(content) * 2 // 3])
+    clock = Clock()
+    corpus = hub_corpus("org/rows", clock=clock)
+    with pytest.raises(InputError, match=r"expected whole files in org/rows, found one broken at row [\d,]+ \("):
+        list(corpus.documents())
+    assert clock.pauses == [1, 2, 4, 8]
 
 
 def test_unknown_config_is_refused_with_those_there_are(rows: HubCorpus) -> None:

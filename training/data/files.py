@@ -189,7 +189,7 @@ def _read_parquet(file: Path, text_field: str, number: int, first_row: int) -> I
                 group += 1
             groups = range(group, parquet.num_row_groups)
             for batch in parquet.iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=groups, columns=[text_field]):
-                for value, replaced in _texts(batch.column(0)):
+                for value, replaced in texts_of(batch.column(0)):
                     if row >= first_row:
                         text = text_of({text_field: value}, text_field, f"{file} row {row + 1:,}")
                         yield Document(text, [number, row, 0], replaced)
@@ -200,7 +200,7 @@ def _read_parquet(file: Path, text_field: str, number: int, first_row: int) -> I
             ) from None
 
 
-def _texts(column: "pyarrow.Array") -> Iterator[tuple[Any, bool]]:
+def texts_of(column: "pyarrow.Array") -> Iterator[tuple[Any, bool]]:
     """Yield (value, whether bytes in it were replaced); Parquet promises UTF-8, and not everybody keeps the promise."""
     import pyarrow
 
