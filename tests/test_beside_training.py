@@ -122,7 +122,7 @@ def test_killed_producer_is_started_again_and_named_as_killed(tmp_path: Path) ->
     lines: list[str] = []
     with ProducerBeside(lines.append) as producer:
         producer.training_begins()
-        producer.start(script(tmp_path, "os.kill(os.getpid(), 9)"))
+        producer.start(script(tmp_path, "print('a warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"))
         wait_until(lambda: lines)
     assert "died: killed by SIGKILL; training goes on" in lines[0]
 

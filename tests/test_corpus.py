@@ -163,6 +163,15 @@ def test_revision_follows_the_content_and_not_the_place(tmp_path):
     assert revisions[0] == revisions[1] != revisions[2]
 
 
+def test_revision_follows_a_byte_in_the_middle(tmp_path):
+    content = bytearray(b"some text " * 100_000)
+    (tmp_path / "c.txt").write_bytes(content)
+    before = open_corpus(str(tmp_path / "c.txt")).revision
+    content[500_000] ^= 1
+    (tmp_path / "c.txt").write_bytes(content)
+    assert open_corpus(str(tmp_path / "c.txt")).revision != before
+
+
 @pytest.mark.parametrize("name", [*ROW_FORMATS, "folder"])
 def test_reading_from_the_place_of_a_document_begins_with_it(tmp_path, name):
     texts = [f"document {i}\nnaïve {i * 7}" for i in range(23)]

@@ -4,7 +4,9 @@ import errno
 import fcntl
 import os
 import re
+import resource
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +69,20 @@ def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, set
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
+def test_disk_without_room_for_the_tokenizer_is_one_clear_error(tmp_path, settings):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"found: File too large; free space"):
+            produce(tmp_path / "out", **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "out").exists()
+
+
 def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
-    expected = r"found: 0.0 GB of disk space left where 0.0 GB are needed; free space or choose another folder"
+    expected = r"found: 1 MB of disk space left where 1 MB are needed; free space or choose another folder"
     with pytest.raises(InputError, match=expected):
         produce(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
@@ -78,7 +91,7 @@ def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, sett
 def test_disk_that_gets_full_is_noticed_before_the_shard_that_does_not_fit(tmp_path, settings, monkeypatch):
     free = iter([10**9, 10**9, 10**9])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, next(free, 10**5)))
-    with pytest.raises(InputError, match=r"GB of disk space left.*finished shards are kept"):
+    with pytest.raises(InputError, match=r"MB of disk space left.*finished shards are kept"):
         produce(tmp_path / "out", **settings)
     assert len(ShardFolder.open(tmp_path / "out").shards) == 2
 
@@ -126,6 +139,18 @@ def test_progress_is_told_by_lines_where_there_is_no_terminal(tmp_path, settings
     produce(tmp_path / "out", **{**settings, "report": lines.append})
     assert "tokens at" in lines[-1]
     assert "documents" in lines[-1]
+
+
+def test_rate_on_a_terminal_is_that_of_the_whole_run(monkeypatch):
+    seconds = [0.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: seconds[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    with reporting.Progress(tokens=1000, report=lambda line: None) as progress:
+        for second in range(1, 11):  # ten tokens a second, and a thousand in the last one
+            seconds[0] += 1
+            tokens = 1000 + 10 * second + (1000 if second == 10 else 0)
+            progress.update(tokens=tokens, documents=1, shards=1, share=None)
+        assert "110 tokens/s" in str(progress._bar)
 
 
 def _end(item: int) -> int:

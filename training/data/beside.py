@@ -110,7 +110,7 @@ class ProducerBeside:
             delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
 
     def _run(self, command: list[str]) -> tuple[int, str]:
-        """Run the command to its end; return its exit code and what it said last on standard error."""
+        """Run the command to its end; return its exit code, and what it said last on standard error or what killed it."""
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with (
             tempfile.TemporaryFile() as errors,
@@ -130,8 +130,9 @@ class ProducerBeside:
             for line in process.stdout:
                 self._relay(line.rstrip())
             exit_code = process.wait()
-            ended = f"killed by {signal.Signals(-exit_code).name}" if exit_code < 0 else f"exit code {exit_code}"
-            return exit_code, _last_line(errors) or ended
+            if exit_code < 0:  # it could say nothing; others may have, of what it left behind
+                return exit_code, f"killed by {signal.Signals(-exit_code).name}"
+            return exit_code, _last_line(errors) or f"exit code {exit_code}"
 
     def _relay(self, line: str) -> None:
         if self._training:

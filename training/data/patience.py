@@ -15,7 +15,15 @@ _SECONDS_BETWEEN_LINES = 60.0
 _FIRST_DELAY_SECONDS = 1.0
 _LONGEST_DELAY_SECONDS = 60.0
 _LONGEST_OUTAGE_SECONDS = 24 * 3600.0
-_ABOUT_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+ABOUT_THE_DISK = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+)
 
 
 def network_errors() -> tuple[type[BaseException], ...]:
@@ -45,7 +53,7 @@ def passes(error: BaseException) -> bool:
         return status in (408, 429) or status >= 500
     if isinstance(error, EntryNotFoundError | FileNotFoundError):
         return False
-    return not (isinstance(error, OSError) and error.errno in _ABOUT_THE_DISK)
+    return not (isinstance(error, OSError) and error.errno in ABOUT_THE_DISK)
 
 
 class Patience:
@@ -85,7 +93,7 @@ class Patience:
             OSError: the error itself, where it is about the disk.
         """
         told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if isinstance(error, OSError) and error.errno in _ABOUT_THE_DISK:
+        if isinstance(error, OSError) and error.errno in ABOUT_THE_DISK:
             raise error
         now = self._clock()
         if self._since is None:

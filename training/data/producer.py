@@ -6,7 +6,6 @@ the last end-of-text token on disk.
 """
 
 import contextlib
-import errno
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from training.data.folder_lock import locked
 from training.data.hub_corpus import HubCorpus
 from training.data.hub_shards import download_ready_shards
 from training.data.manifest import Manifest, ResumePoint
+from training.data.patience import ABOUT_THE_DISK
 from training.data.reporting import AtMostEvery, Progress
 from training.data.request import ShardRequest
 from training.data.shards import ShardFolder, ShardWriter, require_space
@@ -97,7 +97,7 @@ def produce(
             if not (isinstance(source, HubCorpus) and download_ready_shards(output, source, request, report)):
                 _fill(output, source, request, num_workers, report)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if error.errno not in ABOUT_THE_DISK:
             raise
         raise InputError(
             f"expected to write {output}, found: {error.strerror}; free space or choose another folder, "

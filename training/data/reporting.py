@@ -50,7 +50,13 @@ class Progress:
     def __init__(self, *, tokens: int, report: Callable[[str], None]) -> None:
         from tqdm import tqdm
 
-        self._bar = tqdm(initial=tokens, unit=" tokens", unit_scale=True, disable=not sys.stderr.isatty())
+        self._bar = tqdm(
+            initial=tokens,
+            unit=" tokens",
+            unit_scale=True,
+            smoothing=0,  # the rate of the whole run
+            disable=not sys.stderr.isatty(),
+        )
         self._report = report
         self._started = self._reported = time.perf_counter()
         self._first_tokens = tokens

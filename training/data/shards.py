@@ -263,10 +263,9 @@ def require_space(folder: Path, needed_bytes: int) -> None:
         OSError: as the write would raise it.
     """
     free = shutil.disk_usage(folder).free
-    if free < needed_bytes + _SPARE_BYTES:
-        raise OSError(
-            errno.ENOSPC, f"{free / 1e9:.1f} GB of disk space left where {needed_bytes / 1e9:.1f} GB are needed"
-        )
+    needed = needed_bytes + _SPARE_BYTES
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{free / 1e6:,.0f} MB of disk space left where {needed / 1e6:,.0f} MB are needed")
 
 
 def _broken_shard(path: Path, expected: str, found: str) -> InputError:

@@ -83,7 +83,9 @@ class Tokenizer:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        _backend(self.ranks, self.special_tokens).save(str(folder / "tokenizer.json"))
+        # Written by us: the library's own error of a full disk is a bare Exception.
+        backend = _backend(self.ranks, self.special_tokens).to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(backend, encoding="utf-8")
         config: dict[str, Any] = {
             "add_prefix_space": False,
             "bos_token": END_OF_TEXT,
