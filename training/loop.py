@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -25,22 +24,20 @@ from training.checkpoint import (
     save_checkpoint,
     save_model,
 )
-from training.compression import ScoredText
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
-from training.data.loader import TrainingWindows, training_batches, validation_batches, validation_windows
+from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
 from training.documents import attention_for
 from training.hub import RunFacts, write_model_card
 from training.optimizer import build_optimizer
 from training.plan import Plan, plan_run, shard_identities
-from training.plots import plot_curves
-from training.progress import RunLog, Throughput, flops_per_token, peak_flops, read_metrics
+from training.progress import read_metrics
 from training.recipe import Recipe
 from training.resume import alone_in, set_aside_later_checkpoints
-from training.sampling import sample_texts
 from training.schedule import learning_rate_at
-from training.step import train_step, validation_loss
+from training.step import train_step
 from training.summary import device_name, longer_command, summary_text
+from training.watching import Watch
 
 
 def train(recipe: Recipe) -> None:
@@ -99,41 +96,18 @@ class Run:
         if accelerator.is_main_process:
             recipe.save(plan.output_dir / "recipe.yaml")
             set_aside_later_checkpoints(plan.output_dir, plan.first_step)
-        self.log = RunLog(
-            plan.output_dir,
-            enabled=accelerator.is_main_process,
-            first_step=plan.first_step,
-            total_steps=plan.total_steps,
-        )
-        self.throughput = Throughput()
-        self.text = ScoredText.of_windows(
-            plan.folder.val_shard, plan.tokenizer, windows=self.val_windows, seq_len=recipe.seq_len
-        )
-        if recipe.report_to != "none":
-            accelerator.init_trackers("gpt2-scratch", config={k: str(v) for k, v in recipe.to_dict().items()})
-
-    @property
-    def val_windows(self) -> int:
-        """Windows that each validation scores."""
-        recipe = self.plan.recipe
-        return validation_windows(self.plan.folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
-
-    @property
-    def document_mark(self) -> int | None:
-        """The id at which documents begin, when the recipe keeps them apart."""
-        return self.plan.tokenizer.end_of_text_id if self.plan.recipe.document_mask else None
+        self.watch = Watch(plan, accelerator, self.model, parameters=self.parameters)
+        self.log = self.watch.log
 
     def take_steps(self) -> None:
         """Train from the first step that is missing to the last."""
-        self._introduce()
+        self.watch.introduce()
         recipe, plan = self.plan.recipe, self.plan
         if plan.first_step == plan.total_steps:  # only the model folder is missing, or it goes to a new output_dir
-            lines = read_metrics(plan.output_dir)
-            known = any("val_loss" in line and line["step"] == plan.first_step for line in lines)
-            self._validate(plan.first_step, record=not known)
+            self.watch.validate_once(plan.first_step)
         batches = self._training_batches()
         self.model.train()
-        self.throughput.take()
+        self.watch.throughput.take()
         for step in range(plan.first_step, plan.total_steps):
             learning_rate = learning_rate_at(
                 step,
@@ -151,21 +125,19 @@ class Run:
                 accumulation_steps=plan.batch.accumulation_steps,
                 learning_rate=learning_rate,
                 max_grad_norm=recipe.max_grad_norm,
-                end_of_text_id=self.document_mark,
+                end_of_text_id=plan.document_mark,
             )
-            self.throughput.add(plan.batch.tokens_per_step)
-            self.log.advance()
+            self.watch.step_taken()
             done = step + 1
             if self._due(done, recipe.logging_steps):
-                self._record(done, loss, grad_norm, learning_rate)
+                self.watch.record(done, loss, grad_norm, learning_rate)
             if self._due(done, recipe.save_steps):
                 self._refuse_divergence(done, loss)
-            with self.throughput.pause():
+            with self.watch.throughput.pause():
                 if self._due(done, recipe.eval_steps):
-                    self._validate(done)
+                    self.watch.validate(done)
                 if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
-                    for text in self._samples(done):
-                        self.log.say("  | " + text.replace("\n", "\n  | "))
+                    self.watch.sample(done)
                 if self._due(done, recipe.save_steps):
                     self._save(done)
 
@@ -179,20 +151,6 @@ class Run:
 
     def _due(self, done: int, every: int) -> bool:
         return done == self.plan.total_steps or (every > 0 and done % every == 0)
-
-    def _introduce(self) -> None:
-        plan, batch = self.plan, self.plan.batch
-        start = f"going on from {plan.resume_from}" if plan.resume_from else "from the beginning"
-        self.log.say(
-            f"{self.parameters / 1e6:.1f}M parameters, {self.config.n_layer} layers, width {self.config.n_embd}, "
-            f"vocabulary {plan.tokenizer.vocab_size:,}, on {device_name(self.accelerator.device)}"
-            f" in {'bf16' if self.accelerator.mixed_precision == 'bf16' else 'fp32'}"
-        )
-        self.log.say(
-            f"{batch.tokens_per_step:,} tokens a step = {batch.per_device} × {batch.seq_len} × {batch.num_processes} "
-            f"process{'es' if batch.num_processes > 1 else ''} × {batch.accumulation_steps} accumulated; "
-            f"{plan.total_steps:,} steps, {start}"
-        )
 
     def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan, recipe = self.plan, self.plan.recipe
@@ -215,71 +173,6 @@ class Run:
             on_wait=waiting,
         )
 
-    def _record(self, done: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
-        mean_loss = self.accelerator.reduce(loss, reduction="mean").item()
-        rate = self.throughput.take()
-        values = {
-            "step": done,
-            "tokens": done * self.plan.batch.tokens_per_step,
-            "train_loss": mean_loss,
-            "learning_rate": learning_rate,
-            "grad_norm": grad_norm.item(),
-            "tokens_per_second": round(rate, 1),
-            "mfu": self._mfu(rate),
-        }
-        self.log.training(values)
-        self.accelerator.log({k: v for k, v in values.items() if k != "step" and v is not None}, step=done)
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        """Model FLOPs utilisation: the share of the devices' peak that goes into the model's own operations."""
-        device = self.accelerator.device
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        if peak is None:
-            return None
-        recipe = self.plan.recipe
-        per_token = flops_per_token(
-            parameters=self.parameters, n_layer=self.config.n_layer, n_embd=self.config.n_embd, seq_len=recipe.seq_len
-        )
-        return round(tokens_per_second * per_token / (peak * self.accelerator.num_processes), 4)
-
-    def _validate(self, done: int, *, record: bool = True) -> None:
-        recipe, accelerator = self.plan.recipe, self.accelerator
-        batches = validation_batches(
-            self.plan.folder.val_shard,
-            seq_len=recipe.seq_len,
-            eval_tokens=recipe.eval_tokens,
-            batch_size=recipe.per_device_train_batch_size,
-            vocab_size=self.plan.tokenizer.vocab_size,
-            rank=accelerator.process_index,
-            num_processes=accelerator.num_processes,
-        )
-        loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.document_mark)
-        values = {
-            "step": done,
-            "tokens": done * self.plan.batch.tokens_per_step,
-            "val_loss": loss,
-            "val_tokens": tokens,
-            "bits_per_byte": self.text.bits_per_byte(loss),
-        }
-        if not record:
-            return
-        self.log.validation(values)
-        self.accelerator.log({"val_loss": loss, "bits_per_byte": values["bits_per_byte"]}, step=done)
-
-    def _samples(self, done: int) -> list[str]:
-        """Samples of the main process; others get none."""
-        if not self.accelerator.is_main_process:
-            return []
-        recipe = self.plan.recipe
-        return sample_texts(
-            self.accelerator,
-            bare_model(self.accelerator, self.model),
-            self.plan.tokenizer,
-            recipe.sample_prompts,
-            max_new_tokens=recipe.sample_tokens,
-            seed=recipe.seed + done,
-        )
-
     def _save(self, done: int) -> None:
         plan, recipe = self.plan, self.plan.recipe
         self.log.flush_to_disk()
@@ -300,17 +193,7 @@ class Run:
             tokenizer=plan.tokenizer,
             keep=recipe.save_total_limit,
         )
-        self._draw_curves(plan.output_dir)
-
-    def _draw_curves(self, folder: Path) -> None:
-        if self.accelerator.is_main_process:
-            plot_curves(
-                folder / "curves.png",
-                read_metrics(self.plan.output_dir),
-                title=self.plan.output_dir.name,
-                corpus=self.plan.recipe.corpus,
-                gpt2_tokens=self.plan.tokenizer.name == "gpt2",
-            )
+        self.watch.draw_curves(plan.output_dir)
 
     def finish(self) -> None:
         """Leave `model/` and `curves.png`, and tell what came out and what to try next."""
@@ -328,17 +211,16 @@ class Run:
             device=device_name(self.accelerator.device),
             val_loss=last["val_loss"],
             bits_per_byte=last["bits_per_byte"],
-            gzip_bits_per_byte=self.text.gzip_bits_per_byte(plan.tokenizer),
-            samples=self._samples(plan.total_steps),
+            gzip_bits_per_byte=self.watch.text.gzip_bits_per_byte(plan.tokenizer),
+            samples=self.watch.samples(plan.total_steps),
         )
         save_model(unfinished, bare_model(self.accelerator, self.model), plan.tokenizer)
-        self._draw_curves(plan.output_dir)
-        self._draw_curves(unfinished)
+        self.watch.draw_curves(plan.output_dir)
+        self.watch.draw_curves(unfinished)
         write_model_card(unfinished, plan.recipe, facts, self.config)
         publish(unfinished, plan.output_dir / "model")
         self.log.say(summary_text(plan.output_dir, facts, prompt=prompts[0] if prompts else ""))
 
     def close(self) -> None:
-        """End the trackers and close the files."""
-        self.log.close()
-        self.accelerator.end_training()
+        """End the trackers and close the files, and leave the group of processes."""
+        self.watch.close()

@@ -58,6 +58,11 @@ class Plan:
         return Path(self.recipe.output_dir)
 
     @property
+    def document_mark(self) -> int | None:
+        """The id at which documents begin, when the recipe keeps them apart."""
+        return self.tokenizer.end_of_text_id if self.recipe.document_mask else None
+
+    @property
     def is_complete(self) -> bool:
         """Whether an earlier start took the last step and left the model folder."""
         weights = self.output_dir / "model" / "model.safetensors"

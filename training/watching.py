@@ -1,0 +1,162 @@
+"""What one sees of a run: logged steps, validations, samples and curves, on the terminal, in files and in trackers.
+
+The loop calls it on every process, because losses are means over all of them; only the main process writes.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from training.checkpoint import bare_model
+from training.compression import ScoredText
+from training.data.loader import validation_batches, validation_windows
+from training.plan import Plan
+from training.plots import plot_curves
+from training.progress import RunLog, Throughput, flops_per_token, peak_flops, read_metrics
+from training.sampling import sample_texts
+from training.step import validation_loss
+from training.summary import device_name
+
+
+class Watch:
+    """Watches a run that is in progress.
+
+    Arguments:
+        plan: the run.
+        accelerator: what the run's processes share.
+        model: the prepared model, which validations and samples put into evaluation mode and back.
+        parameters: of the whole model.
+    """
+
+    def __init__(self, plan: Plan, accelerator: Accelerator, model: nn.Module, *, parameters: int) -> None:
+        self.plan, self.accelerator, self.model = plan, accelerator, model
+        recipe, shard = plan.recipe, plan.folder.val_shard
+        self.log = RunLog(
+            plan.output_dir,
+            enabled=accelerator.is_main_process,
+            first_step=plan.first_step,
+            total_steps=plan.total_steps,
+        )
+        self.throughput = Throughput()
+        windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
+        self.text = ScoredText.of_windows(shard, plan.tokenizer, windows=windows, seq_len=recipe.seq_len)
+        self._parameters, self._config = parameters, bare_model(accelerator, model).config
+        self._flops_per_token = flops_per_token(
+            parameters=parameters,
+            n_layer=self._config.n_layer,
+            n_embd=self._config.n_embd,
+            seq_len=recipe.seq_len,
+        )
+        if recipe.report_to != "none":
+            accelerator.init_trackers("gpt2-scratch", config={k: str(v) for k, v in recipe.to_dict().items()})
+
+    def introduce(self) -> None:
+        """Say what is trained, on what, and from where."""
+        plan, batch = self.plan, self.plan.batch
+        start = f"going on from {plan.resume_from}" if plan.resume_from else "from the beginning"
+        self.log.say(
+            f"{self._parameters / 1e6:.1f}M parameters, {self._config.n_layer} layers, width {self._config.n_embd}, "
+            f"vocabulary {plan.tokenizer.vocab_size:,}, on {device_name(self.accelerator.device)}"
+            f" in {'bf16' if self.accelerator.mixed_precision == 'bf16' else 'fp32'}"
+        )
+        self.log.say(
+            f"{batch.tokens_per_step:,} tokens a step = {batch.per_device} × {batch.seq_len} × {batch.num_processes} "
+            f"process{'es' if batch.num_processes > 1 else ''} × {batch.accumulation_steps} accumulated; "
+            f"{plan.total_steps:,} steps, {start}"
+        )
+
+    def step_taken(self) -> None:
+        """Count a step and move the bar."""
+        self.throughput.add(self.plan.batch.tokens_per_step)
+        self.log.advance()
+
+    def record(self, done: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
+        """Record step `done`; waits for the device, which steps that are not logged never do."""
+        mean_loss = self.accelerator.reduce(loss, reduction="mean").item()
+        rate = self.throughput.take()
+        values = {
+            "step": done,
+            "tokens": done * self.plan.batch.tokens_per_step,
+            "train_loss": mean_loss,
+            "learning_rate": learning_rate,
+            "grad_norm": grad_norm.item(),
+            "tokens_per_second": round(rate, 1),
+            "mfu": self._mfu(rate),
+        }
+        self.log.training(values)
+        self.accelerator.log({k: v for k, v in values.items() if k != "step" and v is not None}, step=done)
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation: the share of the devices' peak that goes into the model's own operations."""
+        device = self.accelerator.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if peak is None:
+            return None
+        return round(tokens_per_second * self._flops_per_token / (peak * self.accelerator.num_processes), 4)
+
+    def validate(self, done: int, *, record: bool = True) -> None:
+        """Score the validation text after step `done`, with all processes."""
+        recipe, accelerator = self.plan.recipe, self.accelerator
+        batches = validation_batches(
+            self.plan.folder.val_shard,
+            seq_len=recipe.seq_len,
+            eval_tokens=recipe.eval_tokens,
+            batch_size=recipe.per_device_train_batch_size,
+            vocab_size=self.plan.tokenizer.vocab_size,
+            rank=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.plan.document_mark)
+        if not record:
+            return
+        values = {
+            "step": done,
+            "tokens": done * self.plan.batch.tokens_per_step,
+            "val_loss": loss,
+            "val_tokens": tokens,
+            "bits_per_byte": self.text.bits_per_byte(loss),
+        }
+        self.log.validation(values)
+        self.accelerator.log({"val_loss": loss, "bits_per_byte": values["bits_per_byte"]}, step=done)
+
+    def validate_once(self, done: int) -> None:
+        """Validate after step `done`, and record it unless it is recorded already."""
+        lines = read_metrics(self.plan.output_dir)
+        self.validate(done, record=not any("val_loss" in line and line["step"] == done for line in lines))
+
+    def samples(self, done: int) -> list[str]:
+        """Samples of the main process; others get none."""
+        if not self.accelerator.is_main_process:
+            return []
+        recipe = self.plan.recipe
+        return sample_texts(
+            self.accelerator,
+            bare_model(self.accelerator, self.model),
+            self.plan.tokenizer,
+            recipe.sample_prompts,
+            max_new_tokens=recipe.sample_tokens,
+            seed=recipe.seed + done,
+        )
+
+    def sample(self, done: int) -> None:
+        """Draw samples after step `done`, and show them."""
+        for text in self.samples(done):
+            self.log.say("  | " + text.replace("\n", "\n  | "))
+
+    def draw_curves(self, folder: Path) -> None:
+        """Draw `curves.png` into a folder."""
+        if self.accelerator.is_main_process:
+            plot_curves(
+                folder / "curves.png",
+                read_metrics(self.plan.output_dir),
+                title=self.plan.output_dir.name,
+                corpus=self.plan.recipe.corpus,
+                gpt2_tokens=self.plan.tokenizer.name == "gpt2",
+            )
+
+    def close(self) -> None:
+        """Close the files, end the trackers, and leave the group of processes."""
+        self.log.close()
+        self.accelerator.end_training()
