@@ -1,0 +1,238 @@
+"""Log-likelihoods: against a forward pass by hand, whatever the batches, the processes and the sharing of prefixes."""
+
+import random
+
+import pytest
+import torch
+from tiny_models import one_thread, pair, tiny  # noqa: F401 - a fixture
+
+from evaluation.items import Generation, Item, Request
+from evaluation.scoring import n_positions_of, score
+from gpt2_scratch_errors import InputError
+
+TOLERANCE = 1e-4  # what the project promises; fp32 sums in another order differ by about 1e-5
+
+
+def random_items(seed=0, count=12, longest=40):
+    """Questions with one to five candidates whose continuations begin alike as often as not."""
+    rng = random.Random(seed)
+
+    def ids(low, high):
+        return tuple(rng.randrange(96) for _ in range(rng.randint(low, high)))
+
+    items = []
+    for index in range(count):
+        context, common = ids(1, longest - 15), ids(0, 5)
+        requests = tuple(Request(context, common + ids(1, 9)) for _ in range(rng.choice([1, 2, 5])))
+        items.append(Item(index, requests))
+    return items
+
+
+def by_hand(model, request):
+    """The definition: one sequence, all its logits, no cache."""
+    ids = (request.context + request.continuation)[-(n_positions_of(model) + 1) :]
+    with torch.no_grad():
+        log_probabilities = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
+    targets = torch.tensor(ids[1:])
+    count = len(request.continuation)
+    chosen = log_probabilities.gather(1, targets[:, None])[-count:, 0]
+    return float(chosen.double().sum()), bool((log_probabilities.argmax(-1) == targets)[-count:].all())
+
+
+def assert_equal_by_hand(model, items, answers):
+    for item, found in zip(items, answers, strict=True):
+        for request, answer in zip(item.requests, found, strict=True):
+            expected, greedy = by_hand(model, request)
+            assert answer.sum == pytest.approx(expected, abs=TOLERANCE)
+            assert (answer.tokens, answer.greedy) == (len(request.continuation), greedy)
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+@pytest.mark.parametrize("tokens_per_batch", [1, 150, 100_000])
+def test_log_likelihoods_are_those_of_a_forward_pass_by_hand(share_prefixes, tokens_per_batch):
+    model, items = tiny(), random_items()
+    answers = score(model, items, tokens_per_batch=tokens_per_batch, share_prefixes=share_prefixes)
+    assert_equal_by_hand(model, items, answers)
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_the_official_class_is_scored_like_ours(attn_implementation):
+    ours, official = pair(attn_implementation)
+    items = random_items(seed=1)
+    assert_equal_by_hand(ours, items, score(official, items, tokens_per_batch=300))
+
+
+def test_prefixes_are_shared_with_rotary_positions_too():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=48, initializer_range=0.3,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    items = random_items(seed=2)
+    assert_equal_by_hand(model, items, score(model, items, tokens_per_batch=300))
+
+
+def test_prefixes_are_not_shared_where_the_cache_forgets():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=48, initializer_range=0.3, sliding_window=8,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    items = random_items(seed=3)
+    assert_equal_by_hand(model, items, score(model, items, tokens_per_batch=300))
+
+
+def test_what_a_model_does_to_its_logits_behind_the_head_is_kept():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Gemma2Config(
+        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, head_dim=8,
+        num_key_value_heads=2, max_position_embeddings=48, initializer_range=0.3, final_logit_softcapping=2.0,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).eval()
+    items = random_items(seed=4)
+    assert_equal_by_hand(model, items, score(model, items))
+
+
+def test_contexts_that_are_too_long_are_cut_from_the_left():
+    model = tiny()
+    items = random_items(seed=5, longest=90)
+    assert any(len(request.context) > 48 for item in items for request in item.requests)
+    assert_equal_by_hand(model, items, score(model, items, tokens_per_batch=500))
+
+
+def test_order_of_the_items_does_not_matter():
+    model, items = tiny(), random_items(seed=6)
+    forwards = score(model, items, tokens_per_batch=200)
+    backwards = score(model, items[::-1], tokens_per_batch=200)[::-1]
+    for one, other in zip(forwards, backwards, strict=True):
+        assert [a.sum for a in one] == pytest.approx([a.sum for a in other], abs=TOLERANCE)
+
+
+def test_the_head_sees_only_positions_that_are_scored():
+    model = tiny()
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    context = tuple(range(30))
+    score(model, [Item(0, (Request(context, (1, 2, 3)), Request(context, (4, 5))))])
+    # One position of the prefix scores both first tokens; then two, and one.
+    assert [shape[1] for shape in seen] == [1, 3]
+
+
+def test_the_prefix_is_read_once():
+    model = tiny()
+    read = []
+    model.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(args[0].shape), with_kwargs=True
+    )
+    context = tuple(range(30))
+    score(model, [Item(0, tuple(Request(context, (token, 7)) for token in range(10)))])
+    assert read == [(1, 30), (10, 1)]
+
+
+def test_excluded_tokens_are_passed_over_by_the_greedy_choice():
+    model = tiny()
+    with torch.no_grad():
+        first, second = model(torch.tensor([[3, 4, 5]])).logits[0, -1].topk(2).indices.tolist()
+    requests = (
+        Request((3, 4, 5), (second,)),
+        Request((3, 4, 5), (second,), excluded=frozenset([first])),
+        Request((3, 4, 5), (first,), excluded=frozenset([first])),
+    )
+    found = score(model, [Item(0, requests)])[0]
+    assert [answer.greedy for answer in found] == [False, True, False]
+    assert found[0].sum == pytest.approx(found[1].sum)
+
+
+def test_generation_is_the_models_own_greedy_one():
+    model = tiny()
+    contexts = [tuple(range(1, length)) for length in (4, 21, 12)]  # 0, the pad, would be masked
+    items = [Item(index, (Generation(context, 5),)) for index, context in enumerate(contexts)]
+    for context, [answer] in zip(contexts, score(model, items), strict=True):
+        expected = model.generate(torch.tensor([context]), max_new_tokens=5, do_sample=False, pad_token_id=0)
+        expected = expected[0, len(context) :].tolist()
+        assert list(answer.ids) == (expected[: expected.index(96)] if 96 in expected else expected)
+
+
+def test_generation_behind_a_context_that_is_too_long_reads_its_end():
+    model = tiny()
+    context = tuple(place % 90 for place in range(100))
+    long, short = score(model, [Item(0, (Generation(context, 5),)), Item(1, (Generation(context[-43:], 5),))])
+    assert long[0] == short[0]
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+def test_running_out_of_memory_halves_the_budget_and_goes_on(share_prefixes):
+    model, items = tiny(), random_items(seed=7)
+    expected = score(model, items, share_prefixes=share_prefixes)
+    sizes = []
+
+    def limited(module, args, kwargs):
+        sizes.append(args[0].numel())
+        if sizes[-1] > 60:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    handle = model.transformer.register_forward_pre_hook(limited, with_kwargs=True)
+    found = score(model, items, tokens_per_batch=4_000, share_prefixes=share_prefixes)
+    handle.remove()
+    assert max(sizes) > 60
+    for one, other in zip(found, expected, strict=True):
+        assert [a.sum for a in one] == pytest.approx([a.sum for a in other], abs=TOLERANCE)
+
+
+def test_memory_that_does_not_suffice_for_a_single_sequence_is_an_error():
+    model = tiny()
+
+    def full(module, args):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.transformer.register_forward_pre_hook(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        score(model, random_items(count=2))
+
+
+def test_every_item_is_reported_once_as_it_is_done():
+    model, items = tiny(), random_items(seed=8)
+    reported = {}
+    answers = score(
+        model, items, tokens_per_batch=200, on_result=lambda item, found: reported.update({item.index: found})
+    )
+    assert [reported[item.index] for item in items] == answers
+
+
+def test_nothing_to_score_is_no_mistake():
+    assert score(tiny(), []) == []
+
+
+def test_a_model_in_training_is_scored_without_dropout_and_left_in_training():
+    model, items = tiny(resid_pdrop=0.5), random_items(count=2)
+    expected = score(model, items)
+    model.train()
+    assert score(model, items) == expected
+    assert model.training
+
+
+def test_nan_is_told_with_its_item():
+    model = tiny()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = torch.nan
+    with pytest.raises(InputError, match=r"found NaN at item \d+"):
+        score(model, random_items(count=3))
+
+
+def test_a_token_outside_the_vocabulary_is_told():
+    with pytest.raises(InputError, match=r"below the model's vocabulary size 97, found 97 at item 4"):
+        score(tiny(), [Item(4, (Request((1,), (97,)),))])
+
+
+def test_a_continuation_longer_than_the_positions_is_told():
+    with pytest.raises(InputError, match=r"at most 48 tokens .*, found one that needs 49 at item 0"):
+        score(tiny(), [Item(0, (Request((1,), (2,) * 49),))])
+    assert score(tiny(), [Item(0, (Request((1,), (2,) * 48),))])[0][0].tokens == 48
