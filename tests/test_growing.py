@@ -101,6 +101,28 @@ def test_all_ranks_wait_for_a_step_whose_last_sample_is_not_there(growing: Growi
             next(batches)
 
 
+def test_node_with_all_shards_waits_for_one_that_has_fewer(growing: GrowingFolder, shard_folder: Path) -> None:
+    plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=16, num_processes=1)
+    elsewhere, waited, asked = [3 * 16], [], []
+
+    def on_wait(step: int) -> None:
+        waited.append(step)
+        if len(waited) == 2:
+            elsewhere[0] = 8 * 16
+
+    def least(number: int) -> int:
+        asked.append(number)
+        return min(number, elsewhere[0])
+
+    shards = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
+    batches = training_batches(
+        TrainingWindows(shards, 300), plan, rank=0, first_step=0, end_step=8, on_wait=on_wait, least=least
+    )
+    assert len(list(batches)) == 8
+    assert waited == [3, 3]
+    assert len(asked) == 4  # at the start, and at the step that the other node lacks: no exchange at every step
+
+
 # Going on from a checkpoint
 
 

@@ -158,8 +158,8 @@ class Run:
 
         def waiting(step: int) -> None:
             say(
-                f"step {step + 1} waits for the corpus: its shards are not ready yet, "
-                f"{len(plan.shards.shards)} training shards are"
+                f"step {step + 1} waits for the corpus: its shards are not ready yet on every node, "
+                f"{len(plan.shards.shards)} training shards are here"
             )
 
         return training_batches(
@@ -171,7 +171,12 @@ class Run:
             num_workers=recipe.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             on_wait=waiting,
+            least=self._least,
         )
+
+    def _least(self, number: int) -> int:
+        """The smallest of all processes' numbers."""
+        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).min())
 
     def _save(self, done: int) -> None:
         plan, recipe = self.plan, self.plan.recipe

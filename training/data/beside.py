@@ -110,7 +110,7 @@ class ProducerBeside:
             delay = min(2 * delay, _LONGEST_DELAY_SECONDS)
 
     def _run(self, command: list[str]) -> tuple[int, str]:
-        """Run the command to its end; return its exit code, and what it said last on standard error or what killed it."""
+        """Run the command to its end; return its exit code, and its last line on standard error or what killed it."""
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         with (
             tempfile.TemporaryFile() as errors,

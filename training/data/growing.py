@@ -5,12 +5,12 @@ order, so the windows of those that are there have their final places already; l
 """
 
 import time
-from collections.abc import Callable
 
 from training.data.order import Order, Window
 from training.data.shards import Shard, ShardFolder
 
-_SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_LOOKS = 0.5
+WITHOUT_END = 1 << 62
 
 
 class TrainingShards:
@@ -37,20 +37,16 @@ class TrainingShards:
 
     def holds(self, sample: int) -> bool:
         """Return whether `sample` can be read, after another look at the folder where that may change the answer."""
-        if not self._known(sample):
+        if sample >= self.ready():
             self._take(ShardFolder.open(self.folder.path))
-        return self._known(sample)
+        return sample < self.ready()
 
-    def wait_for(self, sample: int, on_wait: Callable[[], None]) -> None:
-        """Return when `sample` can be read; `on_wait` is called twice a second until then."""
-        while not self.holds(sample):
-            on_wait()
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
+    def ready(self) -> int:
+        """Return how many samples can be read, counted from the first: `WITHOUT_END` once the folder is complete."""
+        return WITHOUT_END if self.folder.complete else self.order.windows_in_epoch(0)
 
     def locate(self, sample: int) -> Window:
         """Return where `sample` is, waiting for its shard if need be."""
-        self.wait_for(sample, lambda: None)
+        while not self.holds(sample):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
         return self.order.locate(sample)
-
-    def _known(self, sample: int) -> bool:
-        return self.folder.complete or sample < self.order.windows_in_epoch(0)

@@ -5,7 +5,7 @@ rank 0's stream to all. Reading is a system call a row; `torch.utils.data.DataLo
 and pinning.
 """
 
-import functools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan
-from training.data.growing import TrainingShards
+from training.data.growing import SECONDS_BETWEEN_LOOKS, TrainingShards
 from training.data.shards import Shard, ShardReader
 
 IGNORED = -100  # the target that torch's cross-entropy, and ours, leave out
@@ -86,8 +86,8 @@ def _as_it_is(batch: Any) -> Any:
 class _RankBatches:
     """Lists of sample indices for `DataLoader(batch_sampler=…)`, one for each of this rank's forward passes.
 
-    A step is begun when the shards of all its samples are there, those of other ranks too: whoever has to wait does so
-    here, and not in an exchange with the others that runs into a time-out.
+    A step is begun when the shards of all its samples are there, on every node: a node that waits for the Hub tells the
+    others so twice a second, and none waits for it in an exchange that runs into a time-out.
     """
 
     def __init__(
@@ -98,17 +98,24 @@ class _RankBatches:
         end_step: int,
         source: TrainingShards,
         on_wait: Callable[[int], None],
+        least: Callable[[int], int],
     ) -> None:
         self.plan, self.rank, self.first_step, self.end_step = plan, rank, first_step, end_step
-        self.source, self.on_wait = source, on_wait
+        self.source, self.on_wait, self.least = source, on_wait, least
 
     def __len__(self) -> int:
         return (self.end_step - self.first_step) * self.plan.accumulation_steps
 
     def __iter__(self) -> Iterator[list[int]]:
+        ready = 0
         for step in range(self.first_step, self.end_step):
-            last = (step + 1) * self.plan.sequences_per_step - 1
-            self.source.wait_for(last, functools.partial(self.on_wait, step))
+            needed = (step + 1) * self.plan.sequences_per_step
+            while ready < needed:
+                self.source.holds(needed - 1)
+                ready = self.least(self.source.ready())
+                if ready < needed:
+                    self.on_wait(step)
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
             for micro_step in range(self.plan.accumulation_steps):
                 yield list(self.plan.samples(step, micro_step, self.rank))
 
@@ -123,14 +130,16 @@ def training_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     on_wait: Callable[[int], None] = lambda step: None,
+    least: Callable[[int], int] = lambda number: number,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets, both (batch, seq): `plan.accumulation_steps` pairs for each step from first to end.
 
-    While the shards of a step are not there yet, `on_wait` is called with the step, twice a second.
+    While the shards of a step are not there yet, `on_wait` is called with the step, twice a second. `least` returns the
+    smallest of all processes' numbers; all of them call it at the same steps.
     """
     loader = DataLoader(
         windows,
-        batch_sampler=_RankBatches(plan, rank, first_step, end_step, windows.source, on_wait),
+        batch_sampler=_RankBatches(plan, rank, first_step, end_step, windows.source, on_wait, least),
         collate_fn=_as_it_is,  # they come as batches
         num_workers=num_workers,
         pin_memory=pin_memory,
