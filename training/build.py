@@ -10,12 +10,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available, set_seed
 from safetensors import SafetensorError
+from torch import nn
+from torch.optim import Optimizer
 
 from gpt2_scratch_errors import InputError
 from training.data.workers import usable_cpus
+from training.optimizer import build_optimizer
 from training.recipe import Recipe
+from training.sharding import check_sharding_settings, compile_blocks, shard, shard_on_cpus_too
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from gpt2_scratch import GPT2ScratchForCausalLM
     from training.data.tokenizer import Tokenizer
 
@@ -54,6 +60,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             f"report_to is {recipe.report_to}, which is not installed; "
             f"pip install -c constraints.txt -e .[{recipe.report_to}]"
         )
+    check_sharding_settings()
     accelerator = Accelerator(
         # Told so outright: several CPU processes would otherwise not find each other.
         cpu=not torch.accelerator.is_available(),
@@ -62,6 +69,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         project_dir=recipe.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)],
     )
+    shard_on_cpus_too(accelerator)
     if accelerator.device.type == "cpu":
         use_all_cores()
     else:
@@ -135,3 +143,17 @@ def build_model(recipe: Recipe, tokenizer: "Tokenizer", weights: Path | None = N
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable()
     return model
+
+
+def prepare(accelerator: Accelerator, model: "PreTrainedModel", recipe: Recipe) -> tuple[nn.Module, Optimizer]:
+    """The model and its optimizer as this number of processes trains them: compiled, and wrapped or sharded."""
+    ready: Any = model
+    if accelerator.is_fsdp2:
+        if recipe.compile:
+            compile_blocks(model)
+        shard(model, accelerator)
+    elif recipe.compile:
+        ready = torch.compile(model)
+    # Behind the sharding: its parameters are others.
+    wrapped, optimizer = accelerator.prepare(ready, build_optimizer(model, recipe))
+    return wrapped, optimizer

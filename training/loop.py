@@ -9,13 +9,12 @@ from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gpt2_scratch_errors import InputError
-from training.build import build_accelerator, build_model
+from training.build import build_accelerator, build_model, prepare
 from training.checkpoint import (
     TrainerState,
     bare_model,
@@ -29,7 +28,6 @@ from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
 from training.documents import attention_for
 from training.hub import RunFacts, write_model_card
-from training.optimizer import build_optimizer
 from training.plan import Plan, plan_run, shard_identities
 from training.progress import read_metrics
 from training.recipe import Recipe
@@ -84,10 +82,7 @@ class Run:
         recipe = plan.recipe
         self.config = model.config
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.model: nn.Module
-        self.optimizer: Optimizer
-        compiled = torch.compile(model) if recipe.compile else model
-        self.model, self.optimizer = accelerator.prepare(compiled, build_optimizer(model, recipe))
+        self.model, self.optimizer = prepare(accelerator, model, recipe)
         # Each process draws its own dropout.
         torch.manual_seed(recipe.seed + accelerator.process_index)
         if plan.resume_from is not None:
@@ -202,9 +197,10 @@ class Run:
 
     def finish(self) -> None:
         """Leave `model/` and `curves.png`, and tell what came out and what to try next."""
+        plan, prompts = self.plan, self.plan.recipe.sample_prompts
+        samples = self.watch.samples(plan.total_steps)
         if not self.accelerator.is_main_process:
             return
-        plan, prompts = self.plan, self.plan.recipe.sample_prompts
         last = [line for line in read_metrics(plan.output_dir) if "val_loss" in line][-1]
         unfinished = plan.output_dir / ".unfinished-model"
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -217,7 +213,7 @@ class Run:
             val_loss=last["val_loss"],
             bits_per_byte=last["bits_per_byte"],
             gzip_bits_per_byte=self.watch.text.gzip_bits_per_byte(plan.tokenizer),
-            samples=self.watch.samples(plan.total_steps),
+            samples=samples,
         )
         save_model(unfinished, bare_model(self.accelerator, self.model), plan.tokenizer)
         self.watch.draw_curves(plan.output_dir)

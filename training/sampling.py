@@ -21,12 +21,17 @@ def sample_texts(
     temperature: float = 0.8,
     top_k: int = 50,
 ) -> list[str]:
-    """Each prompt with its continuation, drawn from a generator that training does not share."""
+    """Each prompt with its continuation, drawn from a generator that training does not share.
+
+    A model that is sharded must be given by all processes alike.
+    """
     was_training = model.training
     model.eval()
     devices = [accelerator.device] if accelerator.device.type == "cuda" else []
     texts = []
-    with torch.random.fork_rng(devices=devices), accelerator.autocast():
+    # Compiled blocks would be compiled again for every length.
+    eager = torch.compiler.set_stance("force_eager")
+    with eager, torch.random.fork_rng(devices=devices), accelerator.autocast():
         torch.manual_seed(seed)
         for prompt in prompts:
             # A prompt that leaves no room is cut from the left.

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from training.data.loader import IGNORED
@@ -66,6 +67,8 @@ def train_step(
             accelerator.backward(scaled)
         loss += scaled.detach()
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+    if isinstance(grad_norm, DTensor):  # of weights that are sharded
+        grad_norm = grad_norm.full_tensor()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, grad_norm)

@@ -127,8 +127,8 @@ class Watch:
         self.validate(done, record=not any("val_loss" in line and line["step"] == done for line in lines))
 
     def samples(self, done: int) -> list[str]:
-        """Samples of the main process; others get none."""
-        if not self.accelerator.is_main_process:
+        """Samples of the main process; others get none, but take part where each holds a share of the weights."""
+        if not (self.accelerator.is_main_process or self.accelerator.is_fsdp2):
             return []
         recipe = self.plan.recipe
         return sample_texts(
