@@ -64,15 +64,6 @@ def test_recipes_travel_with_the_package() -> None:
     assert QUICKSTART.is_file()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_accelerate_reads_every_configuration(path: Path) -> None:
-    from accelerate.commands.config.config_args import load_config_from_file
-
-    config = load_config_from_file(str(path))
-    assert config.num_processes == {"cpu": 1, "single_gpu": 1, "cpu_2_processes": 2, "ddp_8xa100": 8}[path.stem]
-    assert bool(config.use_cpu) == path.stem.startswith("cpu")
-
-
 def test_the_readme_names_only_files_that_exist() -> None:
     for document in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text()
