@@ -27,6 +27,7 @@ from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
 from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
 from training.documents import attention_for
+from training.fitting import fitted
 from training.hub import RunFacts, write_model_card
 from training.plan import Plan, plan_run, shard_identities
 from training.progress import read_metrics
@@ -61,6 +62,8 @@ def _train(plan: Plan, producer: ProducerBeside) -> None:
     transformers_logging.set_verbosity_error()
     attention = attention_for(recipe, accelerator.device.type)
     model = build_model(replace(recipe, attn_implementation=attention), plan.tokenizer, plan.resume_from)
+    if recipe.per_device_train_batch_size == "auto":
+        plan = replace(plan, batch=fitted(plan.batch, accelerator, model, recipe, plan.document_mark))
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             plan.output_dir.mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,8 @@ class Plan:
         recipe: every knob.
         shards: the training shards and the order of their windows; they may still be growing.
         tokenizer: the shards' tokenizer.
-        batch: how a step falls on processes and forward passes.
+        batch: how a step falls on processes and forward passes; of one sequence each, as long as the number of them
+            that fits is not known.
         total_steps: where the run ends.
         resume_from: the checkpoint to go on from.
         first_step: steps that it has behind it.
@@ -85,12 +86,7 @@ def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
         InputError: whatever would make the run fail, or another run than was asked for.
     """
     resume_from = find_resume_point(recipe)
-    batch = plan_batch(
-        tokens_per_step=recipe.tokens_per_step,
-        seq_len=recipe.seq_len,
-        per_device=recipe.per_device_train_batch_size,
-        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    batch = batch_of(recipe)
     folder, tokenizer = open_data(recipe, producer)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
     # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
@@ -113,6 +109,17 @@ def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
             "give it a later end, or choose another output_dir"
         )
     return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step)
+
+
+def batch_of(recipe: Recipe) -> BatchPlan:
+    """How the recipe's step falls on the processes that were started."""
+    per_device = recipe.per_device_train_batch_size
+    return plan_batch(
+        tokens_per_step=recipe.tokens_per_step,
+        seq_len=recipe.seq_len,
+        per_device=1 if per_device == "auto" else per_device,
+        num_processes=int(os.environ.get("WORLD_SIZE", "1")),
+    )
 
 
 def open_data(recipe: Recipe, producer: ProducerBeside) -> tuple[ShardFolder, Tokenizer]:

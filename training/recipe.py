@@ -71,7 +71,9 @@ class Recipe:
 
     # optimization
     optimizer: Literal["adamw"] = knob("optimizer", "adamw", group="model")
-    per_device_train_batch_size: int = knob("sequences in one forward pass on one device", 8)
+    per_device_train_batch_size: int | Literal["auto"] = knob(
+        "sequences in one forward pass on one device, or auto for the most that fit", 8
+    )
     max_steps: int | None = knob("length of the run in optimizer steps", None)
     num_train_epochs: float | None = knob("length of the run in passes over the training shards", None)
     max_tokens: int | None = knob("length of the run in tokens", None)
@@ -115,7 +117,6 @@ class Recipe:
             "n_embd",
             "seq_len",
             "tokens_per_step",
-            "per_device_train_batch_size",
             "shard_tokens",
             "logging_steps",
             "eval_tokens",
@@ -133,6 +134,8 @@ class Recipe:
             "max_grad_norm",
         ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
+        per_device = self.per_device_train_batch_size
+        self._require("per_device_train_batch_size", per_device == "auto" or per_device >= 1, "at least 1, or auto")
         for name in ("max_steps", "num_train_epochs", "max_tokens", "save_total_limit", "val_tokens", "n_positions"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "more than 0, or left out")
@@ -251,10 +254,13 @@ def coerce(key: str, kind: Any, value: Any) -> Any:
         InputError: the value cannot be of that type.
     """
     origin = typing.get_origin(kind)
-    if origin is types.UnionType:  # every union here is `X | None`
+    if origin in (types.UnionType, typing.Union):  # every union here is `X | None` or `X | Literal[word]`
+        first, other = typing.get_args(kind)
+        if other is not types.NoneType:
+            return value if value in typing.get_args(other) else coerce(key, first, value)
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null", "")):
             return None
-        return coerce(key, typing.get_args(kind)[0], value)
+        return coerce(key, first, value)
     if origin is Literal:
         value = {False: "no", True: "yes"}.get(value, value) if isinstance(value, bool) else value
         choices = typing.get_args(kind)

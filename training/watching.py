@@ -103,7 +103,7 @@ class Watch:
             self.plan.folder.val_shard,
             seq_len=recipe.seq_len,
             eval_tokens=recipe.eval_tokens,
-            batch_size=recipe.per_device_train_batch_size,
+            batch_size=self.plan.batch.per_device,
             vocab_size=self.plan.tokenizer.vocab_size,
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
