@@ -11,7 +11,7 @@ import yaml
 
 from gpt2_scratch_errors import InputError
 from training.recipe import QUICKSTART, RECIPES, Recipe, load_recipe
-from training.train import parse_recipe
+from training.train import parse_command
 
 MINIMAL = {"output_dir": "out", "data_dir": "data", "corpus": "fineweb", "max_steps": 10}
 
@@ -55,15 +55,35 @@ def test_values_are_read_as_they_look(tmp_path: Path) -> None:
 
 def test_flags_go_before_the_file_and_a_length_replaces_the_files_length(tmp_path: Path) -> None:
     path = write(tmp_path / "r.yaml", **MINIMAL)
-    recipe = parse_recipe(
+    recipe = parse_command(
         ["--config", str(path), "--max_tokens", "5e6", "--compile", "true", "--sample_prompts", "a b", "c"]
-    )
+    ).recipe
     assert (recipe.max_steps, recipe.max_tokens, recipe.compile) == (None, 5_000_000, True)
     assert recipe.sample_prompts == ["a b", "c"]
 
 
 def test_without_config_the_quickstart_recipe_is_trained() -> None:
-    assert parse_recipe([]) == load_recipe(QUICKSTART)
+    command = parse_command([])
+    assert (command.recipe, command.preflight) == (load_recipe(QUICKSTART), False)
+
+
+def test_a_batch_size_is_a_number_or_auto(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", **MINIMAL)
+    for given, read in (("auto", "auto"), ("16", 16)):
+        recipe = load_recipe(path, {"per_device_train_batch_size": given})
+        assert recipe.per_device_train_batch_size == read
+        recipe.save(tmp_path / "again.yaml")
+        assert load_recipe(tmp_path / "again.yaml") == recipe
+    for wrong in ("atuo", "0", "1.5"):
+        with pytest.raises(InputError, match=r"per_device_train_batch_size: expected .*(auto|whole number)"):
+            load_recipe(path, {"per_device_train_batch_size": wrong})
+
+
+def test_a_price_without_preflight_is_refused() -> None:
+    with pytest.raises(InputError, match="add --preflight, or leave it out"):
+        parse_command(["--price_per_gpu_hour", "1.79"])
+    with pytest.raises(InputError, match="did you mean preflight"):
+        parse_command(["--prefligth"])
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,15 @@ class BatchPlan:
         """Tokens of one optimizer step over all processes."""
         return self.sequences_per_step * self.seq_len
 
+    @property
+    def arithmetic(self) -> str:
+        """How the step's tokens come about, in words."""
+        processes = f"{self.num_processes} process{'es' if self.num_processes > 1 else ''}"
+        return (
+            f"{self.tokens_per_step:,} tokens a step = {self.per_device} × {self.seq_len} × {processes} × "
+            f"{self.accumulation_steps} accumulated"
+        )
+
     def samples(self, step: int, micro_step: int, rank: int) -> range:
         """Sample indices that process `rank` takes in forward pass `micro_step` of optimizer step `step`.
 

@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from gpt2_scratch import GPT2ScratchForCausalLM
-    from training.data.tokenizer import Tokenizer
 
 # Rank 0 may draw samples, compress the validation text or write a checkpoint to a slow disk while the others wait.
 _PROCESS_TIMEOUT = datetime.timedelta(hours=1)
@@ -86,7 +85,19 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def build_model(recipe: Recipe, tokenizer: "Tokenizer", weights: Path | None = None) -> "GPT2ScratchForCausalLM":
+class Vocabulary(Protocol):
+    """What a model needs to know of its tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in all."""
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id with which a document begins."""
+
+
+def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = None) -> "GPT2ScratchForCausalLM":
     """The model to train: from `weights` (a checkpoint), from the recipe's `init_from`, or initialised as GPT-2 was.
 
     Raises:

@@ -191,13 +191,17 @@ def _wait_for_shards(path: Path, producer: ProducerBeside, *, all_of_them: bool)
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
-def total_steps(recipe: Recipe, order: Order) -> int:
-    """Optimizer steps of the whole run; a length in tokens or epochs is cut to whole steps."""
+def total_steps(recipe: Recipe, order: Order | None) -> int:
+    """Optimizer steps of the whole run; a length in tokens or epochs is cut to whole steps.
+
+    Only a length in epochs needs the order, that of all shards.
+    """
     if recipe.max_steps is not None:
         return recipe.max_steps
     if recipe.max_tokens is not None:
         steps = recipe.max_tokens // recipe.tokens_per_step
     else:
+        assert order is not None
         epochs = recipe.num_train_epochs or 0.0
         whole = sum(order.windows_in_epoch(epoch) for epoch in range(int(epochs)))
         part = int((epochs - int(epochs)) * order.windows_in_epoch(int(epochs)))

@@ -54,18 +54,14 @@ class Watch:
 
     def introduce(self) -> None:
         """Say what is trained, on what, and from where."""
-        plan, batch = self.plan, self.plan.batch
+        plan = self.plan
         start = f"going on from {plan.resume_from}" if plan.resume_from else "from the beginning"
         self.log.say(
             f"{self._parameters / 1e6:.1f}M parameters, {self._config.n_layer} layers, width {self._config.n_embd}, "
             f"vocabulary {plan.tokenizer.vocab_size:,}, on {device_name(self.accelerator.device)}"
             f" in {'bf16' if self.accelerator.mixed_precision == 'bf16' else 'fp32'}"
         )
-        self.log.say(
-            f"{batch.tokens_per_step:,} tokens a step = {batch.per_device} × {batch.seq_len} × {batch.num_processes} "
-            f"process{'es' if batch.num_processes > 1 else ''} × {batch.accumulation_steps} accumulated; "
-            f"{plan.total_steps:,} steps, {start}"
-        )
+        self.log.say(f"{plan.batch.arithmetic}; {plan.total_steps:,} steps, {start}")
 
     def step_taken(self) -> None:
         """Count a step and move the bar."""
