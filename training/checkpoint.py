@@ -7,12 +7,14 @@ A checkpoint is written under another name and renamed when whole, so the newest
 older ones are removed only after that. Nothing is pickled.
 """
 
+import copy
 import json
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -21,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
 from torch.optim import Optimizer
@@ -30,10 +31,11 @@ from transformers import PreTrainedModel
 from gpt2_scratch_errors import InputError
 from training.atomic import sync
 from training.data.tokenizer import Tokenizer
+from training.snapshot import Snapshot, bare_model, restore_rng_state
 
 _NAME = re.compile(r"step-(\d{6,})")
 _Moments = dict[str, dict[str, torch.Tensor]]  # by parameter and moment
-_WHOLE_OPTIMIZER = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_WHOLE = StateDictOptions(full_state_dict=True)
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,21 @@ def checkpoints(output_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def save_checkpoint(
-    output_dir: Path,
-    state: TrainerState,
-    *,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    tokenizer: Tokenizer,
-    keep: int | None,
+def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and configuration without weights, to write model folders with.
+
+    Writing changes the configuration and asks the class for its source: neither is safe with the model in training.
+    """
+    with torch.device("meta"):
+        skeleton = type(model)(copy.deepcopy(model.config))
+    skeleton.generation_config = copy.deepcopy(model.generation_config)
+    return skeleton
+
+
+def write_checkpoint(
+    output_dir: Path, state: TrainerState, snapshot: Snapshot, *, skeleton: PreTrainedModel, tokenizer: Tokenizer
 ) -> Path:
-    """Write the checkpoint of `state.step`, then remove all but the newest `keep`; called by all processes together.
+    """Write the checkpoint of `state.step`; called by the main process alone.
 
     Returns:
         The checkpoint's folder, whole on disk.
@@ -101,29 +107,42 @@ def save_checkpoint(
     target = checkpoint_folder(output_dir, state.step)
     unfinished = target.with_name(f".unfinished-{target.name}")
     training_state = unfinished / "training_state"
-    bare = bare_model(accelerator, model)
-    optimizer_state = get_optimizer_state_dict(bare, optimizer, options=_WHOLE_OPTIMIZER)
-    if accelerator.is_main_process:
-        for dead in target.parent.glob(".unfinished-*"):  # of a save that was killed
-            shutil.rmtree(dead)
-        training_state.mkdir(parents=True)
-        save_model(unfinished, bare, tokenizer)
-        save_file(_flat(cast(_Moments, optimizer_state["state"])), training_state / "optimizer.safetensors")
-        (training_state / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-    accelerator.wait_for_everyone()
-    save_file(_rng_state(accelerator.device), training_state / f"rng_state_{accelerator.process_index}.safetensors")
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        publish(unfinished, target)
-        for old in checkpoints(output_dir)[: -keep if keep else 0]:
-            if old != target:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    for dead in target.parent.glob(".unfinished-*"):  # of a save that was killed
+        shutil.rmtree(dead)
+    training_state.mkdir(parents=True)
+    skeleton.save_pretrained(unfinished, state_dict=dict(snapshot.weights))
+    tokenizer.save(unfinished, model_max_length=skeleton.config.n_positions)
+    save_file(snapshot.optimizer, training_state / "optimizer.safetensors")
+    save_file(snapshot.loop_state, training_state / "loop_state.safetensors")
+    for rank, rng_state in enumerate(snapshot.rng_states):
+        save_file(rng_state, training_state / f"rng_state_{rank}.safetensors")
+    (training_state / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
+    publish(unfinished, target)
     return target
 
 
-def load_checkpoint(checkpoint: Path, *, accelerator: Accelerator, model: nn.Module, optimizer: Optimizer) -> None:
+def remove_old_checkpoints(output_dir: Path, *, keep: int | None) -> None:
+    """Remove all but the newest `keep` checkpoints; None keeps all."""
+    for old in checkpoints(output_dir)[: -keep if keep else 0]:
+        shutil.rmtree(old)
+
+
+def copy_model(checkpoint: Path, folder: Path) -> None:
+    """Make `folder` a copy of the checkpoint's model: all but what is only there to go on training."""
+    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("training_state"))
+
+
+def load_checkpoint(
+    checkpoint: Path,
+    *,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    loop_state: Mapping[str, torch.Tensor],
+) -> None:
     """Put a checkpoint's optimizer state and random-number generators in place; its weights are loaded with the model.
+
+    The tensors of `loop_state` are filled with what the checkpoint has under their names.
 
     On another number of processes than it was saved with, processes without a generator of their own keep a fresh one,
     so dropout differs there while the data stay the same.
@@ -132,6 +151,7 @@ def load_checkpoint(checkpoint: Path, *, accelerator: Accelerator, model: nn.Mod
     bare = bare_model(accelerator, model)
     try:
         flat = load_file(folder / "optimizer.safetensors")
+        remembered = load_file(folder / "loop_state.safetensors")
     except (OSError, SafetensorError) as error:
         raise InputError(
             f"checkpoint {checkpoint} has no readable optimizer state ({error}); take an older one"
@@ -140,24 +160,15 @@ def load_checkpoint(checkpoint: Path, *, accelerator: Accelerator, model: nn.Mod
     names = {parameter: name for name, parameter in bare.named_parameters()}
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
     state: dict[str, Any] = {"state": _nested(flat), "param_groups": groups}
-    set_optimizer_state_dict(bare, optimizer, state, options=_WHOLE_OPTIMIZER)
+    set_optimizer_state_dict(bare, optimizer, state, options=_WHOLE)
+    for name in loop_state.keys() & remembered.keys():
+        loop_state[name].copy_(remembered[name])
     generators = folder / f"rng_state_{accelerator.process_index}.safetensors"
     if generators.exists() or TrainerState.read(checkpoint).num_processes == accelerator.num_processes:
         try:
-            _restore_rng_state(load_file(generators), accelerator.device)
+            restore_rng_state(load_file(generators), accelerator.device)
         except (OSError, SafetensorError, KeyError) as error:
             raise InputError(f"checkpoint {checkpoint} has no readable {generators.name} ({error})") from None
-
-
-def bare_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:
-    """The model without what `prepare` and `torch.compile` wrapped around it."""
-    return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-
-
-def save_model(folder: Path, model: PreTrainedModel, tokenizer: Tokenizer) -> None:
-    """Write a model folder: weights, config, generation config, tokenizer, and the code for `trust_remote_code`."""
-    model.save_pretrained(folder)
-    tokenizer.save(folder, model_max_length=model.config.n_positions)
 
 
 def publish(unfinished: Path, target: Path) -> None:
@@ -177,28 +188,9 @@ def publish(unfinished: Path, target: Path) -> None:
     sync(target.parent)
 
 
-def _flat(state: _Moments) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{moment}": tensor.contiguous() for name, moments in state.items() for moment, tensor in moments.items()
-    }
-
-
 def _nested(flat: dict[str, torch.Tensor]) -> _Moments:
     state: _Moments = {}
     for key, tensor in flat.items():
         name, moment = key.rsplit("/", 1)
         state.setdefault(name, {})[moment] = tensor
     return state
-
-
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _restore_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,6 +1,7 @@
 """The run: everything is checked, then steps are taken, watched and saved, and a model folder is left."""
 
 import contextlib
+import gc
 import math
 import os
 import shutil
@@ -15,24 +16,18 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2_scratch_errors import InputError
 from training.build import build_accelerator, build_model, prepare
-from training.checkpoint import (
-    TrainerState,
-    bare_model,
-    load_checkpoint,
-    publish,
-    save_checkpoint,
-    save_model,
-)
+from training.checkpoint import copy_model, load_checkpoint, publish, skeleton_of
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
 from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
 from training.documents import attention_for
 from training.fitting import fitted
 from training.hub import RunFacts, write_model_card
-from training.plan import Plan, plan_run, shard_identities
+from training.plan import Plan, plan_run
 from training.progress import read_metrics
 from training.recipe import Recipe
 from training.resume import alone_in, set_aside_later_checkpoints
+from training.saving import Saving
 from training.schedule import learning_rate_at
 from training.step import train_step
 from training.summary import device_name, longer_command, summary_text
@@ -85,17 +80,35 @@ class Run:
         recipe = plan.recipe
         self.config = model.config
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        skeleton = skeleton_of(model)
         self.model, self.optimizer = prepare(accelerator, model, recipe)
         # Each process draws its own dropout.
         torch.manual_seed(recipe.seed + accelerator.process_index)
+        # What the loop remembers from step to step, updated in place: saved, and filled again on resuming.
+        self.loop_state: dict[str, Tensor] = {}
         if plan.resume_from is not None:
-            load_checkpoint(plan.resume_from, accelerator=accelerator, model=self.model, optimizer=self.optimizer)
+            load_checkpoint(
+                plan.resume_from,
+                accelerator=accelerator,
+                model=self.model,
+                optimizer=self.optimizer,
+                loop_state=self.loop_state,
+            )
         # Nothing is written before everything could be built.
         if accelerator.is_main_process:
             recipe.save(plan.output_dir / "recipe.yaml")
             set_aside_later_checkpoints(plan.output_dir, plan.first_step)
         self.watch = Watch(plan, accelerator, self.model, parameters=self.parameters)
         self.log = self.watch.log
+        self.saving = Saving(
+            plan,
+            accelerator,
+            self.model,
+            self.optimizer,
+            skeleton=skeleton,
+            loop_state=self.loop_state,
+            before_it_counts=self.log.flush_to_disk,
+        )
 
     def take_steps(self) -> None:
         """Train from the first step that is missing to the last."""
@@ -129,15 +142,16 @@ class Run:
             done = step + 1
             if self._due(done, recipe.logging_steps):
                 self.watch.record(done, loss, grad_norm, learning_rate)
-            if self._due(done, recipe.save_steps):
+            if self.saving.due(done):
                 self._refuse_divergence(done, loss)
             with self.watch.throughput.pause():
                 if self._due(done, recipe.eval_steps):
                     self.watch.validate(done)
                 if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
                     self.watch.sample(done)
-                if self._due(done, recipe.save_steps):
-                    self._save(done)
+                if self.saving.due(done):
+                    self.saving.save(done)
+                    self.watch.draw_curves(plan.output_dir)
 
     def _refuse_divergence(self, done: int, loss: Tensor) -> None:
         """Stop before weights that are not finite take the place of good ones; all processes stop alike."""
@@ -176,28 +190,6 @@ class Run:
         """The smallest of all processes' numbers."""
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).min())
 
-    def _save(self, done: int) -> None:
-        plan, recipe = self.plan, self.plan.recipe
-        self.log.flush_to_disk()
-        state = TrainerState(
-            step=done,
-            tokens=done * plan.batch.tokens_per_step,
-            tokenizer_fingerprint=plan.tokenizer.fingerprint,
-            shards=shard_identities(plan.folder),
-            recipe=recipe.to_dict(),
-            num_processes=self.accelerator.num_processes,
-        )
-        save_checkpoint(
-            plan.output_dir,
-            state,
-            accelerator=self.accelerator,
-            model=self.model,
-            optimizer=self.optimizer,
-            tokenizer=plan.tokenizer,
-            keep=recipe.save_total_limit,
-        )
-        self.watch.draw_curves(plan.output_dir)
-
     def finish(self) -> None:
         """Leave `model/` and `curves.png`, and tell what came out and what to try next."""
         plan, prompts = self.plan, self.plan.recipe.sample_prompts
@@ -218,7 +210,8 @@ class Run:
             gzip_bits_per_byte=self.watch.text.gzip_bits_per_byte(plan.tokenizer),
             samples=samples,
         )
-        save_model(unfinished, bare_model(self.accelerator, self.model), plan.tokenizer)
+        assert self.saving.newest is not None  # the last step's
+        copy_model(self.saving.newest, unfinished)
         self.watch.draw_curves(plan.output_dir)
         self.watch.draw_curves(unfinished)
         write_model_card(unfinished, plan.recipe, facts, self.config)
@@ -227,4 +220,8 @@ class Run:
 
     def close(self) -> None:
         """End the trackers and close the files, and leave the group of processes."""
+        # What holds on to the group goes before it: torch's gloo can lock up when the group dies together with DDP.
+        del self.model, self.optimizer, self.saving, self.watch.model
+        self.accelerator.free_memory()
+        gc.collect()
         self.watch.close()

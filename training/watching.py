@@ -9,13 +9,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from training.checkpoint import bare_model
 from training.compression import ScoredText
 from training.data.loader import validation_batches, validation_windows
 from training.plan import Plan
 from training.plots import plot_curves
 from training.progress import RunLog, Throughput, flops_per_token, peak_flops, read_metrics
 from training.sampling import sample_texts
+from training.snapshot import bare_model
 from training.step import validation_loss
 from training.summary import device_name
 
