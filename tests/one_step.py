@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from training.batch import plan_batch
 from training.build import build_accelerator, prepare
-from training.checkpoint import bare_model
 from training.data.loader import IGNORED
 from training.recipe import Recipe
+from training.snapshot import bare_model
 from training.step import train_step, validation_loss
 
 SEQUENCES, SEQ_LEN, VALIDATION_SEQUENCES = 8, 20, 7
