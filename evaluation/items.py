@@ -121,7 +121,7 @@ class Figure:
 class Task(ABC):
     """A task under one protocol.
 
-    Class attributes:
+    Attributes:
         name: "hellaswag".
         protocol: "harness".
         description: the exact text handling, in a sentence or two.
@@ -129,10 +129,10 @@ class Task(ABC):
         figures: what it reports, the first of which heads a table and a progress bar.
     """
 
-    name: ClassVar[str]
-    protocol: ClassVar[str]
-    description: ClassVar[str]
-    source: ClassVar[str]
+    name: str
+    protocol: str
+    description: str
+    source: str
     figures: ClassVar[tuple[Figure, ...]]
 
     @property

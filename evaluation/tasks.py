@@ -1,8 +1,14 @@
 """The tasks by name: "hellaswag" is a task under its default protocol, "hellaswag:completion" under another."""
 
 import difflib
+import functools
 
+from evaluation.cbt import cbt_tasks
+from evaluation.hellaswag import HellaSwagCompletion, HellaSwagHarness
 from evaluation.items import Task
+from evaluation.lambada import LambadaHarness, LambadaLastToken, LambadaStopWordFilter, LambadaWord
+from evaluation.validation import Validation
+from evaluation.wikitext import WikiText2, WikiText2Raw
 from gpt2_scratch_errors import InputError
 
 __all__ = ["Task", "default_protocols", "task_named", "tasks"]
@@ -39,5 +45,18 @@ def task_named(name: str) -> Task:
     raise InputError(f"expected a task, found '{name}'{meant} there are {', '.join(defaults)}")
 
 
+@functools.cache
 def _all() -> list[Task]:
-    return []
+    return [
+        HellaSwagCompletion(),
+        HellaSwagHarness(),
+        LambadaHarness(),
+        LambadaLastToken(),
+        LambadaWord(),
+        LambadaStopWordFilter(),
+        *cbt_tasks("CN"),
+        *cbt_tasks("NE"),
+        WikiText2(),
+        WikiText2Raw(),
+        Validation(),
+    ]

@@ -1,0 +1,32 @@
+"""Where a context ends and its continuation begins, in tokens."""
+
+from collections.abc import Sequence
+
+from evaluation.items import Encoder, Ids, Request
+
+
+def split_as_whole(encoder: Encoder, context: str, continuation: str) -> tuple[Ids, Ids]:
+    """Return the tokens of context and continuation, tokenised as one text (lm-evaluation-harness).
+
+    White space at the end of the context goes to the continuation, where it belongs to the first word. As many tokens
+    as the context has by itself are context; an empty context is the end-of-text token.
+    """
+    bare = context.rstrip()
+    whole = encoder.encode(context + continuation)
+    if not bare:
+        return (encoder.end_of_text_id,), tuple(encoder.encode(context + continuation))
+    count = len(encoder.encode(bare))
+    return tuple(whole[:count]), tuple(whole[count:])
+
+
+def cut_together(requests: Sequence[Request], n_positions: int) -> tuple[Request, ...]:
+    """Return requests with the same number of tokens cut from the left of each, so that the longest fits.
+
+    Candidates are then judged behind the same context. At least one token of context stays.
+    """
+    longest = max(len(request.context) + len(request.continuation) for request in requests)
+    surplus = max(0, longest - (n_positions + 1))
+    return tuple(
+        Request(request.context[min(surplus, len(request.context) - 1) :], request.continuation, request.excluded)
+        for request in requests
+    )
