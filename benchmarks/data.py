@@ -32,7 +32,7 @@ from training.data.loader import TrainingWindows, training_batches
 from training.data.shards import Shard, ShardFolder
 from training.data.tokenizer import load_tokenizer
 from training.data.workers import EncodeDocuments, map_in_order, usable_cpus
-from training.progress import PEAK_FLOPS, flops_per_token
+from training.speed import PEAKS, flops_per_token
 
 _CHARACTERS_PER_BATCH = 1 << 18
 _SEQ_LEN = 1024
@@ -140,7 +140,7 @@ def loading(rounds: int) -> None:
             rates.append(tokens / (time.perf_counter() - start))
     rate = statistics.median(rates[1:])  # the first warms the page cache
     flops = flops_per_token(parameters=124_439_808, n_layer=12, n_embd=768, seq_len=_SEQ_LEN)
-    share = PEAK_FLOPS["A100"] / flops / rate
+    share = PEAKS["A100"].bf16 / flops / rate
     print(
         f"loading: {rate / 1e6:.0f}M tokens/s shuffled on one core; {share:.2%} of a step at the full peak of an A100"
     )

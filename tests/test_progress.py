@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from training import progress
-from training.progress import RunLog, Throughput, flops_per_token, peak_flops, read_metrics
+from training.progress import RunLog, Smoothed, duration, read_metrics
 
 
 def training_line(step: int, loss: float = 3.0) -> dict[str, Any]:
@@ -82,25 +81,90 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_throughput_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 10.0, 30.0, 40.0, 41.0])
-    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(clock))
-    throughput = Throughput()
-    throughput.add(600)
-    with throughput.pause():  # from 10 to 30
-        pass
-    assert throughput.take() == 600 / 20  # 40 seconds, 20 of them paused
-    throughput.add(5)
-    assert throughput.take() == 5.0  # counted anew
+def test_the_line_has_the_figures_of_the_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = open_log(tmp_path)
+    log.training({**training_line(1), "mfu": 0.4981, "memory_gib": 12.34}, seconds_left=3700)
+    log.close()
+    assert capsys.readouterr().out == (
+        "step 1/10  loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1,000 tok/s  MFU 49.8%  12.3 GiB  1 h 02 min left\n"
+    )
 
 
-def test_flops_of_the_124m_model_are_those_of_the_literature() -> None:
-    flops = flops_per_token(parameters=124_439_808, n_layer=12, n_embd=768, seq_len=1024)
-    assert flops == pytest.approx(0.86e9, rel=0.005)
+def test_on_a_terminal_the_bar_has_the_figures_of_the_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    log = open_log(tmp_path)
+    log.advance()
+    log.training({**training_line(1), "mfu": 0.4981, "memory_gib": 12.34}, seconds_left=240)
+    log.close()
+    drawn = capsys.readouterr().err
+    figures = "loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1,000 tok/s  MFU 49.8%  12.3 GiB"
+    assert figures in drawn
+    assert len(figures) < 80
+    assert "4.0 min left" in drawn
+    assert figures in (tmp_path / "train.log").read_text()
 
 
-def test_peaks_are_found_by_the_names_that_cuda_gives() -> None:
-    assert peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
-    assert peak_flops("NVIDIA H100 PCIe") == 756e12
-    assert peak_flops("Some CPU") is None
+def test_the_smoothed_loss_goes_on_where_an_interrupted_run_stopped(tmp_path: Path) -> None:
+    losses = [3.0, 2.5, float("nan"), 2.0, 1.5]
+    for name, parts in (("whole", [losses]), ("parted", [losses[:2], losses[2:]])):
+        (tmp_path / name).mkdir()
+        step = 0
+        for part in parts:
+            log = open_log(tmp_path / name, first_step=step)
+            for loss in part:
+                step += 1
+                log.training(training_line(step, loss))
+            log.close()
+    whole, parted = ([line["smoothed_loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "parted"))
+    assert repr(whole) == repr(parted)
+
+
+def test_smoothing_starts_at_the_first_value_and_keeps_constants() -> None:
+    average = Smoothed(0.9)
+    assert [average.add(4.0) for _ in range(3)] == pytest.approx([4.0] * 3)
+    average = Smoothed(0.5)
+    assert average.add(1.0) == 1.0
+    assert average.add(3.0) == pytest.approx((0.5 * 0.5 * 1.0 + 0.5 * 3.0) / 0.75)
+
+
+def test_a_value_that_is_not_a_number_shows_in_the_average_and_does_not_stay() -> None:
+    average = Smoothed(0.5)
+    average.add(2.0)
+    assert math.isnan(average.add(float("nan")))
+    assert average.add(2.0) == pytest.approx(2.0)
+
+
+def test_results_of_tasks_are_lines_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = open_log(tmp_path)
+    values = {"step": 4, "tokens": 400, "hellaswag_acc_norm": 0.2955, "lambada_acc": 0.3256}
+    log.tasks(values)
+    log.tasks({"step": 5, "tokens": 500, "cbt_cn_acc": 0.87})
+    log.close()
+    assert read_metrics(tmp_path)[0] == values
+    assert (tmp_path / "log.txt").read_text() == "4 hella 0.2955\n"
+    assert capsys.readouterr().out.startswith("step 4  hellaswag_acc_norm 0.2955  lambada_acc 0.3256\n")
+
+
+def test_samples_of_a_step_stand_once_in_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for first_step, steps in ((0, (5, 10)), (5, (5, 10)), (10, (10,))):  # stopped behind step 5, and again at the end
+        log = open_log(tmp_path, first_step=first_step)
+        for step in steps:
+            log.samples(step, ["One\nstep 99 in the text", "Two"])
+        log.close()
+    section = "  | One\n  | step 99 in the text\n\n  | Two\n\n"
+    assert (tmp_path / "samples.txt").read_text() == f"step 5\n\n{section}step 10\n\n{section}"
+    assert capsys.readouterr().out.count("  | Two") == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(7.6, "8 s"), (99.4, "99 s"), (150, "2.5 min"), (3599, "1 h 00 min"), (6060, "1 h 41 min"), (183600, "2 d 03 h")],
+)
+def test_times_are_said_as_a_person_says_them(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_a_time_that_nobody_knows_is_no_number() -> None:
+    assert duration(float("nan")) == "unknown time"

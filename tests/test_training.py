@@ -66,7 +66,7 @@ def test_a_run_leaves_what_the_design_promises(tiny_recipe: Make, capsys: pytest
     train(recipe)
     run = Path(recipe.output_dir)
     assert {path.name for path in run.iterdir()} == {
-        *("recipe.yaml", "metrics.jsonl", "log.txt", "train.log", "curves.png", "checkpoints", "model")
+        *("recipe.yaml", "metrics.jsonl", "log.txt", "train.log", "samples.txt", "curves.png", "checkpoints", "model")
     }
     assert [path.name for path in checkpoints(run)] == ["step-000008", "step-000012"]
     assert {path.name for path in (run / "model").iterdir()} == {
@@ -80,8 +80,13 @@ def test_a_run_leaves_what_the_design_promises(tiny_recipe: Make, capsys: pytest
     assert [line["step"] for line in trained] == list(range(1, 13))
     assert [line["tokens"] for line in trained] == [256 * step for step in range(1, 13)]
     assert set(trained[0]) == {
-        *("step", "tokens", "train_loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu")
+        *("step", "tokens", "train_loss", "smoothed_loss", "learning_rate", "grad_norm"),
+        *("tokens_per_second", "mfu", "memory_gib"),
     }
+    assert all(line["mfu"] > 0 and line["memory_gib"] > 0 for line in trained)
+    samples = (run / "samples.txt").read_text()
+    assert samples.startswith("step 6\n\n  | The model")
+    assert samples.count("\nstep 12\n\n  | The model") == 1
     assert trained[-1]["train_loss"] < trained[0]["train_loss"] - 0.5
     assert [line["step"] for line in metrics if "val_loss" in line] == [6, 12]
     state = TrainerState.read(checkpoints(run)[-1])

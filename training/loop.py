@@ -118,7 +118,7 @@ class Run:
             self.watch.validate_once(plan.first_step)
         batches = self._training_batches()
         self.model.train()
-        self.watch.throughput.take()
+        self.watch.begin()
         for step in range(plan.first_step, plan.total_steps):
             learning_rate = learning_rate_at(
                 step,
@@ -144,12 +144,12 @@ class Run:
                 self.watch.record(done, loss, grad_norm, learning_rate)
             if self.saving.due(done):
                 self._refuse_divergence(done, loss)
-            with self.watch.throughput.pause():
-                if self._due(done, recipe.eval_steps):
-                    self.watch.validate(done)
-                if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
-                    self.watch.sample(done)
-                if self.saving.due(done):
+            if self._due(done, recipe.eval_steps):
+                self.watch.validate(done)
+            if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
+                self.watch.sample(done)
+            if self.saving.due(done):
+                with self.watch.pause():
                     self.saving.save(done)
                     self.watch.draw_curves(plan.output_dir)
 
@@ -193,7 +193,7 @@ class Run:
     def finish(self) -> None:
         """Leave `model/` and `curves.png`, and tell what came out and what to try next."""
         plan, prompts = self.plan, self.plan.recipe.sample_prompts
-        samples = self.watch.samples(plan.total_steps)
+        samples = self.watch.sample(plan.total_steps, show=False)
         if not self.accelerator.is_main_process:
             return
         last = [line for line in read_metrics(plan.output_dir) if "val_loss" in line][-1]

@@ -5,17 +5,15 @@ from typing import Any
 
 from evaluation.references import VALIDATION_LOSS
 from training.atomic import write_whole
+from training.progress import Smoothed
 
 _SMOOTHED_POINTS = 30  # that the curve of the training loss keeps apart; more show noise, fewer lag behind
 
 
 def smoothed(values: list[float], weight: float) -> list[float]:
-    """Exponential moving average, corrected for its beginning (as Adam's), so that the curve does not start at zero."""
-    average, curve = 0.0, []
-    for count, value in enumerate(values, start=1):
-        average = weight * average + (1.0 - weight) * value
-        curve.append(average / (1.0 - weight**count))
-    return curve
+    """The exponential moving average after each value."""
+    average = Smoothed(weight)
+    return [average.add(value) for value in values]
 
 
 def plot_curves(path: Path, metrics: list[dict[str, Any]], *, title: str, corpus: str, gpt2_tokens: bool) -> None:

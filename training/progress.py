@@ -1,14 +1,13 @@
-"""What a run says while it goes: progress bar, metrics.jsonl, log.txt, train.log, and its speed.
+"""What a run says while it goes: progress bar, metrics.jsonl, log.txt, train.log and samples.txt.
 
 Only the main process writes. A resumed run first drops the lines behind its checkpoint, so every step stands once.
 """
 
 import json
+import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -16,57 +15,22 @@ from tqdm import tqdm
 
 from training.atomic import write_whole
 
-# Dense bf16 matrix products, FLOP/s, from the vendors' data sheets. Longer names first: "H100 PCIe" is an "H100" too.
-PEAK_FLOPS = {
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "GH200": 989e12,
-    "B200": 2250e12,
-    "A100": 312e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+_SMOOTHING = 0.9  # weight of the past in the smoothed loss: it tells of the last ten or twenty logged steps
 
 
-def flops_per_token(*, parameters: int, n_layer: int, n_embd: int, seq_len: int) -> float:
-    """FLOPs of one token's forward and backward pass: 6N + 12·L·n_embd·T (PaLM paper, appendix B)."""
-    return 6.0 * parameters + 12.0 * n_layer * n_embd * seq_len
+class Smoothed:
+    """Exponential moving average, corrected for its beginning (as Adam's), so that it does not start at zero."""
 
+    def __init__(self, weight: float) -> None:
+        self._weight, self._sum, self._count = weight, 0.0, 0
 
-def peak_flops(device_name: str) -> float | None:
-    """Peak bf16 FLOP/s of one device by its name, or None for a device that the table does not know."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if name in device_name), None)
-
-
-class Throughput:
-    """Tokens per second of training itself: pauses for validation, samples and checkpoints are left out."""
-
-    def __init__(self) -> None:
-        self._since = time.perf_counter()
-        self._paused = 0.0
-        self._tokens = 0
-
-    def add(self, tokens: int) -> None:
-        """Count the tokens of a finished step."""
-        self._tokens += tokens
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Leave the time inside out of account."""
-        start = time.perf_counter()
-        yield
-        self._paused += time.perf_counter() - start
-
-    def take(self) -> float:
-        """Tokens per second since the last call."""
-        now = time.perf_counter()
-        seconds = now - self._since - self._paused
-        rate = self._tokens / seconds if seconds > 0 else 0.0
-        self._since, self._paused, self._tokens = now, 0.0, 0
-        return rate
+    def add(self, value: float) -> float:
+        """The average with one more value; one that is not finite is given back, and leaves the average as it was."""
+        if not math.isfinite(value):
+            return value
+        self._count += 1
+        self._sum = self._weight * self._sum + (1.0 - self._weight) * value
+        return self._sum / (1.0 - self._weight**self._count)
 
 
 class RunLog:
@@ -85,17 +49,22 @@ class RunLog:
             return
         self._metrics = _reopened(output_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
         self._columns = _reopened(output_dir / "log.txt", lambda line: int(line.split()[0]), first_step)
+        self._samples, self._last_samples = _reopened_samples(output_dir / "samples.txt", first_step)
         self._printed = (output_dir / "train.log").open("a", encoding="utf-8")
+        self._smoothed = Smoothed(_SMOOTHING)
+        for line in read_metrics(output_dir):
+            if "train_loss" in line:
+                self._smoothed.add(line["train_loss"])
+        on_terminal = sys.stderr.isatty()
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
-            unit="step",
             dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-            bar_format="{desc}{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+            disable=not on_terminal,
+            bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}  {elapsed}{desc}",
         )
-        self._started = time.perf_counter()
-        self._first_step = first_step
+        # A line of its own: beside the bar, a terminal of 80 columns would cut the figures off.
+        self._figures = tqdm(total=0, position=1, dynamic_ncols=True, disable=not on_terminal, bar_format="{desc}")
         self._total_steps = total_steps
 
     def say(self, text: str) -> None:
@@ -114,53 +83,131 @@ class RunLog:
         if self.enabled:
             self._bar.update()
 
-    def training(self, values: Mapping[str, Any]) -> None:
-        """Record a logged step: a line of metrics.jsonl, one of log.txt, and the bar (without one, a line)."""
+    def training(self, values: Mapping[str, Any], seconds_left: float = math.nan) -> dict[str, Any]:
+        """Record a logged step: a line of metrics.jsonl, one of log.txt, and the bar (without one, a line).
+
+        Returns:
+            The values as recorded, `smoothed_loss` among them; no values on other processes.
+        """
         if not self.enabled:
-            return
-        step, loss, rate = values["step"], values["train_loss"], values["tokens_per_second"]
-        self._record(values, "train", loss)
-        self._bar.set_postfix_str(f"loss {loss:.4f}, {rate:,.0f} tokens/s")
-        seconds = time.perf_counter() - self._started
-        left = seconds / max(1, step - self._first_step) * (self._total_steps - step)
-        line = (
-            f"step {step}/{self._total_steps}  loss {loss:.4f}  lr {values['learning_rate']:.2e}  "
-            f"norm {values['grad_norm']:.2f}  {rate:,.0f} tokens/s  {left / 60:.1f} min left"
-        )
+            return {}
+        recorded: dict[str, Any] = {}
+        for key, value in values.items():
+            recorded[key] = value
+            if key == "train_loss":
+                recorded["smoothed_loss"] = self._smoothed.add(value)
+        self._record(recorded, {"train": values["train_loss"]})
+        figures, left = _figures(recorded), f"{duration(seconds_left)} left"
+        line = f"step {values['step']}/{self._total_steps}  {figures}  {left}"
         if self._bar.disable:
             self.say(line)
         else:
+            self._bar.set_description_str(f"  {left}", refresh=False)
+            self._figures.set_description_str(figures)
             self._keep(line)
+        return recorded
 
     def validation(self, values: Mapping[str, Any]) -> None:
         """Record a validation: a line of metrics.jsonl, one of log.txt, and one on the terminal."""
         if not self.enabled:
             return
-        self._record(values, "val", values["val_loss"])
+        self._record(values, {"val": values["val_loss"]})
         per_byte = values.get("bits_per_byte")
         self.say(
             f"step {values['step']}  validation loss {values['val_loss']:.4f} nats per token"
             + (f", {per_byte:.4f} bits per byte" if per_byte is not None else "")
         )
 
-    def _record(self, values: Mapping[str, Any], stream: str, value: float) -> None:
+    def tasks(self, values: Mapping[str, Any]) -> None:
+        """Record results of evaluation tasks: a line of metrics.jsonl, and one on the terminal.
+
+        Arguments:
+            values: `step`, `tokens`, and results by task and metric: `hellaswag_acc_norm`, `lambada_acc`, `cbt_cn_acc`,
+                … HellaSwag's, in the completion style, is also a line of log.txt, `step hella 0.2955`.
+        """
+        if not self.enabled:
+            return
+        self._record(values, {"hella": values["hellaswag_acc_norm"]} if "hellaswag_acc_norm" in values else {})
+        results = (f"{key} {value:.4f}" for key, value in values.items() if key not in ("step", "tokens"))
+        self.say(f"step {values['step']}  " + "  ".join(results))
+
+    def samples(self, step: int, texts: Sequence[str], *, show: bool = True) -> None:
+        """Keep samples of the model after `step` in samples.txt, once for each step, and show them."""
+        if not self.enabled or step <= self._last_samples:
+            return
+        shown = ["  | " + text.strip("\n").replace("\n", "\n  | ") for text in texts]
+        for text in shown if show else ():
+            self.say(text)
+        self._samples.write("\n\n".join([f"step {step}", *shown]) + "\n\n")
+        self._samples.flush()
+        self._last_samples = step
+
+    def _record(self, values: Mapping[str, Any], columns: Mapping[str, float]) -> None:
         self._metrics.write(json.dumps(values) + "\n")
         self._metrics.flush()
-        self._columns.write(f"{values['step']} {stream} {value:.4f}\n")
+        for stream, value in columns.items():
+            self._columns.write(f"{values['step']} {stream} {value:.4f}\n")
         self._columns.flush()
 
     def flush_to_disk(self) -> None:
         """Make what was recorded so far survive a crash; called before a checkpoint counts."""
         if self.enabled:
-            for file in (self._metrics, self._columns):
+            for file in (self._metrics, self._columns, self._samples):
                 os.fsync(file.fileno())
 
     def close(self) -> None:
         """End the bar and close the files."""
         if self.enabled:
+            self._figures.close()
             self._bar.close()
-            for file in (self._metrics, self._columns, self._printed):
+            for file in (self._metrics, self._columns, self._samples, self._printed):
                 file.close()
+
+
+def _figures(values: Mapping[str, Any]) -> str:
+    """The figures of a logged step, in less than 80 columns."""
+    mfu, memory = values.get("mfu"), values.get("memory_gib")
+    parts = [
+        f"loss {values['train_loss']:.4f} ~{values['smoothed_loss']:.4f}",
+        f"lr {values['learning_rate']:.2e}",
+        f"norm {values['grad_norm']:.2f}",
+        f"{values['tokens_per_second']:,.0f} tok/s",
+    ]
+    parts += [f"MFU {mfu:.1%}"] if mfu is not None else []
+    parts += [f"{memory:.1f} GiB"] if memory is not None else []
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """A time to wait for, as a person says it: `50 s`, `4.2 min`, `1 h 07 min`, `2 d 03 h`."""
+    if not math.isfinite(seconds):
+        return "unknown time"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{seconds / 60:.1f} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 24 * 60 else _days(minutes)
+
+
+def _days(minutes: int) -> str:
+    hours = round(minutes / 60)
+    return f"{hours // 24} d {hours % 24:02d} h"
+
+
+def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
+    """samples.txt opened for appending without the samples behind `last_step`, and the last step that has some."""
+    kept: list[str] = []
+    last, keep = -1, True
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+        if line.startswith("step "):
+            step = int(line.split()[1])
+            keep = step <= last_step
+            last = step if keep else last
+        kept += [line] if keep else []
+    if path.exists():
+        write_whole(path, lambda stream: stream.write("".join(kept).encode()))
+    return path.open("a", encoding="utf-8"), last
 
 
 def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> TextIO:

@@ -3,7 +3,10 @@
 The loop calls it on every process, because losses are means over all of them; only the main process writes.
 """
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,9 +16,10 @@ from training.compression import ScoredText
 from training.data.loader import validation_batches, validation_windows
 from training.plan import Plan
 from training.plots import plot_curves
-from training.progress import RunLog, Throughput, flops_per_token, peak_flops, read_metrics
+from training.progress import RunLog, read_metrics
 from training.sampling import sample_texts
 from training.snapshot import bare_model
+from training.speed import Throughput, flops_per_token, measured_peak_flops, memory_bytes, peak_flops
 from training.step import validation_loss
 from training.summary import device_name
 
@@ -42,6 +46,7 @@ class Watch:
         self.throughput = Throughput()
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
         self.text = ScoredText.of_windows(shard, plan.tokenizer, windows=windows, seq_len=recipe.seq_len)
+        self._peak = _peak_flops(accelerator)
         self._parameters, self._config = parameters, bare_model(accelerator, model).config
         self._flops_per_token = flops_per_token(
             parameters=parameters,
@@ -61,7 +66,22 @@ class Watch:
             f"vocabulary {plan.tokenizer.vocab_size:,}, on {device_name(self.accelerator.device)}"
             f" in {'bf16' if self.accelerator.mixed_precision == 'bf16' else 'fp32'}"
         )
+        if self._peak is not None:
+            how = "measured just now" if self.accelerator.device.type == "cpu" else "as its maker says"
+            self.log.say(f"MFU is the share of {self._peak / 1e12:,.3g} TFLOP/s per process, {how}")
         self.log.say(f"{plan.batch.arithmetic}; {plan.total_steps:,} steps, {start}")
+
+    def begin(self) -> None:
+        """Count time from now on."""
+        self.throughput.take()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what is done inside out of the speed of training, though not out of the time left."""
+        if self.accelerator.device.type != "cpu":
+            torch.accelerator.synchronize()  # steps that are still on their way belong to training
+        with self.throughput.pause():
+            yield
 
     def step_taken(self) -> None:
         """Count a step and move the bar."""
@@ -71,26 +91,39 @@ class Watch:
     def record(self, done: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
         """Record step `done`; waits for the device, which steps that are not logged never do."""
         mean_loss = self.accelerator.reduce(loss, reduction="mean").item()
+        norm = grad_norm.item()
         rate = self.throughput.take()
+        tokens_per_step = self.plan.batch.tokens_per_step
         values = {
             "step": done,
-            "tokens": done * self.plan.batch.tokens_per_step,
+            "tokens": done * tokens_per_step,
             "train_loss": mean_loss,
             "learning_rate": learning_rate,
-            "grad_norm": grad_norm.item(),
+            "grad_norm": norm,
             "tokens_per_second": round(rate, 1),
             "mfu": self._mfu(rate),
+            "memory_gib": round(memory_bytes(self.accelerator.device) / 2**30, 3),
         }
-        self.log.training(values)
-        self.accelerator.log({k: v for k, v in values.items() if k != "step" and v is not None}, step=done)
+        seconds_left = self.throughput.seconds_left((self.plan.total_steps - done) * tokens_per_step)
+        self._track(done, self.log.training(values, seconds_left))
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilisation: the share of the devices' peak that goes into the model's own operations."""
-        device = self.accelerator.device
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        if peak is None:
+        if self._peak is None:
             return None
-        return round(tokens_per_second * self._flops_per_token / (peak * self.accelerator.num_processes), 4)
+        return round(tokens_per_second * self._flops_per_token / (self._peak * self.accelerator.num_processes), 4)
+
+    def _track(self, done: int, values: Mapping[str, Any]) -> None:
+        """Send what is known to the trackers."""
+        known = {key: value for key, value in values.items() if key != "step" and value is not None}
+        if known:
+            self.accelerator.log(known, step=done)
+
+    def record_tasks(self, done: int, results: Mapping[str, float]) -> None:
+        """Record results of evaluation tasks after step `done`, under the keys that `RunLog.tasks` explains."""
+        values = {"step": done, "tokens": done * self.plan.batch.tokens_per_step, **results}
+        self.log.tasks(values)
+        self._track(done, values)
 
     def validate(self, done: int, *, record: bool = True) -> None:
         """Score the validation text after step `done`, with all processes."""
@@ -104,7 +137,8 @@ class Watch:
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.plan.document_mark)
+        with self.pause():
+            loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.plan.document_mark)
         if not record:
             return
         values = {
@@ -115,31 +149,33 @@ class Watch:
             "bits_per_byte": self.text.bits_per_byte(loss),
         }
         self.log.validation(values)
-        self.accelerator.log({"val_loss": loss, "bits_per_byte": values["bits_per_byte"]}, step=done)
+        self._track(done, {"val_loss": loss, "bits_per_byte": values["bits_per_byte"]})
 
     def validate_once(self, done: int) -> None:
         """Validate after step `done`, and record it unless it is recorded already."""
         lines = read_metrics(self.plan.output_dir)
         self.validate(done, record=not any("val_loss" in line and line["step"] == done for line in lines))
 
-    def samples(self, done: int) -> list[str]:
-        """Samples of the main process; others get none, but take part where each holds a share of the weights."""
+    def sample(self, done: int, *, show: bool = True) -> list[str]:
+        """Draw samples after step `done`, keep and show them, and return them; none on other processes.
+
+        These take part all the same where each holds a share of the weights.
+        """
+        recipe = self.plan.recipe
         if not (self.accelerator.is_main_process or self.accelerator.is_fsdp2):
             return []
-        recipe = self.plan.recipe
-        return sample_texts(
-            self.accelerator,
-            bare_model(self.accelerator, self.model),
-            self.plan.tokenizer,
-            recipe.sample_prompts,
-            max_new_tokens=recipe.sample_tokens,
-            seed=recipe.seed + done,
-        )
-
-    def sample(self, done: int) -> None:
-        """Draw samples after step `done`, and show them."""
-        for text in self.samples(done):
-            self.log.say("  | " + text.replace("\n", "\n  | "))
+        with self.pause():
+            texts = sample_texts(
+                self.accelerator,
+                bare_model(self.accelerator, self.model),
+                self.plan.tokenizer,
+                recipe.sample_prompts,
+                max_new_tokens=recipe.sample_tokens,
+                seed=recipe.seed + done,
+            )
+        self.log.samples(done, texts, show=show)
+        self._track(done, {"samples": "\n\n".join(texts)})
+        return texts
 
     def draw_curves(self, folder: Path) -> None:
         """Draw `curves.png` into a folder."""
@@ -156,3 +192,11 @@ class Watch:
         """Close the files, end the trackers, and leave the group of processes."""
         self.log.close()
         self.accelerator.end_training()
+
+
+def _peak_flops(accelerator: Accelerator) -> float | None:
+    """What this process's device multiplies at best in the run's precision: known of GPUs, measured on CPUs."""
+    device = accelerator.device
+    if device.type == "cuda":
+        return peak_flops(torch.cuda.get_device_name(device), accelerator.mixed_precision)
+    return measured_peak_flops(accelerator.mixed_precision) if device.type == "cpu" else None

@@ -1,0 +1,153 @@
+"""How fast a run goes, what its device could do, how much memory it holds, and how long it still takes."""
+
+import functools
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import psutil
+import torch
+
+_RECENT_LINES = 10  # logged steps over which the time left is reckoned: long enough to be calm, short enough to be true
+_MEASURED_SECONDS = 0.25
+
+
+class Peak(NamedTuple):
+    """What a device multiplies at best, FLOP/s, dense: in bf16, and in fp32 as torch does with TF32 allowed."""
+
+    bf16: float
+    fp32: float
+
+
+# From the vendor: data sheets of H100, H200, B200, A100, A10, L4, L40S, V100, T4; white papers of the GA102 and AD102
+# chips, appendix "comparison", for the RTX cards. Data sheets print figures with sparsity, these are half of them; of
+# the RTX cards those with fp32 accumulation, which is what torch asks for. Longer names first: "H100 PCIe" is an "H100"
+# too, and "A100" an "A10".
+PEAKS = {
+    "H100 PCIe": Peak(756e12, 378e12),
+    "H100 NVL": Peak(835e12, 417e12),
+    "H100": Peak(989e12, 495e12),
+    "H200 NVL": Peak(835e12, 417e12),
+    "H200": Peak(989e12, 495e12),
+    "GH200": Peak(989e12, 495e12),
+    "B200": Peak(2250e12, 1125e12),
+    "A100": Peak(312e12, 156e12),
+    "A10G": Peak(70e12, 35e12),
+    "A10": Peak(125e12, 62.5e12),
+    "L40S": Peak(362e12, 183e12),
+    "L40": Peak(181e12, 90.5e12),
+    "L4": Peak(121e12, 60.5e12),
+    "RTX 4090 D": Peak(147e12, 73.5e12),
+    "RTX 4090": Peak(165e12, 82.6e12),
+    "RTX 3090 Ti": Peak(80e12, 40e12),
+    "RTX 3090": Peak(71e12, 35.6e12),
+    # No TF32, and bf16 only in software: what their tensor cores do in fp16 stands there, and makes its cost seen.
+    "V100": Peak(125e12, 15.7e12),
+    "T4": Peak(65e12, 8.1e12),
+}
+
+
+def peak_flops(device_name: str, mixed_precision: str = "bf16") -> float | None:
+    """Peak FLOP/s of one GPU in the precision of the run ("bf16" or "no"); None for one that the table does not know.
+
+    A run in fp32 is held against the fp32 peak: on a T4, which has no bf16, 8.1 and not 65 TFLOP/s.
+    """
+    found = next((peak for name, peak in PEAKS.items() if name in device_name), None)
+    if found is None:
+        return None
+    return found.bf16 if mixed_precision == "bf16" else found.fp32
+
+
+def measured_peak_flops(mixed_precision: str) -> float:
+    """FLOP/s of this process's CPU threads in products of square matrices: the best of a quarter of a second.
+
+    No table knows what the cores of a container do, so they are asked. Other work on them makes it less, and MFU more.
+    """
+    return _measured(torch.bfloat16 if mixed_precision == "bf16" else torch.float32, torch.get_num_threads())
+
+
+@functools.cache
+def _measured(dtype: torch.dtype, threads: int) -> float:
+    matrices = [torch.full((size, size), 0.5, dtype=dtype) for size in (512, 1024)]
+    best, end = 0.0, time.perf_counter() + _MEASURED_SECONDS
+    while not best or time.perf_counter() < end:
+        for matrix in matrices:
+            start = time.perf_counter()
+            torch.mm(matrix, matrix)
+            best = max(best, 2.0 * matrix.shape[0] ** 3 / (time.perf_counter() - start))
+    return best
+
+
+def flops_per_token(*, parameters: int, n_layer: int, n_embd: int, seq_len: int) -> float:
+    """FLOPs of one token's forward and backward pass: 6N + 12·L·n_embd·T (PaLM paper, appendix B).
+
+    N counts the token embedding once, which is right where the head is tied to it: looking a token up multiplies
+    nothing, the head does. The position embedding is counted too, as nanoGPT and build-nanogpt do: 0.6 % at 124M.
+    Attention is counted in full, not only its causal half, so that the figure compares with theirs.
+    """
+    return 6.0 * parameters + 12.0 * n_layer * n_embd * seq_len
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Memory of this process: the most that its tensors took on a GPU, what is resident now on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class Throughput:
+    """Tokens per second of training itself: pauses for validation, samples and checkpoints are left out.
+
+    The time left does count them, at the rate at which they came so far.
+    """
+
+    def __init__(self) -> None:
+        self._since = time.perf_counter()
+        self._paused = 0.0
+        self._tokens = 0
+        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_LINES)
+        self._all_tokens = 0
+        self._all_paused = 0.0
+        self._tokens_at_last_pause = 0
+
+    def add(self, tokens: int) -> None:
+        """Count the tokens of a finished step."""
+        self._tokens += tokens
+        self._all_tokens += tokens
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave the time inside out of account."""
+        start = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - start
+        self._paused += seconds
+        self._all_paused += seconds
+        self._tokens_at_last_pause = self._all_tokens
+
+    def take(self) -> float:
+        """Tokens per second since the last call."""
+        now = time.perf_counter()
+        seconds = now - self._since - self._paused
+        rate = self._tokens / seconds if seconds > 0 else 0.0
+        if self._tokens:
+            self._recent.append((seconds, self._tokens))
+        self._since, self._paused, self._tokens = now, 0.0, 0
+        return rate
+
+    def seconds_left(self, tokens_left: int) -> float:
+        """Time that so many tokens will take: the recent pace of training, and the pauses of this start.
+
+        The first line is left out once there are others: it holds what only a start costs, such as compiling.
+        """
+        recent = list(self._recent)
+        if len(recent) > 1 and sum(tokens for _, tokens in recent) == self._all_tokens - self._tokens:
+            recent = recent[1:]
+        tokens = sum(count for _, count in recent)
+        if not tokens:
+            return float("nan")
+        pace = sum(seconds for seconds, _ in recent) / tokens
+        pauses = self._all_paused / self._tokens_at_last_pause if self._tokens_at_last_pause else 0.0
+        return tokens_left * (pace + pauses)
