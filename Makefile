@@ -34,7 +34,7 @@ $(VENV)/.installed: $(VENV)/.made setup.cfg pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,judge]'
 	@touch $@
 
 clean:

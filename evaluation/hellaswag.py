@@ -82,17 +82,22 @@ class HellaSwagHarness(_HellaSwag):
         requests = tuple(Request(*split_as_whole(encoder, query, f" {ending}")) for ending in endings)
         # An ending of tags alone has no bytes; it cannot be right.
         sizes = [max(1, len(ending.encode())) for ending in endings]
-        return Item(index, requests, gold=int(row["label"]), facts={"bytes": sizes})
+        facts = {"bytes": sizes, "characters": [max(1, len(ending)) for ending in endings]}
+        return Item(index, requests, gold=int(row["label"]), facts=facts)
 
     def predict(self, item: Item, answers: Sequence[LogLikelihood]) -> dict[str, Any]:
         """Return the record, as `Task.predict` says."""
         sums = [answer.sum for answer in answers]
-        per_byte = [total / size for total, size in zip(sums, item.facts["bytes"], strict=True)]
+        per_byte, per_character = (
+            [total / size for total, size in zip(sums, item.facts[unit], strict=True)] for unit in ("bytes", "characters")
+        )
         return {
             "index": item.index,
             "gold": item.gold,
             "prediction": first_largest(per_byte),
             "prediction_by_sum": first_largest(sums),
+            # What the harness's own acc_norm divides by; another choice only where endings are not all ASCII.
+            "prediction_by_characters": first_largest(per_character),
             "log_likelihoods": sums,
             "bytes": item.facts["bytes"],
         }
