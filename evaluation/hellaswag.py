@@ -89,7 +89,8 @@ class HellaSwagHarness(_HellaSwag):
         """Return the record, as `Task.predict` says."""
         sums = [answer.sum for answer in answers]
         per_byte, per_character = (
-            [total / size for total, size in zip(sums, item.facts[unit], strict=True)] for unit in ("bytes", "characters")
+            [total / size for total, size in zip(sums, item.facts[unit], strict=True)]
+            for unit in ("bytes", "characters")
         )
         return {
             "index": item.index,
@@ -109,19 +110,20 @@ def read_rows(data_dir: Path | None, limit: int | None) -> list[dict[str, Any]]:
     Raises:
         InputError: a row is not four endings, one of which is right.
     """
-    if data_dir is None:
-        where: Path | str = "Rowan/hellaswag"
-        rows = hub_rows("Rowan/hellaswag", "default", "validation", limit)
-    else:
-        where = find_file(data_dir, [_FILE, "hellaswag_val*.jsonl"])
-        rows = json_rows(where, _FIELDS, limit)
+    if data_dir is not None:
+        return json_rows(find_file(data_dir, [_FILE, "hellaswag_val*.jsonl"]), _FIELDS, limit, _check)
+    rows = hub_rows("Rowan/hellaswag", "default", "validation", limit)
     for number, row in enumerate(rows, 1):
-        endings, label = row["endings"], str(row["label"])
-        if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
-            raise not_usable(where, number, "four endings", f"{endings!r}"[:60])
-        if label not in ("0", "1", "2", "3"):
-            raise not_usable(where, number, "a label from 0 to 3", repr(row["label"]))
+        _check(row, "Rowan/hellaswag", number)
     return rows
+
+
+def _check(row: dict[str, Any], where: Path | str, number: int) -> None:
+    endings, label = row["endings"], str(row["label"])
+    if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
+        raise not_usable(where, number, "four endings", f"{endings!r}"[:60])
+    if label not in ("0", "1", "2", "3"):
+        raise not_usable(where, number, "a label from 0 to 3", repr(row["label"]))
 
 
 def without_tags(text: str) -> str:

@@ -139,18 +139,19 @@ def read_texts(data_dir: Path | None, limit: int | None) -> list[str]:
     Raises:
         InputError: a passage has no last word behind others.
     """
-    if data_dir is None:
-        where: Path | str = "EleutherAI/lambada_openai"
-        rows = hub_rows("EleutherAI/lambada_openai", "default", "test", limit)
+    if data_dir is not None:
+        rows = json_rows(find_file(data_dir, [_FILE]), {"text": str}, limit, _check)
     else:
-        where = find_file(data_dir, [_FILE])
-        rows = json_rows(where, {"text": str}, limit)
-    texts = [str(row["text"]) for row in rows]
-    for number, text in enumerate(texts, 1):
-        context, word = split_last_word(text)
-        if not context.strip() or not _WORD.search(word):
-            raise not_usable(where, number, "a passage and its last word", repr(text[:40]))
-    return texts
+        rows = hub_rows("EleutherAI/lambada_openai", "default", "test", limit)
+        for number, row in enumerate(rows, 1):
+            _check(row, "EleutherAI/lambada_openai", number)
+    return [str(row["text"]) for row in rows]
+
+
+def _check(row: dict[str, Any], where: Path | str, number: int) -> None:
+    context, word = split_last_word(row["text"])
+    if not context.strip() or not _WORD.search(word):
+        raise not_usable(where, number, "a passage and its last word", repr(row["text"][:40]))
 
 
 def split_last_word(text: str) -> tuple[str, str]:

@@ -5,7 +5,7 @@ From the Hub the parquet conversion is read that it keeps of every data set (`re
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,19 @@ def read_lines(path: Path) -> list[str]:
     return [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
 
 
-def json_rows(path: Path, fields: dict[str, type | tuple[type, ...]], limit: int | None) -> list[dict[str, Any]]:
+def json_rows(
+    path: Path,
+    fields: dict[str, type | tuple[type, ...]],
+    limit: int | None,
+    check: Callable[[dict[str, Any], Path | str, int], None],
+) -> list[dict[str, Any]]:
     """Return the first `limit` rows of a JSON-lines file, all when None.
 
     Args:
         path: the file.
         fields: what every row must have, and of which type.
         limit: how many rows.
+        check: what else there is to refuse; gets the row, the file and the line.
 
     Raises:
         InputError: a line is not JSON, or lacks a field.
@@ -101,6 +107,7 @@ def json_rows(path: Path, fields: dict[str, type | tuple[type, ...]], limit: int
         except json.JSONDecodeError as error:
             raise not_usable(path, number, "a JSON object", f"{line.strip()[:40]!r} ({error.msg})") from None
         check_row(row, fields, path, number)
+        check(row, path, number)
         rows.append(row)
     return rows
 

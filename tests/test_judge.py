@@ -1,6 +1,7 @@
 """The `harness` protocols against lm-evaluation-harness itself, item by item, on the same rows and the same weights.
 
-Its tasks are its own, fed from local files; its model class wraps the model that is scored here. Needs the extra `judge`.
+Its tasks are its own, fed from local files; its model class wraps the model that is scored here. Needs the extra
+`judge`.
 """
 
 import json
@@ -30,7 +31,12 @@ HAND_MADE_HELLASWAG = [
         "ctx_a": "[header] How to boil an egg [title] Take a pot. [step] Fill  it.",
         "ctx_b": "then \u00c9TIENNE",
         "ctx": "[header] How to boil an egg",
-        "endings": [" waits.", "a", "[substeps] adds  salt \U0001f9c2 .", "\u00e9t\u00e9 \u2014 na\u00efve \u65e5\u672c\u8a9e"],
+        "endings": [
+            " waits.",
+            "a",
+            "[substeps] adds  salt \U0001f9c2 .",
+            "\u00e9t\u00e9 \u2014 na\u00efve \u65e5\u672c\u8a9e",
+        ],
         "label": label,
     }
     for label in (0, "3")
