@@ -340,6 +340,17 @@ def test_epochs_and_tokens_become_steps(tiny_recipe: Make) -> None:
     assert total_steps(tiny_recipe(max_steps=None, max_tokens=2600), order) == 10
 
 
+def test_a_part_of_an_epoch_is_as_long_as_it_is_written(tiny_recipe: Make) -> None:
+    from training.data.order import Order
+    from training.plan import total_steps
+
+    order = Order([3233], seq_len=32, seed=0)
+    assert [order.windows_in_epoch(epoch) for epoch in range(3)] == [101, 100, 100]
+    # In binary, 2.3 - 2 is less than 0.3, and 29 windows would be taken.
+    recipe = tiny_recipe(max_steps=None, num_train_epochs=2.3, tokens_per_step=32, per_device_train_batch_size=1)
+    assert total_steps(recipe, order) == 101 + 100 + 30
+
+
 @pytest.mark.parametrize(
     ("capabilities", "expected"),
     [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "no"), ({}, "no")],

@@ -2,11 +2,11 @@
 
 import contextlib
 import gc
-import math
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -22,11 +22,13 @@ from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
 from training.documents import attention_for
 from training.fitting import fitted
+from training.guard import Guard, Verdict
 from training.hub import RunFacts, write_model_card
 from training.plan import Plan, plan_run
+from training.profiling import NoTrace, StepTrace, TraceOf
 from training.progress import read_metrics
-from training.recipe import Recipe
-from training.resume import alone_in, set_aside_later_checkpoints
+from training.recipe import Recipe, profiled_steps
+from training.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
 from training.saving import Saving
 from training.schedule import learning_rate_at
 from training.step import train_step
@@ -82,10 +84,17 @@ class Run:
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         skeleton = skeleton_of(model)
         self.model, self.optimizer = prepare(accelerator, model, recipe)
+        self.guard = Guard(
+            accelerator.device,
+            threshold=recipe.spike_threshold,
+            window=recipe.spike_window,
+            skip_spikes=recipe.skip_spikes,
+            on_verdict=self._stands_out,
+        )
         # Each process draws its own dropout.
         torch.manual_seed(recipe.seed + accelerator.process_index)
         # What the loop remembers from step to step, updated in place: saved, and filled again on resuming.
-        self.loop_state: dict[str, Tensor] = {}
+        self.loop_state: dict[str, Tensor] = {**self.guard.state}
         if plan.resume_from is not None:
             load_checkpoint(
                 plan.resume_from,
@@ -118,8 +127,10 @@ class Run:
             self.watch.validate_once(plan.first_step)
         batches = self._training_batches()
         self.model.train()
+        trace = self._trace()
         self.watch.begin()
         for step in range(plan.first_step, plan.total_steps):
+            done = step + 1
             learning_rate = learning_rate_at(
                 step,
                 peak=recipe.learning_rate,
@@ -127,7 +138,9 @@ class Run:
                 total_steps=plan.total_steps,
                 min_ratio=recipe.min_learning_rate_ratio,
                 schedule=recipe.lr_scheduler_type,
+                decay_steps=recipe.decay_steps,
             )
+            trace.before(done)
             loss, grad_norm = train_step(
                 self.accelerator,
                 self.model,
@@ -137,32 +150,56 @@ class Run:
                 learning_rate=learning_rate,
                 max_grad_norm=recipe.max_grad_norm,
                 end_of_text_id=plan.document_mark,
+                judge=partial(self.guard.judge, done),
             )
+            trace.after(done)
             self.watch.step_taken()
-            done = step + 1
+            self.guard.look_back()
             if self._due(done, recipe.logging_steps):
                 self.watch.record(done, loss, grad_norm, learning_rate)
-            if self.saving.due(done):
-                self._refuse_divergence(done, loss)
             if self._due(done, recipe.eval_steps):
                 self.watch.validate(done)
             if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
                 self.watch.sample(done)
-            if self.saving.due(done):
+            if self.saving.due(done) and self._weights_are_good(done):
                 with self.watch.pause():
                     self.saving.save(done)
                     self.watch.draw_curves(plan.output_dir)
 
-    def _refuse_divergence(self, done: int, loss: Tensor) -> None:
-        """Stop before weights that are not finite take the place of good ones; all processes stop alike."""
-        if not math.isfinite(self.accelerator.reduce(loss, reduction="mean").item()):
+    def _stands_out(self, verdict: Verdict) -> None:
+        """Tell of a spike or of an update that was left out, and stop where too many of them were."""
+        plan = self.plan
+        self.watch.stands_out(verdict)
+        if verdict.in_a_row >= plan.recipe.max_skipped_steps:
             raise InputError(
-                f"the loss is no longer a finite number at step {done:,}; lower learning_rate or raise warmup_steps: "
-                f"the checkpoints in {self.plan.output_dir} are from before and will be continued"
+                f"{verdict.in_a_row:,} updates in a row were skipped up to step {verdict.step:,}, where the loss is "
+                f"{verdict.loss:.4g} and the gradient's norm {verdict.grad_norm:.4g}; lower learning_rate or raise "
+                f"warmup_steps: {good_checkpoint(plan.output_dir)}"
             )
+
+    def _weights_are_good(self, done: int) -> bool:
+        """Whether a checkpoint may be saved: the update that last was made may be what broke the weights."""
+        self.guard.look_at_all()
+        if not self.guard.skipped_in_a_row:
+            return True
+        if done == self.plan.total_steps and self.watch.last_validation_is_finite:
+            return True
+        if done == self.plan.total_steps:
+            raise InputError(
+                f"the run's last updates were skipped, and its validation loss is no finite number; lower "
+                f"learning_rate or raise warmup_steps: {good_checkpoint(self.plan.output_dir)}"
+            )
+        self.log.say(f"step {done}  no checkpoint while updates are skipped")
+        return False
 
     def _due(self, done: int, every: int) -> bool:
         return done == self.plan.total_steps or (every > 0 and done % every == 0)
+
+    def _trace(self) -> StepTrace:
+        wish = self.plan.recipe.profile_steps
+        if wish is None or not self.accelerator.is_main_process:
+            return NoTrace()
+        return TraceOf(profiled_steps(wish), self.plan.output_dir, self.log.say)
 
     def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan, recipe = self.plan, self.plan.recipe

@@ -4,6 +4,7 @@ import filecmp
 import os
 import time
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from gpt2_scratch_errors import InputError
@@ -202,7 +203,8 @@ def total_steps(recipe: Recipe, order: Order | None) -> int:
         steps = recipe.max_tokens // recipe.tokens_per_step
     else:
         assert order is not None
-        epochs = recipe.num_train_epochs or 0.0
+        # As it was written: in binary, 2.3 - 2 is less than 0.3.
+        epochs = Fraction(repr(recipe.num_train_epochs))
         whole = sum(order.windows_in_epoch(epoch) for epoch in range(int(epochs)))
         part = int((epochs - int(epochs)) * order.windows_in_epoch(int(epochs)))
         steps = (whole + part) * recipe.seq_len // recipe.tokens_per_step

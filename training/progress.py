@@ -18,6 +18,9 @@ from training.atomic import write_whole
 _SMOOTHING = 0.9  # weight of the past in the smoothed loss: it tells of the last ten or twenty logged steps
 
 
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
 class Smoothed:
     """Exponential moving average, corrected for its beginning (as Adam's), so that it does not start at zero."""
 
@@ -107,6 +110,18 @@ class RunLog:
             self._keep(line)
         return recorded
 
+    def guarded(self, values: Mapping[str, Any]) -> None:
+        """Record what the guard found in a step: a line of metrics.jsonl, and one on the terminal."""
+        if not self.enabled:
+            return
+        self._write(values)
+        first, last = values["samples"]
+        what = "update skipped" if values["guard"] == "skipped" else "spike"
+        self.say(
+            f"step {values['step']}  {what}: loss {values['loss']:.4f}  norm {values['grad_norm']:.2f}  "
+            f"samples {first} to {last}"
+        )
+
     def validation(self, values: Mapping[str, Any]) -> None:
         """Record a validation: a line of metrics.jsonl, one of log.txt, and one on the terminal."""
         if not self.enabled:
@@ -143,11 +158,14 @@ class RunLog:
         self._last_samples = step
 
     def _record(self, values: Mapping[str, Any], columns: Mapping[str, float]) -> None:
-        self._metrics.write(json.dumps(values) + "\n")
-        self._metrics.flush()
+        self._write(values)
         for stream, value in columns.items():
             self._columns.write(f"{values['step']} {stream} {value:.4f}\n")
         self._columns.flush()
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        self._metrics.write(json.dumps({key: _strict(value) for key, value in values.items()}, allow_nan=False) + "\n")
+        self._metrics.flush()
 
     def flush_to_disk(self) -> None:
         """Make what was recorded so far survive a crash; called before a checkpoint counts."""
@@ -220,13 +238,24 @@ def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> Text
     return path.open("a", encoding="utf-8")
 
 
+def _strict(value: Any) -> Any:
+    """A number that JSON has no word for as a string, `float()` of which gives it back (as protobuf's JSON has it)."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; those that cannot be read are left out."""
+    """The lines of a run's metrics.jsonl, "NaN" and "Infinity" as numbers; lines that cannot be read are left out."""
     path = output_dir / "metrics.jsonl"
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if _is_readable(line, json.loads)]
+    return [json.loads(line, object_hook=_with_numbers) for line in lines if _is_readable(line, json.loads)]
+
+
+def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if value in _NOT_FINITE else value for key, value in values.items()}
 
 
 def _is_readable(line: str, read: Callable[[str], Any]) -> bool:

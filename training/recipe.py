@@ -6,6 +6,7 @@ Every field is a key of `training/recipes/*.yaml` and a flag of `training/train.
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -80,12 +81,23 @@ class Recipe:
     learning_rate: float = knob("peak learning rate", 6e-4)
     min_learning_rate_ratio: float = knob("last learning rate as a fraction of the peak", 0.1)
     warmup_steps: int = knob("steps of linear warm-up", 715)
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = knob("schedule after the warm-up", "cosine")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = knob(
+        "schedule after the warm-up", "cosine"
+    )
+    decay_steps: int | None = knob(
+        "last steps of warmup_stable_decay, in which the rate falls; a fifth of the run when not given", None
+    )
     weight_decay: float = knob("decoupled weight decay of matrices and embeddings", 0.1)
     adam_beta1: float = knob("AdamW's first beta", 0.9)
     adam_beta2: float = knob("AdamW's second beta", 0.95)
     adam_epsilon: float = knob("AdamW's epsilon", 1e-8)
     max_grad_norm: float = knob("gradients are clipped to this norm; 0 for no clipping", 1.0)
+    max_skipped_steps: int = knob("updates in a row that may be skipped before the run stops", 10)
+    spike_threshold: float = knob(
+        "standard deviations above the mean of spike_window losses that make a loss a spike; 0 for none", 6.0
+    )
+    spike_window: int = knob("losses that a spike is measured against", 128)
+    skip_spikes: bool = knob("skip the update of a spike, which is only logged otherwise", False)
 
     # watching it learn
     logging_steps: int = knob("steps between lines of metrics.jsonl", 10)
@@ -94,6 +106,7 @@ class Recipe:
     sample_steps: int = knob("steps between samples; 0 for only one at the end", 250)
     sample_prompts: list[str] = knob("prompts that are continued; an empty one starts a document", ["", "The"])
     sample_tokens: int = knob("tokens in a sample", 48)
+    profile_steps: str | None = knob("steps that torch's profiler traces, such as 10-12", None)
     report_to: Literal["none", "wandb", "tensorboard"] = knob("tracker that also gets the metrics", "none")
 
     # going on
@@ -121,6 +134,7 @@ class Recipe:
             "logging_steps",
             "eval_tokens",
             "sample_tokens",
+            "max_skipped_steps",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
         for name in (
@@ -132,13 +146,22 @@ class Recipe:
             "seed",
             "weight_decay",
             "max_grad_norm",
+            "spike_threshold",
         ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         per_device = self.per_device_train_batch_size
         self._require("per_device_train_batch_size", per_device == "auto" or per_device >= 1, "at least 1, or auto")
-        for name in ("max_steps", "num_train_epochs", "max_tokens", "save_total_limit", "val_tokens", "n_positions"):
+        for name in (*LENGTHS, "decay_steps", "save_total_limit", "val_tokens", "n_positions"):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "more than 0, or left out")
+        if self.decay_steps is not None and self.lr_scheduler_type != "warmup_stable_decay":
+            raise InputError(
+                f"recipe key decay_steps is {self.decay_steps}, but lr_scheduler_type {self.lr_scheduler_type} decays "
+                "all the way; leave it out, or take lr_scheduler_type warmup_stable_decay"
+            )
+        self._require("spike_window", self.spike_window >= 2, "at least 2, or spike_threshold 0 for no watch over it")
+        steps = self.profile_steps
+        self._require("profile_steps", steps is None or bool(profiled_steps(steps)), "FIRST-LAST, such as 10-12")
         workers = self.preprocessing_num_workers
         self._require("preprocessing_num_workers", workers is None or workers >= 0, "at least 0, or left out")
         for name in ("shard_tokens", "val_tokens"):
@@ -194,6 +217,13 @@ class Recipe:
             for key in dataclasses.fields(Recipe)
             if key.metadata["group"] and key.name in earlier and earlier[key.name] != getattr(self, key.name)
         ]
+
+
+def profiled_steps(text: str) -> range:
+    """The steps that "10-12" or "10" names, counted from 1 as everywhere in the logs; empty when it names none."""
+    found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    return range(first, last + 1) if first else range(0)
 
 
 def field_types() -> dict[str, Any]:

@@ -51,6 +51,14 @@ def find_resume_point(recipe: Recipe) -> Path | None:
     return None
 
 
+def good_checkpoint(output_dir: Path) -> str:
+    """What a run that is stopped says of the checkpoint to go on from."""
+    found = checkpoints(output_dir)
+    if not found:
+        return "there is no checkpoint yet, and it will begin again"
+    return f"the newest good checkpoint is {found[-1]}, and it will go on from there"
+
+
 def _refuse_unusable(output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output_dir {output_dir} is a file, expected a folder; choose another output_dir")

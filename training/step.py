@@ -1,6 +1,6 @@
 """One optimizer step, and one validation, over all processes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from training.data.loader import IGNORED
 from training.documents import document_positions
+from training.guard import skip_update_if
 
 
 class StepResult(NamedTuple):
-    """Mean loss of this process's share of the step, and the gradient's norm before clipping: scalars on the device.
+    """Mean loss of the step over all processes, and the gradient's norm before clipping: scalars on the device.
 
     They stay there: reading them waits for the device, which only a logged step does.
     """
@@ -48,9 +49,12 @@ def train_step(
     learning_rate: float,
     max_grad_norm: float,
     end_of_text_id: int | None = None,
+    judge: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> StepResult:
     """Take `accumulation_steps` batches, average their gradients over all processes, clip, and update the weights.
 
+    The update is left out where `judge`, given loss and norm, returns 1 (`training.guard`). Nothing here waits for the
+    device.
     With an `end_of_text_id`, documents are kept apart (`training.documents`).
     All windows are full, so the plain mean over batches and processes is the mean over the step's tokens.
     """
@@ -69,9 +73,12 @@ def train_step(
     grad_norm = accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
     if isinstance(grad_norm, DTensor):  # of weights that are sharded
         grad_norm = grad_norm.full_tensor()
+    mean_loss = accelerator.reduce(loss, reduction="mean")
+    if judge is not None:
+        skip_update_if(judge(mean_loss, grad_norm), optimizer)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return StepResult(loss, grad_norm)
+    return StepResult(mean_loss, grad_norm)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 The loop calls it on every process, because losses are means over all of them; only the main process writes.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from training.compression import ScoredText
 from training.data.loader import validation_batches, validation_windows
+from training.guard import Verdict
 from training.plan import Plan
 from training.plots import plot_curves
 from training.progress import RunLog, read_metrics
@@ -44,6 +46,7 @@ class Watch:
             total_steps=plan.total_steps,
         )
         self.throughput = Throughput()
+        self.last_validation_is_finite = True
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
         self.text = ScoredText.of_windows(shard, plan.tokenizer, windows=windows, seq_len=recipe.seq_len)
         self._peak = _peak_flops(accelerator)
@@ -90,14 +93,13 @@ class Watch:
 
     def record(self, done: int, loss: Tensor, grad_norm: Tensor, learning_rate: float) -> None:
         """Record step `done`; waits for the device, which steps that are not logged never do."""
-        mean_loss = self.accelerator.reduce(loss, reduction="mean").item()
         norm = grad_norm.item()
         rate = self.throughput.take()
         tokens_per_step = self.plan.batch.tokens_per_step
         values = {
             "step": done,
             "tokens": done * tokens_per_step,
-            "train_loss": mean_loss,
+            "train_loss": loss.item(),
             "learning_rate": learning_rate,
             "grad_norm": norm,
             "tokens_per_second": round(rate, 1),
@@ -106,6 +108,20 @@ class Watch:
         }
         seconds_left = self.throughput.seconds_left((self.plan.total_steps - done) * tokens_per_step)
         self._track(done, self.log.training(values, seconds_left))
+
+    def stands_out(self, verdict: Verdict) -> None:
+        """Record a spike, or an update that was left out, with the samples of its step."""
+        samples = self.plan.batch.sequences_per_step
+        first = (verdict.step - 1) * samples
+        values = {
+            "step": verdict.step,
+            "tokens": verdict.step * self.plan.batch.tokens_per_step,
+            "guard": "skipped" if verdict.skipped else "spike",
+            "loss": verdict.loss,
+            "grad_norm": verdict.grad_norm,
+            "samples": [first, first + samples - 1],
+        }
+        self.log.guarded(values)
 
     def _mfu(self, tokens_per_second: float) -> float | None:
         """Model FLOPs utilisation: the share of the devices' peak that goes into the model's own operations."""
@@ -139,6 +155,7 @@ class Watch:
         )
         with self.pause():
             loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.plan.document_mark)
+        self.last_validation_is_finite = math.isfinite(loss)
         if not record:
             return
         values = {
