@@ -3,20 +3,26 @@
 As a program, for `accelerate launch`: `one_step.py FOLDER PER_DEVICE …` leaves a file of results for each batch size.
 """
 
+import itertools
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from tiny_models import tiny
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
 from training.batch import plan_batch
 from training.build import build_accelerator, prepare
 from training.data.loader import IGNORED
+from training.guard import Guard, Verdict
 from training.recipe import Recipe
 from training.snapshot import bare_model
 from training.step import train_step, validation_loss
@@ -72,10 +78,54 @@ def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
         bare_model(accelerator, model), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
     results = {name: tensor.clone() for name, tensor in whole.items()}
-    results["loss"] = accelerator.reduce(loss, reduction="mean")
+    results["loss"] = loss
     results["norm"] = norm
     results["validation"] = torch.tensor([scored, count], dtype=torch.float64)
     return results
+
+
+def skipped_steps(accelerator: Accelerator) -> dict[str, Tensor]:
+    """Whether a loss that is NaN in the last process only leaves every process's weights, moments and counters alone.
+
+    The first of three steps is an ordinary one, the second has that loss, and the third is an ordinary one again.
+    """
+    model, optimizer = prepare(accelerator, tiny().train(), recipe())
+    found: list[Verdict] = []
+    guard = Guard(accelerator.device, threshold=0.0, window=2, skip_spikes=False, on_verdict=found.append)
+    broken = accelerator.process_index == accelerator.num_processes - 1
+
+    def spoil(module: nn.Module, inputs: object, outputs: Any) -> None:
+        if broken and step == 2:
+            outputs["loss"] = outputs.loss * torch.nan
+
+    bare_model(accelerator, model).register_forward_hook(spoil)
+    states = []
+    for step in (1, 2, 3):
+        ids = tokens(2, seed=accelerator.process_index + 2 * step)
+        train_step(
+            accelerator,
+            model,
+            optimizer,
+            iter([(ids[:, :-1], ids[:, 1:])]),
+            accumulation_steps=1,
+            learning_rate=1e-2,
+            max_grad_norm=0.5,
+            judge=partial(guard.judge, step),
+        )
+        states.append([*_local_state(model, optimizer)])
+    guard.look_at_all()
+    same = [all(map(torch.equal, left, right)) for left, right in itertools.pairwise(states)]
+    told = [verdict.step for verdict in found] == [2] and guard.skipped_in_a_row == 0
+    return {
+        name: accelerator.reduce(torch.tensor(float(value)), reduction="mean")
+        for name, value in {"left_alone": same[0], "moved_on": not same[1], "told": told}.items()
+    }
+
+
+def _local_state(model: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
+    moments = (tensor for state in optimizer.state.values() for tensor in state.values())
+    for tensor in itertools.chain(model.parameters(), moments):
+        yield (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
 def _ragged(batch_size: int, rank: int, num_processes: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -104,4 +154,7 @@ if __name__ == "__main__":
             results["sharded"] = torch.tensor(accelerator.is_fsdp2)
             save_file(results, folder / f"{size}.safetensors")
         accelerator.free_memory()
+    results = skipped_steps(accelerator)
+    if accelerator.is_main_process:
+        save_file(results, folder / "skipped.safetensors")
     accelerator.end_training()

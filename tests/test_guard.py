@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,3 +205,84 @@ def test_no_step_waits_for_the_device(
         assert reads.count == 0
         loss.item()
         assert reads.count == 1
+
+
+# Whole runs
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> None:
+    """Multiply the losses that the guard sees at some steps."""
+    judge = Guard.judge
+    monkeypatch.setattr(
+        Guard, "judge", lambda self, step, loss, norm: judge(self, step, loss * factors.get(step, 1.0), norm)
+    )
+
+
+def test_a_loss_that_is_no_number_is_told_as_it_is_and_training_goes_on(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from gpt2_scratch import GPT2ScratchForCausalLM
+
+    forward, calls = GPT2ScratchForCausalLM.forward, []
+
+    def fail_once(self: Any, *arguments: Any, **keywords: Any) -> Any:
+        outputs = forward(self, *arguments, **keywords)
+        if self.training:
+            calls.append(1)
+            if len(calls) == 6:  # the second of two passes of step 3
+                outputs["loss"] = outputs.loss * math.inf
+        return outputs
+
+    monkeypatch.setattr(GPT2ScratchForCausalLM, "forward", fail_once)
+    recipe = tiny_recipe(max_steps=6, save_steps=0)
+    train(recipe)
+    run = Path(recipe.output_dir)
+    printed = capsys.readouterr().out
+    assert "step 3  update skipped: loss inf  norm nan  samples 16 to 23\n" in printed
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "guard" in line] == [
+        {"step": 3, "tokens": 768, "guard": "skipped", "loss": "Infinity", "grad_norm": "NaN", "samples": [16, 23]}
+    ]
+    assert [line["train_loss"] for line in lines if line["step"] == 3 and "train_loss" in line] == ["Infinity"]
+    assert [line["train_loss"] for line in read_metrics(run) if "train_loss" in line][2] == math.inf
+    assert "3 train inf\n" in (run / "log.txt").read_text()
+    assert (run / "curves.png").stat().st_size > 0
+    assert [line["val_loss"] < 6 for line in lines if "val_loss" in line] == [True]
+
+
+def test_too_many_skipped_updates_in_a_row_name_the_newest_good_checkpoint(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(max_steps=40, save_steps=2, eval_steps=0, sample_steps=0, max_skipped_steps=3)
+    spoil(monkeypatch, {3: math.nan, 4: math.nan, 6: math.nan, 7: math.nan, 8: math.inf})
+    message = r"3 updates in a row were skipped up to step 8, .* the newest good checkpoint is .*step-000002, and"
+    with pytest.raises(InputError, match=message) as caught:
+        train(recipe)
+    assert "\n" not in str(caught.value)
+    # None was saved after step 4 or 6, whose updates were skipped.
+    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000002"]
+    monkeypatch.undo()
+    train(dataclasses.replace(recipe, max_steps=4))
+
+
+def test_a_resumed_run_judges_as_an_unbroken_one(
+    tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_recipe(
+        output_dir=str(tmp_path / "whole"), save_total_limit=None, skip_spikes=True, spike_window=4, spike_threshold=5.0
+    )
+    spoil(monkeypatch, {9: 1.5, 10: math.nan})
+    train(whole)
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "broken" / "recipe.yaml").write_text((tmp_path / "whole" / "recipe.yaml").read_text())
+    shutil.move(tmp_path / "whole" / "checkpoints" / "step-000008", tmp_path / "broken" / "checkpoints")
+    train(broken)
+    told = [
+        [line for line in read_metrics(run) if "guard" in line] for run in (tmp_path / "whole", tmp_path / "broken")
+    ]
+    # Measured against four losses of before the checkpoint: without them, step 9 would not be a spike.
+    assert [(line["step"], line["guard"]) for line in told[0]] == [(9, "skipped"), (10, "skipped")]
+    assert str(told[0]) == str(told[1])  # NaN is not equal to itself
+    model = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    assert model[0] == model[1]

@@ -67,3 +67,6 @@ def test_two_processes_make_no_difference(config: str, one_pass: dict[str, Tenso
         found = load_file(tmp_path / f"{per_device}.safetensors")
         assert found["sharded"].item() == (config == "fsdp2_8xa100")
         assert_same_step(found, one_pass)
+    # A loss that is no number in one process only: all of them skip the update.
+    skipped = load_file(tmp_path / "skipped.safetensors")
+    assert {name: tensor.item() for name, tensor in skipped.items()} == {"left_alone": 1, "moved_on": 1, "told": 1}

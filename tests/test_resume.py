@@ -213,7 +213,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tiny_recipe: M
     recipe = tiny_recipe(max_steps=8, save_steps=4)
     train(dataclasses.replace(recipe, max_steps=4))
     with pytest.raises(
-        InputError, match="updates were skipped, and its validation loss is no finite number; lower .*step-000004, and"
+        InputError, match=r"validation loss is no finite number; lower .*step-000004, and"
     ):
         train(dataclasses.replace(recipe, learning_rate=1e30))
     assert [path.name for path in checkpoints(run_of(recipe))] == ["step-000004"]
