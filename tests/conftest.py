@@ -11,6 +11,8 @@ from small_corpora import WORDS, write_corpus
 
 from training.recipe import Recipe
 
+pytest_plugins = ["hub_client"]
+
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("GPT2_SHARED_DATA", ROOT.parent / "shared" / "data"))
 

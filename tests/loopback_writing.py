@@ -52,7 +52,8 @@ def serve_writing(handler: "_Handler", path: str, body: bytes) -> bool:
         if not wants_to_write or (repository := _may_write(handler, write["kind"], write["repo"])) is None:
             return True
         with handler.server.lock:
-            _write(handler, repository, write["what"], urllib.parse.unquote(write["rest"] or ""), body)
+            name = ("datasets/" if write["kind"] == "dataset" else "") + write["repo"]
+            _write(handler, repository, write["what"], urllib.parse.unquote(write["rest"] or ""), name, body)
     else:
         return False
     return True
@@ -95,14 +96,14 @@ def _may_write(handler: "_Handler", kind: str, name: str) -> Repository | None:
     return None
 
 
-def _write(handler: "_Handler", repository: Repository, what: str, rest: str, body: bytes) -> None:
+def _write(handler: "_Handler", repository: Repository, what: str, rest: str, name: str, body: bytes) -> None:
     if what == "auth-check":
         handler.json({})
     elif what == "preupload":
         files = repository.files(rest)
         handler.json({"files": [_upload_mode(files, asked) for asked in json.loads(body)["files"]]})
     elif what == "commit":
-        _commit(handler, repository, rest, [json.loads(line) for line in body.splitlines()])
+        _commit(handler, repository, rest, name, [json.loads(line) for line in body.splitlines()])
     elif what == "branch":
         start = json.loads(body).get("startingPoint", "main")
         if rest in repository.branches:
@@ -175,7 +176,7 @@ def _store(handler: "_Handler", lfs: "re.Match[str]", body: bytes) -> None:
         handler.respond(200)
 
 
-def _commit(handler: "_Handler", repository: Repository, branch: str, lines: list[dict[str, Any]]) -> None:
+def _commit(handler: "_Handler", repository: Repository, branch: str, name: str, lines: list[dict[str, Any]]) -> None:
     """All of it or nothing."""
     files, summary = dict(repository.files(branch)), ""
     for line in lines:
@@ -197,7 +198,9 @@ def _commit(handler: "_Handler", repository: Repository, branch: str, lines: lis
         else:
             files = {path: content for path, content in files.items() if not path.startswith(value["path"] + "/")}
     oid = repository.commit(branch, files, summary)
-    handler.json({"commitUrl": f"{handler.server.endpoint}/commit/{oid}", "commitOid": oid, "pullRequestUrl": None})
+    handler.json(
+        {"commitUrl": f"{handler.server.endpoint}/{name}/commit/{oid}", "commitOid": oid, "pullRequestUrl": None}
+    )
 
 
 def metadata_errors(wish: dict[str, str]) -> list[str]:

@@ -212,9 +212,7 @@ def test_lines_that_somebody_spoilt_do_not_keep_a_run_from_going_on(tiny_recipe:
 def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=8, save_steps=4)
     train(dataclasses.replace(recipe, max_steps=4))
-    with pytest.raises(
-        InputError, match=r"validation loss is no finite number; lower .*step-000004, and"
-    ):
+    with pytest.raises(InputError, match=r"validation loss is no finite number; lower .*step-000004, and"):
         train(dataclasses.replace(recipe, learning_rate=1e30))
     assert [path.name for path in checkpoints(run_of(recipe))] == ["step-000004"]
 

@@ -1,93 +1,147 @@
-"""The page of a model folder: README.md, the card that the Hub shows."""
+"""Publish by hand: a run, a model folder or a folder of shards becomes a repository on the Hub.
 
-from dataclasses import dataclass
+    python -m training.hub push runs/quickstart --repo_id your-name/my-gpt2 --native
+    python -m training.hub push-shards data/installed-docs --repo_id your-name/my-shards
+
+The token is that of `hf auth login` or HF_TOKEN. Run it again when it was interrupted: what is there is not sent twice.
+"""
+
+import argparse
+import filecmp
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedConfig
+from gpt2_scratch_errors import CommandParser, InputError, run_command
 
-from training.recipe import Recipe
-
-_HUB_DATASETS = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
+_WAY_OUT = "and run the same command again"
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a finished run knows about itself."""
-
-    name: str
-    parameters: int
-    steps: int
-    tokens: int
-    device: str
-    val_loss: float
-    bits_per_byte: float
-    gzip_bits_per_byte: float
-    samples: list[str]
-
-
-def write_model_card(folder: Path, recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> None:
-    """Write `folder/README.md`: metadata for the Hub, how to load the model, its results, recipe and samples."""
-    dataset = _HUB_DATASETS.get(recipe.corpus)
-    data = ModelCardData(
-        language="en",
-        license="mit",
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["gpt2", "gpt2_scratch"],
-        datasets=[dataset] if dataset else None,
-        # A folder is no name that the Hub could link.
-        base_model=recipe.init_from if recipe.init_from and not Path(recipe.init_from).exists() else None,
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's flags."""
+    parser = CommandParser(prog="python -m training.hub", description="Publish a model or shards on the Hub.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    push = commands.add_parser("push", help="a run, a checkpoint or a model folder")
+    push.add_argument("folder", type=Path, metavar="RUN", help="a run, a checkpoint or a model folder")
+    push.add_argument(
+        "--native",
+        action="store_true",
+        help="also as a plain GPT-2, on the branch `native`: for programs without our code",
     )
-    samples = "\n\n".join(f"```text\n{sample.strip()}\n```" for sample in facts.samples)
-    corpus = recipe.corpus if not Path(recipe.corpus).exists() else f"local files ({Path(recipe.corpus).name})"
-    corpus += f" ({recipe.corpus_config})" if recipe.corpus_config else ""
-    # Paths of the machine are nobody's business.
-    local = {"output_dir", "data_dir", "corpus", "tokenizer", "init_from", "resume_from_checkpoint", "sample_prompts"}
-    shown = {key: value for key, value in recipe.to_dict().items() if key not in local and value is not None}
-    knobs = "\n".join(f"| `{key}` | {value} |" for key, value in shown.items())
-    content = f"""---
-{data.to_yaml()}
----
+    shards = commands.add_parser("push-shards", help="a folder of shards, as a dataset to train from")
+    shards.add_argument("folder", type=Path, metavar="DIR", help="a complete folder of shards")
+    for command in (push, shards):
+        command.add_argument("--repo_id", required=True, help="owner/name; made when it does not exist")
+        command.add_argument("--private", action="store_true", help="when it is made now, only for you")
+    return parser
 
-# {facts.name}
 
-A GPT-2 with {facts.parameters / 1e6:.1f}M parameters ({config.n_layer} layers, {config.n_head} heads, width
-{config.n_embd}), trained from {"scratch" if recipe.init_from is None else "an earlier model"} on {corpus}:
-{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in all, on {facts.device}.
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Push as the command line says."""
+    options = build_parser().parse_args(arguments)
+    if options.command == "push":
+        push(options.folder, options.repo_id, private=options.private, native=options.native)
+    else:
+        from training.hub_dataset import push_shards
 
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+        push_shards(options.folder, options.repo_id, private=options.private, say=lambda line: print(line, flush=True))
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
 
-With the `gpt2-scratch` package installed, `import gpt2_scratch` takes the place of `trust_remote_code=True`.
+def push(folder: Path, repo_id: str, *, private: bool, native: bool) -> None:
+    """Push the newest model of a run, or a model folder, and say where it is.
 
-## Results
+    Raises:
+        InputError: it holds no whole model, or the Hub refuses it.
+    """
+    model, step = find_model(folder)
+    _refuse_broken(model)
+    from training.hub_repository import NATIVE, claim, push_folder, refused_in_one_line
+    from training.staging import stage
 
-| On held-out text of the same corpus | |
-| --- | --- |
-| loss, nats per token | {facts.val_loss:.4f} |
-| bits per byte | {facts.bits_per_byte:.4f} |
-| `gzip -9` on the same text, bits per byte | {facts.gzip_bits_per_byte:.4f} |
+    repo_id = claim(repo_id, default_name=folder.name, private=private, way_out=_WAY_OUT)
+    with tempfile.TemporaryDirectory() as place:
+        curves = folder / "curves.png"
+        staged = stage(Path(place) / "model", model, curves=curves)
+        if not (staged / "README.md").exists() and (folder / "recipe.yaml").is_file():
+            _write_card(staged, folder, step)
+        message = f"Step {step:,}" if step is not None else f"Push {model.name}"
+        tag = f"step-{step:06d}" if step is not None else None
+        with refused_in_one_line(repo_id, _WAY_OUT):
+            pushed = push_folder(staged, repo_id, message=message, tag=tag, with_native=native)
+            if native:
+                from gpt2_scratch.export import export
 
-![Loss against tokens](curves.png)
+                export(str(staged), Path(place) / "native", "gpt2")
+                push_folder(Path(place) / "native", repo_id, message=message, branch=NATIVE)
+    print(f"{model} is on the Hub: {repo_id}" + (f", tag {tag}" if tag else ""))
+    if native:
+        print(f'as a plain GPT-2: from_pretrained("{repo_id}", revision="{NATIVE}")')
+    if pushed.card_kept:
+        print("the card was edited on the Hub: its text is kept, and only the generated sections are new")
 
-## Samples
 
-{samples}
+def find_model(folder: Path) -> tuple[Path, int | None]:
+    """The newest model in a run, or the folder itself; and its step where that is known.
 
-## Recipe
+    Raises:
+        InputError: there is none.
+    """
+    from training.checkpoint import checkpoints
 
-| key | value |
-| --- | --- |
-{knobs}
+    if not folder.is_dir():
+        raise InputError(f"expected a run or a model folder, found no folder {folder}; check the path")
+    saved = checkpoints(folder)
+    found = [path for path in (*saved, folder / "model", folder) if (path / "config.json").is_file()]
+    if not found:
+        raise InputError(
+            f"expected a run or a model folder, found neither config.json nor checkpoints in {folder}; "
+            "name a folder such as runs/quickstart"
+        )
+    if folder in found:
+        return folder, _step_of(folder)
+    newest = found[-1]
+    if saved and newest not in saved:
+        made, last = newest / "model.safetensors", saved[-1] / "model.safetensors"
+        if made.is_file() and last.is_file() and filecmp.cmp(made, last, shallow=False):
+            return newest, _step_of(saved[-1])
+        # A run that was extended and died before its end has an older model.
+        newer = (saved[-1] / "config.json").stat().st_mtime > (newest / "config.json").stat().st_mtime
+        newest = saved[-1] if newer else newest
+    return newest, _step_of(newest)
 
-## Limits
 
-A base model: it continues text, with the facts, gaps and biases of its corpus, and nothing was done to make it safe or
-truthful.
-"""
-    ModelCard(content).save(folder / "README.md")
+def _step_of(folder: Path) -> int | None:
+    from training.checkpoint import TrainerState
+
+    return TrainerState.read(folder).step if (folder / "training_state").is_dir() else None
+
+
+def _refuse_broken(model: Path) -> None:
+    """Look through config and headers of the weights, so that nothing half-written is published."""
+    import torch
+
+    from gpt2_scratch.configuration_gpt2_scratch import GPT2ScratchConfig
+    from gpt2_scratch.export import check_weights, read_config, weight_files
+
+    config, model_class = read_config(model)
+    with torch.device("meta"):
+        skeleton = model_class(GPT2ScratchConfig.from_dict({**config, "attn_implementation": "eager"}))
+    check_weights(model, weight_files(model), skeleton)
+
+
+def _write_card(staged: Path, run: Path, step: int | None) -> None:
+    """Write the card of a checkpoint, whose run did not come to its end, from the run's files."""
+    from transformers import AutoConfig
+
+    import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
+    from training.card import write_model_card
+    from training.facts import count_parameters, run_facts
+    from training.recipe import load_recipe
+
+    recipe = load_recipe(run / "recipe.yaml")
+    facts = run_facts(recipe, run, steps=step or 0, parameters=count_parameters(staged))
+    write_model_card(staged, recipe, facts, AutoConfig.from_pretrained(staged))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,17 +18,18 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2_scratch_errors import InputError
 from training.build import build_accelerator, build_model, prepare
+from training.card import RunFacts, earlier_card, write_model_card
 from training.checkpoint import copy_model, load_checkpoint, publish, skeleton_of
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
 from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
 from training.documents import attention_for
+from training.facts import run_facts
 from training.fitting import fitted
 from training.guard import Guard, Verdict
-from training.hub import RunFacts, write_model_card
 from training.plan import Plan, plan_run
 from training.profiling import NoTrace, StepTrace, TraceOf
-from training.progress import read_metrics
+from training.publishing import Publishing
 from training.recipe import Recipe, profiled_steps
 from training.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
 from training.saving import Saving
@@ -118,6 +121,10 @@ class Run:
             loop_state=self.loop_state,
             before_it_counts=self.log.flush_to_disk,
         )
+        self.publishing: Publishing | None = None
+        if plan.repo_id is not None:
+            self.publishing = Publishing(recipe, plan.repo_id, say=self.log.say, write_card=self._write_card)
+            self.saving.on_saved.append(self._push)
 
     def take_steps(self) -> None:
         """Train from the first step that is missing to the last."""
@@ -163,8 +170,8 @@ class Run:
                 self.watch.sample(done)
             if self.saving.due(done) and self._weights_are_good(done):
                 with self.watch.pause():
-                    self.saving.save(done)
                     self.watch.draw_curves(plan.output_dir)
+                    self.saving.save(done)
 
     def _stands_out(self, verdict: Verdict) -> None:
         """Tell of a spike or of an update that was left out, and stop where too many of them were."""
@@ -233,27 +240,39 @@ class Run:
         samples = self.watch.sample(plan.total_steps, show=False)
         if not self.accelerator.is_main_process:
             return
-        last = [line for line in read_metrics(plan.output_dir) if "val_loss" in line][-1]
         unfinished = plan.output_dir / ".unfinished-model"
         shutil.rmtree(unfinished, ignore_errors=True)
-        facts = RunFacts(
-            name=plan.output_dir.name,
-            parameters=self.parameters,
-            steps=plan.total_steps,
-            tokens=plan.total_steps * plan.batch.tokens_per_step,
-            device=device_name(self.accelerator.device),
-            val_loss=last["val_loss"],
-            bits_per_byte=last["bits_per_byte"],
-            gzip_bits_per_byte=self.watch.text.gzip_bits_per_byte(plan.tokenizer),
-            samples=samples,
-        )
+        gzip_bits_per_byte = self.watch.text.gzip_bits_per_byte(plan.tokenizer)
+        facts = self._facts(plan.total_steps, samples=samples, gzip_bits_per_byte=gzip_bits_per_byte)
         assert self.saving.newest is not None  # the last step's
         copy_model(self.saving.newest, unfinished)
         self.watch.draw_curves(plan.output_dir)
         self.watch.draw_curves(unfinished)
-        write_model_card(unfinished, plan.recipe, facts, self.config)
-        publish(unfinished, plan.output_dir / "model")
+        model = plan.output_dir / "model"
+        write_model_card(unfinished, plan.recipe, facts, self.config, kept=earlier_card(model))
+        publish(unfinished, model)
         self.log.say(summary_text(plan.output_dir, facts, prompt=prompts[0] if prompts else ""))
+        if self.publishing is not None:
+            self.publishing.finish(model, plan.total_steps, self.saving.newest)
+
+    def _push(self, checkpoint: Path, step: int) -> None:
+        # The last one is pushed as the model folder.
+        if self.publishing is not None and step < self.plan.total_steps:
+            self.publishing.on_saved(checkpoint, step)
+
+    def _write_card(self, folder: Path, step: int) -> None:
+        write_model_card(folder, self.plan.recipe, self._facts(step, samples=self.watch.latest_samples), self.config)
+
+    def _facts(self, step: int, **more: Any) -> RunFacts:
+        return run_facts(
+            self.plan.recipe,
+            self.plan.output_dir,
+            steps=step,
+            parameters=self.parameters,
+            device=device_name(self.accelerator.device),
+            devices=self.accelerator.num_processes,
+            **more,
+        )
 
     def close(self) -> None:
         """End the trackers and close the files, and leave the group of processes."""

@@ -20,6 +20,7 @@ from training.data.request import ShardRequest
 from training.data.shards import ShardFolder, holds_foreign_shards
 from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.data.workers import usable_cpus
+from training.publishing import claim_repository
 from training.recipe import Recipe
 from training.resume import find_resume_point
 
@@ -39,6 +40,7 @@ class Plan:
         total_steps: where the run ends.
         resume_from: the checkpoint to go on from.
         first_step: steps that it has behind it.
+        repo_id: the repository on the Hub that the first process pushes to.
     """
 
     recipe: Recipe
@@ -48,6 +50,7 @@ class Plan:
     total_steps: int
     resume_from: Path | None
     first_step: int
+    repo_id: str | None = None
 
     @property
     def folder(self) -> ShardFolder:
@@ -88,6 +91,8 @@ def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
     """
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
+    # Before the data, which may take minutes to come.
+    repo_id = claim_repository(recipe) if recipe.push_to_hub and os.environ.get("RANK", "0") == "0" else None
     folder, tokenizer = open_data(recipe, producer)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
     # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
@@ -109,7 +114,7 @@ def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
             f"{resume_from} is {first_step:,} steps long, and the run was asked to end after {end:,}; "
             "give it a later end, or choose another output_dir"
         )
-    return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step)
+    return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step, repo_id)
 
 
 def batch_of(recipe: Recipe) -> BatchPlan:

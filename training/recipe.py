@@ -114,6 +114,15 @@ class Recipe:
     save_total_limit: int | None = knob("checkpoints that are kept; all when not given", 2)
     resume_from_checkpoint: str = knob("auto (the newest of output_dir), none, or a checkpoint folder", "auto")
 
+    # publishing
+    push_to_hub: bool = knob("put the weights on the Hub while training; the token is HF_TOKEN's or the login's", False)
+    hub_model_id: str | None = knob("repository as owner/name; the name of output_dir when not given", None)
+    hub_private_repo: bool = knob("make the repository private, if it does not exist yet", False)
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = knob(
+        "push at the end, every checkpoint, or every checkpoint with the state to go on from as last-checkpoint/",
+        "every_save",
+    )
+
     # the machine
     mixed_precision: Literal["auto", "no", "bf16"] = knob("auto takes bf16 where the hardware has it", "auto")
     compile: bool = knob("torch.compile the model", False)

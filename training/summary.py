@@ -7,7 +7,7 @@ from shlex import quote
 
 import torch
 
-from training.hub import RunFacts
+from training.card import RunFacts
 
 
 def device_name(device: torch.device) -> str:

@@ -47,6 +47,7 @@ class Watch:
         )
         self.throughput = Throughput()
         self.last_validation_is_finite = True
+        self.latest_samples: list[str] = []
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
         self.text = ScoredText.of_windows(shard, plan.tokenizer, windows=windows, seq_len=recipe.seq_len)
         self._peak = _peak_flops(accelerator)
@@ -192,6 +193,7 @@ class Watch:
             )
         self.log.samples(done, texts, show=show)
         self._track(done, {"samples": "\n\n".join(texts)})
+        self.latest_samples = texts
         return texts
 
     def draw_curves(self, folder: Path) -> None:

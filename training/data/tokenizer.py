@@ -123,16 +123,35 @@ class Tokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer that `spec` names: "gpt2", or a folder with a `tokenizer.json`.
+    """Return the tokenizer that `spec` names: "gpt2", a folder with a `tokenizer.json`, or a Hub dataset with one.
 
     Raises:
-        InputError: there is no such tokenizer, or GPT-2's files are neither cached nor to be had.
+        InputError: there is no such tokenizer, or its files are neither cached nor to be had.
     """
     if spec == "gpt2":
         return _load_gpt2()
     if parse_train_spec(spec) is not None:
         raise InputError(f"expected a tokenizer that exists, found '{spec}'; only preparing a corpus trains one")
+    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not Path(spec).exists():
+        return _load_from_hub(spec)
     return Tokenizer.load(spec)
+
+
+def _load_from_hub(repo_id: str) -> Tokenizer:
+    """Return the tokenizer that lies beside the shards of a dataset."""
+    from huggingface_hub import snapshot_download
+
+    from training.data.patience import network_errors
+
+    try:
+        files = ["tokenizer.json", "tokenizer_config.json"]
+        folder = snapshot_download(repo_id, repo_type="dataset", allow_patterns=files)
+    except network_errors() as error:
+        raise InputError(
+            "expected the tokenizer gpt2, a folder with tokenizer.json or a dataset of the Hub with one, found no "
+            f"folder {repo_id}, and on the Hub {type(error).__name__}; check the path"
+        ) from None
+    return Tokenizer.load(folder)
 
 
 def parse_train_spec(spec: str) -> int | None:

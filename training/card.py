@@ -1,0 +1,260 @@
+"""The page of a model folder: README.md, the card that the Hub shows, made from what the run knows.
+
+What is generated stands between marks, and only that is replaced when the card is written again: what a person wrote
+around it, here or on the Hub, stays, and so do the metadata that a person changed.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+from evaluation.references import VALIDATION_LOSS, Reference
+from training.card_merging import merged, section
+from training.costs import running_costs
+from training.data.corpus import HUB_CORPORA
+from training.data.reporting import spelled
+from training.recipe import Recipe
+
+PLACE = "path/to/this/folder"  # until the model has an id
+
+# Paths of the machine are nobody's business, nor is where the run stood when it was started.
+_NOT_SHOWN = {
+    *("output_dir", "data_dir", "corpus", "tokenizer", "init_from", "resume_from_checkpoint", "sample_prompts"),
+    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "report_to"),
+}
+_LIMITS = {
+    "fineweb": """The text is English of the web (Common Crawl of 2013 to 2024, filtered and deduplicated by FineWeb):
+its opinions, prejudices and mistakes are in the model, and so may be names and addresses that stood on public pages.
+Other languages, code and anything that happened later are hardly in it.""",
+    "installed-docs": """The text is the documentation of Python packages: the model knows their vocabulary and their
+tone, and little else.""",
+}
+_LIMITS["fineweb-edu"] = f"""{_LIMITS["fineweb"]} Pages were chosen by a classifier for educational value, which favours
+the manner of schoolbooks, and the subjects and dialects that they treat."""
+_OTHER_LIMITS = "Its corpus is named above; whatever is missing, wrong or one-sided there is so in the model."
+
+
+@dataclass(frozen=True)
+class Score:
+    """One measured figure.
+
+    Attributes:
+        metric: the Hub's name of the metric.
+        name: what was measured, protocol included.
+        value: as measured.
+        dataset_type, dataset_name: what it was measured on, as an id of the Hub where there is one, and in words.
+        references: published figures of OpenAI's models by the same protocol.
+    """
+
+    metric: str
+    name: str
+    value: float
+    dataset_type: str
+    dataset_name: str
+    references: tuple[Reference, ...] = ()
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run knows about itself.
+
+    Attributes:
+        name: of the run.
+        device, devices: what it ran on, and on how many of them.
+        seconds: of training, without validation, samples and saving; None when nothing was logged.
+        val_loss, bits_per_byte: of the last validation; None before the first.
+        gzip_bits_per_byte: what `gzip -9` needs for the same text.
+        samples: drawn last.
+        gpt2_tokens: whether the tokenizer is GPT-2's, without which losses per token cannot be compared.
+        scores: of the evaluation tasks.
+    """
+
+    name: str
+    parameters: int
+    steps: int
+    tokens: int
+    device: str
+    val_loss: float | None
+    bits_per_byte: float | None
+    gzip_bits_per_byte: float | None
+    samples: list[str]
+    devices: int = 1
+    seconds: float | None = None
+    gpt2_tokens: bool = False
+    scores: list[Score] = field(default_factory=list)
+
+
+def write_model_card(
+    folder: Path, recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, kept: str | None = None
+) -> None:
+    """Write `folder/README.md`: metadata for the Hub, how to load the model, its results, recipe and samples.
+
+    Args:
+        folder: holds the model.
+        recipe: of the run.
+        facts: what the run knows.
+        config: of the model.
+        kept: an earlier card, whose text around the generated sections stays.
+    """
+    card = model_card(recipe, facts, config)
+    ModelCard(merged(card, kept) if kept is not None else card, ignore_metadata_errors=True).save(folder / "README.md")
+
+
+def earlier_card(folder: Path) -> str | None:
+    """The card that a model folder has; a person may have edited it."""
+    path = folder / "README.md"
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+
+
+def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
+    """The whole card as a run generates it."""
+    scores = _scores(recipe, facts)
+    local = recipe.init_from is not None and Path(recipe.init_from).exists()
+    dataset = _hub_dataset(recipe)
+    data = ModelCardData(
+        language="en",
+        license="mit",
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["gpt2", "gpt2_scratch"],
+        datasets=[dataset] if dataset else None,
+        base_model=recipe.init_from if not local else None,  # a folder is no name that the Hub could link
+        model_name=facts.name,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                dataset_type=score.dataset_type,
+                dataset_name=score.dataset_name,
+                metric_type=score.metric,
+                metric_name=score.name,
+                metric_value=round(score.value, 4),
+            )
+            for score in scores
+        ],
+    )
+    metadata = data.to_dict()
+    metadata.pop("model_name", None)
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n# {facts.name}\n",
+        section("summary", _summary(recipe, facts, config)),
+        "## Use\n",
+        section("use", _USE),
+        "## Results\n",
+        section("results", _results(facts, scores)),
+        "## Samples\n",
+        section("samples", _samples(facts)),
+        "## Training\n",
+        section("training", _training(recipe, facts)),
+        "## Limits\n",
+        section("limits", _limits(recipe)),
+    ]
+    return "\n".join(parts)
+
+
+def _hub_dataset(recipe: Recipe) -> str | None:
+    if recipe.corpus in HUB_CORPORA:
+        return HUB_CORPORA[recipe.corpus]
+    return recipe.corpus if recipe.corpus.count("/") == 1 and not Path(recipe.corpus).exists() else None
+
+
+def _corpus(recipe: Recipe) -> str:
+    corpus = f"local files ({Path(recipe.corpus).name})" if Path(recipe.corpus).exists() else recipe.corpus
+    dataset = _hub_dataset(recipe)
+    corpus = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else corpus
+    return corpus + (f" ({recipe.corpus_config})" if recipe.corpus_config else "")
+
+
+def _scores(recipe: Recipe, facts: RunFacts) -> list[Score]:
+    """The figures of the validation text, and then those of the tasks."""
+    if facts.val_loss is None:
+        return facts.scores
+    dataset = _hub_dataset(recipe) or recipe.corpus
+    kind = dataset if _hub_dataset(recipe) else "text"
+    name = f"held-out text of {_hub_dataset(recipe) or Path(recipe.corpus).name}"
+    published = VALIDATION_LOSS.get(recipe.corpus, ()) if facts.gpt2_tokens else ()
+    windows = f"windows of {recipe.seq_len:,} tokens side by side"
+    found = [Score("loss", f"loss, nats per token, {windows}", facts.val_loss, kind, name, tuple(published))]
+    if facts.bits_per_byte is not None:
+        found.append(Score("bits_per_byte", f"bits per byte of UTF-8, {windows}", facts.bits_per_byte, kind, name))
+    return [*found, *facts.scores]
+
+
+def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
+    start = "scratch" if recipe.init_from is None else "an earlier model"
+    return f"""A GPT-2 with {facts.parameters / 1e6:.1f}M parameters ({config.n_layer} layers, {config.n_head} heads,
+width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {_corpus(recipe)}:
+{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in all, on {facts.device}."""
+
+
+_USE = f"""```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{PLACE}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
+print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=40)[0]))
+```
+
+With the `gpt2-scratch` package installed, `import gpt2_scratch` takes the place of `trust_remote_code=True`."""
+
+
+def _results(facts: RunFacts, scores: list[Score]) -> str:
+    if not scores:
+        return "Nothing was measured yet.\n\n![Loss against tokens](curves.png)"
+    sizes = sorted({reference.size for score in scores for reference in score.references}, key=_SIZES.index)
+    heading = ["measured", "this model", *(f"OpenAI GPT-2 {size}" for size in sizes)]
+    rows = [heading, ["---"] * len(heading)]
+    for score in scores:
+        published = {reference.size: f"{reference.value:.4f}" for reference in score.references}
+        rows.append(
+            [
+                f"{score.dataset_name}: {score.name}",
+                f"{score.value:.4f}",
+                *(published.get(size, "") for size in sizes),
+            ]
+        )
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    sources = sorted({reference.source for score in scores for reference in score.references})
+    text = f"{table}\n"
+    if sources:
+        text += f"\nOpenAI's figures are by the same protocol on the same text; from {'; '.join(sources)}.\n"
+    if facts.gzip_bits_per_byte is not None:
+        text += f"\n`gzip -9` needs {facts.gzip_bits_per_byte:.4f} bits per byte for the held-out text.\n"
+    return text + "\n![Loss against tokens](curves.png)"
+
+
+_SIZES = ("124M", "355M", "774M", "1.5B")
+
+
+def _samples(facts: RunFacts) -> str:
+    if not facts.samples:
+        return "None was drawn yet."
+    return "\n\n".join(f"```text\n{sample.strip().replace('```', '` ` `')}\n```" for sample in facts.samples)
+
+
+def _training(recipe: Recipe, facts: RunFacts) -> str:
+    shown = {key: value for key, value in recipe.to_dict().items() if key not in _NOT_SHOWN and value is not None}
+    knobs = "\n".join(f"| `{key}` | {value} |" for key, value in shown.items() if not _is_path(value))
+    many = f"{facts.devices} × " if facts.devices > 1 else ""
+    lines = [f"- Hardware: {many}{facts.device}", f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps"]
+    if facts.seconds is not None:
+        lines.append(
+            f"- Time: {spelled(facts.seconds)} of training steps ({facts.tokens / facts.seconds:,.0f} tokens/s); "
+            "validation, samples and checkpoints come on top"
+        )
+        lines += [f"- {line}" for line in running_costs(facts.device, facts.devices, facts.seconds)]
+    return "\n".join(lines) + f"\n\n| key of the recipe | value |\n| --- | --- |\n{knobs}"
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and (value.startswith(("/", "~", ".")) or Path(value).exists())
+
+
+def _limits(recipe: Recipe) -> str:
+    own = _LIMITS.get(recipe.corpus, _OTHER_LIMITS)
+    return f"""A base model: it continues text, and says what is likely there rather than what is true. Nothing was done
+to make it safe, polite or helpful, and it should not face the public or decide anything about people as it is.
+
+{own}"""

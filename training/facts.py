@@ -1,0 +1,73 @@
+"""What a run's files tell of it: the last figures, the hours, the tokens."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from training.card import RunFacts
+from training.progress import read_metrics
+from training.recipe import Recipe
+
+
+def run_facts(
+    recipe: Recipe,
+    output_dir: Path,
+    *,
+    steps: int,
+    parameters: int,
+    device: str = "hardware that was not recorded",
+    devices: int = 1,
+    gzip_bits_per_byte: float | None = None,
+    samples: list[str] | None = None,
+) -> RunFacts:
+    """What is known of a run after so many steps.
+
+    Args:
+        recipe: of the run.
+        output_dir: its folder, with metrics.jsonl.
+        steps: taken.
+        parameters: of the model.
+        device, devices: what it runs on.
+        gzip_bits_per_byte: of the validation text, where that was measured.
+        samples: drawn last.
+    """
+    lines = [line for line in read_metrics(output_dir) if line["step"] <= steps]
+    validation: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
+    return RunFacts(
+        name=output_dir.resolve().name,
+        parameters=parameters,
+        steps=steps,
+        tokens=steps * recipe.tokens_per_step,
+        device=device,
+        devices=devices,
+        seconds=training_seconds([line for line in lines if "train_loss" in line]),
+        val_loss=validation.get("val_loss"),
+        bits_per_byte=validation.get("bits_per_byte"),
+        gzip_bits_per_byte=gzip_bits_per_byte,
+        samples=samples or [],
+        gpt2_tokens=recipe.tokenizer == "gpt2",
+    )
+
+
+def training_seconds(lines: list[dict[str, float]]) -> float | None:
+    """Seconds of training steps by logged lines of a run's metrics, each with its tokens so far and its rate.
+
+    A run that went on elsewhere, or that was stopped in between, counts the seconds that it worked.
+    """
+    seconds, tokens = 0.0, 0.0
+    for line in lines:
+        if line.get("tokens_per_second"):
+            seconds += (line["tokens"] - tokens) / line["tokens_per_second"]
+        tokens = line["tokens"]
+    return seconds or None
+
+
+def count_parameters(model: Path) -> int:
+    """Parameters in a model folder, by the headers of its weights; tied ones stand there once."""
+    count = 0
+    for path in model.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as weights:
+            count += sum(math.prod(weights.get_slice(key).get_shape()) for key in weights.keys())  # noqa: SIM118
+    return count

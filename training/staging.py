@@ -1,0 +1,74 @@
+"""What is pushed, in a folder of its own made of hard links: it costs no space, and stays when a checkpoint is pruned.
+
+No training state goes along, unless asked for as `last-checkpoint/`, and no path of this machine: keys of JSON files
+that hold one are left out.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+LAST_CHECKPOINT = "last-checkpoint"
+
+_STATE = "training_state"
+_LARGEST_JSON = 1_000_000  # bytes; a tokenizer is larger, and holds words only
+
+
+def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path | None = None) -> Path:
+    """Make `target` what is to be pushed of a model folder or checkpoint.
+
+    Args:
+        target: does not exist, or holds what a dead process left.
+        model: a folder that is whole.
+        curves: its picture, where the folder has none.
+        state: a checkpoint that goes along whole, to go on from.
+    """
+    shutil.rmtree(target, ignore_errors=True)
+    _carry(model, target, without=_STATE)
+    if curves is not None and curves.is_file() and not (target / curves.name).exists():
+        _link(curves, target / curves.name)
+    if state is not None:
+        _carry(state, target / LAST_CHECKPOINT)
+    return target
+
+
+def _carry(source: Path, target: Path, *, without: str | None = None) -> None:
+    for path in sorted(source.rglob("*")):
+        name = path.relative_to(source)
+        if any(part.startswith(".") or part in (without, "__pycache__") for part in name.parts) or not path.is_file():
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        _link(path, target / name)
+        if path.suffix == ".json" and path.stat().st_size < _LARGEST_JSON:
+            _without_places(target / name)
+
+
+def _link(path: Path, target: Path) -> None:
+    try:
+        os.link(path.resolve(), target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(path, target)
+
+
+def _without_places(path: Path) -> None:
+    """Rewrite a JSON file without keys whose value is an absolute path; the file it was linked to stays as it is."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return
+    cleaned = _cleaned(content)
+    if cleaned != content:
+        path.unlink()
+        path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _cleaned(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _cleaned(value) for key, value in content.items() if not _is_place(value)}
+    return [_cleaned(value) for value in content] if isinstance(content, list) else content
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, str) and len(value) > 1 and (value.startswith("~") or Path(value).is_absolute())
