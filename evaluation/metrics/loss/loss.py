@@ -1,0 +1,33 @@
+"""Loss in nats with its standard error and 95 % interval."""
+
+from typing import Any
+
+import datasets
+import evaluate
+
+from evaluation.standard_errors import Z, ratio_of_sums
+
+_DESCRIPTION = """The negative log-likelihood for each token, or whatever else is counted, in nats.
+
+Returns `loss`, `stderr` (delta method over the items; None for a single one) and `interval`, 95 % of a normal
+distribution.
+"""
+
+
+class Loss(evaluate.Metric):
+    """Sum of losses over sum of counts."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION,
+            citation="",
+            inputs_description="predictions: log-likelihoods in nats, of an item each; references: their tokens",
+            features=datasets.Features(
+                {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions: list[float], references: list[int]) -> dict[str, Any]:
+        loss, stderr = ratio_of_sums([-value for value in predictions], references)
+        interval = None if stderr is None else [loss - Z * stderr, loss + Z * stderr]
+        return {"loss": loss, "stderr": stderr, "interval": interval}
