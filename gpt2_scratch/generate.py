@@ -44,8 +44,22 @@ class CountingStreamer(TextStreamer):
         super().put(value)
 
 
-def load(model_id: str, device: str) -> tuple[Any, Any]:
+def load(
+    model_id: str,
+    device: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Any, Any]:
     """Return the model, in evaluation mode and on `device`, and its tokenizer.
+
+    Args:
+        model_id: a folder or a Hub id.
+        device: "cpu", "cuda:1".
+        revision: branch, tag or commit on the Hub.
+        dtype: of the weights; the checkpoint's own when None.
+        trust_remote_code: run the code that the folder or repository carries.
 
     Raises:
         InputError: when there is no such folder or repository, or no model or tokenizer in it.
@@ -54,13 +68,15 @@ def load(model_id: str, device: str) -> tuple[Any, Any]:
         raise InputError(f"expected --model to be a folder or Hub id, found no folder {model_id!r}; check the path")
     found = {}
     # Weights of another shape are reported like missing ones, and refused below.
-    report = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    report = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype or "auto"}
     for part, auto_class, kwargs in (
         ("causal language model", AutoModelForCausalLM, report),
         ("tokenizer", AutoTokenizer, {}),
     ):
         try:
-            found[part] = auto_class.from_pretrained(model_id, trust_remote_code=False, **kwargs)
+            found[part] = auto_class.from_pretrained(
+                model_id, revision=revision, trust_remote_code=trust_remote_code, **kwargs
+            )
         except UNREADABLE as error:
             lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
             # The first line of most messages says it, that of a config's field only which field.

@@ -1,0 +1,166 @@
+"""What `python -m evaluation.run --model … --tasks …` does, behind its command line."""
+
+import argparse
+import datetime
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from evaluation.atomic import write_whole
+from evaluation.encoder import HubEncoder
+from evaluation.figures import load_metrics
+from evaluation.finished import FinishedItems, items_path, refuse_another_model, weights_fingerprint
+from evaluation.judging import agreed, judge, read_items
+from evaluation.report import markdown_table, terminal_table
+from evaluation.results import Results, read_results
+from evaluation.scoring import n_positions_of
+from gpt2_scratch.generate import load
+from gpt2_scratch_errors import InputError
+
+_PROCESS_TIMEOUT = datetime.timedelta(hours=6)  # one process downloads while the others wait
+
+
+def evaluate_model(options: argparse.Namespace) -> None:
+    """Judge the model, print the table, and write what was asked for.
+
+    Args:
+        options: as `evaluation.run.parse` gives them.
+
+    Raises:
+        InputError: the model, the data or a place for results cannot be used.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    accelerator = Accelerator(
+        # Told so outright: several CPU processes would otherwise not find each other.
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)],
+    )
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":  # launchers say so
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    try:
+        _evaluate(options, accelerator)
+    finally:
+        accelerator.end_training()
+
+
+def _evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
+    agreed(accelerator, lambda: _check_places(options))
+    agreed(accelerator, lambda: load_metrics(options.tasks))
+    # One process downloads, the others of its machine find it in the cache.
+    with accelerator.local_main_process_first():
+        model, tokenizer = load(
+            options.model,
+            str(accelerator.device),
+            revision=options.revision,
+            dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
+            trust_remote_code=options.trust_remote_code,
+        )
+    started, begin = datetime.datetime.now(datetime.UTC).astimezone(), time.perf_counter()
+    weights, dtype = weights_fingerprint(model), str(model.dtype).removeprefix("torch.")
+    if options.output is not None:
+        agreed(accelerator, lambda: _refuse_other_results(options.output, weights, dtype))
+    n_positions = n_positions_of(model)
+    with accelerator.local_main_process_first():
+        items = read_items(options.tasks, options.data_dir, HubEncoder(tokenizer), n_positions, options.limit)
+    finished = _finished(options, accelerator, weights, dtype)
+    try:
+        judged = [
+            judge(
+                model,
+                task,
+                items[task.full_name],
+                accelerator=accelerator,
+                tokens_per_batch=options.tokens_per_batch,
+                finished=finished,
+                show=True,
+            )
+            for task in options.tasks
+        ]
+    finally:
+        if finished is not None:
+            finished.close()
+    if not accelerator.is_main_process:
+        return
+    results = Results(
+        model=options.model,
+        revision=options.revision,
+        commit=getattr(model.config, "_commit_hash", None),
+        weights=weights,
+        parameters=model.num_parameters(),
+        n_positions=n_positions,
+        dtype=dtype,
+        device=_device_name(accelerator.device),
+        processes=accelerator.num_processes,
+        data_dir=None if options.data_dir is None else str(options.data_dir),
+        limit=options.limit,
+        started=started.isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - begin, 3),
+        tasks=judged,
+    )
+    print(terminal_table(results))
+    _write(results, options)
+
+
+def _finished(options: argparse.Namespace, accelerator: Accelerator, weights: str, dtype: str) -> FinishedItems | None:
+    """Return the finished items on the main process, None on others and without --output."""
+    opened: list[FinishedItems] = []
+
+    def open_on_the_main_process() -> None:
+        opened.append(FinishedItems(items_path(options.output), model=options.model, weights=weights, dtype=dtype))
+
+    if options.output is not None:
+        agreed(accelerator, open_on_the_main_process)
+    return opened[0] if opened else None
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Refuse places that nothing can be written to, before the hours that come first."""
+    for flag in ("output", "markdown", "plot"):
+        path: Path | None = getattr(options, flag)
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"expected --{flag} in a folder, found {error}; choose another place") from None
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"expected --{flag} where files can be written, found {path.parent}; choose another place")
+        if path.is_dir():
+            raise InputError(f"expected --{flag} to be a file, found the folder {path}; name a file in it")
+
+
+def _refuse_other_results(output: Path, weights: str, dtype: str) -> None:
+    """Refuse to write over results of another model, or over another file."""
+    if output.exists():
+        found = read_results(output)
+        refuse_another_model(output, vars(found), weights, dtype)
+
+
+def _write(results: Results, options: argparse.Namespace) -> None:
+    """Write results.json, the table and the chart, and say where they are."""
+    markdown: Path | None = options.markdown or (options.output and options.output.with_suffix(".md"))
+    try:
+        if options.output is not None:
+            results.write(options.output, with_items=options.save_items)
+        if markdown is not None:
+            write_whole(markdown, lambda stream: stream.write(markdown_table(results).encode()))
+        if options.plot is not None:
+            from evaluation.chart import plot_results
+
+            plot_results(options.plot, results)
+    except OSError as error:
+        raise InputError(f"expected to write the results, found {error}; free the place, or choose another") from None
+    written = [str(path) for path in (options.output, markdown, options.plot) if path is not None]
+    if written:
+        print(f"\nwrote {', '.join(written)}")
+
+
+def _device_name(device: Any) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

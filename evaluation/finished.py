@@ -1,0 +1,129 @@
+"""Items that were scored already: a line each in a file beside the results, written as they finish.
+
+Whoever is killed in the middle goes on behind the last whole line. An item is known by what it asks and under which
+protocol, so another limit, more tasks or a mended data file cost only the items that are new; the model is known by
+its weights, so that one that was trained further never inherits results.
+"""
+
+import array
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from evaluation.items import Generation, Item, Task
+from gpt2_scratch_errors import InputError
+
+_SAMPLED = 1024  # values of each weight that stand for it
+
+
+def items_path(output: Path) -> Path:
+    """Return where the finished items of `results.json` are kept: `results.items.jsonl`."""
+    return output.with_suffix(".items.jsonl")
+
+
+def weights_fingerprint(model: Any) -> str:
+    """Return a hash of values all over the model's weights: a step of training changes it, a device does not."""
+    import torch
+
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // _SAMPLED)
+        digest.update(flat[::step].to(torch.float64).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def item_key(task: Task, item: Item) -> str:
+    """Return a hash of all that an item's record depends on but the model."""
+    digest = hashlib.blake2b(f"{task.full_name} {item.index} {item.gold!r}".encode(), digest_size=12)
+    for request in item.requests:
+        digest.update(array.array("Q", request.context).tobytes())
+        if isinstance(request, Generation):
+            digest.update(f" + {request.max_new_tokens} ".encode())
+        else:
+            digest.update(b" | " + array.array("Q", request.continuation).tobytes())
+            digest.update(array.array("Q", sorted(request.excluded)).tobytes())
+    return digest.hexdigest()
+
+
+class FinishedItems:
+    """The records that are known already, and a file that keeps new ones.
+
+    Args:
+        path: the file, made when absent; None keeps nothing.
+        model: what the user calls the model, for messages.
+        weights: the model's `weights_fingerprint`.
+        dtype: what it computes in, "bfloat16".
+
+    Raises:
+        InputError: the file belongs to another model, is none of ours, or cannot be written.
+    """
+
+    def __init__(self, path: Path | None, *, model: str, weights: str, dtype: str) -> None:
+        self.records: dict[str, dict[str, Any]] = {}
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and path.stat().st_size:
+                self._read(path, weights, dtype)
+            self._file = path.open("a", encoding="utf-8")
+            if not self._file.tell():
+                self._write({"model": model, "weights": weights, "dtype": dtype})
+        except OSError as error:
+            raise InputError(f"expected --output where files can be written, found {error}; choose another") from None
+
+    def _read(self, path: Path, weights: str, dtype: str) -> None:
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) < len(content):  # its writer was killed inside a line
+            with path.open("r+b") as file:
+                file.truncate(len(whole))
+        if not whole:
+            return
+        head, *lines = (_parsed(line) for line in whole.splitlines())
+        if not {"model", "weights", "dtype"} <= set(head):
+            raise InputError(f"expected finished items in {path}, found another file; choose another --output")
+        refuse_another_model(path, head, weights, dtype)
+        self.records = {line["key"]: line["record"] for line in lines if {"key", "record"} <= set(line)}
+
+    def add(self, key: str, record: dict[str, Any]) -> None:
+        """Keep an item's record."""
+        self.records[key] = record
+        if self._file is not None:
+            self._write({"key": key, "record": record})
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        assert self._file is not None
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+
+
+def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dtype: str) -> None:
+    """Refuse a file that holds results of other weights, or of the same in another dtype.
+
+    Raises:
+        InputError: it does.
+    """
+    if (found["weights"], found["dtype"]) != (weights, dtype):
+        raise InputError(
+            f"expected results of this model in {dtype} in {path}, found those of {found['model']} in "
+            f"{found['dtype']}, with other weights; choose another --output, or delete that file"
+        )
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
