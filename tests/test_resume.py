@@ -22,6 +22,7 @@ from training.checkpoint import checkpoints
 from training.loop import train
 from training.progress import read_metrics
 from training.recipe import Recipe
+from training.train import parse_command
 
 ROOT = Path(__file__).parent.parent
 Make = Callable[..., Recipe]
@@ -82,6 +83,58 @@ def test_going_on_from_an_older_checkpoint_sets_the_other_branch_aside(tiny_reci
     assert names == {"abandoned-step-000008", "abandoned-step-000012", "step-000008", "step-000012"}
     steps = [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line]
     assert steps == list(range(1, 13))
+
+
+def learning_rates(run: Path) -> dict[int, float]:
+    return {line["step"]: line["learning_rate"] for line in read_metrics(run) if "learning_rate" in line}
+
+
+def test_a_decay_branches_from_any_checkpoint_of_a_stable_run(
+    tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk = tiny_recipe(
+        output_dir=str(tmp_path / "a"),
+        lr_scheduler_type="warmup_stable_decay",
+        learning_rate=1.0,
+        min_learning_rate_ratio=0.1,
+        max_skipped_steps=99,
+        decay_steps=2,
+        max_steps=10,
+        save_total_limit=None,
+    )
+    train(trunk)
+    before = everything_in(tmp_path / "a")
+    start = tmp_path / "a" / "checkpoints" / "step-000004"
+    arguments = ["--config", str(tmp_path / "a" / "recipe.yaml"), "--resume_from_checkpoint", str(start)]
+    arguments += ["--output_dir", str(tmp_path / "a-decayed"), "--max_steps", "8", "--decay_steps", "4"]
+    branch = parse_command(arguments).recipe
+    train(branch)
+    assert everything_in(tmp_path / "a") == before
+    # The decay's table is in test_schedule; lines are named after the steps that are done.
+    expected = {5: 1.0, 6: 0.55, 7: 0.3636039, 8: 0.2205771}
+    assert learning_rates(tmp_path / "a-decayed") == pytest.approx(expected, abs=1e-7)
+    assert [rate for step, rate in learning_rates(tmp_path / "a").items() if step > 2] == pytest.approx(
+        [1.0] * 7 + [0.3636039], abs=1e-7
+    )
+    # Given again, the command goes on with the branch: here it is complete.
+    capsys.readouterr()
+    train(branch)
+    assert "is complete: 8 of 8 steps" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "a-decayed" / "model")
+    shutil.rmtree(tmp_path / "a-decayed" / "checkpoints" / "step-000008")
+    train(dataclasses.replace(branch, save_steps=1, max_steps=6))
+    train(dataclasses.replace(branch, save_steps=1, max_steps=7))
+    assert "going on from " + str(tmp_path / "a-decayed" / "checkpoints" / "step-000006") in capsys.readouterr().out
+
+
+def test_a_finished_run_with_a_new_end_takes_the_longer_runs_rates(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4, lr_scheduler_type="linear", warmup_steps=0, learning_rate=1e-3)
+    train(recipe)
+    train(dataclasses.replace(recipe, max_steps=8))
+    # Down to a tenth over 4 steps, then what 8 steps have from their middle on: it jumps up.
+    expected = {1: 10.0, 2: 7.75, 3: 5.5, 4: 3.25, 5: 5.5, 6: 4.375, 7: 3.25, 8: 2.125}
+    found = {step: 1e4 * rate for step, rate in learning_rates(run_of(recipe)).items()}
+    assert found == pytest.approx(expected)
 
 
 def test_a_model_of_before_the_extension_does_not_pass_for_the_end(tiny_recipe: Make) -> None:

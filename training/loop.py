@@ -206,7 +206,11 @@ class Run:
         wish = self.plan.recipe.profile_steps
         if wish is None or not self.accelerator.is_main_process:
             return NoTrace()
-        return TraceOf(profiled_steps(wish), self.plan.output_dir, self.log.say)
+        steps = [step for step in profiled_steps(wish) if self.plan.first_step < step <= self.plan.total_steps]
+        if not steps:
+            self.log.say(f"no trace: this start takes none of the steps {wish}")
+            return NoTrace()
+        return TraceOf(range(steps[0], steps[-1] + 1), self.plan.output_dir, self.log.say)
 
     def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan, recipe = self.plan, self.plan.recipe

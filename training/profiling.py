@@ -32,7 +32,7 @@ class TraceOf:
     """Traces the steps of a range and writes them as a Chrome trace, compressed, for Perfetto.
 
     Args:
-        steps: counted from 1; a run that begins amid them traces the rest.
+        steps: counted from 1; all of them are taken.
         folder: gets `trace-steps-10-12.json.gz`.
         say: told where the trace is.
     """

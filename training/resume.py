@@ -18,6 +18,8 @@ from training.recipe import Recipe
 def find_resume_point(recipe: Recipe) -> Path | None:
     """The checkpoint that the recipe goes on from, or None for a run that begins at its beginning.
 
+    One of another folder is where a branch begins: the branch's own checkpoints go before it once there are any.
+
     Raises:
         InputError: the output folder cannot be written or holds another run or other files, the run must not be
             started over, or the checkpoint's data or model are not the recipe's.
@@ -37,8 +39,12 @@ def find_resume_point(recipe: Recipe) -> Path | None:
             "leave that out to continue, or choose another output_dir"
         )
     if wish not in ("auto", "none"):
-        _refuse_another_run(recipe, TrainerState.read(Path(wish)).recipe, f"checkpoint {wish}")
-        return Path(wish)
+        state = TrainerState.read(Path(wish))
+        _refuse_another_run(recipe, state.recipe, f"checkpoint {wish}")
+        is_branch = Path(wish).resolve().parent != (output_dir / "checkpoints").resolve()
+        ahead = [path for path in checkpoints(output_dir) if TrainerState.read(path).step > state.step]
+        # The command that began a branch in this folder goes on with it when it is given again.
+        return ahead[-1] if is_branch and ahead else Path(wish)
     found = checkpoints(output_dir)
     if found:
         _refuse_another_run(recipe, TrainerState.read(found[-1]).recipe, f"output_dir {output_dir}")
