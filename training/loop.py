@@ -170,7 +170,7 @@ class Run:
                 self.watch.sample(done)
             if self.saving.due(done) and self._weights_are_good(done):
                 with self.watch.pause():
-                    self.watch.draw_curves(plan.output_dir)
+                    self.watch.redraw(done)
                     self.saving.save(done)
 
     def _stands_out(self, verdict: Verdict) -> None:
@@ -250,7 +250,6 @@ class Run:
         facts = self._facts(plan.total_steps, samples=samples, gzip_bits_per_byte=gzip_bits_per_byte)
         assert self.saving.newest is not None  # the last step's
         copy_model(self.saving.newest, unfinished)
-        self.watch.draw_curves(plan.output_dir)
         self.watch.draw_curves(unfinished)
         model = plan.output_dir / "model"
         write_model_card(unfinished, plan.recipe, facts, self.config, kept=earlier_card(model))

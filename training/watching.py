@@ -4,6 +4,9 @@ The loop calls it on every process, because losses are means over all of them; o
 """
 
 import math
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,13 +20,42 @@ from training.compression import ScoredText
 from training.data.loader import validation_batches, validation_windows
 from training.guard import Verdict
 from training.plan import Plan
-from training.plots import plot_curves
+from training.plots import Curves, plot_curves
 from training.progress import RunLog, read_metrics
 from training.sampling import sample_texts
 from training.snapshot import bare_model
 from training.speed import Throughput, flops_per_token, measured_peak_flops, memory_bytes, peak_flops
 from training.step import validation_loss
 from training.summary import device_name
+
+CURVES = "curves.png"
+
+
+class _DrawingBeside:
+    """Draws a run's curves in a process beside it, one at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, output_dir: Path) -> None:
+        """Begin to draw, unless an earlier picture is still being drawn: the next one will show it all."""
+        if self._process is not None and self._process.poll() is None:
+            return
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "training.plots", output_dir.resolve()],
+            cwd=Path(__file__).resolve().parent.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C on the terminal is training's to answer
+        )
+
+    def stop(self) -> None:
+        """End the drawing that is under way, if any; the picture of before stays."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+            self._process = None
 
 
 class Watch:
@@ -48,6 +80,7 @@ class Watch:
         self.throughput = Throughput()
         self.last_validation_is_finite = True
         self.latest_samples: list[str] = []
+        self._drawing = _DrawingBeside()
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
         self.text = ScoredText.of_windows(shard, plan.tokenizer, windows=windows, seq_len=recipe.seq_len)
         self._peak = _peak_flops(accelerator)
@@ -140,6 +173,7 @@ class Watch:
         """Record results of evaluation tasks after step `done`, under the keys that `RunLog.tasks` explains."""
         values = {"step": done, "tokens": done * self.plan.batch.tokens_per_step, **results}
         self.log.tasks(values)
+        self.redraw(done)
         self._track(done, values)
 
     def validate(self, done: int, *, record: bool = True) -> None:
@@ -167,6 +201,7 @@ class Watch:
             "bits_per_byte": self.text.bits_per_byte(loss),
         }
         self.log.validation(values)
+        self.redraw(done)
         self._track(done, {"val_loss": loss, "bits_per_byte": values["bits_per_byte"]})
 
     def validate_once(self, done: int) -> None:
@@ -196,19 +231,22 @@ class Watch:
         self.latest_samples = texts
         return texts
 
+    def redraw(self, done: int) -> None:
+        """Begin to draw the curves anew; nobody waits for it."""
+        if self.accelerator.is_main_process and done < self.plan.total_steps:  # at the end, draw_curves does
+            self._drawing.start(self.plan.output_dir)
+
     def draw_curves(self, folder: Path) -> None:
-        """Draw `curves.png` into a folder."""
+        """Draw the finished run's `curves.png`, and copy it to a folder."""
         if self.accelerator.is_main_process:
-            plot_curves(
-                folder / "curves.png",
-                read_metrics(self.plan.output_dir),
-                title=self.plan.output_dir.name,
-                corpus=self.plan.recipe.corpus,
-                gpt2_tokens=self.plan.tokenizer.name == "gpt2",
-            )
+            self._drawing.stop()
+            picture = self.plan.output_dir / CURVES
+            plot_curves(picture, [Curves.of(self.plan.output_dir)])
+            shutil.copyfile(picture, folder / CURVES)
 
     def close(self) -> None:
         """Close the files, end the trackers, and leave the group of processes."""
+        self._drawing.stop()
         self.log.close()
         self.accelerator.end_training()
 
