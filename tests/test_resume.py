@@ -216,41 +216,6 @@ def test_an_output_folder_that_cannot_be_written_is_refused(place: str, tiny_rec
         train(tiny_recipe(output_dir=str(tmp_path / place)))
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda c: truncate(c / "model.safetensors"), "cannot build the model"),
-        (lambda c: (c / "model.safetensors").unlink(), "cannot build the model"),
-        (lambda c: (c / "config.json").unlink(), "cannot build the model"),
-        (lambda c: truncate(c / "training_state" / "optimizer.safetensors"), "no readable optimizer state"),
-        (lambda c: truncate(c / "training_state" / "rng_state_0.safetensors"), "no readable rng_state_0.safetensors"),
-        (lambda c: (c / "training_state" / "rng_state_0.safetensors").unlink(), "no readable rng_state_0"),
-        (lambda c: (c / "training_state" / "trainer_state.json").write_text("{"), "broken trainer_state.json"),
-        (
-            lambda c: (c / "training_state" / "trainer_state.json").write_text(
-                (c / "training_state" / "trainer_state.json").read_text().replace('"step": 4', '"step": "four"')
-            ),
-            "broken trainer_state.json",
-        ),
-    ],
-)
-def test_a_broken_checkpoint_is_one_line(
-    break_it: Callable[[Path], object], message: str, tiny_recipe: Make, capfd: pytest.CaptureFixture[str]
-) -> None:
-    recipe = tiny_recipe(max_steps=4)
-    train(recipe)
-    capfd.readouterr()
-    break_it(checkpoints(run_of(recipe))[-1])
-    with pytest.raises(InputError, match=message) as caught:
-        train(dataclasses.replace(recipe, max_steps=8))
-    assert "\n" not in str(caught.value)
-    assert capfd.readouterr().err == ""
-
-
 def test_lines_that_somebody_spoilt_do_not_keep_a_run_from_going_on(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=4)
     train(recipe)
@@ -328,30 +293,6 @@ def test_files_of_a_model_folder_can_be_read_by_others(tiny_recipe: Make) -> Non
     train(tiny_recipe(max_steps=1))
     model = run_of(tiny_recipe()) / "model"
     assert (model / "model.safetensors").stat().st_mode == (model / "config.json").stat().st_mode
-
-
-def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(
-    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from training import checkpoint as module
-
-    recipe = tiny_recipe(max_steps=8)
-    publish = module.publish
-
-    def die_at_step_8(unfinished: Path, target: Path) -> None:
-        if target.name == "step-000008":
-            raise KeyboardInterrupt
-        publish(unfinished, target)
-
-    monkeypatch.setattr(module, "publish", die_at_step_8)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe)
-    run = Path(recipe.output_dir)
-    assert [path.name for path in checkpoints(run)] == ["step-000004"]
-    monkeypatch.undo()
-    train(recipe)
-    assert [path.name for path in checkpoints(run)] == ["step-000004", "step-000008"]
-    assert not list((run / "checkpoints").glob(".*"))
 
 
 def test_an_output_folder_with_other_files_is_refused(tiny_recipe: Make, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gpt2_scratch import GPT2ScratchForCausalLM
 
 # Rank 0 may draw samples, compress the validation text or write a checkpoint to a slow disk while the others wait.
-_PROCESS_TIMEOUT = datetime.timedelta(hours=1)
+PROCESS_TIMEOUT = datetime.timedelta(hours=1)
 
 
 def resolve_mixed_precision(recipe: Recipe) -> str:
@@ -66,7 +66,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision=resolve_mixed_precision(recipe),
         log_with=None if recipe.report_to == "none" else recipe.report_to,
         project_dir=recipe.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )
     shard_on_cpus_too(accelerator)
     if accelerator.device.type == "cpu":

@@ -4,14 +4,16 @@
     checkpoints/step-000500/training_state/     trainer_state.json, optimizer.safetensors, rng_state_0.safetensors, …
 
 A checkpoint is written under another name and renamed when whole, so the newest `step-*` folder is always good, and
-older ones are removed only after that. Nothing is pickled.
+older ones are removed only after that. Nothing is pickled. `training_state/SHA256SUMS` tells whether the disk still has
+what was written; `sha256sum --check training_state/SHA256SUMS` looks by hand.
 """
 
+import contextlib
 import copy
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,11 +32,14 @@ from transformers import PreTrainedModel
 
 from gpt2_scratch_errors import InputError
 from training.atomic import sync
+from training.checksums import damage_in, write_checksums
 from training.data.tokenizer import Tokenizer
 from training.snapshot import Snapshot, bare_model, restore_rng_state
 
 _NAME = re.compile(r"step-(\d{6,})")
 _Moments = dict[str, dict[str, torch.Tensor]]  # by parameter and moment
+_FORMAT_VERSION = 1
+_CHECKSUMS = "training_state/SHA256SUMS"
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -49,16 +54,30 @@ class TrainerState:
     recipe: dict[str, Any]
     num_processes: int
 
+    def write(self, checkpoint: Path) -> None:
+        """Write the state into a checkpoint folder, after the version of the folder's format."""
+        values = {"format_version": _FORMAT_VERSION, **asdict(self)}
+        path = checkpoint / "training_state" / "trainer_state.json"
+        path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
     @classmethod
     def read(cls, checkpoint: Path) -> "TrainerState":
         """The state in a checkpoint folder.
 
         Raises:
-            InputError: the folder is not a checkpoint of ours.
+            InputError: the folder is not a checkpoint of ours, or one of another format.
         """
         path = checkpoint / "training_state" / "trainer_state.json"
         try:
-            state = cls(**json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            version = values.pop("format_version", None)
+            if version != _FORMAT_VERSION:
+                which = "a newer" if isinstance(version, int) and version > _FORMAT_VERSION else "another"
+                raise InputError(
+                    f"checkpoint {checkpoint} is of {which} format: expected format_version {_FORMAT_VERSION}, "
+                    f"found {version}; go on with the version of this project that wrote it"
+                )
+            state = cls(**values)
             if not (isinstance(state.step, int) and isinstance(state.tokens, int) and isinstance(state.recipe, dict)):
                 raise TypeError("step, tokens or recipe of another type")
             return state
@@ -67,10 +86,31 @@ class TrainerState:
                 f"{checkpoint} is not a checkpoint: expected {path.relative_to(checkpoint)} in it; "
                 "name a folder such as runs/quickstart/checkpoints/step-000500"
             ) from None
-        except (json.JSONDecodeError, TypeError, OSError, UnicodeDecodeError) as error:
+        except (json.JSONDecodeError, AttributeError, TypeError, OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"checkpoint {checkpoint} has a broken trainer_state.json ({error}); take an older one"
+                f"checkpoint {checkpoint} is damaged: trainer_state.json is broken ({error}); {_older_one(checkpoint)}"
             ) from None
+
+
+def refuse_damaged(checkpoint: Path, *, read_files: bool) -> None:
+    """Refuse a checkpoint with a file that is missing or, with `read_files`, not what was written.
+
+    Raises:
+        InputError: the file is named, and the newest older checkpoint that is whole.
+    """
+    damage = damage_in(checkpoint, _CHECKSUMS, read_files=read_files)
+    if damage is not None:
+        raise InputError(f"checkpoint {checkpoint} is damaged: {damage}; {_older_one(checkpoint)}")
+
+
+def _older_one(checkpoint: Path) -> str:
+    """What to do instead of going on from a damaged checkpoint."""
+    siblings = checkpoints(checkpoint.parent.parent)
+    older = siblings[: siblings.index(checkpoint)] if checkpoint in siblings else []
+    whole = next((path for path in reversed(older) if damage_in(path, _CHECKSUMS) is None), None)
+    if whole is None:
+        return "there is no older one that is whole: choose another output_dir, and start again"
+    return f"go on from the one before: --resume_from_checkpoint {whole}"
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
@@ -82,7 +122,12 @@ def checkpoints(output_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
     folder = output_dir / "checkpoints"
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps that a checkpoint of `checkpoints` has behind it, by its name."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
@@ -97,34 +142,63 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_checkpoint(
-    output_dir: Path, state: TrainerState, snapshot: Snapshot, *, skeleton: PreTrainedModel, tokenizer: Tokenizer
+    output_dir: Path,
+    state: TrainerState,
+    snapshot: Snapshot,
+    *,
+    skeleton: PreTrainedModel,
+    tokenizer: Tokenizer,
+    before_it_counts: Callable[[], None],
 ) -> Path:
     """Write the checkpoint of `state.step`; called by the main process alone.
 
+    `before_it_counts` is called just before the checkpoint gets its name.
+
     Returns:
         The checkpoint's folder, whole on disk.
+
+    Raises:
+        OSError, SafetensorError: the disk did not take it; nothing of it is left, older checkpoints are untouched.
     """
     target = checkpoint_folder(output_dir, state.step)
     unfinished = target.with_name(f".unfinished-{target.name}")
-    training_state = unfinished / "training_state"
-    for dead in target.parent.glob(".unfinished-*"):  # of a save that was killed
+    for dead in target.parent.glob(".*-step-*"):  # of a save that was killed
         shutil.rmtree(dead)
+    try:
+        _write_files(unfinished, state, snapshot, skeleton, tokenizer)
+        before_it_counts()
+        publish(unfinished, target)
+    except (OSError, SafetensorError):
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    return target
+
+
+def _write_files(
+    folder: Path, state: TrainerState, snapshot: Snapshot, skeleton: PreTrainedModel, tokenizer: Tokenizer
+) -> None:
+    training_state = folder / "training_state"
     training_state.mkdir(parents=True)
-    skeleton.save_pretrained(unfinished, state_dict=dict(snapshot.weights))
-    tokenizer.save(unfinished, model_max_length=skeleton.config.n_positions)
+    skeleton.save_pretrained(folder, state_dict=dict(snapshot.weights))
+    tokenizer.save(folder, model_max_length=skeleton.config.n_positions)
     save_file(snapshot.optimizer, training_state / "optimizer.safetensors")
     save_file(snapshot.loop_state, training_state / "loop_state.safetensors")
     for rank, rng_state in enumerate(snapshot.rng_states):
         save_file(rng_state, training_state / f"rng_state_{rank}.safetensors")
-    (training_state / "trainer_state.json").write_text(json.dumps(asdict(state), indent=2) + "\n", encoding="utf-8")
-    publish(unfinished, target)
-    return target
+    state.write(folder)
+    write_checksums(folder, _CHECKSUMS)
 
 
-def remove_old_checkpoints(output_dir: Path, *, keep: int | None) -> None:
-    """Remove all but the newest `keep` checkpoints; None keeps all."""
+def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: int | None = None) -> None:
+    """Remove all but the newest `keep` checkpoints (None keeps all) and those at multiples of `keep_every` steps."""
     for old in checkpoints(output_dir)[: -keep if keep else 0]:
-        shutil.rmtree(old)
+        if keep_every and step_of(old) % keep_every == 0:
+            continue
+        # A half-removed folder must not look like a checkpoint.
+        removed = old.with_name(f".removed-{old.name}")
+        with contextlib.suppress(OSError):  # the next save tries again
+            old.rename(removed)
+            shutil.rmtree(removed)
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
@@ -149,13 +223,9 @@ def load_checkpoint(
     """
     folder = checkpoint / "training_state"
     bare = bare_model(accelerator, model)
-    try:
-        flat = load_file(folder / "optimizer.safetensors")
-        remembered = load_file(folder / "loop_state.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"checkpoint {checkpoint} has no readable optimizer state ({error}); take an older one"
-        ) from None
+    # `refuse_damaged` has looked at the files.
+    flat = load_file(folder / "optimizer.safetensors")
+    remembered = load_file(folder / "loop_state.safetensors")
     # The groups are the recipe's, as the optimizer was just built; only the moments come from the checkpoint.
     names = {parameter: name for name, parameter in bare.named_parameters()}
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
@@ -164,11 +234,8 @@ def load_checkpoint(
     for name in loop_state.keys() & remembered.keys():
         loop_state[name].copy_(remembered[name])
     generators = folder / f"rng_state_{accelerator.process_index}.safetensors"
-    if generators.exists() or TrainerState.read(checkpoint).num_processes == accelerator.num_processes:
-        try:
-            restore_rng_state(load_file(generators), accelerator.device)
-        except (OSError, SafetensorError, KeyError) as error:
-            raise InputError(f"checkpoint {checkpoint} has no readable {generators.name} ({error})") from None
+    if generators.exists():
+        restore_rng_state(load_file(generators), accelerator.device)
 
 
 def publish(unfinished: Path, target: Path) -> None:

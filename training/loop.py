@@ -4,11 +4,12 @@ import contextlib
 import gc
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gpt2_scratch_errors import InputError
-from training.build import build_accelerator, build_model, prepare
+from training.build import PROCESS_TIMEOUT, build_accelerator, build_model, prepare
 from training.card import RunFacts, earlier_card, write_model_card
 from training.checkpoint import copy_model, load_checkpoint, publish, skeleton_of
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
@@ -28,6 +29,7 @@ from training.facts import run_facts
 from training.fitting import fitted
 from training.guard import Guard, Verdict
 from training.plan import Plan, plan_run
+from training.preemption import Agreement, SignalWatch
 from training.profiling import NoTrace, StepTrace, TraceOf
 from training.publishing import Publishing
 from training.recipe import Recipe, profiled_steps
@@ -35,7 +37,7 @@ from training.resume import alone_in, good_checkpoint, set_aside_later_checkpoin
 from training.saving import Saving
 from training.schedule import learning_rate_at
 from training.step import train_step
-from training.summary import device_name, longer_command, summary_text
+from training.summary import continue_command, device_name, longer_command, summary_text
 from training.watching import Watch
 
 
@@ -120,17 +122,33 @@ class Run:
             skeleton=skeleton,
             loop_state=self.loop_state,
             before_it_counts=self.log.flush_to_disk,
+            say=self.log.say,
         )
+        self.agreement = Agreement(accelerator.num_processes, PROCESS_TIMEOUT)
+        self.signals = SignalWatch()
         self.publishing: Publishing | None = None
         if plan.repo_id is not None:
             self.publishing = Publishing(recipe, plan.repo_id, say=self.log.say, write_card=self._write_card)
             self.saving.on_saved.append(self._push)
 
     def take_steps(self) -> None:
-        """Train from the first step that is missing to the last."""
+        """Train from the first step that is missing to the last.
+
+        Raises:
+            SystemExit: a signal asked for it; the run is saved, and goes on from there at the next start.
+        """
+        with self.signals:
+            self._take_steps()
+            self.saving.wait()
+            self.agreement.settled()
+        if self.accelerator.is_main_process:
+            self.saving.refuse_unsaved_end()
+
+    def _take_steps(self) -> None:
         self.watch.introduce()
         recipe, plan = self.plan.recipe, self.plan
-        if plan.first_step == plan.total_steps:  # only the model folder is missing, or it goes to a new output_dir
+        # A run that was asked to leave, or only its model folder is missing, or it goes to a new output_dir.
+        if plan.first_step and self._due(plan.first_step, recipe.eval_steps):
             self.watch.validate_once(plan.first_step)
         batches = self._training_batches()
         self.model.train()
@@ -161,17 +179,31 @@ class Run:
             )
             trace.after(done)
             self.watch.step_taken()
+            self.saving.step_taken()
             self.guard.look_back()
+            leave, by_clock = self.agreement.exchange(self.signals.received, self.saving.due_by_clock())
             if self._due(done, recipe.logging_steps):
                 self.watch.record(done, loss, grad_norm, learning_rate)
-            if self._due(done, recipe.eval_steps):
-                self.watch.validate(done)
-            if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
-                self.watch.sample(done)
-            if self.saving.due(done) and self._weights_are_good(done):
+            if not leave:  # the next start makes up for the validation
+                if self._due(done, recipe.eval_steps):
+                    self.watch.validate(done)
+                if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
+                    self.watch.sample(done)
+            if (leave or by_clock or self.saving.due(done)) and self._weights_are_good(done):
                 with self.watch.pause():
                     self.watch.redraw(done)
                     self.saving.save(done)
+            if leave:
+                self._leave(done, leave)
+
+    def _leave(self, done: int, number: int) -> NoReturn:
+        self.saving.wait()
+        name, total = signal.Signals(number).name, self.plan.total_steps
+        self.log.say(
+            f"{name}: stopped after step {done:,} of {total:,}; the run goes on from "
+            f"{self.saving.newest or 'its beginning'} with\n  {continue_command(self.plan.output_dir)}"
+        )
+        raise SystemExit(128 + number)
 
     def _stands_out(self, verdict: Verdict) -> None:
         """Tell of a spike or of an update that was left out, and stop where too many of them were."""
@@ -217,6 +249,12 @@ class Run:
         say = AtMostEvery(SECONDS_BETWEEN_LINES, self.log.say)
 
         def waiting(step: int) -> None:
+            leave, _ = self.agreement.exchange(self.signals.received, 0)
+            if leave:
+                # Processes that read ahead may wait in the middle of a step.
+                if not recipe.dataloader_num_workers and step > self.saving.saved_step and self._weights_are_good(step):
+                    self.saving.save(step)
+                self._leave(step, leave)
             say(
                 f"step {step + 1} waits for the corpus: its shards are not ready yet on every node, "
                 f"{len(plan.shards.shards)} training shards are here"
@@ -279,6 +317,7 @@ class Run:
 
     def close(self) -> None:
         """End the trackers and close the files, and leave the group of processes."""
+        self.saving.close()
         # What holds on to the group goes before it: torch's gloo can lock up when the group dies together with DDP.
         del self.model, self.optimizer, self.saving, self.watch.model
         self.accelerator.free_memory()

@@ -111,7 +111,10 @@ class Recipe:
 
     # going on
     save_steps: int = knob("steps between checkpoints; 0 for only one at the end", 1000)
+    save_minutes: float | None = knob("minutes between checkpoints, besides those of save_steps", None)
     save_total_limit: int | None = knob("checkpoints that are kept; all when not given", 2)
+    save_keep_every: int | None = knob("checkpoints at multiples of this step are kept besides those", None)
+    async_save: bool = knob("write checkpoints beside training, from a copy in host memory", True)
     resume_from_checkpoint: str = knob("auto (the newest of output_dir), none, or a checkpoint folder", "auto")
 
     # publishing
@@ -160,7 +163,10 @@ class Recipe:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         per_device = self.per_device_train_batch_size
         self._require("per_device_train_batch_size", per_device == "auto" or per_device >= 1, "at least 1, or auto")
-        for name in (*LENGTHS, "decay_steps", "save_total_limit", "val_tokens", "n_positions"):
+        for name in (
+            *(*LENGTHS, "decay_steps", "val_tokens", "n_positions"),
+            *("save_minutes", "save_total_limit", "save_keep_every"),
+        ):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "more than 0, or left out")
         if self.decay_steps is not None and self.lr_scheduler_type != "warmup_stable_decay":

@@ -11,8 +11,10 @@ from pathlib import Path
 import yaml
 
 from gpt2_scratch_errors import InputError
-from training.checkpoint import TrainerState, checkpoints
+from training.checkpoint import TrainerState, checkpoints, refuse_damaged, step_of
 from training.recipe import Recipe
+
+_TRIAL = ".can-be-written-"
 
 
 def find_resume_point(recipe: Recipe) -> Path | None:
@@ -29,7 +31,7 @@ def find_resume_point(recipe: Recipe) -> Path | None:
     if Path(recipe.data_dir).resolve().is_relative_to(output_dir.resolve()):
         raise InputError(f"data_dir {recipe.data_dir} lies in output_dir {output_dir}; choose folders side by side")
     is_run = (output_dir / "recipe.yaml").is_file()
-    if not is_run and output_dir.is_dir() and any(output_dir.iterdir()):
+    if not is_run and output_dir.is_dir() and any(_is_foreign(path) for path in output_dir.iterdir()):
         raise InputError(f"output_dir {output_dir} holds files but no run of ours; choose another output_dir")
     if is_run:
         _refuse_another_run(recipe, _keys_of(output_dir / "recipe.yaml"), f"output_dir {output_dir}")
@@ -42,13 +44,13 @@ def find_resume_point(recipe: Recipe) -> Path | None:
         state = TrainerState.read(Path(wish))
         _refuse_another_run(recipe, state.recipe, f"checkpoint {wish}")
         is_branch = Path(wish).resolve().parent != (output_dir / "checkpoints").resolve()
-        ahead = [path for path in checkpoints(output_dir) if TrainerState.read(path).step > state.step]
+        ahead = [path for path in checkpoints(output_dir) if step_of(path) > state.step]
         # The command that began a branch in this folder goes on with it when it is given again.
-        return ahead[-1] if is_branch and ahead else Path(wish)
+        chosen = ahead[-1] if is_branch and ahead else Path(wish)
+        return _checked(recipe, chosen, f"checkpoint {chosen}")
     found = checkpoints(output_dir)
     if found:
-        _refuse_another_run(recipe, TrainerState.read(found[-1]).recipe, f"output_dir {output_dir}")
-        return found[-1]
+        return _checked(recipe, found[-1], f"output_dir {output_dir}")
     if (output_dir / "model").exists():
         raise InputError(
             f"output_dir {output_dir} holds a finished model but no checkpoint to go on from; "
@@ -65,13 +67,25 @@ def good_checkpoint(output_dir: Path) -> str:
     return f"the newest good checkpoint is {found[-1]}, and it will go on from there"
 
 
+def _is_foreign(path: Path) -> bool:
+    """Whether a file in a folder without a recipe is somebody's, and not of a start that was killed or is beside us."""
+    return not path.name.startswith((_TRIAL, "recipe.yaml."))
+
+
+def _checked(recipe: Recipe, checkpoint: Path, where: str) -> Path:
+    _refuse_another_run(recipe, TrainerState.read(checkpoint).recipe, where)
+    # Hashing a large checkpoint takes seconds: once on each machine is enough.
+    refuse_damaged(checkpoint, read_files=os.environ.get("LOCAL_RANK", "0") == "0")
+    return checkpoint
+
+
 def _refuse_unusable(output_dir: Path) -> None:
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output_dir {output_dir} is a file, expected a folder; choose another output_dir")
     parent = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     try:
         # Only writing tells: permissions say nothing of file systems that take no folders.
-        tempfile.TemporaryDirectory(dir=parent).cleanup()
+        tempfile.TemporaryDirectory(dir=parent, prefix=_TRIAL).cleanup()
     except OSError as error:
         raise InputError(
             f"output_dir {output_dir} cannot be written ({error.strerror}); choose another output_dir"
@@ -106,7 +120,7 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
     """
     places = []
     for path in checkpoints(output_dir):
-        if int(path.name.removeprefix("step-")) > step:
+        if step_of(path) > step:
             place = path.with_name(f"abandoned-{path.name}")
             shutil.rmtree(place, ignore_errors=True)
             places.append(path.rename(place))

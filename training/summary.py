@@ -24,6 +24,14 @@ def _command(name: str) -> str:
     return f"{programs.relative_to(here)}/{name}" if programs.is_relative_to(here) else name
 
 
+def continue_command(output_dir: Path) -> str:
+    """The command that goes on with a run from its newest checkpoint."""
+    return (
+        f"{_command('accelerate')} launch training/train.py --config {quote(str(output_dir / 'recipe.yaml'))} "
+        "--resume_from_checkpoint auto"
+    )
+
+
 def longer_command(output_dir: Path, steps: int) -> str:
     """The command that takes a complete run to twice its length."""
     return (

@@ -176,7 +176,7 @@ class Watch:
         self.redraw(done)
         self._track(done, values)
 
-    def validate(self, done: int, *, record: bool = True) -> None:
+    def validate(self, done: int) -> None:
         """Score the validation text after step `done`, with all processes."""
         recipe, accelerator = self.plan.recipe, self.accelerator
         batches = validation_batches(
@@ -191,8 +191,6 @@ class Watch:
         with self.pause():
             loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.plan.document_mark)
         self.last_validation_is_finite = math.isfinite(loss)
-        if not record:
-            return
         values = {
             "step": done,
             "tokens": done * self.plan.batch.tokens_per_step,
@@ -205,9 +203,11 @@ class Watch:
         self._track(done, {"val_loss": loss, "bits_per_byte": values["bits_per_byte"]})
 
     def validate_once(self, done: int) -> None:
-        """Validate after step `done`, and record it unless it is recorded already."""
-        lines = read_metrics(self.plan.output_dir)
-        self.validate(done, record=not any("val_loss" in line and line["step"] == done for line in lines))
+        """Validate after step `done` unless the main process finds that recorded already."""
+        lines = read_metrics(self.plan.output_dir) if self.accelerator.is_main_process else []
+        known = any("val_loss" in line and line["step"] == done for line in lines)
+        if not int(self.accelerator.reduce(torch.tensor(int(known), device=self.accelerator.device))):
+            self.validate(done)
 
     def sample(self, done: int, *, show: bool = True) -> list[str]:
         """Draw samples after step `done`, keep and show them, and return them; none on other processes.

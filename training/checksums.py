@@ -1,0 +1,36 @@
+"""The hashes of a folder's files, kept in a file that `sha256sum --check` reads as well."""
+
+from pathlib import Path
+
+from training.atomic import file_sha256
+
+
+def write_checksums(folder: Path, name: str) -> None:
+    """Write the sha256 of every file of `folder` into its file `name`."""
+    lines = [f"{file_sha256(path)}  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file()]
+    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def damage_in(folder: Path, name: str, *, read_files: bool = True) -> str | None:
+    """What is wrong with a folder whose checksums lie in its file `name`, or None when nothing is.
+
+    Without `read_files` only missing files are found, which takes no time.
+    """
+    try:
+        lines = [line.split("  ", 1) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        return f"{name} is missing"
+    except (OSError, UnicodeDecodeError) as error:
+        return f"{name} cannot be read ({error})"
+    for line in lines:
+        if len(line) != 2:
+            return f"{name} has a line that is no checksum"
+        expected, file = line
+        if not (folder / file).is_file():
+            return f"{file} is missing"
+        try:
+            if read_files and file_sha256(folder / file) != expected:
+                return f"{file} is not what was written: its sha256 differs from the one in {name}"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
+    return None
