@@ -1,5 +1,6 @@
 """The hashes of a folder's files, kept in a file that `sha256sum --check` reads as well."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from training.atomic import file_sha256
@@ -9,6 +10,14 @@ def write_checksums(folder: Path, name: str) -> None:
     """Write the sha256 of every file of `folder` into its file `name`."""
     lines = [f"{file_sha256(path)}  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file()]
     (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def renew_checksums(folder: Path, name: str, changed: Iterable[Path]) -> None:
+    """Bring the file `name` up to date for files of `folder` that were changed on purpose."""
+    new = {str(path.relative_to(folder)): file_sha256(path) for path in changed}
+    lines = [line.split("  ", 1) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    (folder / name).unlink()  # it may be linked to another folder's
+    (folder / name).write_text("".join(f"{new.get(file, old)}  {file}\n" for old, file in lines), encoding="utf-8")
 
 
 def damage_in(folder: Path, name: str, *, read_files: bool = True) -> str | None:

@@ -10,6 +10,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from training.checkpoint import CHECKSUMS
+from training.checksums import renew_checksums
+
 LAST_CHECKPOINT = "last-checkpoint"
 
 _STATE = "training_state"
@@ -30,11 +33,14 @@ def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path 
     if curves is not None and curves.is_file() and not (target / curves.name).exists():
         _link(curves, target / curves.name)
     if state is not None:
-        _carry(state, target / LAST_CHECKPOINT)
+        rewritten = _carry(state, target / LAST_CHECKPOINT)
+        renew_checksums(target / LAST_CHECKPOINT, CHECKSUMS, rewritten)
     return target
 
 
-def _carry(source: Path, target: Path, *, without: str | None = None) -> None:
+def _carry(source: Path, target: Path, *, without: str | None = None) -> list[Path]:
+    """Link the files of `source` into `target`; return those that had to be rewritten."""
+    rewritten = []
     for path in sorted(source.rglob("*")):
         name = path.relative_to(source)
         if any(part.startswith(".") or part in (without, "__pycache__") for part in name.parts) or not path.is_file():
@@ -42,7 +48,9 @@ def _carry(source: Path, target: Path, *, without: str | None = None) -> None:
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _link(path, target / name)
         if path.suffix == ".json" and path.stat().st_size < _LARGEST_JSON:
-            _without_places(target / name)
+            if _without_places(target / name):
+                rewritten.append(target / name)
+    return rewritten
 
 
 def _link(path: Path, target: Path) -> None:
@@ -52,16 +60,21 @@ def _link(path: Path, target: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def _without_places(path: Path) -> None:
-    """Rewrite a JSON file without keys whose value is an absolute path; the file it was linked to stays as it is."""
+def _without_places(path: Path) -> bool:
+    """Rewrite a JSON file without keys whose value is an absolute path; the file it was linked to stays as it is.
+
+    Returns:
+        Whether there were any.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        return
+        return False
     cleaned = _cleaned(content)
     if cleaned != content:
         path.unlink()
         path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return bool(cleaned != content)
 
 
 def _cleaned(content: Any) -> Any:
