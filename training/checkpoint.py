@@ -39,7 +39,6 @@ from training.snapshot import Snapshot, bare_model, restore_rng_state
 _NAME = re.compile(r"step-(\d{6,})")
 _Moments = dict[str, dict[str, torch.Tensor]]  # by parameter and moment
 _FORMAT_VERSION = 1
-CHECKSUMS = "training_state/SHA256SUMS"
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -98,7 +97,7 @@ def refuse_damaged(checkpoint: Path, *, read_files: bool) -> None:
     Raises:
         InputError: the file is named, and the newest older checkpoint that is whole.
     """
-    damage = damage_in(checkpoint, CHECKSUMS, read_files=read_files)
+    damage = damage_in(checkpoint, read_files=read_files)
     if damage is not None:
         raise InputError(f"checkpoint {checkpoint} is damaged: {damage}; {_older_one(checkpoint)}")
 
@@ -107,7 +106,7 @@ def _older_one(checkpoint: Path) -> str:
     """What to do instead of going on from a damaged checkpoint."""
     siblings = checkpoints(checkpoint.parent.parent)
     older = siblings[: siblings.index(checkpoint)] if checkpoint in siblings else []
-    whole = next((path for path in reversed(older) if damage_in(path, CHECKSUMS) is None), None)
+    whole = next((path for path in reversed(older) if damage_in(path) is None), None)
     if whole is None:
         return "there is no older one that is whole: choose another output_dir, and start again"
     return f"go on from the one before: --resume_from_checkpoint {whole}"
@@ -186,7 +185,7 @@ def _write_files(
     for rank, rng_state in enumerate(snapshot.rng_states):
         save_file(rng_state, training_state / f"rng_state_{rank}.safetensors")
     state.write(folder)
-    write_checksums(folder, CHECKSUMS)
+    write_checksums(folder)
 
 
 def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: int | None = None) -> None:

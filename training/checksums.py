@@ -1,45 +1,47 @@
-"""The hashes of a folder's files, kept in a file that `sha256sum --check` reads as well."""
+"""The hashes of a checkpoint's files, kept in a file that `sha256sum --check` reads as well."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from training.atomic import file_sha256
 
+_NAME = "training_state/SHA256SUMS"
 
-def write_checksums(folder: Path, name: str) -> None:
-    """Write the sha256 of every file of `folder` into its file `name`."""
+
+def write_checksums(folder: Path) -> None:
+    """Write the sha256 of every file of `folder` into one of them."""
     lines = [f"{file_sha256(path)}  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file()]
-    (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / _NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def renew_checksums(folder: Path, name: str, changed: Iterable[Path]) -> None:
-    """Bring the file `name` up to date for files of `folder` that were changed on purpose."""
+def renew_checksums(folder: Path, changed: Iterable[Path]) -> None:
+    """Bring the checksums up to date for files of `folder` that were changed on purpose."""
     new = {str(path.relative_to(folder)): file_sha256(path) for path in changed}
-    lines = [line.split("  ", 1) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-    (folder / name).unlink()  # it may be linked to another folder's
-    (folder / name).write_text("".join(f"{new.get(file, old)}  {file}\n" for old, file in lines), encoding="utf-8")
+    lines = [line.split("  ", 1) for line in (folder / _NAME).read_text(encoding="utf-8").splitlines()]
+    (folder / _NAME).unlink()  # it may be linked to another folder's
+    (folder / _NAME).write_text("".join(f"{new.get(file, old)}  {file}\n" for old, file in lines), encoding="utf-8")
 
 
-def damage_in(folder: Path, name: str, *, read_files: bool = True) -> str | None:
-    """What is wrong with a folder whose checksums lie in its file `name`, or None when nothing is.
+def damage_in(folder: Path, *, read_files: bool = True) -> str | None:
+    """What is wrong with a folder that `write_checksums` was called on, or None when nothing is.
 
     Without `read_files` only missing files are found, which takes no time.
     """
     try:
-        lines = [line.split("  ", 1) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+        lines = [line.split("  ", 1) for line in (folder / _NAME).read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:
-        return f"{name} is missing"
+        return f"{_NAME} is missing"
     except (OSError, UnicodeDecodeError) as error:
-        return f"{name} cannot be read ({error})"
+        return f"{_NAME} cannot be read ({error})"
     for line in lines:
         if len(line) != 2:
-            return f"{name} has a line that is no checksum"
+            return f"{_NAME} has a line that is no checksum"
         expected, file = line
         if not (folder / file).is_file():
             return f"{file} is missing"
         try:
             if read_files and file_sha256(folder / file) != expected:
-                return f"{file} is not what was written: its sha256 differs from the one in {name}"
+                return f"{file} is not what was written: its sha256 differs from the one in {_NAME}"
         except OSError as error:
             return f"{file} cannot be read ({error.strerror})"
     return None

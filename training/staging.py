@@ -10,7 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint import CHECKSUMS
 from training.checksums import renew_checksums
 
 LAST_CHECKPOINT = "last-checkpoint"
@@ -34,7 +33,7 @@ def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path 
         _link(curves, target / curves.name)
     if state is not None:
         rewritten = _carry(state, target / LAST_CHECKPOINT)
-        renew_checksums(target / LAST_CHECKPOINT, CHECKSUMS, rewritten)
+        renew_checksums(target / LAST_CHECKPOINT, rewritten)
     return target
 
 
@@ -47,9 +46,8 @@ def _carry(source: Path, target: Path, *, without: str | None = None) -> list[Pa
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _link(path, target / name)
-        if path.suffix == ".json" and path.stat().st_size < _LARGEST_JSON:
-            if _without_places(target / name):
-                rewritten.append(target / name)
+        if path.suffix == ".json" and path.stat().st_size < _LARGEST_JSON and _without_places(target / name):
+            rewritten.append(target / name)
     return rewritten
 
 
