@@ -68,6 +68,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: (state_of(c) / "rng_state_0.safetensors").unlink(), "state/rng_state_0.safetensors is missing"),
     (lambda c: (state_of(c) / "loop_state.safetensors").unlink(), "state/loop_state.safetensors is missing"),
     (lambda c: (state_of(c) / "SHA256SUMS").unlink(), "state/SHA256SUMS is missing"),
+    (lambda c: (state_of(c) / "SHA256SUMS").write_text(""), "state/SHA256SUMS has a line that is no checksum"),
     (lambda c: (state_of(c) / "SHA256SUMS").write_text("x\n"), "state/SHA256SUMS has a line that is no checksum"),
     (lambda c: (state_of(c) / "trainer_state.json").write_text("{"), "trainer_state.json is broken"),
     (lambda c: (state_of(c) / "trainer_state.json").write_text("[]"), "trainer_state.json is broken"),

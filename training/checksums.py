@@ -33,7 +33,7 @@ def damage_in(folder: Path, *, read_files: bool = True) -> str | None:
         return f"{_NAME} is missing"
     except (OSError, UnicodeDecodeError) as error:
         return f"{_NAME} cannot be read ({error})"
-    for line in lines:
+    for line in lines or [[]]:
         if len(line) != 2:
             return f"{_NAME} has a line that is no checksum"
         expected, file = line
