@@ -2,7 +2,8 @@
 
     python -m gpt2_scratch.generate --model openai-community/gpt2 --prompt "Once upon a time"
 
-Any causal language model of the Hub or of a folder works. The text goes to standard output, the speed to standard
+Any causal language model of the Hub or of a folder works, and so does the folder of a run: its finished model, or else
+its newest checkpoint. The text goes to standard output, the speed to standard
 error.
 """
 
@@ -66,6 +67,7 @@ def load(
     """
     if (model_id.startswith((".", "/", "~")) or model_id.count("/") > 1) and not Path(model_id).is_dir():
         raise InputError(f"expected --model to be a folder or Hub id, found no folder {model_id!r}; check the path")
+    model_id = model_in_run(model_id)
     found = {}
     # Weights of another shape are reported like missing ones, and refused below.
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype or "auto"}
@@ -98,6 +100,21 @@ def load(
         raise InputError(
             f"expected --device to be usable here, found {device!r}: {str(error).splitlines()[0]}; try --device cpu"
         ) from error
+
+
+def model_in_run(model_id: str) -> str:
+    """Return where the model of a run's folder is, and any other id or folder as it is.
+
+    That is `model/`, or else the newest checkpoint of a run that is still going or was stopped.
+    """
+    run = Path(model_id)
+    if (run / "config.json").exists() or not (run / "recipe.yaml").is_file():
+        return model_id
+    steps = sorted(run.glob("checkpoints/step-*/config.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    found = [path.parent for path in (*steps, run / "model" / "config.json") if path.is_file()]
+    if not found:
+        raise InputError(f"expected a model in the run {model_id!r}, found no checkpoint yet; wait for its first")
+    return str(found[-1])
 
 
 def read_prompt(prompt: str | None) -> str:
@@ -202,7 +219,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         InputError: for a number outside its range, or a device that does not exist.
     """
     parser = CommandParser(prog="python -m gpt2_scratch.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a folder or a Hub id")
+    parser.add_argument("--model", required=True, help="a folder, a run or a Hub id")
     parser.add_argument("--prompt", help="what the text begins with; standard input when not given")
     parser.add_argument("--max_new_tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")

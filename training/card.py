@@ -122,7 +122,7 @@ def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str
         tags=["gpt2", "gpt2_scratch"],
         datasets=[dataset] if dataset else None,
         base_model=recipe.init_from if not local else None,  # a folder is no name that the Hub could link
-        model_name=facts.name,
+        model_name=facts.name if scores else None,
         eval_results=[
             EvalResult(
                 task_type="text-generation",
@@ -133,7 +133,8 @@ def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str
                 metric_value=round(score.value, 4),
             )
             for score in scores
-        ],
+        ]
+        or None,
     )
     metadata = data.to_dict()
     metadata.pop("model_name", None)

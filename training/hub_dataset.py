@@ -74,8 +74,7 @@ def _push(folder: ShardFolder, repo_id: str, say: Callable[[str], None]) -> None
     if wrong:
         raise InputError(f"expected the same hashes on the Hub, found others for {', '.join(wrong[:3])}; push again")
     say(f"{folder.path} is on the Hub: {repo_id}, {message}, every hash compared; to train from it:")
-    command = "accelerate launch training/train.py --config RECIPE --data_dir data/new"
-    say(f"  {command} --corpus {repo_id} --tokenizer {_tokenizer(folder, repo_id)}")
+    say("  " + _command(repo_id, _tokenizer(folder, repo_id)))
 
 
 def remote_hashes(repo_id: str) -> dict[str, str]:
@@ -150,11 +149,16 @@ _LAYOUT = """Each file is a one-dimensional array of token ids; every document b
 may run on into the next file. `*_val_*` is for validation. `manifest.json` holds the sha256 of each file."""
 
 
+def _command(repo_id: str, tokenizer: str) -> str:
+    flags = f"--corpus {repo_id} --tokenizer {tokenizer} --data_dir data/shards --output_dir runs/mine"
+    return f"accelerate launch training/train.py {flags}"
+
+
 def _use(repo_id: str, tokenizer: str) -> str:
     return f"""Trains at once, while the rest is downloaded, with gpt2-scratch:
 
 ```
-accelerate launch training/train.py --config RECIPE --corpus {repo_id} --tokenizer {tokenizer} --data_dir data/new
+{_command(repo_id, tokenizer)}
 ```
 
 Anywhere else: `numpy.load(file)` gives the ids."""

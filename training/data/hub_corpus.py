@@ -43,6 +43,7 @@ class HubCorpus(Corpus):
         self._config = config
         self._text_field = text_field
         self._rows_in_all: int | None = None
+        self.hashes: dict[str, str] = {}  # sha256 of large files, as far as `file_sizes` has asked for them
 
     def can_go_on_from(self, revision: str) -> bool:
         """Read the dataset at `revision` from now on: the Hub keeps every commit."""
@@ -88,7 +89,9 @@ class HubCorpus(Corpus):
                 self.repository, names, repo_type="dataset", revision=self.revision
             )
         )
-        return {file.path: file.size for file in found if isinstance(file, huggingface_hub.RepoFile)}
+        files = [file for file in found if isinstance(file, huggingface_hub.RepoFile)]
+        self.hashes |= {file.path: file.lfs.sha256 for file in files if file.lfs is not None}
+        return {file.path: file.size for file in files}
 
     def download(self, name: str, folder: Path) -> Path:
         """Return a file of the repository, brought into `folder`; what is there of it already is not fetched again."""

@@ -75,7 +75,7 @@ def _download(
             if manifest is None:
                 tokenizer = load_tokenizer(request.tokenizer)
                 manifest = begin_folder(output, source, request, tokenizer, dtype=_dtype(downloaded, name))
-            manifest = _add(output, downloaded, name, manifest)
+            manifest = _add(output, downloaded, name, manifest, source.hashes.get(name))
             progress.update(
                 tokens=manifest.tokens,
                 documents=manifest.documents,
@@ -93,10 +93,14 @@ def _dtype(path: Path, name: str) -> str:
     return Shard(path, foreign_split(name) or "train", 0).read().dtype.name
 
 
-def _add(output: Path, downloaded: Path, name: str, manifest: Manifest) -> Manifest:
+def _add(output: Path, downloaded: Path, name: str, manifest: Manifest, sha256: str | None) -> Manifest:
     """Look through a downloaded shard, move it to its place and name it in the manifest."""
     split = foreign_split(name)
     assert split is not None
+    digest = file_sha256(downloaded)
+    if sha256 not in (None, digest):
+        downloaded.unlink()
+        raise InputError(f"expected {name} as the Hub has it, found another hash after its download; run it again")
     shard = Shard(downloaded, split, 0)
     ids = shard.read()
     if ids.dtype.name != manifest.dtype:
@@ -106,7 +110,7 @@ def _add(output: Path, downloaded: Path, name: str, manifest: Manifest) -> Manif
         )
     ShardFolder(output, (shard,), None).check_ids(manifest.vocab_size)
     documents = int(np.count_nonzero(ids == manifest.end_of_text_id))
-    record = ShardRecord(PurePosixPath(name).name, split, len(ids), documents, file_sha256(downloaded))
+    record = ShardRecord(PurePosixPath(name).name, split, len(ids), documents, digest)
     sync(downloaded)
     downloaded.replace(output / record.file)
     sync(output)

@@ -1,0 +1,153 @@
+"""The card: what it holds, that the Hub accepts it, and that a person's edits stay."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+from loopback_writing import metadata_errors
+
+from evaluation.references import VALIDATION_LOSS
+from gpt2_scratch import GPT2ScratchConfig
+from training.card import RunFacts, Score, model_card, write_model_card
+from training.card_merging import merged, section, stamped, was_edited
+from training.costs import running_costs
+from training.facts import training_seconds
+from training.recipe import Recipe
+
+FACTS = RunFacts(
+    name="my-gpt2",
+    parameters=124_439_808,
+    steps=19_073,
+    tokens=9_999_745_024,
+    device="NVIDIA A100-SXM4-80GB",
+    devices=8,
+    seconds=7200.0,
+    val_loss=3.0412,
+    bits_per_byte=0.9,
+    gzip_bits_per_byte=2.8,
+    samples=["Hello, ```I'm``` a language model"],
+    gpt2_tokens=True,
+)
+CONFIG = GPT2ScratchConfig()
+
+
+def card(facts: RunFacts = FACTS, **changes: Any) -> str:
+    keys = {"output_dir": "runs/x", "data_dir": "data/x", "corpus": "fineweb-edu", "max_steps": 10, **changes}
+    return model_card(Recipe(**keys), facts, CONFIG)
+
+
+def test_the_hub_accepts_the_card_and_reads_its_results() -> None:
+    score = Score("acc_norm", "HellaSwag, by bytes", 0.31, "Rowan/hellaswag", "HellaSwag")
+    text = card(replace(FACTS, scores=[score]), init_from="openai-community/gpt2")
+    assert not metadata_errors({"content": text})
+    data = huggingface_hub.ModelCard(text).data
+    assert (data.pipeline_tag, data.license, data.library_name) == ("text-generation", "mit", "transformers")
+    assert (data.datasets, data.base_model) == (["HuggingFaceFW/fineweb-edu"], "openai-community/gpt2")
+    results = {(result.dataset_type, result.metric_type): result.metric_value for result in data.eval_results}
+    assert results == {
+        ("HuggingFaceFW/fineweb-edu", "loss"): 3.0412,
+        ("HuggingFaceFW/fineweb-edu", "bits_per_byte"): 0.9,
+        ("Rowan/hellaswag", "acc_norm"): 0.31,
+    }
+
+
+def test_gpt2_stands_beside_a_loss_of_the_same_corpus_and_tokenizer_only() -> None:
+    published = f"{VALIDATION_LOSS['fineweb-edu'][0].value:.4f}"
+    assert f"| 3.0412 | {published} |" in card()
+    assert "OpenAI GPT-2 124M" in card()
+    assert published not in card(replace(FACTS, gpt2_tokens=False))
+    assert published not in card(corpus="fineweb")
+
+
+def test_hours_cost_and_energy_are_told_with_how_they_were_estimated() -> None:
+    text = card()
+    assert "- Hardware: 8 × NVIDIA A100-SXM4-80GB" in text
+    assert "US$ 32.00 (16.00 GPU-hours, US$ 2.00 assumed for one)" in text
+    assert "about 6.40 kWh (GPU-hours × 400 W" in text
+    assert "1,388,853 tokens/s" in text
+    assert running_costs("2 CPU threads", 1, 60.0) == []
+
+
+def test_seconds_are_those_of_steps_over_all_starts_of_a_run() -> None:
+    lines = [
+        {"tokens": 1000.0, "tokens_per_second": 100.0},
+        {"tokens": 3000.0, "tokens_per_second": 1000.0},
+    ]
+    assert training_seconds(lines) == 10 + 2
+    assert training_seconds([]) is None
+
+
+def test_a_card_before_the_first_validation_claims_nothing() -> None:
+    text = card(replace(FACTS, val_loss=None, bits_per_byte=None, gzip_bits_per_byte=None, samples=[]))
+    assert not metadata_errors({"content": text})
+    assert "Nothing was measured yet." in text
+    assert "model-index" not in text
+
+
+def test_paths_of_the_machine_are_not_shown(tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    place = str(tmp_path / "secret")
+    text = card(corpus=place, init_from=place, tokenizer=place, hub_model_id="me/private-name")
+    assert str(tmp_path) not in text
+    assert "me/private-name" not in text
+    assert "local files (secret)" in text
+    assert not metadata_errors({"content": text})
+
+
+def test_what_a_person_wrote_stays_and_the_generated_sections_are_new(tmp_path: Path) -> None:
+    recipe = Recipe(output_dir="runs/x", data_dir="data/x", corpus="fineweb-edu", max_steps=10)
+    write_model_card(tmp_path, recipe, FACTS, CONFIG)
+    path = tmp_path / "README.md"
+    edited = (
+        path.read_text().replace("## Results", "## Results\n\nI like these.").replace("license: mit", "license: odc-by")
+    )
+    edited = edited.replace(edited[edited.index("## Samples") : edited.index("## Training")], "")
+    path.write_text(edited)
+    write_model_card(tmp_path, recipe, replace(FACTS, val_loss=2.9), CONFIG, kept=edited)
+    again = path.read_text()
+    assert "I like these." in again
+    assert "license: odc-by" in again
+    assert "| 2.9000 |" in again
+    assert "3.0412" not in again
+    assert "Samples" not in again  # removed by a person, with its marks
+    assert again.count("# my-gpt2") == 1
+
+
+def test_results_of_others_in_the_metadata_stay() -> None:
+    theirs = """---
+model-index:
+- name: x
+  results:
+  - task: {type: text-generation}
+    dataset: {type: org/other, name: Other}
+    metrics: [{type: accuracy, value: 0.5, name: theirs}]
+---
+Their text.
+"""
+    data = huggingface_hub.ModelCard(merged(card(), theirs)).data
+    assert {result.dataset_type for result in data.eval_results} == {"org/other", "HuggingFaceFW/fineweb-edu"}
+
+
+def test_a_card_without_marks_keeps_its_text_before_ours() -> None:
+    text = merged(card(), "My own page.\n")
+    assert text.index("My own page.") < text.index("# my-gpt2")
+    broken = "---\n: not: [yaml\n---\nMy own page.\n"
+    assert broken.strip() in merged(card(), broken)
+
+
+def test_a_stamp_tells_a_person_from_our_next_push() -> None:
+    pushed = stamped(card())
+    assert not was_edited(pushed)
+    assert not was_edited(merged(card(replace(FACTS, val_loss=1.0)), pushed) + pushed[pushed.rindex("<!-- pushed") :])
+    assert was_edited(pushed.replace("# my-gpt2", "# my very own gpt2"))
+    assert was_edited(pushed.replace("license: mit", "license: odc-by"))
+    assert was_edited("anything")
+    assert stamped(pushed) == pushed
+
+
+@pytest.mark.parametrize("content", ["", "a\n", "\\1 and \\g<0>"])
+def test_a_section_takes_any_text(content: str) -> None:
+    old, new = section("use", "old"), section("use", content)
+    assert merged(new, f"before\n{old}after\n") == f"before\n{new}after\n"
