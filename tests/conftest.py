@@ -4,14 +4,15 @@ import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from small_corpora import WORDS, write_corpus
 
 from training.recipe import Recipe
 
-pytest_plugins = ["hub_client"]
+if TYPE_CHECKING:
+    from loopback_hub import LoopbackHub
 
 ROOT = Path(__file__).parent.parent
 SHARED_DATA = Path(os.environ.get("GPT2_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -137,3 +138,18 @@ def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     forget()
     yield
     forget()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["LoopbackHub"]:
+    """A Hub on this machine, with users, that the client of this process talks to."""
+    # Not above: the Hub's client reads at its import whether it may go online.
+    import huggingface_hub
+    from hub_client import ACCOUNTS, turn_to
+    from loopback_hub import LoopbackHub, serving
+
+    hub = LoopbackHub(accounts=ACCOUNTS)
+    turn_to(hub, monkeypatch, tmp_path / "hub-cache")
+    with serving(hub):
+        yield hub
+    huggingface_hub.close_session()
