@@ -233,7 +233,7 @@ def test_weights_of_an_earlier_model_are_where_training_starts(tiny_recipe: Make
 
 def test_metrics_reach_tensorboard(tiny_recipe: Make) -> None:
     pytest.importorskip("tensorboard")
-    recipe = tiny_recipe(max_steps=2, report_to="tensorboard")
+    recipe = tiny_recipe(max_steps=2, report_to=["tensorboard"])
     train(recipe)
     events = list((Path(recipe.output_dir) / "gpt2-scratch").rglob("events.out.*"))
     assert any(b"train_loss" in path.read_bytes() for path in events)

@@ -55,8 +55,8 @@ def test_a_picture_is_drawn_beside_the_run_and_one_that_is_late_is_given_up(tiny
 def test_results_of_tasks_reach_the_metrics(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     validate = Watch.validate
 
-    def with_tasks(watch: Watch, done: int, *, record: bool = True) -> None:
-        validate(watch, done, record=record)
+    def with_tasks(watch: Watch, done: int) -> None:
+        validate(watch, done)
         watch.record_tasks(done, {"hellaswag_acc_norm": 0.25})
 
     monkeypatch.setattr(Watch, "validate", with_tasks)

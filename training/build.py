@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, is_tensorboard_available, is_wandb_available, set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
@@ -17,7 +17,8 @@ from gpt2_scratch_errors import InputError
 from training.data.workers import usable_cpus
 from training.optimizer import build_optimizer
 from training.recipe import Recipe
-from training.sharding import check_sharding_settings, compile_blocks, shard, shard_on_cpus_too
+from training.sharding import compile_blocks, shard, shard_on_cpus_too
+from training.trackers import chosen_trackers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,20 +52,13 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """The accelerator of this process, with threads and matrix precision set for its device.
 
     Raises:
-        InputError: the tracker that the recipe asks for is not installed.
+        InputError: a tracker that the recipe asks for is not installed.
     """
-    available = {"none": True, "wandb": is_wandb_available(), "tensorboard": is_tensorboard_available()}
-    if not available[recipe.report_to]:
-        raise InputError(
-            f"report_to is {recipe.report_to}, which is not installed; "
-            f"pip install -c constraints.txt -e .[{recipe.report_to}]"
-        )
-    check_sharding_settings()
     accelerator = Accelerator(
         # Told so outright: several CPU processes would otherwise not find each other.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=resolve_mixed_precision(recipe),
-        log_with=None if recipe.report_to == "none" else recipe.report_to,
+        log_with=chosen_trackers(recipe) or None,
         project_dir=recipe.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
     )

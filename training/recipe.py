@@ -107,7 +107,9 @@ class Recipe:
     sample_prompts: list[str] = knob("prompts that are continued; an empty one starts a document", ["", "The"])
     sample_tokens: int = knob("tokens in a sample", 48)
     profile_steps: str | None = knob("steps that torch's profiler traces, such as 10-12", None)
-    report_to: Literal["none", "wandb", "tensorboard"] = knob("tracker that also gets the metrics", "none")
+    report_to: list[Literal["none", "all", "tensorboard", "wandb", "trackio"]] = knob(
+        "trackers that also get the metrics: tensorboard, wandb, trackio, all that are installed, or none", ["none"]
+    )
 
     # going on
     save_steps: int = knob("steps between checkpoints; 0 for only one at the end", 1000)
@@ -312,6 +314,9 @@ def coerce(key: str, kind: Any, value: Any) -> Any:
         if value not in choices:
             raise InputError(f"recipe key {key}: expected one of {', '.join(choices)}, found {value!r}")
         return value
+    if origin is list and typing.get_origin(typing.get_args(kind)[0]) is Literal:
+        named = value if isinstance(value, list) else [value]  # one may stand without brackets
+        return [coerce(key, typing.get_args(kind)[0], item) for item in named]
     if origin is list:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise InputError(f"recipe key {key}: expected a list of strings, found {value!r}")

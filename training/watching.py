@@ -27,6 +27,7 @@ from training.snapshot import bare_model
 from training.speed import Throughput, flops_per_token, measured_peak_flops, memory_bytes, peak_flops
 from training.step import validation_loss
 from training.summary import device_name
+from training.trackers import start_trackers
 
 CURVES = "curves.png"
 
@@ -91,8 +92,7 @@ class Watch:
             n_embd=self._config.n_embd,
             seq_len=recipe.seq_len,
         )
-        if recipe.report_to != "none":
-            accelerator.init_trackers("gpt2-scratch", config={k: str(v) for k, v in recipe.to_dict().items()})
+        start_trackers(accelerator, plan)
 
     def introduce(self) -> None:
         """Say what is trained, on what, and from where."""
