@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from gpt2_scratch_errors import InputError
+from training.data.patience import cache_refusal
 from training.data.workers import usable_cpus
 from training.optimizer import build_optimizer
 from training.recipe import Recipe
@@ -52,22 +53,51 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """The accelerator of this process, with threads and matrix precision set for its device.
 
     Raises:
-        InputError: a tracker that the recipe asks for is not installed.
+        InputError: a tracker that the recipe asks for is not installed, FSDP of another kind than FSDP2, or processes
+            that do not meet.
     """
-    accelerator = Accelerator(
-        # Told so outright: several CPU processes would otherwise not find each other.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=resolve_mixed_precision(recipe),
-        log_with=chosen_trackers(recipe) or None,
-        project_dir=recipe.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
-    )
+    check_sharding_settings()
+    try:
+        accelerator = Accelerator(
+            # Told so outright: several CPU processes would otherwise not find each other.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=resolve_mixed_precision(recipe),
+            log_with=chosen_trackers(recipe) or None,
+            project_dir=recipe.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        )
+    except torch.distributed.DistError as error:
+        place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InputError(
+            f"process {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} did not meet the others at {place} "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); start every machine, with the same main_process_ip "
+            "and a main_process_port that is free on the first"
+        ) from None
     shard_on_cpus_too(accelerator)
     if accelerator.device.type == "cpu":
         use_all_cores()
     else:
         torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def refuse_too_many_processes() -> None:
+    """Refuse more processes on this machine than it has devices for, before each fails over a GPU that is not there.
+
+    Raises:
+        InputError: more than the GPUs that can be seen, or without any, more than the cores.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    if gpus:
+        room, found = gpus, f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    else:
+        room, found = max(2, usable_cpus()), f"no GPU and {usable_cpus()} CPU cores"
+    if here > room:
+        raise InputError(
+            f"expected a GPU for each of {here} processes on this machine, found {found}; launch with --num_processes "
+            f"{gpus or 1}, or another file of accelerate_configs/"
+        )
 
 
 def use_all_cores() -> None:
@@ -129,7 +159,8 @@ def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = No
             model = GPT2ScratchForCausalLM(config)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         # from_pretrained explains what it misses in its first line; the rest is advice on other models.
-        raise InputError(f"cannot build the model: {str(error).strip().splitlines()[0]}") from error
+        refusal = cache_refusal(error)
+        raise refusal or InputError(f"cannot build the model: {str(error).strip().splitlines()[0]}") from error
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"{source} has a vocabulary of {model.config.vocab_size:,} ids, the tokenizer {recipe.tokenizer} has "

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gpt2_scratch_errors import InputError
-from training.build import PROCESS_TIMEOUT, build_accelerator, build_model, prepare
+from training.build import PROCESS_TIMEOUT, build_accelerator, build_model, prepare, refuse_too_many_processes
 from training.card import RunFacts, earlier_card, write_model_card
 from training.checkpoint import copy_model, load_checkpoint, publish, skeleton_of
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
@@ -47,6 +47,7 @@ def train(recipe: Recipe) -> None:
     Raises:
         InputError: from `plan_run`, before any work starts.
     """
+    refuse_too_many_processes()
     with ProducerBeside() as producer:
         _train(plan_run(recipe, producer), producer)
 

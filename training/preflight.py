@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan
-from training.build import build_accelerator, build_model, prepare
+from training.build import build_accelerator, build_model, prepare, refuse_too_many_processes
 from training.checkpoint import TrainerState
 from training.data.manifest import Manifest
 from training.data.order import Order
@@ -58,6 +58,7 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         InputError: the run could not start: settings that do not fit together, processes that do not reach each other,
             a model that does not fit.
     """
+    refuse_too_many_processes()
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
     vocabulary, order, data = _data_of(recipe)

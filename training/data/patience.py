@@ -1,9 +1,11 @@
 """Waiting for the Hub: which errors pass by themselves, and how long to wait for that."""
 
 import errno
+import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from gpt2_scratch_errors import InputError
@@ -24,6 +26,19 @@ ABOUT_THE_DISK = (
     errno.EROFS,
     errno.ENOTDIR,
 )
+
+
+def cache_refusal(error: BaseException) -> InputError | None:
+    """Return what to tell of an error of the Hub's cache, which lies elsewhere than a run's folders; else None."""
+    if not (isinstance(error, OSError) and error.errno in ABOUT_THE_DISK and isinstance(error.filename, str)):
+        return None
+    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    if not Path(error.filename).is_relative_to(cache):
+        return None
+    return InputError(
+        f"the cache of the Hub cannot be used ({error.filename}: {error.strerror}); free space, or let HF_HOME name a "
+        "folder that can be written"
+    )
 
 
 def network_errors() -> tuple[type[BaseException], ...]:

@@ -22,7 +22,7 @@ from training.data.folder_lock import locked
 from training.data.hub_corpus import HubCorpus
 from training.data.hub_shards import download_ready_shards
 from training.data.manifest import Manifest, ResumePoint
-from training.data.patience import ABOUT_THE_DISK
+from training.data.patience import ABOUT_THE_DISK, cache_refusal
 from training.data.reporting import AtMostEvery, Progress
 from training.data.request import ShardRequest
 from training.data.shards import ShardFolder, ShardWriter, require_space
@@ -99,7 +99,7 @@ def produce(
     except OSError as error:
         if error.errno not in ABOUT_THE_DISK:
             raise
-        raise InputError(
+        raise cache_refusal(error) or InputError(
             f"expected to write {output}, found: {error.strerror}; free space or choose another folder, "
             "and run again: finished shards are kept"
         ) from None

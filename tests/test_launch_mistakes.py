@@ -1,0 +1,129 @@
+"""What can go wrong between `accelerate launch` and the first step, each told in one line."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpt2_scratch_errors import InputError
+from training import build
+from training.build import build_accelerator, build_model, refuse_too_many_processes
+from training.data.patience import cache_refusal
+from training.loop import train
+from training.preflight import preflight
+from training.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes this process one of several, as a launcher would."""
+
+    def be(rank: int, of: int, port: int = 1) -> None:
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}
+        for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (1, "expected a GPU for each of 64 processes on this machine, found 1 GPU; launch with --num_processes 1, or"),
+        (4, "found 4 GPUs; launch with --num_processes 4, or another file of accelerate_configs/"),
+        (0, r"found no GPU and \d+ CPU cores; launch with --num_processes 1, or another"),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_anything_starts(
+    gpus: int,
+    message: str,
+    process: Callable[..., None],
+    tiny_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process(0, of=64)
+    monkeypatch.setattr(build, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
+    for start in (train, preflight):
+        with pytest.raises(InputError, match=message):
+            start(tiny_recipe(data_dir=str(tmp_path / "absent")))
+    assert list(tmp_path.iterdir()) == []
+    process(0, of=max(1, gpus))
+    refuse_too_many_processes()
+
+
+def test_a_port_in_use_is_one_line(
+    process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PROCESS_TIMEOUT", timedelta(seconds=1))
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
+        process(0, of=2, port=taken.getsockname()[1])
+        with pytest.raises(InputError, match=r"process 0 of 2 did not .*in use\); start every .* is free") as told:
+            build_accelerator(tiny_recipe())
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_that_never_comes_is_one_line(
+    rank: int, process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PROCESS_TIMEOUT", timedelta(seconds=1))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process(rank, of=2, port=port)
+    with pytest.raises(InputError, match=rf"process {rank} of 2 .* at 127.0.0.1:{port} \(.*imed out") as told:
+        build_accelerator(tiny_recipe())
+    assert "\n" not in str(told.value)
+
+
+def test_a_cache_of_the_hub_that_cannot_be_written_is_one_line(tiny_recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    tiny_recipe(corpus="roneneldan/TinyStories", data_dir=str(tmp_path / "data"), preprocessing_num_workers=0).save(
+        tmp_path / "r.yaml"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "training" / "train.py", "--config", tmp_path / "r.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_HOME": str(tmp_path / "file"), "HF_HUB_OFFLINE": "0"},
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: the cache of the Hub cannot be used (")
+    assert "let HF_HOME name a folder" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_the_cache_is_told_from_one_of_the_runs_folders(
+    tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    full = OSError(28, "No space left on device", str(tmp_path / "cache" / "hub" / "x"))
+    assert "No space left on device); free space, or let HF_HOME" in str(cache_refusal(full))
+    assert cache_refusal(OSError(28, "No space left on device", str(tmp_path / "data" / "x"))) is None
+    assert cache_refusal(ValueError()) is None
+
+    from gpt2_scratch import GPT2ScratchForCausalLM
+
+    def raising(*arguments: object, **settings: object) -> None:
+        raise full
+
+    monkeypatch.setattr(GPT2ScratchForCausalLM, "from_pretrained", raising)
+    from training.preflight import _Ids
+
+    with pytest.raises(InputError, match="cache of the Hub cannot be used"):
+        build_model(tiny_recipe(init_from="openai-community/gpt2"), _Ids(300, 299))
