@@ -18,7 +18,7 @@ from training.data.patience import cache_refusal
 from training.data.workers import usable_cpus
 from training.optimizer import build_optimizer
 from training.recipe import Recipe
-from training.sharding import compile_blocks, shard, shard_on_cpus_too
+from training.sharding import check_sharding_settings, compile_blocks, shard, shard_on_cpus_too
 from training.trackers import chosen_trackers
 
 if TYPE_CHECKING:
