@@ -31,6 +31,7 @@ import accelerate
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
 
 from training.build import build_accelerator, build_model
 from training.data.beside import ProducerBeside
@@ -199,6 +200,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["loop", "launch", "checkpoint"], help="only this one")
     parser.add_argument("--chunks", type=int, default=20, help=f"chunks of {STEPS_IN_A_CHUNK} steps on each side")
     arguments = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     print(
         f"{device}, {os.cpu_count()} cores; torch {torch.__version__}, accelerate {accelerate.__version__}, "
