@@ -207,7 +207,6 @@ class Run:
                     self.watch.sample(done)
             if (leave or by_clock or self.saving.due(done)) and self._weights_are_good(done):
                 with self.watch.pause():
-                    self.watch.redraw(done)
                     self.saving.save(done)
             if leave:
                 self._leave(done, leave)
