@@ -51,6 +51,7 @@ class Results:
         seconds: of everything behind the model's loading.
         tasks: the results.
         versions: of packages.
+        step: of the run that trains the model; None for a finished one.
     """
 
     model: str
@@ -68,6 +69,7 @@ class Results:
     seconds: float
     tasks: list[TaskResult]
     versions: dict[str, str] = field(default_factory=_versions)
+    step: int | None = None
 
     def write(self, path: Path, *, with_items: bool) -> None:
         """Write results.json, whole or not at all; `with_items` keeps the record of every item."""

@@ -6,9 +6,20 @@ from typing import Any
 
 from safetensors import safe_open
 
-from training.card import RunFacts
+from evaluation.references import one_per_size, published
+from training.card import RunFacts, Score
 from training.progress import read_metrics
 from training.recipe import Recipe
+from training.task_evaluation import latest_results
+
+# What a task's items are called on the Hub, and in words.
+_DATASETS = {
+    "hellaswag": ("Rowan/hellaswag", "HellaSwag"),
+    "lambada": ("EleutherAI/lambada_openai", "LAMBADA"),
+    "cbt_cn": ("cam-cst/cbt", "Children's Book Test, common nouns"),
+    "cbt_ne": ("cam-cst/cbt", "Children's Book Test, named entities"),
+    "wikitext2": ("Salesforce/wikitext", "WikiText-2"),
+}
 
 
 def run_facts(
@@ -48,7 +59,26 @@ def run_facts(
         gzip_bits_per_byte=gzip_bits_per_byte,
         samples=samples or [],
         gpt2_tokens=recipe.tokenizer == "gpt2",
+        scores=task_scores(output_dir, steps),
     )
+
+
+def task_scores(output_dir: Path, steps: int) -> list[Score]:
+    """The newest figures of the run's evaluation tasks, each with its protocol."""
+    results = latest_results(output_dir, up_to=steps)
+    if results is None:
+        return []
+    scores = []
+    for result in results.tasks:
+        task, _, protocol = result.task.partition(":")
+        kind, dataset = _DATASETS.get(task, ("text", task))
+        items = f", first {result.items:,} items" if results.limit else ""
+        for name, measured in result.figures.items():
+            if math.isfinite(measured.value):
+                references = tuple(one_per_size(published(result.task, name)).values())
+                what = f"{name}, protocol `{protocol}`{items}, after step {results.step:,}"
+                scores.append(Score(measured.metric, what, measured.value, kind, dataset, references))
+    return scores
 
 
 def training_seconds(lines: list[dict[str, float]]) -> float | None:

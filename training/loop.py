@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import math
 import os
 import shutil
 import signal
@@ -80,20 +79,6 @@ def _train(plan: Plan, producer: ProducerBeside) -> None:
         run.finish()
 
 
-@contextlib.contextmanager
-def spared_by_the_collector() -> Iterator[None]:
-    """Keep Python's garbage collector from going through what is there already, again and again.
-
-    That is hundreds of thousands of objects of the libraries: 0.2 s each time, a step or more on a GPU.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
 class Run:
     """A run in progress: the prepared model and optimizer, and what watches them."""
 
@@ -153,7 +138,7 @@ class Run:
         Raises:
             SystemExit: a signal asked for it; the run is saved, and goes on from there at the next start.
         """
-        with self.signals, spared_by_the_collector():
+        with self.signals:
             self._take_steps()
             self.saving.wait()
             self.agreement.settled()
@@ -166,6 +151,8 @@ class Run:
         # A run that was asked to leave, or only its model folder is missing, or it goes to a new output_dir.
         if plan.first_step and self._due(plan.first_step, recipe.eval_steps):
             self.watch.validate_once(plan.first_step)
+        if plan.tasks is not None and plan.first_step and self._due(plan.first_step, recipe.eval_task_steps):
+            self.watch.judge_once(plan.first_step)
         batches = self._training_batches()
         self.model.train()
         trace = self._trace()
@@ -200,13 +187,16 @@ class Run:
             leave, by_clock = self.agreement.exchange(self.signals.received, self.saving.due_by_clock())
             if self._due(done, recipe.logging_steps):
                 self.watch.record(done, loss, grad_norm, learning_rate)
-            if not leave:  # the next start makes up for the validation
+            if not leave:  # the next start makes up for what is left out
                 if self._due(done, recipe.eval_steps):
                     self.watch.validate(done)
+                if plan.tasks is not None and self._due(done, recipe.eval_task_steps):
+                    self.watch.judge(done)
                 if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
                     self.watch.sample(done)
             if (leave or by_clock or self.saving.due(done)) and self._weights_are_good(done):
                 with self.watch.pause():
+                    self.watch.redraw(done)
                     self.saving.save(done)
             if leave:
                 self._leave(done, leave)
@@ -225,7 +215,6 @@ class Run:
         plan = self.plan
         self.watch.stands_out(verdict)
         if verdict.in_a_row >= plan.recipe.max_skipped_steps:
-            self.saving.wait()
             raise InputError(
                 f"{verdict.in_a_row:,} updates in a row were skipped up to step {verdict.step:,}, where the loss is "
                 f"{verdict.loss:.4g} and the gradient's norm {verdict.grad_norm:.4g}; lower learning_rate or raise "
@@ -233,17 +222,13 @@ class Run:
             )
 
     def _weights_are_good(self, done: int) -> bool:
-        """Whether a checkpoint may be saved.
-
-        Where updates are being skipped, the one that was made last may be what broke the weights, unless a validation
-        of this step vouches for them.
-        """
+        """Whether a checkpoint may be saved: the update that last was made may be what broke the weights."""
         self.guard.look_at_all()
-        step, loss = self.watch.last_validation
-        if not self.guard.skipped_in_a_row or (step == done and math.isfinite(loss)):
+        if not self.guard.skipped_in_a_row:
             return True
-        if step == done == self.plan.total_steps:
-            self.saving.wait()
+        if done == self.plan.total_steps and self.watch.last_validation_is_finite:
+            return True
+        if done == self.plan.total_steps:
             raise InputError(
                 f"the run's last updates were skipped, and its validation loss is no finite number; lower "
                 f"learning_rate or raise warmup_steps: {good_checkpoint(self.plan.output_dir)}"

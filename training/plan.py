@@ -23,6 +23,7 @@ from training.data.workers import usable_cpus
 from training.publishing import claim_repository
 from training.recipe import Recipe
 from training.resume import find_resume_point
+from training.task_evaluation import TaskEvaluation
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 
@@ -41,6 +42,7 @@ class Plan:
         resume_from: the checkpoint to go on from.
         first_step: steps that it has behind it.
         repo_id: the repository on the Hub that the first process pushes to.
+        tasks: what the model is judged on while it learns; None without eval_tasks.
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Plan:
     resume_from: Path | None
     first_step: int
     repo_id: str | None = None
+    tasks: TaskEvaluation | None = None
 
     @property
     def folder(self) -> ShardFolder:
@@ -114,7 +117,8 @@ def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
             f"{resume_from} is {first_step:,} steps long, and the run was asked to end after {end:,}; "
             "give it a later end, or choose another output_dir"
         )
-    return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step, repo_id)
+    tasks = TaskEvaluation(recipe, tokenizer) if recipe.eval_tasks else None
+    return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step, repo_id, tasks)
 
 
 def batch_of(recipe: Recipe) -> BatchPlan:

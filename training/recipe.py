@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import yaml
 
+from evaluation.tasks import task_named
 from gpt2_scratch_errors import InputError
 from training.atomic import write_whole
 
@@ -103,6 +104,10 @@ class Recipe:
     logging_steps: int = knob("steps between lines of metrics.jsonl", 10)
     eval_steps: int = knob("steps between validations; 0 for only one at the end", 250)
     eval_tokens: int = knob("tokens of the validation shard that are scored each time", 10_485_760)
+    eval_tasks: list[str] = knob("tasks such as hellaswag or lambada:word; python -m evaluation.run --list", [])
+    eval_task_steps: int = knob("steps between evaluations on eval_tasks; 0 for only one at the end", 1000)
+    eval_task_limit: int | None = knob("only the first so many items of each task; all when not given", None)
+    eval_data_dir: str | None = knob("folder with the tasks' raw files; from the Hub when not given", None)
     sample_steps: int = knob("steps between samples; 0 for only one at the end", 250)
     sample_prompts: list[str] = knob("prompts that are continued; an empty one starts a document", ["", "The"])
     sample_tokens: int = knob("tokens in a sample", 48)
@@ -154,6 +159,7 @@ class Recipe:
         for name in (
             "warmup_steps",
             "eval_steps",
+            "eval_task_steps",
             "sample_steps",
             "save_steps",
             "dataloader_num_workers",
@@ -166,11 +172,16 @@ class Recipe:
         per_device = self.per_device_train_batch_size
         self._require("per_device_train_batch_size", per_device == "auto" or per_device >= 1, "at least 1, or auto")
         for name in (
-            *(*LENGTHS, "decay_steps", "val_tokens", "n_positions"),
+            *(*LENGTHS, "decay_steps", "val_tokens", "n_positions", "eval_task_limit"),
             *("save_minutes", "save_total_limit", "save_keep_every"),
         ):
             value = getattr(self, name)
             self._require(name, value is None or value > 0, "more than 0, or left out")
+        for name in self.eval_tasks:
+            try:
+                task_named(name)
+            except InputError as error:
+                raise InputError(f"recipe key eval_tasks: {error}") from None
         if self.decay_steps is not None and self.lr_scheduler_type != "warmup_stable_decay":
             raise InputError(
                 f"recipe key decay_steps is {self.decay_steps}, but lr_scheduler_type {self.lr_scheduler_type} decays "

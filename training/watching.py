@@ -27,6 +27,7 @@ from training.snapshot import bare_model
 from training.speed import Throughput, flops_per_token, measured_peak_flops, memory_bytes, peak_flops
 from training.step import validation_loss
 from training.summary import device_name
+from training.task_evaluation import RESULTS, columns
 from training.trackers import start_trackers
 
 CURVES = "curves.png"
@@ -67,9 +68,6 @@ class Watch:
         accelerator: what the run's processes share.
         model: the prepared model, which validations and samples put into evaluation mode and back.
         parameters: of the whole model.
-
-    Attributes:
-        last_validation: its step and loss.
     """
 
     def __init__(self, plan: Plan, accelerator: Accelerator, model: nn.Module, *, parameters: int) -> None:
@@ -82,7 +80,7 @@ class Watch:
             total_steps=plan.total_steps,
         )
         self.throughput = Throughput()
-        self.last_validation = (-1, math.nan)
+        self.last_validation_is_finite = True
         self.latest_samples: list[str] = []
         self._drawing = _DrawingBeside()
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
@@ -172,13 +170,6 @@ class Watch:
         if known:
             self.accelerator.log(known, step=done)
 
-    def record_tasks(self, done: int, results: Mapping[str, float]) -> None:
-        """Record results of evaluation tasks after step `done`, under the keys that `RunLog.tasks` explains."""
-        values = {"step": done, "tokens": done * self.plan.batch.tokens_per_step, **results}
-        self.log.tasks(values)
-        self.redraw(done)
-        self._track(done, values)
-
     def validate(self, done: int) -> None:
         """Score the validation text after step `done`, with all processes."""
         recipe, accelerator = self.plan.recipe, self.accelerator
@@ -193,7 +184,7 @@ class Watch:
         )
         with self.pause():
             loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.plan.document_mark)
-        self.last_validation = (done, loss)
+        self.last_validation_is_finite = math.isfinite(loss)
         values = {
             "step": done,
             "tokens": done * self.plan.batch.tokens_per_step,
@@ -209,8 +200,37 @@ class Watch:
         """Validate after step `done` unless the main process finds that recorded already."""
         lines = read_metrics(self.plan.output_dir) if self.accelerator.is_main_process else []
         known = any("val_loss" in line and line["step"] == done for line in lines)
-        if not int(self.accelerator.reduce(torch.tensor(int(known), device=self.accelerator.device))):
+        if not self._any(known):
             self.validate(done)
+
+    def judge(self, done: int) -> None:
+        """Judge the model on the recipe's tasks after step `done`, with all processes."""
+        tasks, accelerator = self.plan.tasks, self.accelerator
+        assert tasks is not None
+        with self.pause():
+            judged = tasks.judge(accelerator, self.model)
+        if accelerator.is_main_process:
+            tasks.write(self.plan.output_dir / RESULTS, done, judged, accelerator, self._parameters)
+        self.record_tasks(done, columns(judged))
+
+    def record_tasks(self, done: int, results: Mapping[str, float]) -> None:
+        """Record results of evaluation tasks after step `done`, under the keys that `RunLog.tasks` explains."""
+        values = {"step": done, "tokens": done * self.plan.batch.tokens_per_step, **results}
+        self.log.tasks(values)
+        self.redraw(done)
+        self._track(done, values)
+
+    def judge_once(self, done: int) -> None:
+        """Judge the model after step `done` unless the main process finds that recorded already."""
+        assert self.plan.tasks is not None
+        lines = read_metrics(self.plan.output_dir) if self.accelerator.is_main_process else []
+        names = self.plan.tasks.column_names
+        if not self._any(any(names <= set(line) and line["step"] == done for line in lines)):
+            self.judge(done)
+
+    def _any(self, holds: bool) -> bool:
+        """Whether something holds on any process."""
+        return bool(int(self.accelerator.reduce(torch.tensor(int(holds), device=self.accelerator.device))))
 
     def sample(self, done: int, *, show: bool = True) -> list[str]:
         """Draw samples after step `done`, keep and show them, and return them; none on other processes.
