@@ -253,16 +253,16 @@ def test_a_loss_that_is_no_number_is_told_as_it_is_and_training_goes_on(
 def test_too_many_skipped_updates_in_a_row_name_the_newest_good_checkpoint(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tiny_recipe(max_steps=40, save_steps=2, eval_steps=0, sample_steps=0, max_skipped_steps=3)
+    recipe = tiny_recipe(max_steps=40, save_steps=2, eval_steps=6, sample_steps=0, max_skipped_steps=3)
     spoil(monkeypatch, {3: math.nan, 4: math.nan, 6: math.nan, 7: math.nan, 8: math.inf})
-    message = r"3 updates in a row were skipped up to step 8, .* the newest good checkpoint is .*step-000002, and"
+    message = r"3 updates in a row were skipped up to step 8, .* the newest good checkpoint is .*step-000006, and"
     with pytest.raises(InputError, match=message) as caught:
         train(recipe)
     assert "\n" not in str(caught.value)
-    # None was saved after step 4 or 6, whose updates were skipped.
-    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000002"]
+    # None was saved after step 4, whose update was skipped; a validation vouched for the weights of step 6.
+    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000002", "step-000006"]
     monkeypatch.undo()
-    train(dataclasses.replace(recipe, max_steps=4))
+    train(dataclasses.replace(recipe, max_steps=8))
 
 
 def test_a_resumed_run_judges_as_an_unbroken_one(

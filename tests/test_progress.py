@@ -170,3 +170,15 @@ def test_times_are_said_as_a_person_says_them(seconds: float, words: str) -> Non
 
 def test_a_time_that_nobody_knows_is_no_number() -> None:
     assert duration(float("nan")) == "unknown time"
+
+
+@pytest.mark.parametrize(
+    ("rate", "words"), [(950.4, "950"), (13_800, "13,800"), (182_400, "182k"), (999_900, "1.00M"), (1_750_000, "1.75M")]
+)
+def test_rates_are_short_enough_for_a_line(
+    rate: float, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = open_log(tmp_path)
+    log.training({**training_line(1), "tokens_per_second": rate})
+    log.close()
+    assert f"  {words} tok/s" in capsys.readouterr().out

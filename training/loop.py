@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import math
 import os
 import shutil
 import signal
@@ -79,6 +80,20 @@ def _train(plan: Plan, producer: ProducerBeside) -> None:
         run.finish()
 
 
+@contextlib.contextmanager
+def spared_by_the_collector() -> Iterator[None]:
+    """Keep Python's garbage collector from going through what is there already, again and again.
+
+    That is hundreds of thousands of objects of the libraries: 0.2 s each time, a step or more on a GPU.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 class Run:
     """A run in progress: the prepared model and optimizer, and what watches them."""
 
@@ -138,7 +153,7 @@ class Run:
         Raises:
             SystemExit: a signal asked for it; the run is saved, and goes on from there at the next start.
         """
-        with self.signals:
+        with self.signals, spared_by_the_collector():
             self._take_steps()
             self.saving.wait()
             self.agreement.settled()
@@ -196,7 +211,6 @@ class Run:
                     self.watch.sample(done)
             if (leave or by_clock or self.saving.due(done)) and self._weights_are_good(done):
                 with self.watch.pause():
-                    self.watch.redraw(done)
                     self.saving.save(done)
             if leave:
                 self._leave(done, leave)
@@ -215,6 +229,7 @@ class Run:
         plan = self.plan
         self.watch.stands_out(verdict)
         if verdict.in_a_row >= plan.recipe.max_skipped_steps:
+            self.saving.wait()
             raise InputError(
                 f"{verdict.in_a_row:,} updates in a row were skipped up to step {verdict.step:,}, where the loss is "
                 f"{verdict.loss:.4g} and the gradient's norm {verdict.grad_norm:.4g}; lower learning_rate or raise "
@@ -222,13 +237,17 @@ class Run:
             )
 
     def _weights_are_good(self, done: int) -> bool:
-        """Whether a checkpoint may be saved: the update that last was made may be what broke the weights."""
+        """Whether a checkpoint may be saved.
+
+        Where updates are being skipped, the one that was made last may be what broke the weights, unless a validation
+        of this step vouches for them.
+        """
         self.guard.look_at_all()
-        if not self.guard.skipped_in_a_row:
+        step, loss = self.watch.last_validation
+        if not self.guard.skipped_in_a_row or (step == done and math.isfinite(loss)):
             return True
-        if done == self.plan.total_steps and self.watch.last_validation_is_finite:
-            return True
-        if done == self.plan.total_steps:
+        if step == done == self.plan.total_steps:
+            self.saving.wait()
             raise InputError(
                 f"the run's last updates were skipped, and its validation loss is no finite number; lower "
                 f"learning_rate or raise warmup_steps: {good_checkpoint(self.plan.output_dir)}"

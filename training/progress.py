@@ -58,7 +58,7 @@ class RunLog:
         for line in read_metrics(output_dir):
             if "train_loss" in line:
                 self._smoothed.add(line["train_loss"])
-        on_terminal = sys.stderr.isatty()
+        on_terminal = _is_terminal(sys.stderr)
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
@@ -189,11 +189,28 @@ def _figures(values: Mapping[str, Any]) -> str:
         f"loss {values['train_loss']:.4f} ~{values['smoothed_loss']:.4f}",
         f"lr {values['learning_rate']:.2e}",
         f"norm {values['grad_norm']:.2f}",
-        f"{values['tokens_per_second']:,.0f} tok/s",
+        f"{_short(values['tokens_per_second'])} tok/s",
     ]
     parts += [f"MFU {mfu:.1%}"] if mfu is not None else []
     parts += [f"{memory:.1f} GiB"] if memory is not None else []
     return "  ".join(parts)
+
+
+def _short(rate: float) -> str:
+    """A rate in three or more digits: `13,800`, `182k`, `1.75M`."""
+    if rate < 1e5:
+        return f"{rate:,.0f}"
+    return f"{rate / 1e3:.0f}k" if rate < 999_500 else f"{rate / 1e6:.2f}M"
+
+
+def _is_terminal(stream: TextIO) -> bool:
+    """Whether a bar can be shown: not on a terminal without a height, as some containers have, where tqdm hides it."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).lines > 0
+    except (OSError, ValueError):
+        return True
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,8 @@ def device_name(device: torch.device) -> str:
     """The device as a person would name it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else device.type
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
 def _command(name: str) -> str:
@@ -55,6 +56,7 @@ The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
   model        {model}
   curves       {output_dir / "curves.png"}
   metrics      {output_dir / "metrics.jsonl"}
+  samples      {output_dir / "samples.txt"}
   checkpoints  {output_dir / "checkpoints"}
 
   validation   {facts.val_loss:.4f} nats per token

@@ -68,6 +68,9 @@ class Watch:
         accelerator: what the run's processes share.
         model: the prepared model, which validations and samples put into evaluation mode and back.
         parameters: of the whole model.
+
+    Attributes:
+        last_validation: its step and loss.
     """
 
     def __init__(self, plan: Plan, accelerator: Accelerator, model: nn.Module, *, parameters: int) -> None:
@@ -80,7 +83,7 @@ class Watch:
             total_steps=plan.total_steps,
         )
         self.throughput = Throughput()
-        self.last_validation_is_finite = True
+        self.last_validation = (-1, math.nan)
         self.latest_samples: list[str] = []
         self._drawing = _DrawingBeside()
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
@@ -184,7 +187,7 @@ class Watch:
         )
         with self.pause():
             loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.plan.document_mark)
-        self.last_validation_is_finite = math.isfinite(loss)
+        self.last_validation = (done, loss)
         values = {
             "step": done,
             "tokens": done * self.plan.batch.tokens_per_step,

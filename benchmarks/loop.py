@@ -1,0 +1,231 @@
+"""What the training loop costs, how soon the first step is taken, and how long a checkpoint keeps training.
+
+    python benchmarks/loop.py [--part loop|launch|checkpoint] [--chunks 20]
+
+- loop: chunks of steps of `training/loop.py`, with its guard, clipping and logging, alternate with chunks of a bare
+  forward, backward, optimizer loop over the same batches, which are in memory already; one process, two models.
+- launch: from `accelerate launch` to the first logged step over shards that are there, not compiled.
+- checkpoint: how long the 124M model's training stands still for a checkpoint that is written beside it.
+
+Medians; for the loop also the ratio chunk by chunk. The model of the first two is the quickstart's.
+"""
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import io
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import accelerate
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from training.build import build_accelerator, build_model
+from training.data.beside import ProducerBeside
+from training.data.loader import TrainingWindows, training_batches
+from training.data.producer import produce
+from training.loop import Run
+from training.optimizer import build_optimizer
+from training.plan import Plan, plan_run
+from training.recipe import QUICKSTART, Recipe, load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS_IN_A_CHUNK = 5
+WARM_UP_CHUNKS = 2
+
+
+def shards(folder: Path) -> Recipe:
+    """Shards of words that mean nothing in `folder`, and the quickstart's recipe for them."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(4000)]
+    corpus = folder / "corpus.txt"
+    with corpus.open("w") as file:
+        for _ in range(2000):
+            file.write(" ".join(rng.choices(words, k=200)) + "\n\n")
+    places = {name: str(folder / name) for name in ("data_dir", "output_dir")}
+    lengths = {"shard_tokens": 200_000, "val_tokens": 20_000, "eval_tokens": 8192}
+    recipe = load_recipe(
+        QUICKSTART, {**places, "corpus": str(corpus), **lengths, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
+    )
+    produce(
+        Path(recipe.data_dir),
+        corpus=recipe.corpus,
+        tokenizer=recipe.tokenizer,
+        shard_tokens=recipe.shard_tokens,
+        val_tokens=recipe.validation_shard_tokens,
+        num_workers=0,
+        report=lambda line: None,
+    )
+    return recipe
+
+
+def bare_chunk(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[tuple[Tensor, Tensor]], precision: str
+) -> float:
+    """Seconds of a chunk of steps with nothing around forward, backward and update."""
+    device = next(model.parameters()).device
+    start = time.perf_counter()
+    for _ in range(STEPS_IN_A_CHUNK):
+        inputs, targets = next(batches)
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=inputs.to(device), shift_labels=targets.to(device), use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    _synchronize(device)
+    return time.perf_counter() - start
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def loop_against_bare(recipe: Recipe, chunks: int) -> tuple[list[float], list[float]]:
+    """Seconds of each chunk of ours and of the bare loop, in turn."""
+    recipe = dataclasses.replace(recipe, max_steps=(chunks + WARM_UP_CHUNKS) * STEPS_IN_A_CHUNK)
+    with ProducerBeside() as producer:
+        plan = plan_run(recipe, producer)
+    accelerator = build_accelerator(recipe)
+    model = build_model(recipe, plan.tokenizer)
+    bare = copy.deepcopy(model).to(accelerator.device).train()
+    optimizer, batches = build_optimizer(bare, recipe), iter(_in_memory(plan))
+    plan.output_dir.mkdir()
+    run = Run(plan, accelerator, model)
+    ours: list[float] = []
+    theirs: list[float] = []
+    step_taken, steps, start = run.watch.step_taken, 0, time.perf_counter()
+
+    def after_step() -> None:
+        nonlocal steps, start
+        step_taken()
+        steps += 1
+        if steps % STEPS_IN_A_CHUNK == 0:
+            _synchronize(accelerator.device)
+            ours.append(time.perf_counter() - start)
+            theirs.append(bare_chunk(bare, optimizer, batches, accelerator.mixed_precision))
+            start = time.perf_counter()  # the line of a logged step falls into the chunk that begins now
+
+    run.watch.step_taken = after_step  # type: ignore[method-assign]
+    with contextlib.redirect_stdout(io.StringIO()):
+        run.take_steps()
+    run.close()
+    return ours[WARM_UP_CHUNKS:], theirs[WARM_UP_CHUNKS:]
+
+
+def _in_memory(plan: Plan) -> list[tuple[Tensor, Tensor]]:
+    windows = TrainingWindows(plan.shards, plan.tokenizer.vocab_size)
+    return list(training_batches(windows, plan.batch, rank=0, first_step=0, end_step=plan.total_steps))
+
+
+def launched(recipe: Recipe, path: Path, until: Callable[[str], bool]) -> tuple[float, list[str]]:
+    """Start a run as a user does; seconds to the first line for which `until` holds, and all lines up to it."""
+    recipe.save(path)
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    command += [ROOT / "training" / "train.py", "--config", path]
+    lines: list[str] = []
+    start = time.perf_counter()
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if until(line):
+                seconds = time.perf_counter() - start
+                process.terminate()
+                process.communicate()
+                return seconds, lines
+    raise SystemExit("the run ended early:\n" + "\n".join(lines))
+
+
+def seconds_to_first_step(recipe: Recipe, folder: Path, rounds: int = 3) -> list[float]:
+    """Seconds from `accelerate launch` to the line of the first step, round by round."""
+    times = []
+    for turn in range(rounds):
+        first = dataclasses.replace(recipe, output_dir=str(folder / f"launch-{turn}"), logging_steps=1)
+        times.append(launched(first, folder / "launch.yaml", lambda line: line.startswith("step 1/"))[0])
+    return times
+
+
+def stalls(recipe: Recipe, folder: Path, checkpoints: int = 3) -> list[float]:
+    """Seconds for which the 124M model's training stands still for each of its first checkpoints, as the run says."""
+    large = dataclasses.replace(
+        recipe,
+        output_dir=str(folder / "large"),
+        n_layer=12,
+        n_head=12,
+        n_embd=768,
+        n_positions=1024,
+        seq_len=128,
+        tokens_per_step=256,
+        per_device_train_batch_size=2,
+        save_steps=10,
+        save_total_limit=1,
+        async_save=True,
+    )
+    saved = re.compile(r"checkpoint saved; training stood still for ([\d.]+) s")
+    seen = 0
+
+    def enough(line: str) -> bool:
+        nonlocal seen
+        seen += saved.search(line) is not None
+        return seen == checkpoints
+
+    _, lines = launched(large, folder / "large.yaml", enough)
+    return [float(found[1]) for line in lines if (found := saved.search(line))]
+
+
+def main() -> None:
+    """Print a line for each part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["loop", "launch", "checkpoint"], help="only this one")
+    parser.add_argument("--chunks", type=int, default=20, help=f"chunks of {STEPS_IN_A_CHUNK} steps on each side")
+    arguments = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
+    print(
+        f"{device}, {os.cpu_count()} cores; torch {torch.__version__}, accelerate {accelerate.__version__}, "
+        f"transformers {transformers.__version__}, Python {platform.python_version()}"
+    )
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        recipe = shards(folder)
+        if arguments.part in (None, "launch"):
+            times = seconds_to_first_step(recipe, folder)
+            print(f"launch to first step: {statistics.median(times):.1f} s, median of {len(times)}")
+        if arguments.part in (None, "checkpoint"):
+            times = stalls(recipe, folder)
+            print(
+                f"a checkpoint of 124M parameters: training stands still for {', '.join(f'{t:.2f}' for t in times)} s"
+            )
+        if arguments.part in (None, "loop"):
+            ours, bare = loop_against_bare(recipe, arguments.chunks)
+            ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))
+            a_step = [1e3 * statistics.median(times) / STEPS_IN_A_CHUNK for times in (ours, bare)]
+            print(
+                f"a step: ours {a_step[0]:.1f} ms, bare {a_step[1]:.1f} ms, ratio {ratio:.3f}; "
+                f"medians of {len(ours)} chunks of {STEPS_IN_A_CHUNK} steps in turn"
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Leaving when told to: the step is finished and saved, every process leaves after the same one, nothing is lost."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from killing import assert_end_alike
+from processes import ProcessesOfARun
+
+from training.checkpoint import checkpoints, step_of
+from training.loop import Run, train
+from training.preemption import Agreement, SignalWatch
+from training.recipe import Recipe
+from training.watching import Watch
+
+ROOT = Path(__file__).parent.parent
+Make = Callable[..., Recipe]
+
+
+def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send this process a signal in the middle of a step."""
+    step_taken, steps = Watch.step_taken, [0]
+
+    def with_signal(self: Watch) -> None:
+        steps[0] += 1
+        if steps[0] == step:
+            os.kill(os.getpid(), number)
+        step_taken(self)
+
+    monkeypatch.setattr(Watch, "step_taken", with_signal)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 5), (signal.SIGINT, 6), (signal.SIGTERM, 12)])
+def test_a_run_that_is_told_to_leave_saves_and_ends_as_an_unbroken_one(
+    number: int,
+    step: int,  # 6 is validated, which the next start makes up for; 12 is the last
+    tiny_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1)
+    train(whole)
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    with monkeypatch.context() as patch:
+        signal_at(step, number, patch)
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as left:
+            train(broken)
+    assert left.value.code == 128 + number
+    assert {name: signal.getsignal(name) for name in before} == before
+    assert checkpoints(tmp_path / "broken")[-1].name == f"step-{step:06d}"
+    out, err = capfd.readouterr()
+    assert f"{signal.Signals(number).name}: the step is finished and saved, then the run stops" in err
+    assert f"stopped after step {step} of 12; the run goes on from {checkpoints(tmp_path / 'broken')[-1]} with" in out
+    command = out.splitlines()[-1]
+    assert (
+        f"launch training/train.py --config {tmp_path / 'broken' / 'recipe.yaml'} --resume_from_checkpoint" in command
+    )
+    train(broken)
+    assert_end_alike(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_run_that_waits_for_its_corpus_leaves_too_and_loses_no_step(
+    tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1)
+    train(whole)
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    asked = []
+
+    def six_steps_are_there(self: Run, number: int) -> int:
+        asked.append(number)
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return min(number, 6 * 8)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_least", six_steps_are_there)
+        with pytest.raises(SystemExit):
+            train(broken)
+    assert checkpoints(tmp_path / "broken")[-1].name == "step-000006"
+    train(broken)
+    assert_end_alike(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_two_processes_leave_after_the_same_step_when_one_is_told_to(tiny_recipe: Make, tmp_path: Path) -> None:
+    long = tiny_recipe(max_steps=100_000, save_steps=10, sample_steps=0, eval_steps=0)
+    run = Path(long.output_dir)
+    for number, ranks in ((signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))):
+        before = step_of(checkpoints(run)[-1]) if checkpoints(run) else 0
+        long.save(tmp_path / "r.yaml")
+        processes = ProcessesOfARun(tmp_path / "r.yaml", 2, tmp_path / "printed")
+        deadline = time.monotonic() + 120
+        while not checkpoints(run) or step_of(checkpoints(run)[-1]) == before:
+            assert processes.alive, processes.printed.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        processes.send(number, *ranks)
+        assert processes.wait() == [128 + number] * 2
+        assert (
+            f"stopped after step {step_of(checkpoints(run)[-1]):,} of 100,000; the run goes on"
+            in processes.printed.read_text()
+        )
+
+
+def test_without_other_processes_the_own_wish_holds_at_once() -> None:
+    agreement = Agreement(1, timeout=None)  # type: ignore[arg-type]
+    assert agreement.exchange(15, 1) == [15, 1]
+    assert agreement.settled() is None
+
+
+WATCH = """
+import sys, time
+from training.preemption import SignalWatch
+with SignalWatch() as signals:
+    print("ready", flush=True)
+    while not signals.received:
+        time.sleep(0.01)
+    print("first", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_second_signal_leaves_at_once_but_not_a_launchers_echo_of_the_first(processes: int) -> None:
+    environment = {**os.environ, "WORLD_SIZE": str(processes), "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, env=environment) as watching:
+        assert watching.stdout is not None
+        assert watching.stdout.readline() == b"ready\n"
+        watching.send_signal(signal.SIGTERM)
+        assert watching.stdout.readline() == b"first\n"
+        if processes > 1:
+            watching.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                watching.wait(1.1)
+        watching.send_signal(signal.SIGTERM)
+        assert watching.wait(10) == 143
+
+
+def test_a_launcher_that_is_gone_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    signals = SignalWatch()
+    assert signals.received == 0
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert signals.received == signal.SIGTERM
+
+
+def test_without_a_launcher_a_shell_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    signals = SignalWatch()
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    assert signals.received == 0
