@@ -5,7 +5,7 @@
 - loop: chunks of steps of `training/loop.py`, with its guard, clipping and logging, alternate with chunks of a bare
   forward, backward, optimizer loop over the same batches, which are in memory already; one process, two models.
 - launch: from `accelerate launch` to the first logged step over shards that are there, not compiled.
-- checkpoint: how long the 124M model's training stands still for a checkpoint that is written beside it.
+- checkpoint: how long training of 124M parameters stands still for a checkpoint that is written beside it.
 
 Medians; for the loop also the ratio chunk by chunk. The model of the first two is the quickstart's.
 """
@@ -19,6 +19,7 @@ import os
 import platform
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -137,6 +138,7 @@ def launched(recipe: Recipe, path: Path, until: Callable[[str], bool]) -> tuple[
     command = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     command += [ROOT / "training" / "train.py", "--config", path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     lines: list[str] = []
     start = time.perf_counter()
     with subprocess.Popen(
@@ -144,16 +146,18 @@ def launched(recipe: Recipe, path: Path, until: Callable[[str], bool]) -> tuple[
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=environment,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if until(line):
-                seconds = time.perf_counter() - start
-                process.terminate()
-                process.communicate()
-                return seconds, lines
+        try:
+            for line in process.stdout:
+                lines.append(line.rstrip())
+                if until(line):
+                    return time.perf_counter() - start, lines
+        finally:  # the launcher and what it launched
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     raise SystemExit("the run ended early:\n" + "\n".join(lines))
 
 
@@ -167,11 +171,11 @@ def seconds_to_first_step(recipe: Recipe, folder: Path, rounds: int = 3) -> list
 
 
 def stalls(recipe: Recipe, folder: Path, checkpoints: int = 3) -> list[float]:
-    """Seconds for which the 124M model's training stands still for each of its first checkpoints, as the run says."""
+    """Seconds for which training of 124M parameters stands still for each of its first checkpoints, as the run says."""
     large = dataclasses.replace(
         recipe,
         output_dir=str(folder / "large"),
-        n_layer=12,
+        n_layer=17,  # five more than GPT-2 has make up for its vocabulary
         n_head=12,
         n_embd=768,
         n_positions=1024,
