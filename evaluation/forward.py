@@ -5,7 +5,7 @@ between a padded prefix and what follows it.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,14 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+TOKENS_PER_SCORED_TOKEN = 8
+"""Tokens in a pass whose keys, values and activations take about as much memory as the logits of one."""
+
 _ROWS_PER_SOFTMAX = 512
+
+_PADDING_PER_PASS = {"cpu": 64}
+_PADDING_PER_PASS_ELSEWHERE = 2048
+"""Tokens of padding that cost about as much as another pass does: reading the weights, or starting the kernels."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,11 @@ class ForwardPasses:
         self._last_position = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) - 1
 
     @property
+    def padding_per_pass(self) -> int:
+        """Return how many tokens of padding are cheaper than another pass."""
+        return _PADDING_PER_PASS.get(self._device.type, _PADDING_PER_PASS_ELSEWHERE)
+
+    @property
     def can_share_prefixes(self) -> bool:
         """Return whether the model keeps keys and values by position, every one of them."""
         arguments = inspect.signature(self._model.forward).parameters
@@ -78,16 +90,14 @@ class ForwardPasses:
     def alone(self, passages: Sequence[Passage], budget: int) -> list[Score]:
         """Return the scores of passages, each of which is read by itself, in passes of at most `budget` tokens."""
         scores = [Score() for _ in passages]
-        longest = max(len(passage.ids) for passage in passages) - 1
-        rows = max(1, budget // longest)
-        for start in range(0, len(passages), rows):
-            part = passages[start : start + rows]
+        lengths = {owner: len(passage.ids) - 1 for owner, passage in enumerate(passages)}
+        for owners in self._batches(passages, lengths, budget):
             targets = [
-                _Target(start + row, row, column - 1, passage.ids[column])
-                for row, passage in enumerate(part)
-                for column in range(passage.first_scored, len(passage.ids))
+                _Target(owner, row, column - 1, passages[owner].ids[column])
+                for row, owner in enumerate(owners)
+                for column in range(passages[owner].first_scored, len(passages[owner].ids))
             ]
-            inputs = self._padded([passage.ids[:-1] for passage in part])
+            inputs = self._padded([passages[owner].ids[:-1] for owner in owners])
             self._add_up(scores, passages, targets, input_ids=inputs, use_cache=False)
         return scores
 
@@ -104,28 +114,27 @@ class ForwardPasses:
         group_of = [number for number, group in enumerate(groups) for _ in group]
         scores = [Score() for _ in passages]
 
-        targets = []
-        for owner, passage in enumerate(passages):
-            row = group_of[owner]
-            # The prefix's last token scores the first one behind it, of which every passage has its own.
-            for column in range(passage.first_scored, prefixes[row] + 1):
-                targets.append(_Target(owner, row, column - 1, passage.ids[column]))
-        inputs = self._padded([group[0].ids[:prefix] for group, prefix in zip(groups, prefixes, strict=True)])
-        cache = self._add_up(scores, passages, targets, input_ids=inputs, use_cache=True)
+        beginnings = [Passage(group[0].ids[: n + 1], n) for group, n in zip(groups, prefixes, strict=True)]
+        owners_of: list[list[int]] = [[] for _ in groups]
+        for owner, number in enumerate(group_of):
+            owners_of[number].append(owner)
+        cache = _PrefixCache(len(groups), max(prefixes))
+        for numbers in self._batches(beginnings, dict(enumerate(prefixes)), budget):
+            targets = [
+                # The prefix's last token scores the first one behind it, of which every passage has its own.
+                _Target(owner, row, column - 1, passages[owner].ids[column])
+                for row, number in enumerate(numbers)
+                for owner in owners_of[number]
+                for column in range(passages[owner].first_scored, prefixes[number] + 1)
+            ]
+            inputs = self._padded([beginnings[number].ids[:-1] for number in numbers])
+            cache.keep(self._add_up(scores, passages, targets, input_ids=inputs, use_cache=True), numbers)
 
-        # Some endings are a single token, which the prefix has scored.
-        endings = [owner for owner, passage in enumerate(passages) if len(passage.ids) - 1 > prefixes[group_of[owner]]]
-        endings.sort(key=lambda owner: len(passages[owner].ids) - prefixes[group_of[owner]])
-        while endings:
-            longest_prefix = inputs.shape[1]
-            part = endings[:1]
-            for owner in endings[1:]:
-                ending = len(passages[owner].ids) - 1 - prefixes[group_of[owner]]
-                if (len(part) + 1) * (longest_prefix + ending) > budget:
-                    break
-                part.append(owner)
-            endings = endings[len(part) :]
-            self._score_endings(scores, passages, part, group_of, prefixes, cache)
+        lengths = {owner: len(passage.ids) - 1 - prefixes[group_of[owner]] for owner, passage in enumerate(passages)}
+        # An ending of a single token has been scored by the prefix.
+        lengths = {owner: length for owner, length in lengths.items() if length}
+        for owners in self._batches(passages, lengths, budget, cached=max(prefixes)):
+            self._score_endings(scores, passages, owners, group_of, prefixes, cache)
         return scores
 
     def _score_endings(
@@ -135,7 +144,7 @@ class ForwardPasses:
         owners: Sequence[int],
         group_of: Sequence[int],
         prefixes: Sequence[int],
-        cache: Any,
+        cache: "_PrefixCache",
     ) -> None:
         """Read what follows the prefixes of `owners`, behind a copy of their keys and values."""
         starts = [prefixes[group_of[owner]] for owner in owners]
@@ -145,9 +154,8 @@ class ForwardPasses:
             for row, (owner, start) in enumerate(zip(owners, starts, strict=True))
             for column in range(max(start + 1, passages[owner].first_scored), len(passages[owner].ids))
         ]
-        chosen = torch.tensor([group_of[owner] for owner in owners], device=self._device)
         begin = torch.tensor(starts, device=self._device)[:, None]
-        longest, length = cache.get_seq_length(), endings.shape[1]
+        longest, length = max(starts), endings.shape[1]
         steps = torch.arange(length, device=self._device)
         slots = torch.arange(longest + length, device=self._device)
         mask = (slots < begin) | (slots >= longest)
@@ -161,7 +169,7 @@ class ForwardPasses:
             input_ids=endings,
             attention_mask=mask.long(),
             position_ids=positions,
-            past_key_values=_rows(cache, chosen),
+            past_key_values=cache.of([group_of[owner] for owner in owners], longest),
             use_cache=True,
         )
 
@@ -193,6 +201,33 @@ class ForwardPasses:
             end = next((place for place, token in enumerate(new) if token in ends), count)
             continuations.append(tuple(new[: min(end, count)]))
         return continuations
+
+    def _batches(
+        self, passages: Sequence[Passage], lengths: Mapping[int, int], budget: int, cached: int = 0
+    ) -> Iterator[list[int]]:
+        """Yield the keys of `lengths`, longest first, as many at a time as memory and padding allow.
+
+        Args:
+            passages: of which the keys are places.
+            lengths: how many tokens of each passage are read.
+            budget: tokens in a pass, padding included.
+            cached: tokens that each sequence has before it.
+        """
+        batch: list[int] = []
+        padding = longest = scored = 0
+        for key in sorted(lengths, key=lengths.__getitem__, reverse=True):
+            more = min(lengths[key], len(passages[key].ids) - passages[key].first_scored)
+            full = (len(batch) + 1) * (cached + longest) > budget or scored + more > budget // TOKENS_PER_SCORED_TOKEN
+            if batch and (full or padding + longest - lengths[key] > self.padding_per_pass):
+                yield batch
+                batch = []
+            if not batch:
+                padding, longest, scored = 0, lengths[key], 0
+            padding += longest - lengths[key]
+            scored += more
+            batch.append(key)
+        if batch:
+            yield batch
 
     def _padding_id(self) -> int:
         """Return a token to fill up with; the mask hides it."""
@@ -260,9 +295,34 @@ class ForwardPasses:
             handle.remove()
 
 
-def _rows(cache: Any, chosen: Tensor) -> DynamicCache:
-    """Return a new cache with the chosen rows of another, which stays as it is."""
-    copy = DynamicCache()
-    for number, layer in enumerate(cache.layers):
-        copy.update(layer.keys[chosen], layer.values[chosen], number)
-    return copy
+class _PrefixCache:
+    """Keys and values of prefixes, each as (prefixes, n_head, longest prefix, head_dim).
+
+    Args:
+        prefixes: how many.
+        longest: tokens of the longest one.
+    """
+
+    def __init__(self, prefixes: int, longest: int) -> None:
+        self._shape = (prefixes, longest)
+        self._layers: list[tuple[Tensor, Tensor]] = []
+
+    def keep(self, cache: Any, numbers: Sequence[int]) -> None:
+        """Copy a cache, whose rows are the prefixes of these numbers."""
+        prefixes, longest = self._shape
+        for place, layer in enumerate(cache.layers):
+            if place == len(self._layers):
+                new = [
+                    part.new_zeros(prefixes, part.shape[1], longest, part.shape[3])
+                    for part in (layer.keys, layer.values)
+                ]
+                self._layers.append((new[0], new[1]))
+            for kept, part in zip(self._layers[place], (layer.keys, layer.values), strict=True):
+                kept[numbers, :, : part.shape[2]] = part
+
+    def of(self, numbers: Sequence[int], longest: int) -> DynamicCache:
+        """Return a cache of its own with the first `longest` tokens of these prefixes, one per row."""
+        cache = DynamicCache()
+        for place, (keys, values) in enumerate(self._layers):
+            cache.update(keys[:, :, :longest][numbers], values[:, :, :longest][numbers], place)
+        return cache

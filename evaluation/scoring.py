@@ -12,13 +12,14 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from evaluation.forward import ForwardPasses, Passage
+from evaluation.forward import TOKENS_PER_SCORED_TOKEN, ForwardPasses, Passage
 from evaluation.items import Generated, Generation, Item, LogLikelihood, Request
 from gpt2_scratch_errors import InputError
 
 Answers = list[Any]
 
-_TOKENS_PER_SCORED_TOKEN = 8
+_TOKENS_PER_BATCH = 4_096  # what a CPU's caches like
+_TOKENS_PER_BATCH_ELSEWHERE = 16_384
 _POSITIONS_WITHOUT_A_LIMIT = 2048
 
 
@@ -27,7 +28,7 @@ def score(
     items: Sequence[Item],
     *,
     accelerator: Any = None,
-    tokens_per_batch: int = 16_384,
+    tokens_per_batch: int | None = None,
     share_prefixes: bool = True,
     on_result: Callable[[Item, Answers], None] = lambda item, answers: None,
 ) -> list[Answers]:
@@ -38,6 +39,7 @@ def score(
         items: of any tasks; those that were finished earlier are simply not passed.
         accelerator: spreads the items over its processes; None for this process alone.
         tokens_per_batch: tokens in a forward pass, padding and cached tokens included; halved when memory runs out.
+            4,096 on a CPU and 16,384 elsewhere when None.
         share_prefixes: compute what the requests of an item begin with once.
         on_result: is called on the main process with each item as soon as its batch is done, longest items first.
 
@@ -48,9 +50,11 @@ def score(
     _check(model, items, n_positions)
     passes = ForwardPasses(model)
     share_prefixes = share_prefixes and passes.can_share_prefixes
+    if tokens_per_batch is None:
+        tokens_per_batch = _TOKENS_PER_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH_ELSEWHERE
     jobs = [_Job.of(place, item, n_positions, share_prefixes) for place, item in enumerate(items)]
     # Longest first: what does not fit into memory shows at once.
-    jobs.sort(key=lambda job: (job.kind, job.length), reverse=True)
+    jobs.sort(key=lambda job: (job.kind, job.prefix or job.length, job.length), reverse=True)
     number, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     pending = jobs[rank::number]
     results: list[Answers | None] = [None] * len(items)
@@ -129,12 +133,9 @@ class _Job:
         return max(len(passage.ids) for passage in self.passages) - 1
 
     @property
-    def scored(self) -> int:
-        """Return how many positions of it need logits."""
-        if self.kind == "shared":
-            shared = self.prefix - min(passage.first_scored for passage in self.passages) + 1
-            return max(shared, 1) + sum(len(passage.ids) - 1 - self.prefix for passage in self.passages)
-        return sum(len(passage.ids) - passage.first_scored for passage in self.passages)
+    def scored_in_prefix(self) -> int:
+        """Return how many positions of what its requests share need logits."""
+        return max(1, self.prefix - min(passage.first_scored for passage in self.passages) + 1) if self.prefix else 0
 
 
 def _next_batch(
@@ -157,14 +158,14 @@ def _next_batch(
 
 
 def _take(pending: list[_Job], budget: int) -> list[_Job]:
-    """Return as many of the first jobs, all of one kind, as the budget allows; at least one."""
+    """Return as many of the first jobs, all of one kind, as memory allows; at least one."""
     batch: list[_Job] = []
-    rows = scored = longest = 0
+    tokens = scored = 0
     for job in pending:
-        rows += len(job.item.requests)
-        scored += job.scored
-        longest = max(longest, job.length)
-        too_much = rows * longest > budget or scored * _TOKENS_PER_SCORED_TOKEN > budget
+        # What is kept at a time: the prefixes' keys and values, or answers. Passes inside a batch are smaller.
+        tokens += pending[0].prefix or len(job.item.requests) * job.length
+        scored += job.scored_in_prefix
+        too_much = tokens > budget or scored * TOKENS_PER_SCORED_TOKEN > budget
         if batch and (too_much or job.kind != batch[0].kind):
             break
         batch.append(job)

@@ -1,6 +1,8 @@
 """Log-likelihoods: against a forward pass by hand, whatever the batches, the processes and the sharing of prefixes."""
 
 import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -236,3 +238,63 @@ def test_a_continuation_longer_than_the_positions_is_told():
     with pytest.raises(InputError, match=r"at most 48 tokens .*, found one that needs 49 at item 0"):
         score(tiny(), [Item(0, (Request((1,), (2,) * 49),))])
     assert score(tiny(), [Item(0, (Request((1,), (2,) * 48),))])[0][0].tokens == 48
+
+
+class Process:
+    """One of several processes, as `score` knows them."""
+
+    def __init__(self, index, count):
+        self.process_index, self.num_processes = index, count
+
+
+def on_processes(count, monkeypatch, run):
+    """Run `run(accelerator)` in as many threads as if they were processes, and return what each returns or raises."""
+    barrier, values = threading.Barrier(count, timeout=60), [None] * count
+
+    def gather(value, accelerator):
+        barrier.wait()
+        values[accelerator.process_index] = value
+        barrier.wait()
+        return list(values)
+
+    monkeypatch.setattr("evaluation.scoring._gather", gather)
+    with ThreadPoolExecutor(count) as pool:
+        futures = [pool.submit(run, Process(index, count)) for index in range(count)]
+        return [future.exception() or future.result() for future in futures]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_any_number_of_processes_gives_the_same_answers(count, monkeypatch):
+    items = random_items(seed=9, count=7)
+    expected = score(tiny(), items, tokens_per_batch=200)
+    reported = {index: [] for index in range(count)}
+    models = [tiny() for _ in range(count)]
+
+    def run(accelerator):
+        told = reported[accelerator.process_index]
+        return score(
+            models[accelerator.process_index],
+            items,
+            accelerator=accelerator,
+            tokens_per_batch=200,
+            on_result=lambda item, answers: told.append(item.index),
+        )
+
+    for found in on_processes(count, monkeypatch, run):
+        for one, other in zip(found, expected, strict=True):
+            assert [a.sum for a in one] == pytest.approx([a.sum for a in other], abs=TOLERANCE)
+    assert sorted(reported.pop(0)) == list(range(7))
+    assert not any(reported.values())
+
+
+def test_a_mistake_that_one_process_meets_ends_all_of_them(monkeypatch):
+    models = [tiny(), tiny()]
+    with torch.no_grad():
+        models[1].transformer.ln_f.weight[3] = torch.nan
+
+    def run(accelerator):
+        return score(models[accelerator.process_index], random_items(count=6), accelerator=accelerator)
+
+    for error in on_processes(2, monkeypatch, run):
+        assert isinstance(error, InputError)
+        assert "NaN" in str(error)

@@ -1,0 +1,127 @@
+"""Scoring a 124M model: shared prefixes against every candidate by itself, and ours against lm-evaluation-harness.
+
+    python benchmarks/evaluation.py [--data_dir ../shared/data] [--rounds 3] [--items 20]
+
+All sides score the same items with the same random weights in one process, in turn; medians, and the ratio round by
+round. lm-evaluation-harness (the extra `judge`) tries several batch sizes first, and its best one counts. Both are
+given tokens, so that neither's reading of data is timed.
+"""
+
+import argparse
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The folder of a script comes first on the path, and there this file's name hides the package.
+sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
+
+from evaluation.encoder import HubEncoder  # noqa: E402
+from evaluation.items import Item, Request  # noqa: E402
+from evaluation.scoring import score  # noqa: E402
+from evaluation.tasks import task_named  # noqa: E402
+
+_BATCH_SIZES = (1, 4, 16, 32)
+
+
+def gpt2_tokenizer(data_dir: Path) -> Any:
+    """GPT-2's tokenizer as transformers loads it, from tiktoken's files."""
+    from transformers import AutoTokenizer
+
+    from training.data.tokenizer import load_tokenizer
+
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(data_dir / "tiktoken_cache"))
+    with tempfile.TemporaryDirectory() as folder:
+        load_tokenizer("gpt2").save(folder)
+        return AutoTokenizer.from_pretrained(folder)
+
+
+def items_of(task: str, folder: Path, encoder: HubEncoder, count: int) -> list[Item]:
+    """`count` items as long as the real rows; where these are fewer they come again, each with another first token.
+
+    Items must differ, because lm-evaluation-harness reads what is asked twice only once.
+    """
+    real = task_named(task).items(folder, encoder, 1024, count)
+    items = []
+    for index in range(count):
+        requests: Sequence[Request] = real[index % len(real)].requests  # type: ignore[assignment]
+        items.append(Item(index, tuple(Request((index, *r.context[1:]), r.continuation) for r in requests)))
+    return items
+
+
+def seconds(action: Callable[[], Any]) -> float:
+    """Time of one call."""
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def compare(title: str, count: int, rounds: int, sides: dict[str, Callable[[], Any]]) -> None:
+    """Print each side's items per second, and the first side's lead over each other one."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, action in sides.items():
+            times[name].append(seconds(action))
+    first = next(iter(sides))
+    print(f"{title}, {count} items")
+    for name, values in times.items():
+        ratio = statistics.median(b / a for a, b in zip(times[first], values, strict=True))
+        lead = "" if name == first else f"  {first} is {ratio:.2f} times as fast"
+        print(f"  {name:<34}{count / statistics.median(values):>8.2f} items/s{lead}")
+
+
+def harness(model: Any, tokenizer: Any, items: Sequence[Item]) -> Callable[[int], Callable[[], Any]]:
+    """lm-evaluation-harness on the tokens of `items`, by its batch size."""
+    from lm_eval.models.huggingface import HFLM
+
+    asked = [(("", ""), list(r.context), list(r.continuation)) for item in items for r in item.requests]  # type: ignore[union-attr]
+
+    def at(batch_size: int) -> Callable[[], Any]:
+        judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        return lambda: judge._loglikelihood_tokens(asked, disable_tqdm=True)
+
+    return at
+
+
+def main() -> None:
+    """Print a table for each task."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data_dir", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--items", type=int, default=20)
+    flags = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}; medians of {flags.rounds} rounds")
+
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config()).eval().to(device)
+    tokenizer = gpt2_tokenizer(flags.data_dir)
+    encoder = HubEncoder(tokenizer)
+
+    for task, count in (("cbt_cn", max(1, flags.items // 10)), ("hellaswag:harness", flags.items)):
+        items = items_of(task, flags.data_dir, encoder, count)
+        sides = {
+            "shared prefixes": lambda items=items: score(model, items),
+            "every candidate by itself": lambda items=items: score(model, items, share_prefixes=False),
+        }
+        compare(task, count, flags.rounds, sides)
+    for task in ("hellaswag:harness", "lambada"):
+        items = items_of(task, flags.data_dir, encoder, flags.items)
+        at = harness(model, tokenizer, items)
+        best = min(_BATCH_SIZES, key=lambda size: seconds(at(size)))
+        sides = {"ours": lambda items=items: score(model, items), f"lm-evaluation-harness, batch {best}": at(best)}
+        compare(task, flags.items, flags.rounds, sides)
+
+
+if __name__ == "__main__":
+    main()
