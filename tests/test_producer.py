@@ -15,8 +15,8 @@ import pyarrow.parquet
 import pytest
 from small_corpora import WORDS, folder_bytes, write_corpus
 
+from evaluation.atomic import UNFINISHED_SUFFIX
 from gpt2_scratch_errors import InputError
-from training.atomic import UNFINISHED_SUFFIX
 from training.data import producer
 from training.data.files import FileCorpus
 from training.data.manifest import Manifest

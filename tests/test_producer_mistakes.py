@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from small_corpora import folder_bytes
 
+from evaluation.atomic import UNFINISHED_SUFFIX
 from gpt2_scratch_errors import InputError
-from training.atomic import UNFINISHED_SUFFIX
 from training.data import producer, reporting
 from training.data.folder_lock import LOCK_NAME
 from training.data.producer import produce

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation.atomic import UNFINISHED_SUFFIX
 from gpt2_scratch_errors import InputError
-from training.atomic import UNFINISHED_SUFFIX
 from training.data.manifest import Manifest
 from training.data.shards import ShardFolder, ShardWriter, holds_foreign_shards
 

@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from evaluation.atomic import sync
 from gpt2_scratch_errors import InputError
-from training.atomic import sync
 from training.checksums import damage_in, write_checksums
 from training.data.tokenizer import Tokenizer
 from training.snapshot import Snapshot, bare_model, restore_rng_state

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from training.atomic import file_sha256
+from evaluation.atomic import file_sha256
 
 _NAME = "training_state/SHA256SUMS"
 

@@ -8,8 +8,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from evaluation.atomic import file_sha256
 from gpt2_scratch_errors import InputError
-from training.atomic import file_sha256
 from training.card_merging import merged, section, stamped, was_edited
 from training.data.beginning import TOKENIZER_FILES
 from training.data.corpus import HUB_CORPORA

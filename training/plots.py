@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
+from evaluation.atomic import write_whole
 from evaluation.references import VALIDATION_LOSS, Reference, one_per_size, published
 from gpt2_scratch_errors import CommandParser, InputError, run_command
-from training.atomic import write_whole
 from training.progress import read_metrics
 
 if TYPE_CHECKING:

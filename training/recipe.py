@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
+from evaluation.atomic import write_whole
 from evaluation.tasks import task_named
 from gpt2_scratch_errors import InputError
-from training.atomic import write_whole
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"

@@ -5,8 +5,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from evaluation.atomic import UNFINISHED_SUFFIX, sync
 from gpt2_scratch_errors import InputError
-from training.atomic import UNFINISHED_SUFFIX, sync
 from training.data.corpus import Corpus
 from training.data.manifest import Manifest, manifest_path
 from training.data.request import ShardRequest

@@ -11,8 +11,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from evaluation.atomic import file_sha256, sync
 from gpt2_scratch_errors import InputError
-from training.atomic import file_sha256, sync
 from training.data.beginning import begin_folder, take_up_folder, tidied
 from training.data.hub_corpus import HubCorpus
 from training.data.manifest import Manifest, ShardRecord

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.atomic import file_sha256
 from gpt2_scratch_errors import InputError
-from training.atomic import file_sha256
 from training.data.manifest import Manifest
 from training.data.shards import Shard, ShardFolder
 from training.data.tokenizer import Tokenizer, load_tokenizer

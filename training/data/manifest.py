@@ -5,8 +5,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from evaluation.atomic import write_whole
 from gpt2_scratch_errors import InputError
-from training.atomic import write_whole
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1

@@ -20,8 +20,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from evaluation.atomic import write_whole
 from gpt2_scratch_errors import InputError
-from training.atomic import write_whole
 from training.data.manifest import MANIFEST_NAME, Manifest, ShardRecord, Split
 
 _FOREIGN_NAME = re.compile(r"(?:^|.*[_-])(?P<split>val|train)(?:[_-]\d+)?\.(?:npy|bin)")
