@@ -1,6 +1,6 @@
 """Scoring a 124M model: shared prefixes against every candidate by itself, and ours against lm-evaluation-harness.
 
-    python benchmarks/evaluation.py [--data_dir ../shared/data] [--rounds 3] [--items 20]
+    python benchmarks/evaluation.py [--data_dir ../shared/data] [--rounds 3] [--items 20] [--dtype float32]
 
 All sides score the same items with the same random weights in one process, in turn; medians, and the ratio round by
 round. lm-evaluation-harness (the extra `judge`) tries several batch sizes first, and its best one counts. Both are
@@ -8,6 +8,8 @@ given tokens, so that neither's reading of data is timed.
 """
 
 import argparse
+import importlib.util
+import logging
 import os
 import platform
 import statistics
@@ -96,15 +98,17 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--items", type=int, default=20)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     flags = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}; medians of {flags.rounds} rounds")
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    print(f"{name}, {versions}; {flags.dtype}, medians of {flags.rounds} rounds")
 
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config()).eval().to(device)
+    model = GPT2LMHeadModel(GPT2Config()).eval().to(device, getattr(torch, flags.dtype))
     tokenizer = gpt2_tokenizer(flags.data_dir)
     encoder = HubEncoder(tokenizer)
 
@@ -115,6 +119,10 @@ def main() -> None:
             "every candidate by itself": lambda items=items: score(model, items, share_prefixes=False),
         }
         compare(task, count, flags.rounds, sides)
+    if importlib.util.find_spec("lm_eval") is None:
+        print("lm-evaluation-harness is not installed (pip install -e '.[judge]')")
+        return
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for task in ("hellaswag:harness", "lambada"):
         items = items_of(task, flags.data_dir, encoder, flags.items)
         at = harness(model, tokenizer, items)

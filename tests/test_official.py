@@ -18,6 +18,8 @@ import torch
 from conftest import SHARED_DATA
 from transformers import GPT2LMHeadModel
 
+from evaluation.items import Item, Request
+from evaluation.scoring import score
 from gpt2_scratch import GPT2ScratchForCausalLM
 from gpt2_scratch.export import export
 
@@ -174,6 +176,23 @@ def test_log_likelihoods_are_those_that_lm_evaluation_harness_publishes():
     assert not greedy[", lazy dog"]
     assert greedy[", lazy fox"]
     assert greedy[", lazy fox and they both fall to the ground"]
+
+
+@network
+@needs_shared_data
+def test_scoring_gives_the_log_likelihoods_that_lm_evaluation_harness_publishes():
+    figures, asked = golden("lm_eval_gpt2_loglikelihoods"), list(pairs())
+    # All in one item: contexts and continuations that begin alike are read once.
+    item = Item(0, tuple(Request(tuple(context), tuple(continuation)) for _, context, continuation in asked))
+    apart = [Item(place, (request,)) for place, request in enumerate(item.requests)]
+    model = gpt2()
+    together, alone = score(model, [item])[0], [answers[0] for answers in score(model, apart)]
+    for (request, _, _), one, other in zip(asked, together, alone, strict=True):
+        assert one.sum == pytest.approx(other.sum, abs=1e-3)  # sums of up to 220 tokens
+        if request["value"] is not None:
+            assert one.sum == pytest.approx(request["value"], rel=figures["rtol"]), request
+    greedy = {request["continuation"]: answer.greedy for (request, _, _), answer in zip(asked, together, strict=True)}
+    assert [greedy[text] for text in (" cat", ", lazy dog", ", lazy fox")] == [False, False, True]
 
 
 @network
