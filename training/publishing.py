@@ -61,15 +61,16 @@ class Publishing:
 
     def on_saved(self, checkpoint: Path, step: int) -> None:
         """Push a checkpoint that is whole, if the strategy says so; its folder may be removed any time afterwards."""
-        if self._recipe.hub_strategy != "end":
-            folder = stage(
-                self._new_place(step),
-                checkpoint,
-                curves=self._output_dir / "curves.png",
-                state=checkpoint if self._recipe.hub_strategy == "checkpoint" else None,
-            )
+        if self._recipe.hub_strategy == "end":
+            return
+        state = checkpoint if self._recipe.hub_strategy == "checkpoint" else None
+        try:
+            folder = stage(self._new_place(step), checkpoint, curves=self._output_dir / "curves.png", state=state)
             self._write_card(folder, step)
-            self._pusher.submit(folder, step)
+        except OSError as error:  # a full disk: the checkpoint was worth it, this is not
+            self._say(f"step {step:,} is not pushed: {told(error)}")
+            return
+        self._pusher.submit(folder, step)
 
     def finish(self, model: Path, step: int, checkpoint: Path | None) -> None:
         """Push the model folder of the finished run, and wait for that for `LAST_PUSH_SECONDS` at most."""
@@ -77,13 +78,18 @@ class Publishing:
         folder = stage(self._new_place(step), model, state=state)
         self._pusher.submit(folder, step)
         self._say(f"pushing the model to {self._repo_id}")
-        if self._pusher.close(LAST_PUSH_SECONDS):
-            shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
-            return
-        self._say(
-            "the last push is not on the Hub; the model is whole here, and this finishes it:\n"
-            f"  python -m training.hub push {quote(str(self._output_dir))} --repo_id {self._repo_id}"
-        )
+        done = self._pusher.close(LAST_PUSH_SECONDS)
+        shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
+        if not done:
+            self._say(
+                "the last push is not on the Hub; the model is whole here, and this finishes it:\n"
+                f"  python -m training.hub push {quote(str(self._output_dir))} --repo_id {self._repo_id}"
+            )
+
+    def close(self) -> None:
+        """Say nothing any more: a run that was asked to leave does not wait, and pushes with its next checkpoint."""
+        self._pusher.close(0.0)
+        shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
 
     def _new_place(self, step: int) -> Path:
         # A step may be pushed twice, as its checkpoint and as the model folder.

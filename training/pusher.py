@@ -43,7 +43,8 @@ class Pusher:
         self._changed = threading.Condition()
         self._waiting: tuple[Path, int] | None = None
         self._busy = False
-        self._closing = False
+        self._closing = False  # the run is at its end: no pause is long any more
+        self._over = False  # nobody waits any more
         self._given_up: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -74,7 +75,7 @@ class Pusher:
                 self._changed.wait(left)
             done = not self._busy and self._waiting is None and self._given_up is None
             self._say = lambda line: None
-            self._waiting = None
+            self._waiting, self._over = None, True
             self._changed.notify_all()
         return done
 
@@ -83,6 +84,8 @@ class Pusher:
         while True:
             with self._changed:
                 while self._waiting is None:
+                    if self._over:
+                        return
                     self._changed.wait()
                 (folder, step), self._waiting, self._busy = self._waiting, None, True
             try:
@@ -102,7 +105,7 @@ class Pusher:
         """Let the folder wait for its next try, unless a newer one does, and pause until then or the end of the run."""
         with self._changed:
             self._busy = False
-            if self._waiting is None:
+            if self._waiting is None and not self._over:
                 self._waiting = (folder, step)
             else:
                 self._drop(folder)
@@ -113,5 +116,5 @@ class Pusher:
             self._say(f"step {step:,} is not on the Hub yet: {self._told(error)}{later}")
             self._changed.notify_all()
             until = time.monotonic() + pause
-            while (left := until - time.monotonic()) > 0 and self._closing == closing:
+            while (left := until - time.monotonic()) > 0 and self._closing == closing and not self._over:
                 self._changed.wait(left)
