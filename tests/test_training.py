@@ -166,7 +166,7 @@ def test_two_processes_equal_one(tiny_recipe: Make, tmp_path: Path) -> None:
         # The mean of two halves instead of one sum: fp32 rounding.
         assert losses(two)[key] == pytest.approx(loss, abs=1e-5), key
     assert {path.name for path in (checkpoints(Path(two.output_dir))[-1] / "training_state").iterdir()} == {
-        *("trainer_state.json", "optimizer.safetensors", "loop_state.safetensors"),
+        *("SHA256SUMS", "trainer_state.json", "optimizer.safetensors", "loop_state.safetensors"),
         *("rng_state_0.safetensors", "rng_state_1.safetensors"),
     }
 
