@@ -286,3 +286,12 @@ def test_a_resumed_run_judges_as_an_unbroken_one(
     assert str(told[0]) == str(told[1])  # NaN is not equal to itself
     model = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert model[0] == model[1]
+
+
+def test_a_checkpoint_of_the_update_before_the_first_skipped_one_is_not_called_good(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(max_steps=40, save_steps=1, save_total_limit=None, eval_steps=0, max_skipped_steps=3)
+    spoil(monkeypatch, {5: math.nan, 6: math.nan, 7: math.nan})
+    with pytest.raises(InputError, match=r"newest good checkpoint is \S*step-000003; go on from it with --resume_"):
+        train(recipe)

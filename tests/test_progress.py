@@ -1,9 +1,10 @@
 """What a run writes down while it goes."""
 
+import errno
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 
@@ -182,3 +183,36 @@ def test_rates_are_short_enough_for_a_line(
     log.training({**training_line(1), "tokens_per_second": rate})
     log.close()
     assert f"  {words} tok/s" in capsys.readouterr().out
+
+
+class _FullDisk:
+    """A file on a disk that takes nothing while it is full."""
+
+    def __init__(self, file: TextIO) -> None:
+        self.file, self.name, self.is_full = file, file.name, True
+
+    def flush(self) -> None:
+        if self.is_full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.file.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def test_a_full_disk_ends_no_run_and_loses_no_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = RunLog(tmp_path, enabled=True, first_step=0, total_steps=4)
+    disk = _FullDisk(log._metrics)
+    monkeypatch.setattr(log, "_metrics", disk)
+    for step in (1, 2):
+        log.tasks({"step": step, "tokens": step, "lambada_acc": 0.5})
+    with pytest.raises(OSError, match="No space left"):
+        log.flush_to_disk()
+    assert capsys.readouterr().out.count("free some space; training goes on") == 1
+    disk.is_full = False
+    log.tasks({"step": 3, "tokens": 3, "lambada_acc": 0.5})
+    log.flush_to_disk()
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]

@@ -80,7 +80,7 @@ class TrainerState:
             if not (isinstance(state.step, int) and isinstance(state.tokens, int) and isinstance(state.recipe, dict)):
                 raise TypeError("step, tokens or recipe of another type")
             return state
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{checkpoint} is not a checkpoint: expected {path.relative_to(checkpoint)} in it; "
                 "name a folder such as runs/quickstart/checkpoints/step-000500"

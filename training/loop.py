@@ -233,7 +233,7 @@ class Run:
             raise InputError(
                 f"{verdict.in_a_row:,} updates in a row were skipped up to step {verdict.step:,}, where the loss is "
                 f"{verdict.loss:.4g} and the gradient's norm {verdict.grad_norm:.4g}; lower learning_rate or raise "
-                f"warmup_steps: {good_checkpoint(plan.output_dir)}"
+                "warmup_steps: " + good_checkpoint(plan.output_dir, before=verdict.step - verdict.in_a_row + 1)
             )
 
     def _weights_are_good(self, done: int) -> bool:
@@ -249,8 +249,9 @@ class Run:
         if step == done == self.plan.total_steps:
             self.saving.wait()
             raise InputError(
-                f"the run's last updates were skipped, and its validation loss is no finite number; lower "
-                f"learning_rate or raise warmup_steps: {good_checkpoint(self.plan.output_dir)}"
+                "the run's last updates were skipped, and its validation loss is no finite number; lower "
+                "learning_rate or raise warmup_steps: "
+                + good_checkpoint(self.plan.output_dir, before=done - self.guard.skipped_in_a_row + 1)
             )
         self.log.say(f"step {done}  no checkpoint while updates are skipped")
         return False

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from evaluation.atomic import write_whole
 
+_UNWRITTEN_BYTES = 1 << 20  # some thousand lines
+
 _SMOOTHING = 0.9  # weight of the past in the smoothed loss: it tells of the last ten or twenty logged steps
 
 
@@ -53,7 +55,8 @@ class RunLog:
         self._metrics = _reopened(output_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
         self._columns = _reopened(output_dir / "log.txt", lambda line: int(line.split()[0]), first_step)
         self._samples, self._last_samples = _reopened_samples(output_dir / "samples.txt", first_step)
-        self._printed = (output_dir / "train.log").open("a", encoding="utf-8")
+        self._printed = _appending(output_dir / "train.log")
+        self._unwritten: set[str] = set()
         self._smoothed = Smoothed(_SMOOTHING)
         for line in read_metrics(output_dir):
             if "train_loss" in line:
@@ -78,8 +81,7 @@ class RunLog:
             self._keep(text)
 
     def _keep(self, text: str) -> None:
-        self._printed.write(text + "\n")
-        self._printed.flush()
+        self._append(self._printed, text + "\n")
 
     def advance(self) -> None:
         """Move the bar by one step."""
@@ -153,24 +155,42 @@ class RunLog:
         shown = ["  | " + text.strip("\n").replace("\n", "\n  | ") for text in texts]
         for text in shown if show else ():
             self.say(text)
-        self._samples.write("\n\n".join([f"step {step}", *shown]) + "\n\n")
-        self._samples.flush()
+        self._append(self._samples, "\n\n".join([f"step {step}", *shown]) + "\n\n")
         self._last_samples = step
 
     def _record(self, values: Mapping[str, Any], columns: Mapping[str, float]) -> None:
         self._write(values)
         for stream, value in columns.items():
-            self._columns.write(f"{values['step']} {stream} {value:.4f}\n")
-        self._columns.flush()
+            self._append(self._columns, f"{values['step']} {stream} {value:.4f}\n")
 
     def _write(self, values: Mapping[str, Any]) -> None:
-        self._metrics.write(json.dumps({key: _strict(value) for key, value in values.items()}, allow_nan=False) + "\n")
-        self._metrics.flush()
+        line = json.dumps({key: _strict(value) for key, value in values.items()}, allow_nan=False)
+        self._append(self._metrics, line + "\n")
+
+    def _append(self, file: TextIO, text: str) -> None:
+        """Write to a file of the run; what a full disk does not take stays in the file's buffer until it does."""
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:
+            if not self._unwritten:
+                tqdm.write(
+                    f"cannot write {file.name} ({error.strerror}): free some space; training goes on, and what is not "
+                    "written is kept in memory"
+                )
+            self._unwritten.add(file.name)
+        else:
+            self._unwritten.discard(file.name)
 
     def flush_to_disk(self) -> None:
-        """Make what was recorded so far survive a crash; called before a checkpoint counts."""
+        """Make what was recorded so far survive a crash; called before a checkpoint counts.
+
+        Raises:
+            OSError: the disk is full; a checkpoint without its lines in the metrics must not count.
+        """
         if self.enabled:
             for file in (self._metrics, self._columns, self._samples):
+                file.flush()
                 os.fsync(file.fileno())
 
     def close(self) -> None:
@@ -179,7 +199,10 @@ class RunLog:
             self._figures.close()
             self._bar.close()
             for file in (self._metrics, self._columns, self._samples, self._printed):
-                file.close()
+                try:
+                    file.close()
+                except OSError as error:
+                    print(f"{file.name} lacks its last lines ({error.strerror})", file=sys.stderr)
 
 
 def _figures(values: Mapping[str, Any]) -> str:
@@ -242,7 +265,7 @@ def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
         kept += [line] if keep else []
     if path.exists():
         write_whole(path, lambda stream: stream.write("".join(kept).encode()))
-    return path.open("a", encoding="utf-8"), last
+    return _appending(path), last
 
 
 def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> TextIO:
@@ -252,7 +275,12 @@ def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> Text
         kept = [line for line in lines if _is_readable(line, step_of) and step_of(line) <= last_step]
         if len(kept) < len(lines):
             write_whole(path, lambda stream: stream.write("".join(kept).encode()))
-    return path.open("a", encoding="utf-8")
+    return _appending(path)
+
+
+def _appending(path: Path) -> TextIO:
+    """The file opened for appending, with a buffer that holds what is not written while the disk is full."""
+    return path.open("a", encoding="utf-8", buffering=_UNWRITTEN_BYTES)
 
 
 def _strict(value: Any) -> Any:

@@ -342,7 +342,7 @@ def _to_int(value: Any) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     text = value.replace("_", "") if isinstance(value, str) else value
-    if isinstance(text, str) and text.lstrip("+-").isdecimal():
+    if isinstance(text, str) and text.removeprefix("-").isdecimal():
         return int(text)
     number = _to_float(text)  # 1e9 is a whole number too
     return int(number) if number is not None and number == int(number) else None

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ import yaml
 
 from gpt2_scratch_errors import InputError
 from training.checkpoint import TrainerState, checkpoints, refuse_damaged, step_of
+from training.progress import read_metrics
 from training.recipe import Recipe
 
 _TRIAL = ".can-be-written-"
@@ -59,12 +61,24 @@ def find_resume_point(recipe: Recipe) -> Path | None:
     return None
 
 
-def good_checkpoint(output_dir: Path) -> str:
-    """What a run that is stopped says of the checkpoint to go on from."""
+def good_checkpoint(output_dir: Path, before: int) -> str:
+    """What a run that is stopped says of the checkpoint to go on from.
+
+    Arguments:
+        output_dir: the run's folder.
+        before: the first step whose update was skipped. A checkpoint of the step just before it ends with the update
+            that may have spoilt the weights, unless a validation vouches for it, as one does for each later one.
+    """
     found = checkpoints(output_dir)
     if not found:
         return "there is no checkpoint yet, and it will begin again"
-    return f"the newest good checkpoint is {found[-1]}, and it will go on from there"
+    vouched = {line["step"] for line in read_metrics(output_dir) if math.isfinite(line.get("val_loss", math.nan))}
+    good = [path for path in found if (step := int(path.name.removeprefix("step-"))) != before - 1 or step in vouched]
+    if good and good[-1] == found[-1]:
+        return f"the newest good checkpoint is {good[-1]}, and it will go on from there"
+    if good:
+        return f"the newest good checkpoint is {good[-1]}; go on from it with --resume_from_checkpoint {good[-1]}"
+    return f"no checkpoint is known to be good ({found[-1]} may hold spoilt weights); choose another output_dir"
 
 
 def _is_foreign(path: Path) -> bool:

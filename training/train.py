@@ -59,6 +59,8 @@ def parse_command(arguments: Sequence[str]) -> Command:
         raise InputError(f"unknown flag {unknown[0]}{nearest(name, flags)}")
     if price is not None and not preflight:
         raise InputError("price_per_gpu_hour says what a run costs before it starts; add --preflight, or leave it out")
+    if price is not None and not 0 <= price < float("inf"):
+        raise InputError(f"price_per_gpu_hour: expected an amount of at least 0, found {price}")
     return Command(load_recipe(config, overrides), preflight, price)
 
 
