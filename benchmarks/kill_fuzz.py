@@ -70,7 +70,7 @@ def main() -> None:
         )
         start = time.monotonic()
         fuzz = KillFuzz(recipe, number=arguments.processes, seed=arguments.seed)
-        fuzz.run(arguments.kills)
+        fuzz.run(arguments.kills, say=lambda line: print(line, flush=True))
         seconds = time.monotonic() - start
         moments = ", ".join(f"{count} {moment}" for moment, count in fuzz.moments.most_common())
         print(

@@ -5,6 +5,7 @@ import random
 import signal
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -44,7 +45,7 @@ class KillFuzz:
         assert codes == [0] * self.number, (codes, self._printed(self._whole).read_text())
         self._seconds = time.monotonic() - start
 
-    def run(self, kills: int) -> None:
+    def run(self, kills: int, say: Callable[[str], None] = lambda line: None) -> None:
         """Kill so many times in all, and check every run that came to its end, the last one without kills."""
         while self.kills < kills:
             self.runs += 1
@@ -55,6 +56,7 @@ class KillFuzz:
                 codes = self._start(broken).wait()
                 assert codes == [0] * self.number, (codes, self._printed(broken).read_text())
             self._compare(broken)
+            say(f"run {self.runs}: ended alike; {self.kills} kills so far")
 
     def _recipe(self, name: str) -> Recipe:
         recipe = replace(self.recipe, output_dir=str(self._place / name))

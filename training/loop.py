@@ -302,24 +302,37 @@ class Run:
         return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).min())
 
     def finish(self) -> None:
-        """Leave `model/` and `curves.png`, and tell what came out and what to try next."""
+        """Leave `model/` and `curves.png`, and tell what came out and what to try next.
+
+        Raises:
+            InputError: the disk does not take them; the checkpoints stay.
+        """
         plan, prompts = self.plan, self.plan.recipe.sample_prompts
         samples = self.watch.sample(plan.total_steps, show=False)
         if not self.accelerator.is_main_process:
             return
-        unfinished = plan.output_dir / ".unfinished-model"
-        shutil.rmtree(unfinished, ignore_errors=True)
         gzip_bits_per_byte = self.watch.text.gzip_bits_per_byte(plan.tokenizer)
         facts = self._facts(plan.total_steps, samples=samples, gzip_bits_per_byte=gzip_bits_per_byte)
-        assert self.saving.newest is not None  # the last step's
-        copy_model(self.saving.newest, unfinished)
-        self.watch.draw_curves(unfinished)
         model = plan.output_dir / "model"
-        write_model_card(unfinished, plan.recipe, facts, self.config, kept=earlier_card(model))
-        publish(unfinished, model)
+        try:
+            self._write_model(model, facts)
+        except OSError as error:
+            raise InputError(
+                f"{model} could not be written ({error.strerror}); make room for it and start again: every step is "
+                "saved, and only this is left to do"
+            ) from None
         self.log.say(summary_text(plan.output_dir, facts, prompt=prompts[0] if prompts else ""))
         if self.publishing is not None:
             self.publishing.finish(model, plan.total_steps, self.saving.newest)
+
+    def _write_model(self, model: Path, facts: RunFacts) -> None:
+        unfinished = self.plan.output_dir / ".unfinished-model"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        assert self.saving.newest is not None  # the last step's
+        copy_model(self.saving.newest, unfinished)
+        self.watch.draw_curves(unfinished)
+        write_model_card(unfinished, self.plan.recipe, facts, self.config, kept=earlier_card(model))
+        publish(unfinished, model)
 
     def _push(self, checkpoint: Path, step: int) -> None:
         # The last one is pushed as the model folder.

@@ -257,9 +257,11 @@ def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
     """samples.txt opened for appending without the samples behind `last_step`, and the last step that has some."""
     kept: list[str] = []
     last, keep = -1, True
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else ():
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ()
+    for line in lines:
         if line.startswith("step "):
-            step = int(line.split()[1])
+            number = line.split()[1:]
+            step = int(number[0]) if number and number[0].isdecimal() else last_step + 1  # torn by a crash
             keep = step <= last_step
             last = step if keep else last
         kept += [line] if keep else []

@@ -99,7 +99,8 @@ def _refuse_unusable(output_dir: Path) -> None:
     parent = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     try:
         # Only writing tells: permissions say nothing of file systems that take no folders.
-        tempfile.TemporaryDirectory(dir=parent, prefix=_TRIAL).cleanup()
+        with tempfile.TemporaryDirectory(dir=parent, prefix=_TRIAL) as trial:
+            (Path(trial) / "file").write_bytes(b"x" * 4096)
     except OSError as error:
         raise InputError(
             f"output_dir {output_dir} cannot be written ({error.strerror}); choose another output_dir"
