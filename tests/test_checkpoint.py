@@ -214,6 +214,24 @@ def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(
     assert not list((run / "checkpoints").glob(".*"))
 
 
+def test_no_room_for_the_model_folder_is_one_line_and_the_next_start_writes_it(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(checkpoint: Path, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = tiny_recipe(max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.copy_model", full)
+        with pytest.raises(
+            InputError, match=r"model could not be written \(No space left on device\); make room"
+        ) as told:
+            train(recipe)
+    assert "\n" not in str(told.value)
+    train(recipe)
+    assert (run_of(recipe) / "model" / "model.safetensors").is_file()
+
+
 def test_two_checkpoints_are_never_written_at_once(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     write, at_it, most = saving_module.write_checkpoint, [0], [0]
 

@@ -142,12 +142,14 @@ def test_checkpoint_goes_on_over_a_folder_that_has_grown_or_is_behind(
     refuse_other_data(state(three, 300), two, tokenizer, recipe)
     refuse_other_data(state(three[:2], 300), two, tokenizer, recipe)  # it has grown
     refuse_other_data(state([*three, "later"], 300), two, tokenizer, recipe)  # it was made again, and is behind
-    with pytest.raises(InputError, match="other shards than the checkpoint's run"):
+    with pytest.raises(
+        InputError, match=r"other shards than the checkpoint's run \(the validation shard had sha256 other"
+    ):
         refuse_other_data(state(["other", *three[1:]], 300), two, tokenizer, recipe)
     with pytest.raises(InputError, match="other shards"):  # its second epoch had these shards only
         refuse_other_data(state(three[:2], 10_000), two, tokenizer, recipe)
     complete = growing.show(3, complete=True)
-    with pytest.raises(InputError, match="other shards"):
+    with pytest.raises(InputError, match=r"other shards .*\(3 training shards then, 2 now\)"):
         refuse_other_data(state([*three, "later"], 300), complete, tokenizer, recipe)
     with pytest.raises(InputError, match="another tokenizer"):
         refuse_other_data(dataclasses.replace(state(three, 1), tokenizer_fingerprint="x"), two, tokenizer, recipe)

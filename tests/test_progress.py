@@ -161,6 +161,14 @@ def test_samples_of_a_step_stand_once_in_their_file(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out.count("  | Two") == 3
 
 
+def test_samples_that_a_crash_tore_are_dropped(tmp_path: Path) -> None:
+    (tmp_path / "samples.txt").write_bytes(b"step 5\n\n  | One\n\nstep 10\n\n  | Zw\xc3\nstep ")
+    log = open_log(tmp_path, first_step=10)
+    log.close()
+    assert (tmp_path / "samples.txt").read_text().startswith("step 5\n\n  | One\n\nstep 10\n")
+    assert not (tmp_path / "samples.txt").read_text().endswith("step ")
+
+
 @pytest.mark.parametrize(
     ("seconds", "words"),
     [(7.6, "8 s"), (99.4, "99 s"), (150, "2.5 min"), (3599, "1 h 00 min"), (6060, "1 h 41 min"), (183600, "2 d 03 h")],

@@ -246,8 +246,21 @@ def refuse_other_data(state: TrainerState, folder: ShardFolder, tokenizer: Token
         same = state.tokens <= windows * recipe.seq_len
     if not same:
         raise InputError(
-            f"data_dir {recipe.data_dir} holds other shards than the checkpoint's run; name that run's data"
+            f"data_dir {recipe.data_dir} holds other shards than the checkpoint's run "
+            f"({_difference_of_shards(seen, found)}); name that run's data"
         )
+
+
+def _difference_of_shards(seen: list[str], found: list[str]) -> str:
+    for number, (then, now) in enumerate(zip(seen, found, strict=False)):
+        if then != now:
+            which = f"training shard {number}" if number else "the validation shard"
+            return f"{which} had {_spelled(then)}, here it has {_spelled(now)}"
+    return f"{len(seen) - 1} training shards then, {len(found) - 1} now"
+
+
+def _spelled(identity: str) -> str:
+    return identity if identity.endswith("tokens") else f"sha256 {identity[:12]}…"
 
 
 def shard_identities(folder: ShardFolder) -> list[str]:
