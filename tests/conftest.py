@@ -2,6 +2,7 @@
 
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,17 @@ def pytest_configure(config: pytest.Config) -> None:
     if "not network" in config.option.markexpr:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def _transformers_as_loud_as_before() -> Iterator[None]:
+    """Commands that run in this process silence transformers, and later tests may listen to it."""
+    yield
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        logging.set_verbosity_warning()
+        logging.enable_progress_bar()
 
 
 @pytest.fixture(scope="session")

@@ -214,6 +214,18 @@ def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(
     assert not list((run / "checkpoints").glob(".*"))
 
 
+def test_a_run_that_was_killed_while_its_last_save_cleaned_up_leaves_nothing_of_it(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=8)
+    train(recipe)
+    run = Path(recipe.output_dir)
+    (run / "checkpoints" / "step-000004").rename(run / "checkpoints" / ".removed-step-000004")
+    (run / "model").rename(run / ".replaced-model")
+    (run / ".unfinished-model").mkdir()
+    train(recipe)
+    assert (run / "model" / "model.safetensors").is_file()
+    assert not [*run.glob(".*"), *(run / "checkpoints").glob(".*")]
+
+
 def test_no_room_for_the_model_folder_is_one_line_and_the_next_start_writes_it(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from small_tasks import save_model, write_tasks
 from tiny_models import one_thread  # noqa: F401 - a fixture
 
@@ -27,13 +26,6 @@ def data(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory, tokenizer_folder):
     return save_model(tmp_path_factory.mktemp("judged") / "model", tokenizer_folder)
-
-
-@pytest.fixture(autouse=True)
-def _loud_again():
-    yield
-    transformers.logging.set_verbosity_warning()
-    transformers.logging.enable_progress_bar()
 
 
 def evaluate(model, data, *arguments, tasks=TASKS):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -35,13 +34,6 @@ def folder(tmp_path_factory):
     )
     GPT2ScratchForCausalLM(config).save_pretrained(path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _loud_again():
-    yield
-    transformers.logging.set_verbosity_warning()
-    transformers.logging.enable_progress_bar()
 
 
 def generate(capfdbinary, *arguments):

@@ -39,6 +39,7 @@ from training.snapshot import Snapshot, bare_model, restore_rng_state
 _NAME = re.compile(r"step-(\d{6,})")
 _Moments = dict[str, dict[str, torch.Tensor]]  # by parameter and moment
 _FORMAT_VERSION = 1
+_NOT_WHOLE = (".unfinished-", ".removed-", ".replaced-")  # what a folder is called while it is written or removed
 _WHOLE = StateDictOptions(full_state_dict=True)
 
 
@@ -161,8 +162,7 @@ def write_checkpoint(
     """
     target = checkpoint_folder(output_dir, state.step)
     unfinished = target.with_name(f".unfinished-{target.name}")
-    for dead in target.parent.glob(".*-step-*"):  # of a save that was killed
-        shutil.rmtree(dead)
+    remove_leftovers(output_dir)
     try:
         _write_files(unfinished, state, snapshot, skeleton, tokenizer)
         before_it_counts()
@@ -186,6 +186,14 @@ def _write_files(
         save_file(rng_state, training_state / f"rng_state_{rank}.safetensors")
     state.write(folder)
     write_checksums(folder)
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Remove what a run that was killed while it saved left of folders under other names than their own."""
+    for folder in (output_dir, output_dir / "checkpoints"):
+        for kind in _NOT_WHOLE:
+            for left in folder.glob(f"{kind}*"):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: int | None = None) -> None:

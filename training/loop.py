@@ -4,7 +4,6 @@ import contextlib
 import gc
 import math
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -21,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from gpt2_scratch_errors import InputError
 from training.build import PROCESS_TIMEOUT, build_accelerator, build_model, prepare, refuse_too_many_processes
 from training.card import RunFacts, earlier_card, write_model_card
-from training.checkpoint import copy_model, load_checkpoint, publish, skeleton_of
+from training.checkpoint import copy_model, load_checkpoint, publish, remove_leftovers, skeleton_of
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
 from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
@@ -128,6 +127,8 @@ class Run:
         if accelerator.is_main_process:
             recipe.save(plan.output_dir / "recipe.yaml")
             set_aside_later_checkpoints(plan.output_dir, plan.first_step)
+            # Not only at the next save: a run that was killed in its last one has none before it.
+            remove_leftovers(plan.output_dir)
         self.watch = Watch(plan, accelerator, self.model, parameters=self.parameters)
         self.log = self.watch.log
         self.saving = Saving(
@@ -327,7 +328,6 @@ class Run:
 
     def _write_model(self, model: Path, facts: RunFacts) -> None:
         unfinished = self.plan.output_dir / ".unfinished-model"
-        shutil.rmtree(unfinished, ignore_errors=True)
         assert self.saving.newest is not None  # the last step's
         copy_model(self.saving.newest, unfinished)
         self.watch.draw_curves(unfinished)
