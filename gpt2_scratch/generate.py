@@ -3,11 +3,11 @@
     python -m gpt2_scratch.generate --model openai-community/gpt2 --prompt "Once upon a time"
 
 Any causal language model of the Hub or of a folder works, and so does the folder of a run: its finished model, or else
-its newest checkpoint. The text goes to standard output, the speed to standard
-error.
+its newest checkpoint. The text goes to standard output, the speed to standard error.
 """
 
 import argparse
+import errno
 import math
 import sys
 import time
@@ -121,8 +121,10 @@ def read_prompt(prompt: str | None) -> str:
     """Return the prompt of the command line, or else all of standard input.
 
     Raises:
-        InputError: when it is not text.
+        InputError: when it is not text, or there is none of either.
     """
+    if prompt is None and sys.stdin is None:
+        raise InputError("expected --prompt or text on standard input, found that it is closed; pass --prompt")
     try:
         prompt = sys.stdin.read().rstrip("\n") if prompt is None else prompt
         prompt.encode()  # bytes of a command line that are no text come as lone surrogates
@@ -162,7 +164,12 @@ def encode(tokenizer: Any, prompt: str, n_positions: int | None, vocab_size: int
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Generate as the command line says."""
-    generate(parse(arguments))
+    try:
+        generate(parse(arguments))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise InputError(f"expected standard output to take the text, found {error.strerror}; make room") from error
 
 
 def generate(options: argparse.Namespace) -> None:

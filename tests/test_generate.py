@@ -217,6 +217,31 @@ def test_prompt_that_is_not_text_is_refused(monkeypatch, capsys):
         assert len(message.splitlines()) == 1
 
 
+def test_closed_standard_input_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "found that it is closed; pass --prompt" in refusal(capsys, "--model", "x")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
+def test_output_that_takes_no_more_is_told_in_one_line(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2_scratch.generate",
+        "--model",
+        str(folder),
+        "--prompt",
+        "x",
+        "--device",
+        "cpu",
+    ]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected standard output to take the text, found No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
 def test_reader_that_has_read_enough_ends_the_text_in_silence(folder):
     command = [sys.executable, "-m", "gpt2_scratch.generate", "--model", folder, "--prompt", "Once upon a time"]
     process = subprocess.Popen(
