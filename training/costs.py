@@ -1,31 +1,41 @@
 """What a run cost and how much electricity it took, estimated from its hours: rough on purpose, and said how."""
 
 _WATTS = {
+    "Laptop": None,  # from 80 W to 175 W, as its maker pleases
+    "GB200": 1200.0,
     "B200": 1000.0,
     "GH200": 700.0,
+    "H200 NVL": 600.0,
     "H200": 700.0,
+    "H100 NVL": 400.0,
     "H100 PCIe": 350.0,
     "H100": 700.0,
+    "A100 80GB PCIe": 300.0,
+    "A100-PCIE": 250.0,
     "A100": 400.0,
     "L40S": 350.0,
+    "L40": 300.0,
     "A10G": 300.0,
+    "RTX 5090": 575.0,
     "RTX 4090": 450.0,
     "RTX 3090": 350.0,
 }
-"""Board power by the vendors' data sheets. Longer names first: "H100 PCIe" is an "H100" too."""
+"""Board power by the vendors' data sheets, by what is in the name that CUDA gives. More special names come first."""
 
 _DOLLARS_PER_HOUR = {
+    "Laptop": None,
     "B200": 5.0,
     "GH200": 2.0,
     "H200": 3.5,
     "H100": 3.0,
     "A100": 2.0,
-    "L40S": 1.0,
+    "L40": 1.0,
     "A10G": 1.0,
+    "RTX 5090": 0.8,
     "RTX 4090": 0.5,
     "RTX 3090": 0.3,
 }
-"""What an hour of one of them is assumed to cost rented: round figures to be multiplied, no offer of anybody's."""
+"""What an hour of one of them is assumed to cost rented: round figures of the middle of 2026, no offer of anybody's."""
 
 
 def running_costs(device: str, devices: int, seconds: float) -> list[str]:
