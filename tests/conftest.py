@@ -165,3 +165,20 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["LoopbackHu
     with serving(hub):
         yield hub
     huggingface_hub.close_session()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pauses that a test can wait for, in our retries and in the client's own."""
+    import huggingface_hub
+    import huggingface_hub.utils._http as client
+
+    monkeypatch.setattr("training.publishing.FIRST_PAUSE_SECONDS", 0.05)
+    real = client._http_backoff_base
+    monkeypatch.setattr(
+        client,
+        "_http_backoff_base",
+        lambda *args, **kwargs: real(*args, **{**kwargs, "base_wait_time": 0.01, "max_wait_time": 0.02}),
+    )
+    yield
+    huggingface_hub.set_client_factory(client.default_client_factory)

@@ -25,7 +25,7 @@ _API = re.compile(
     r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)/?(?P<what>revision|tree|paths-info|refs)?/?(?P<rest>.*)"
 )
 _FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-Trouble = int | str | None
+Trouble = int | str | tuple[int, dict[str, str]] | None
 
 
 class LoopbackHub(http.server.ThreadingHTTPServer):
@@ -33,9 +33,9 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
 
     Args:
         repositories: of datasets: name -> path -> content.
-        trouble: is shown every request (method, path, its number) and may return a status to answer it with, "reset"
-            to close the connection in the middle of the answer, "cut" to close it in the middle of what is sent, "down"
-            to close it at once, or "hang" to answer nothing until `released` is set.
+        trouble: is shown every request (method, path, its number) and may return a status to answer it with, also
+            with headers, "reset" to close the connection in the middle of the answer, "cut" to close it in the middle
+            of what is sent, "down" to close it at once, or "hang" to answer nothing until `released` is set.
         accounts: the names that a token may write under, the user's own first.
         part_bytes: larger files are uploaded in parts of this many bytes.
     """
@@ -145,6 +145,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = self.body()
         if isinstance(trouble, int):
             self.respond(trouble)
+        elif isinstance(trouble, tuple):
+            self.respond(trouble[0], **trouble[1])
         elif serve_writing(self, path, body):
             pass
         elif api := _API.fullmatch(path):

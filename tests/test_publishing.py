@@ -1,10 +1,7 @@
 """Pushing a model folder and a run to the Hub: the real client against a server on this machine."""
 
-import json
-import re
 import shutil
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +16,16 @@ from tiny_models import tiny
 
 from gpt2_scratch_errors import InputError
 from training import hub as command
-from training import hub_repository, publishing
+from training import hub_repository
 from training.hub_repository import claim, push_folder, set_tag
-from training.loop import train
 from training.recipe import Recipe
 from training.staging import stage
 
 # How the client itself sends large files where there is no Xet.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("impatient"),
+]
 
 Make = Callable[..., Recipe]
 CARD = "---\nlicense: mit\n---\n\n# A model\n\n<!-- generated: use -->\nold\n<!-- end of generated: use -->\n"
@@ -38,22 +37,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny().save_pretrained(folder)
     (folder / "README.md").write_text(CARD)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def patient_for_tests_only(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pauses that a test can wait for, in our retries and in the client's own."""
-    import huggingface_hub.utils._http as client
-
-    monkeypatch.setattr("training.publishing.FIRST_PAUSE_SECONDS", 0.05)
-    real = client._http_backoff_base
-    monkeypatch.setattr(
-        client,
-        "_http_backoff_base",
-        lambda *args, **kwargs: real(*args, **{**kwargs, "base_wait_time": 0.01, "max_wait_time": 0.02}),
-    )
-    yield
-    huggingface_hub.set_client_factory(client.default_client_factory)
 
 
 def claimed(repo_id: str | None = "me/my-gpt2", **options: Any) -> str:
@@ -105,7 +88,7 @@ def test_a_hub_out_of_reach_is_told_within_seconds(
 ) -> None:
     monkeypatch.setattr(hub_repository, "_SECONDS_OF_SILENCE_AT_FIRST", 0.3)
     hub.trouble = lambda method, path, number: trouble
-    with pytest.raises(InputError, match=r"expected the Hub at http://127.*, found .*; try again, or else"):
+    with pytest.raises(InputError, match=r"expected the Hub at http://127.*, found .*; wait for it, or else"):
         claimed()
 
 
@@ -188,6 +171,11 @@ def test_an_error_is_told_without_the_token(monkeypatch: pytest.MonkeyPatch) -> 
     assert line == "ValueError: bad header Bearer hf_… or hf_…"
 
 
+def test_an_error_is_told_without_what_lets_others_write() -> None:
+    error = ConnectionError("403 for url 'https://storage/x?X-Amz-Signature=abc&y=1' of https://hf.co/me")
+    assert hub_repository.told(error) == "ConnectionError: 403 for url 'https://storage/x?…' of https://hf.co/me"
+
+
 def test_set_tag_raises_what_is_no_conflict(hub: LoopbackHub) -> None:
     claimed()
     with pytest.raises(huggingface_hub.errors.RevisionNotFoundError):
@@ -229,127 +217,67 @@ def test_a_card_edited_here_replaces_one_that_nobody_edited_there(
     assert b"# My model" in hub.model("me/my-gpt2").files()["README.md"]
 
 
-# A run
-
-
-def published(make: Make, **changes: Any) -> tuple[Recipe, str]:
-    recipe = make(**{"push_to_hub": True, "hub_model_id": "me/tiny", **changes})
-    train(recipe)
-    return recipe, (Path(recipe.output_dir) / "train.log").read_text()
-
-
-@pytest.mark.usefixtures("fresh_accelerator")
-def test_every_checkpoint_is_pushed_while_training_and_the_model_at_the_end(
-    hub: LoopbackHub, tiny_recipe: Make
+def test_a_card_edited_while_a_push_is_on_its_way_is_kept_too(
+    hub: LoopbackHub, model_folder: Path, tmp_path: Path
 ) -> None:
-    recipe, log = published(tiny_recipe)
-    there = hub.model("me/tiny")
-    assert there.tags["step-000012"] == there.branches["main"]
-    assert re.search(r"step 12 is on the Hub: me/tiny, tag step-000012", log)
-    files = there.files()
-    local = {p.name: p.read_bytes() for p in (Path(recipe.output_dir) / "model").iterdir() if p.is_file()}
-    assert {name for name in files if name != ".gitattributes"} == set(local)
-    assert files["model.safetensors"] == local["model.safetensors"]
-    assert not (Path(recipe.output_dir) / ".pushing").exists()
-    assert not [name for name in files if "training_state" in name or "optimizer" in name]
+    claimed()
+    folder = stage(tmp_path / "staged", model_folder)
+    push_folder(folder, "me/my-gpt2", message="First")
+    there = hub.model("me/my-gpt2")
+    edited: list[bytes] = []
+
+    def edit(method: str, path: str, number: int) -> None:
+        if "/commit/" in path and not edited:
+            edited.append(there.files()["README.md"].replace(b"# A model", b"# A model by somebody quick"))
+            there.commit("main", {**there.files(), "README.md": edited[0]}, "by hand")
+
+    hub.trouble = edit
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text("{}")
+    assert push_folder(folder, "me/my-gpt2", message="Second").card_kept
+    assert there.messages == ["First", "by hand", "Second"]
+    assert b"by somebody quick" in there.files()["README.md"]
+    assert there.files()["config.json"] == b"{}"
 
 
-@pytest.mark.usefixtures("fresh_accelerator")
-def test_strategy_end_pushes_once(hub: LoopbackHub, tiny_recipe: Make) -> None:
-    published(tiny_recipe, hub_strategy="end", hub_private_repo=True)
-    assert hub.model("me/tiny").messages == ["Step 12"]
-    assert hub.model("me/tiny").private
-
-
-@pytest.mark.usefixtures("fresh_accelerator")
-def test_strategy_checkpoint_pushes_what_another_machine_goes_on_from(
-    hub: LoopbackHub,
-    tiny_recipe: Make,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_a_branch_that_others_overtake_again_and_again_is_tried_later(
+    hub: LoopbackHub, model_folder: Path, tmp_path: Path
 ) -> None:
-    recipe, _ = published(tiny_recipe, hub_strategy="checkpoint", max_steps=8)
-    files = hub.model("me/tiny").files()
-    state = json.loads(files["last-checkpoint/training_state/trainer_state.json"])
-    assert state["step"] == 8
-    for name, content in files.items():
-        for secret in (str(tmp_path).encode(), TOKEN.encode(), recipe.data_dir.encode(), b"/home/", b"/root/"):
-            assert secret not in content, (name, secret)
-    for name, content in files.items():
-        if name.startswith("last-checkpoint/"):
-            path = tmp_path / "elsewhere" / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content)
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for forget in (lambda: AcceleratorState._reset_state(True), GradientState._reset_state, PartialState._reset_state):
-        forget()
-    resumed = tiny_recipe(
-        output_dir=str(tmp_path / "resumed"),
-        resume_from_checkpoint=str(tmp_path / "elsewhere" / "last-checkpoint"),
-        max_steps=10,
-    )
-    train(resumed)
-    assert "going on from" in (tmp_path / "resumed" / "train.log").read_text()
+    claimed()
+    hub.trouble = lambda method, path, number: 412 if "/commit/" in path else None
+    with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as refused:
+        push_folder(stage(tmp_path / "staged", model_folder), "me/my-gpt2", message="First")
+    assert hub_repository.may_pass(refused.value)
+    assert len([path for _, path in hub.writes() if "/commit/" in path]) == 3
 
 
-@pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize("trouble", [401, "cut", "hang"])
-def test_an_outage_changes_nothing_of_the_training(
-    hub: LoopbackHub,
-    tiny_recipe: Make,
-    trouble: int | str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_what_is_wrong_with_a_file_is_not_waited_for() -> None:
+    assert not hub_repository.may_pass(ValueError("Invalid metadata in README.md"))
+    assert hub_repository.may_pass(ConnectionError("reset"))
+
+
+def test_a_hub_that_names_the_time_to_wait_is_heard(hub: LoopbackHub) -> None:
+    claimed()
+    for header in ({"Retry_After": "77"}, {"RateLimit": '"api";r=0;t=77'}):
+        hub.trouble = lambda method, path, number, header=header: (429, header)
+        with pytest.raises(huggingface_hub.errors.HfHubHTTPError) as refused:
+            list(huggingface_hub.HfApi().list_repo_tree("me/my-gpt2"))  # the client itself would sleep so long
+        assert hub_repository.asked_to_wait(refused.value) == 77
+    assert hub_repository.asked_to_wait(ConnectionError("reset")) == 0
+
+
+@pytest.mark.parametrize("trouble", [401, 404])
+def test_xet_that_refuses_is_one_line_and_leaves_nothing_half_made(
+    hub: LoopbackHub, model_folder: Path, trouble: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(publishing, "LAST_PUSH_SECONDS", 1.0)
-    started = threading.Event()
-
-    def out(method: str, path: str, number: int) -> int | str | None:
-        if started.is_set() or "/preupload/" in path or "/tree/" in path:
-            started.set()
-            return trouble
-        return None
-
-    hub.trouble = out
-    recipe, log = published(tiny_recipe)
-    command_line = f"python -m training.hub push {recipe.output_dir} --repo_id me/tiny"
-    assert command_line in log
-    if trouble != "hang":
-        assert re.search(r"step \d+ is not on the Hub yet: \w+", log)
-    assert TOKEN not in log
-    hub.trouble = lambda method, path, number: None
-    hub.released.set()
-    for thread in threading.enumerate():  # in a run of its own it would have ended with the process
-        if thread.name == "pusher":
-            thread.join(30)
-    command.main(["push", recipe.output_dir, "--repo_id", "me/tiny"])
-    weights = (Path(recipe.output_dir) / "model" / "model.safetensors").read_bytes()
-    assert hub.model("me/tiny").files("step-000012")["model.safetensors"] == weights
-
-
-@pytest.mark.usefixtures("fresh_accelerator")
-def test_a_hub_that_comes_back_gets_the_newest(hub: LoopbackHub, tiny_recipe: Make) -> None:
-    refused = []
-
-    def at_first(method: str, path: str, number: int) -> int | None:
-        if "/commit/" in path and len(refused) < 2:
-            refused.append(path)
-            return 500
-        return None
-
-    hub.trouble = at_first
-    _, log = published(tiny_recipe)
-    assert "is not on the Hub yet" in log
-    assert "step 12 is on the Hub" in log
-    assert len(refused) == 2
-
-
-def test_a_run_that_may_not_push_does_not_start(hub: LoopbackHub, tiny_recipe: Make) -> None:
-    recipe = tiny_recipe(push_to_hub=True, hub_model_id="them/gpt2")
-    with pytest.raises(InputError, match="push_to_hub: false and push the run later"):
-        train(recipe)
-    assert not Path(recipe.output_dir).exists()
+    """The client takes Xet where hf-xet is installed, and has it ask for a token of its own (`_upload_xet_files`)."""
+    pytest.importorskip("hf_xet")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    hub.trouble = lambda method, path, number: trouble if "/xet-write-token/" in path else None
+    with pytest.raises(InputError, match=r"expected the Hub at http://127.*, found ConnectionError.*wait for it"):
+        command.main(["push", str(model_folder), "--repo_id", "me/my-gpt2"])
+    assert [path for _, path, _ in hub.requests if "/xet-write-token/main" in path]
+    assert not hub.model("me/my-gpt2").messages
 
 
 def test_the_judge_of_metadata_can_refuse() -> None:

@@ -77,6 +77,30 @@ def test_a_push_that_fails_is_told_and_tried_again(taker: Taker) -> None:
     assert [line.split(":")[0] for line in taker.lines[:2]] == ["step 1 is not on the Hub yet"] * 2
 
 
+def test_the_pause_is_as_long_as_the_hub_asks_for(taker: Taker) -> None:
+    taker.errors = [ConnectionError("limited")]
+    behind = pusher(taker, asked_to_wait=lambda error: 7200.0)
+    behind.submit(A, 1)
+    while not taker.lines:
+        time.sleep(0.01)
+    assert taker.lines == ["step 1 is not on the Hub yet: limited, next try in 60 min"]  # an hour at most
+    assert behind.close(20)
+    assert taker.pushed == [(A, 1)]
+
+
+def test_a_push_that_takes_long_is_told_when_the_next_one_comes(taker: Taker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.pusher._SECONDS_BEFORE_IT_IS_SLOW", 0.0)
+    taker.open.clear()
+    behind = pusher(taker)
+    behind.submit(A, 1)
+    assert taker.entered.wait(20)
+    assert taker.lines == []
+    behind.submit(B, 2)
+    assert taker.lines == ["step 1 is still on its way to the Hub since 0 s; 2 waits"]
+    taker.open.set()
+    assert behind.close(20)
+
+
 def test_a_newer_folder_takes_the_place_of_one_that_failed(taker: Taker) -> None:
     taker.errors = [ConnectionError("reset")]
     behind = pusher(taker, first_pause=30.0)
@@ -89,7 +113,7 @@ def test_a_newer_folder_takes_the_place_of_one_that_failed(taker: Taker) -> None
     assert taker.dropped == [A, B]
 
 
-def test_the_end_waits_for_no_takerthat_refuses_for_good(taker: Taker) -> None:
+def test_the_end_waits_for_no_hub_that_refuses_for_good(taker: Taker) -> None:
     taker.errors = [PermissionError("forbidden") for _ in range(3)]
     behind = pusher(taker, may_pass=lambda error: False, first_pause=30.0)
     behind.submit(A, 1)

@@ -25,10 +25,16 @@ NATIVE = "native"  # the branch with the same weights as a plain GPT-2
 _SECONDS_TO_CONNECT = 10.0
 _SECONDS_OF_SILENCE = 120.0  # the Hub thinks about a large commit before it answers
 _SECONDS_OF_SILENCE_AT_FIRST = 15.0
+_SECONDS_THAT_THE_CLIENT_MAY_SLEEP = 10.0
+_OVERTAKEN = (409, 412)  # somebody else's commit came between our reading and our writing
+_TRIES_WHEN_OVERTAKEN = 3
 
 
 def give_up_on_silence(seconds: float = _SECONDS_OF_SILENCE) -> None:
-    """Let the Hub's client raise when it hears nothing for so long; by itself it waits for ever."""
+    """Let the Hub's client raise when it hears nothing for so long, or is asked to come back much later.
+
+    By itself it waits for ever, and sleeps for the hour that a rate limit asks for.
+    """
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars, logging
     from huggingface_hub.utils._http import default_client_factory
@@ -36,6 +42,7 @@ def give_up_on_silence(seconds: float = _SECONDS_OF_SILENCE) -> None:
     def client() -> Any:
         made = default_client_factory()
         made.timeout = type(made.timeout)(seconds, connect=min(seconds, _SECONDS_TO_CONNECT))
+        made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks["response"], _raise_if_asked_to_wait]}
         return made
 
     huggingface_hub.set_client_factory(client)
@@ -43,14 +50,31 @@ def give_up_on_silence(seconds: float = _SECONDS_OF_SILENCE) -> None:
     logging.set_verbosity_error()  # its line for each try; ours tell what matters
 
 
+def _raise_if_asked_to_wait(response: Any) -> None:
+    from huggingface_hub.utils import hf_raise_for_status
+
+    if response.is_error and _seconds_asked_for(response) > _SECONDS_THAT_THE_CLIENT_MAY_SLEEP:
+        response.read()
+        hf_raise_for_status(response)
+
+
+def _seconds_asked_for(response: Any) -> float:
+    """What a rate limit asks for by Retry-After, or by the Hub's own `RateLimit: "api";r=0;t=55`."""
+    after = response.headers.get("Retry-After", "").strip()
+    limit = re.search(r"\br=0;t=(\d+)", response.headers.get("RateLimit", ""))
+    return max(float(after) if after.isdigit() else 0.0, float(limit[1]) if limit else 0.0)
+
+
 def told(error: BaseException) -> str:
-    """An error in one line, without any token."""
+    """An error in one line, without any token, and without the signatures of addresses that may be written to."""
     from huggingface_hub import get_token
 
     cause = http_error(error) or error
-    text = f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}"
+    text = " ".join(str(cause).split())
     token = get_token()
-    return re.sub(r"hf_\w{8,}", "hf_…", text.replace(token, "hf_…") if token else text)
+    text = re.sub(r"hf_\w{8,}", "hf_…", text.replace(token, "hf_…") if token else text)
+    text = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1?…", text)
+    return f"{type(cause).__name__}: {text[:300]}"
 
 
 def http_error(error: BaseException) -> BaseException | None:
@@ -70,7 +94,15 @@ def status_of(error: BaseException) -> int:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same push may succeed later with nobody doing anything."""
-    return passes(http_error(error) or error)
+    cause = http_error(error) or error
+    # What is wrong with a file or a card stays wrong.
+    return status_of(error) in _OVERTAKEN or (passes(cause) and not isinstance(cause, ValueError))
+
+
+def asked_to_wait(error: BaseException) -> float:
+    """The seconds that the Hub asked us to wait for before the next try; 0 where it did not."""
+    response = getattr(http_error(error), "response", None)
+    return 0.0 if response is None else _seconds_asked_for(response)
 
 
 @contextmanager
@@ -104,7 +136,7 @@ def refused_in_one_line(repo_id: str, way_out: str) -> Iterator[None]:
             ) from None
         if status or isinstance(error, network_errors()):
             raise InputError(
-                f"expected the Hub at {constants.ENDPOINT}, found {told(error)}; try again, {way_out}"
+                f"expected the Hub at {constants.ENDPOINT}, found {told(error)}; wait for it, {way_out}"
             ) from None
         raise InputError(f"the Hub refuses this: {told(error)}") from None
 
@@ -189,12 +221,32 @@ def push_folder(
         branch: is made when it does not exist.
         with_native: whether the card is to tell of the branch with the plain GPT-2.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     if branch != "main":
         api.create_branch(repo_id, branch=branch, exist_ok=True)
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=branch)
+    for tries_left in reversed(range(_TRIES_WHEN_OVERTAKEN)):
+        try:
+            pushed = _commit(folder, repo_id, message=message, branch=branch, with_native=with_native)
+            break
+        except HfHubHTTPError as error:
+            if status_of(error) not in _OVERTAKEN or not tries_left:
+                raise
+    if tag is not None:
+        set_tag(repo_id, tag, pushed.commit)
+    return pushed
+
+
+def _commit(folder: Path, repo_id: str, *, message: str, branch: str, with_native: bool) -> Pushed:
+    """Commit onto what the branch is now; the Hub refuses that with 412 if an edited card, or so, came in between."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+
+    api = HfApi()
+    head = api.model_info(repo_id, revision=branch).sha
+    assert head is not None
+    tree = api.list_repo_tree(repo_id, recursive=True, revision=head)
     there = {entry.path for entry in tree if isinstance(entry, RepoFile)}
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     additions = [CommitOperationAdd(name, file) for name, file in files.items() if name != "README.md"]
@@ -205,15 +257,15 @@ def push_folder(
         place = f'"{repo_id}", revision="{NATIVE}"' if branch == NATIVE else f'"{repo_id}"'
         card = generated_text(local, {f'"{PLACE}"': place, **change})
         if "README.md" in there and branch != NATIVE:
-            card, card_kept = _with_text_of_the_hub(card, repo_id, branch)
+            card, card_kept = with_text_of_the_hub(card, repo_id, head)
         else:
             card = stamped(card)
         additions.append(CommitOperationAdd("README.md", card.encode()))
     stale = [name for name in sorted(there - set(files)) if _is_ours(name, branch)]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
-    commit = api.create_commit(repo_id, [*additions, *deletions], commit_message=message, revision=branch)
-    if tag is not None:
-        set_tag(repo_id, tag, str(commit.oid))
+    commit = api.create_commit(
+        repo_id, [*additions, *deletions], commit_message=message, revision=branch, parent_commit=head
+    )
     return Pushed(str(commit.oid), card_kept)
 
 
@@ -232,12 +284,12 @@ Programs that know GPT-2 but not this code load the same weights with `revision=
 }
 
 
-def _with_text_of_the_hub(card: str, repo_id: str, branch: str) -> tuple[str, bool]:
+def with_text_of_the_hub(card: str, repo_id: str, commit: str, kind: Kind = "model") -> tuple[str, bool]:
     """The card to push over the one that is there, and whether the text of that stays."""
     from huggingface_hub import hf_hub_download
 
     with tempfile.TemporaryDirectory() as place:
-        downloaded = Path(hf_hub_download(repo_id, "README.md", revision=branch, local_dir=place))
+        downloaded = Path(hf_hub_download(repo_id, "README.md", revision=commit, repo_type=kind, local_dir=place))
         there = downloaded.read_text(encoding="utf-8", errors="replace")
     # Without a stamp it counts as edited for ever: what a person wrote there stays a person's.
     return (merged(card, there), True) if was_edited(there) else (stamped(card), False)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
-from training.hub_repository import claim, may_pass, push_folder, told
+from training.hub_repository import asked_to_wait, claim, may_pass, push_folder, told
 from training.pusher import FIRST_PAUSE_SECONDS, Pusher
 from training.recipe import Recipe
 from training.staging import stage
@@ -55,8 +55,15 @@ class Publishing:
         self._output_dir = Path(recipe.output_dir)
         shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)  # of a run that was killed
         self._pusher = Pusher(
-            self._push, drop=_drop, say=say, told=told, may_pass=may_pass, first_pause=FIRST_PAUSE_SECONDS
+            self._push,
+            drop=_drop,
+            say=say,
+            told=told,
+            may_pass=may_pass,
+            asked_to_wait=asked_to_wait,
+            first_pause=FIRST_PAUSE_SECONDS,
         )
+        self._finished = False
         self._numbers = 0
 
     def on_saved(self, checkpoint: Path, step: int) -> None:
@@ -67,18 +74,24 @@ class Publishing:
         try:
             folder = stage(self._new_place(step), checkpoint, curves=self._output_dir / "curves.png", state=state)
             self._write_card(folder, step)
-        except OSError as error:  # a full disk: the checkpoint was worth it, this is not
+        except Exception as error:  # a full disk, or whatever it is: the checkpoint was worth it, this is not
             self._say(f"step {step:,} is not pushed: {told(error)}")
             return
         self._pusher.submit(folder, step)
 
     def finish(self, model: Path, step: int, checkpoint: Path | None) -> None:
         """Push the model folder of the finished run, and wait for that for `LAST_PUSH_SECONDS` at most."""
+        self._finished = True
         state = checkpoint if self._recipe.hub_strategy == "checkpoint" else None
-        folder = stage(self._new_place(step), model, state=state)
-        self._pusher.submit(folder, step)
-        self._say(f"pushing the model to {self._repo_id}")
-        done = self._pusher.close(LAST_PUSH_SECONDS)
+        done = False
+        try:
+            folder = stage(self._new_place(step), model, state=state)
+        except OSError as error:
+            self._say(f"step {step:,} is not pushed: {told(error)}")
+        else:
+            self._pusher.submit(folder, step)
+            self._say(f"pushing the model to {self._repo_id}")
+            done = self._pusher.close(LAST_PUSH_SECONDS)
         shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
         if not done:
             self._say(
@@ -87,8 +100,9 @@ class Publishing:
             )
 
     def close(self) -> None:
-        """Say nothing any more: a run that was asked to leave does not wait, and pushes with its next checkpoint."""
-        self._pusher.close(0.0)
+        """Wait for nothing: a run that was asked to leave, or failed, pushes with its next checkpoint."""
+        if not self._pusher.close(0.0) and not self._finished:
+            self._say("the newest checkpoint is not on the Hub yet; it goes there when the run goes on")
         shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
 
     def _new_place(self, step: int) -> Path:

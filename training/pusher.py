@@ -9,9 +9,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from training.data.reporting import spelled
+
 FIRST_PAUSE_SECONDS = 5.0
 
 _LONGEST_PAUSE_SECONDS = 300.0
+_LONGEST_WAIT_ASKED_FOR = 3600.0
+_SECONDS_BEFORE_IT_IS_SLOW = 60.0
 
 Push = Callable[[Path, int], str]
 
@@ -25,6 +29,7 @@ class Pusher:
         say: is given the lines on what happened.
         told: says an error in one line.
         may_pass: whether an error may go away by itself.
+        asked_to_wait: the seconds that an error asks us to wait for; the pause before the next try is no shorter.
         first_pause: seconds before the second try, doubled each time.
     """
 
@@ -36,13 +41,15 @@ class Pusher:
         say: Callable[[str], None],
         told: Callable[[BaseException], str],
         may_pass: Callable[[BaseException], bool],
+        asked_to_wait: Callable[[BaseException], float] = lambda error: 0.0,
         first_pause: float = FIRST_PAUSE_SECONDS,
     ) -> None:
         self._push, self._drop, self._say, self._told, self._may_pass = push, drop, say, told, may_pass
+        self._asked_to_wait = asked_to_wait
         self._first_pause = first_pause
         self._changed = threading.Condition()
         self._waiting: tuple[Path, int] | None = None
-        self._busy = False
+        self._busy: tuple[int, float] | None = None  # the step that goes up, and since when
         self._closing = False  # the run is at its end: no pause is long any more
         self._over = False  # nobody waits any more
         self._given_up: BaseException | None = None
@@ -56,6 +63,10 @@ class Pusher:
                 self._thread = threading.Thread(target=self._work, name="pusher", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
+            if self._busy is not None and (since := time.monotonic() - self._busy[1]) > _SECONDS_BEFORE_IT_IS_SLOW:
+                self._say(
+                    f"step {self._busy[0]:,} is still on its way to the Hub since {spelled(since)}; {step:,} waits"
+                )
         if replaced is not None:
             self._drop(replaced[0])
 
@@ -68,12 +79,12 @@ class Pusher:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-            while self._busy or self._waiting is not None:
+            while self._busy is not None or self._waiting is not None:
                 left = deadline - time.monotonic()
                 if left <= 0 or self._given_up is not None:
                     break
                 self._changed.wait(left)
-            done = not self._busy and self._waiting is None and self._given_up is None
+            done = self._busy is None and self._waiting is None and self._given_up is None
             self._say = lambda line: None
             self._waiting, self._over = None, True
             self._changed.notify_all()
@@ -87,7 +98,8 @@ class Pusher:
                     if self._over:
                         return
                     self._changed.wait()
-                (folder, step), self._waiting, self._busy = self._waiting, None, True
+                (folder, step), self._waiting = self._waiting, None
+                self._busy = step, time.monotonic()
             try:
                 line = self._push(folder, step)
             except Exception as error:  # whatever it is, training goes on
@@ -98,13 +110,14 @@ class Pusher:
             self._drop(folder)
             with self._changed:
                 self._say(line)
-                self._busy = False
+                self._busy = None
                 self._changed.notify_all()
 
     def _put_back(self, folder: Path, step: int, error: Exception, pause: float) -> None:
         """Let the folder wait for its next try, unless a newer one does, and pause until then or the end of the run."""
         with self._changed:
-            self._busy = False
+            self._busy = None
+            pause = max(pause, min(self._asked_to_wait(error), _LONGEST_WAIT_ASKED_FOR))
             if self._waiting is None and not self._over:
                 self._waiting = (folder, step)
             else:
@@ -112,7 +125,7 @@ class Pusher:
             closing = self._closing
             if closing and not self._may_pass(error):
                 self._given_up = error
-            later = "" if self._given_up else f", next try in {pause:.0f} s"
+            later = "" if self._given_up else f", next try in {spelled(pause)}"
             self._say(f"step {step:,} is not on the Hub yet: {self._told(error)}{later}")
             self._changed.notify_all()
             until = time.monotonic() + pause
