@@ -70,6 +70,28 @@ def test_hours_cost_and_energy_are_told_with_how_they_were_estimated() -> None:
     assert running_costs("2 CPU threads", 1, 60.0) == []
 
 
+@pytest.mark.parametrize(
+    ("device", "watts"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 400),
+        ("NVIDIA A100-PCIE-40GB", 250),
+        ("NVIDIA A100 80GB PCIe", 300),
+        ("NVIDIA H100 80GB HBM3", 700),
+        ("NVIDIA H100 PCIe", 350),
+        ("NVIDIA H100 NVL", 400),
+        ("NVIDIA H200 NVL", 600),
+        ("NVIDIA GH200 480GB", 700),
+        ("NVIDIA GeForce RTX 4090", 450),
+    ],
+)
+def test_boards_with_like_names_have_their_own_power(device: str, watts: int) -> None:
+    assert f"× {watts} W" in running_costs(device, 1, 3600.0)[1]
+
+
+def test_nothing_is_estimated_for_the_laptops_board_of_the_same_name() -> None:
+    assert running_costs("NVIDIA GeForce RTX 4090 Laptop GPU", 1, 3600.0) == []
+
+
 def test_seconds_are_those_of_steps_over_all_starts_of_a_run() -> None:
     lines = [
         {"tokens": 1000.0, "tokens_per_second": 100.0},
@@ -84,6 +106,36 @@ def test_a_card_before_the_first_validation_claims_nothing() -> None:
     assert not metadata_errors({"content": text})
     assert "Nothing was measured yet." in text
     assert "model-index" not in text
+
+
+def test_language_and_licence_are_claimed_only_where_they_are_known() -> None:
+    assert "language: en" in card()
+    assert "language:" not in card(corpus="someone/their-texts")
+    assert "license: mit" in card(init_from="openai-community/gpt2-medium")
+    other = card(init_from="someone/their-gpt2")
+    assert "license:" not in other
+    assert "trained from [someone/their-gpt2](https://huggingface.co/someone/their-gpt2)" in other
+    assert "had learnt before" in other
+
+
+def test_a_picture_stands_in_the_card_where_there_is_one(tmp_path: Path) -> None:
+    recipe = Recipe(output_dir="runs/x", data_dir="data/x", corpus="fineweb-edu", max_steps=10)
+    write_model_card(tmp_path, recipe, FACTS, CONFIG)
+    assert "curves.png" not in (tmp_path / "README.md").read_text()
+    (tmp_path / "curves.png").write_bytes(b"")
+    write_model_card(tmp_path, recipe, FACTS, CONFIG)
+    assert "![Loss against tokens](curves.png)" in (tmp_path / "README.md").read_text()
+
+
+def test_the_tokenizer_and_how_samples_were_drawn_are_told_and_unknown_hardware_is_not() -> None:
+    text = card(replace(FACTS, device=None), tokenizer="train:4096", eval_data_dir="my/tasks")
+    assert "- Tokenizer: a byte-level BPE trained on this corpus, 50,257 ids" in text
+    assert "temperature 0.8 from the 50 likeliest tokens" in text
+    assert "Hardware" not in text
+    assert "None" not in text
+    assert "my/tasks" not in text
+    assert "eval_task" not in text
+    assert "- Tokenizer: GPT-2's byte-level BPE" in card()
 
 
 def test_paths_of_the_machine_are_not_shown(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from loopback_hub import LoopbackHub
 from loopback_repository import Repository
@@ -14,6 +15,7 @@ from training.data.manifest import Manifest
 from training.data.producer import produce
 from training.data.shards import ShardFolder
 from training.hub import main
+from training.hub_dataset import dataset_card
 
 # How the client itself sends large files where there is no Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -125,6 +127,27 @@ def test_what_cannot_be_pushed_is_refused(hub: LoopbackHub, shards: Path, tmp_pa
     replace(manifest, complete=False).write(shards)
     with pytest.raises(InputError, match="still being filled"):
         push(shards)
+
+
+def test_shards_of_another_folder_that_was_pushed_there_go(hub: LoopbackHub, shards: Path) -> None:
+    push(shards)
+    there = hub.repositories["dataset", "me/shards"]
+    old = {"old_val_000000.npy": b"x", "old_train_000001.npy": b"x", "notes.md": b"mine"}
+    there.commit("main", {**there.files(), **old}, "another folder")
+    push(shards)
+    assert set(there.files()) & set(old) == {"notes.md"}
+    assert names_of(shards) <= set(there.files())
+
+
+def test_the_card_of_another_programs_shards_claims_nothing_that_they_are_not(tmp_path: Path) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 100
+    for name in ("x_val_000000.bin", "x_train_000001.bin"):
+        (tmp_path / name).write_bytes(header.tobytes() + np.arange(100, dtype="<u2").tobytes())
+    card = dataset_card(ShardFolder.open(tmp_path), "me/shards")
+    assert "| tokens | 200 |" in card
+    assert not [word for word in ("manifest", "numpy", "language", "size_categories", "documents") if word in card]
+    assert not metadata_errors({"content": card})
 
 
 def test_a_dataset_card_edited_on_the_hub_is_kept(hub: LoopbackHub, shards: Path) -> None:

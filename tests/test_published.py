@@ -52,6 +52,14 @@ def clean_process(hub: LoopbackHub, tmp_path: Path, *command: str, project: bool
     return done.stdout
 
 
+SNIPPET = """
+import re, sys
+sys.modules["gpt2_scratch"] = None
+from huggingface_hub import hf_hub_download
+card = open(hf_hub_download("me/tiny", "README.md", revision=sys.argv[1])).read()
+exec(re.search("```python\\n(.*?)```", card, re.DOTALL)[1])
+"""
+
 LOGITS = """
 import sys
 {first}
@@ -88,6 +96,9 @@ def test_what_is_published_loads_four_ways(hub_of_a_run: tuple[LoopbackHub, Any]
         expected = model(torch.tensor(ids)).logits[0, -1]
         # The same operations, but for another order of sums in the attention of one of them.
         torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=0)
+
+    for revision in ("main", "native"):  # as the card says it
+        assert "The" in clean_process(hub, tmp_path, "-c", SNIPPET, revision, project=False)
 
     # And as a base to continue from.
     flags = ["--init_from", "me/tiny", "--push_to_hub", "false", "--output_dir", str(tmp_path / "continued")]
@@ -127,6 +138,8 @@ def test_a_run_that_was_stopped_is_pushed_and_read_by_its_newest_checkpoint(
     hub, recipe = hub_of_a_run
     run = Path(recipe.output_dir)
     (run / "model").rename(tmp_path / "model-elsewhere")
+    main(["push", str(run / "checkpoints" / "step-000012"), "--repo_id", "me/one-checkpoint"])
+    assert "12 steps of 256 tokens" in hub.model("me/one-checkpoint").files()["README.md"].decode()
     main(["push", str(run), "--repo_id", "me/again"])
     there = hub.model("me/again")
     assert set(there.tags) == {"step-000012"}

@@ -17,14 +17,17 @@ from training.costs import running_costs
 from training.data.corpus import HUB_CORPORA
 from training.data.reporting import spelled
 from training.recipe import Recipe
+from training.sampling import TEMPERATURE, TOP_K
 
 PLACE = "path/to/this/folder"  # until the model has an id
 
-# Paths of the machine are nobody's business, nor is where the run stood when it was started.
+# Paths of the machine are nobody's business, nor is where the run stood when it was started; the rest is told in words.
 _NOT_SHOWN = {
-    *("output_dir", "data_dir", "corpus", "tokenizer", "init_from", "resume_from_checkpoint", "sample_prompts"),
-    *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "report_to"),
+    *("output_dir", "data_dir", "corpus", "corpus_config", "tokenizer", "init_from", "resume_from_checkpoint"),
+    *("sample_prompts", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "report_to"),
+    *("eval_data_dir", "profile_steps"),
 }
+ENGLISH_CORPORA = ("fineweb", "fineweb-edu", "installed-docs")
 _LIMITS = {
     "fineweb": """The text is English of the web (Common Crawl of 2013 to 2024, filtered and deduplicated by FineWeb):
 its opinions, prejudices and mistakes are in the model, and so may be names and addresses that stood on public pages.
@@ -63,7 +66,7 @@ class RunFacts:
 
     Attributes:
         name: of the run.
-        device, devices: what it ran on, and on how many of them.
+        device, devices: what it ran on, None where nobody knows any more, and on how many of them.
         seconds: of training, without validation, samples and saving; None when nothing was logged.
         val_loss, bits_per_byte: of the last validation; None before the first.
         gzip_bits_per_byte: what `gzip -9` needs for the same text.
@@ -76,7 +79,7 @@ class RunFacts:
     parameters: int
     steps: int
     tokens: int
-    device: str
+    device: str | None
     val_loss: float | None
     bits_per_byte: float | None
     gzip_bits_per_byte: float | None
@@ -99,7 +102,7 @@ def write_model_card(
         config: of the model.
         kept: an earlier card, whose text around the generated sections stays.
     """
-    card = model_card(recipe, facts, config)
+    card = model_card(recipe, facts, config, curves=(folder / "curves.png").is_file())
     ModelCard(merged(card, kept) if kept is not None else card, ignore_metadata_errors=True).save(folder / "README.md")
 
 
@@ -109,19 +112,18 @@ def earlier_card(folder: Path) -> str | None:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
 
 
-def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
-    """The whole card as a run generates it."""
+def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, curves: bool = True) -> str:
+    """The whole card as a run generates it; `curves` tells whether there is a picture of them beside it."""
     scores = _scores(recipe, facts)
-    local = recipe.init_from is not None and Path(recipe.init_from).exists()
     dataset = _hub_dataset(recipe)
     data = ModelCardData(
-        language="en",
-        license="mit",
+        language="en" if recipe.corpus in ENGLISH_CORPORA else None,
+        license="mit" if recipe.init_from is None or recipe.init_from.startswith(_OPENAI) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2_scratch"],
         datasets=[dataset] if dataset else None,
-        base_model=recipe.init_from if not local else None,  # a folder is no name that the Hub could link
+        base_model=_base_model(recipe),
         model_name=facts.name if scores else None,
         eval_results=[
             EvalResult(
@@ -142,17 +144,26 @@ def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n# {facts.name}\n",
         section("summary", _summary(recipe, facts, config)),
         "## Use\n",
-        section("use", _USE),
+        section("use", _use(config)),
         "## Results\n",
-        section("results", _results(facts, scores)),
+        section("results", _results(facts, scores, curves)),
         "## Samples\n",
         section("samples", _samples(facts)),
         "## Training\n",
-        section("training", _training(recipe, facts)),
+        section("training", _training(recipe, facts, config)),
         "## Limits\n",
         section("limits", _limits(recipe)),
     ]
     return "\n".join(parts)
+
+
+_OPENAI = "openai-community/gpt2"  # and -medium, -large, -xl
+
+
+def _base_model(recipe: Recipe) -> str | None:
+    """The Hub's name of what training started from; a folder has none."""
+    name = recipe.init_from
+    return name if name is not None and name.count("/") == 1 and not Path(name).exists() else None
 
 
 def _hub_dataset(recipe: Recipe) -> str | None:
@@ -184,26 +195,37 @@ def _scores(recipe: Recipe, facts: RunFacts) -> list[Score]:
 
 
 def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
-    start = "scratch" if recipe.init_from is None else "an earlier model"
+    base = _base_model(recipe)
+    start = (
+        f"[{base}](https://huggingface.co/{base})" if base else "an earlier model" if recipe.init_from else "scratch"
+    )
+    hardware = f", on {_hardware(facts)}" if facts.device else ""
     return f"""A GPT-2 with {facts.parameters / 1e6:.1f}M parameters ({config.n_layer} layers, {config.n_head} heads,
 width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {_corpus(recipe)}:
-{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in all, on {facts.device}."""
+{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in all{hardware}."""
 
 
-_USE = f"""```python
+def _hardware(facts: RunFacts) -> str:
+    return f"{facts.devices} × {facts.device}" if facts.devices > 1 else str(facts.device)
+
+
+def _use(config: PreTrainedConfig) -> str:
+    room = min(40, config.n_positions // 2)
+    return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{PLACE}", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
-print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens=40)[0]))
+print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens={room})[0]))
 ```
 
 With the `gpt2-scratch` package installed, `import gpt2_scratch` takes the place of `trust_remote_code=True`."""
 
 
-def _results(facts: RunFacts, scores: list[Score]) -> str:
+def _results(facts: RunFacts, scores: list[Score], curves: bool) -> str:
+    picture = "\n![Loss against tokens](curves.png)" if curves else ""
     if not scores:
-        return "Nothing was measured yet.\n\n![Loss against tokens](curves.png)"
+        return f"Nothing was measured yet.\n{picture}"
     sizes = sorted({reference.size for score in scores for reference in score.references}, key=_SIZES.index)
     heading = ["measured", "this model", *(f"OpenAI GPT-2 {size}" for size in sizes)]
     rows = [heading, ["---"] * len(heading)]
@@ -223,7 +245,7 @@ def _results(facts: RunFacts, scores: list[Score]) -> str:
         text += f"\nOpenAI's figures are by the same protocol on the same text; from {'; '.join(sources)}.\n"
     if facts.gzip_bits_per_byte is not None:
         text += f"\n`gzip -9` needs {facts.gzip_bits_per_byte:.4f} bits per byte for the held-out text.\n"
-    return text + "\n![Loss against tokens](curves.png)"
+    return text + picture
 
 
 _SIZES = ("124M", "355M", "774M", "1.5B")
@@ -232,21 +254,31 @@ _SIZES = ("124M", "355M", "774M", "1.5B")
 def _samples(facts: RunFacts) -> str:
     if not facts.samples:
         return "None was drawn yet."
-    return "\n\n".join(f"```text\n{sample.strip().replace('```', '` ` `')}\n```" for sample in facts.samples)
+    how = f"Each begins with its prompt; drawn at temperature {TEMPERATURE} from the {TOP_K} likeliest tokens.\n\n"
+    return how + "\n\n".join(f"```text\n{sample.strip().replace('```', '` ` `')}\n```" for sample in facts.samples)
 
 
-def _training(recipe: Recipe, facts: RunFacts) -> str:
-    shown = {key: value for key, value in recipe.to_dict().items() if key not in _NOT_SHOWN and value is not None}
+def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
+    shown = {key: value for key, value in recipe.to_dict().items() if key not in _NOT_SHOWN and value not in (None, [])}
+    if not recipe.eval_tasks:
+        del shown["eval_task_steps"]
     knobs = "\n".join(f"| `{key}` | {value} |" for key, value in shown.items() if not _is_path(value))
-    many = f"{facts.devices} × " if facts.devices > 1 else ""
-    lines = [f"- Hardware: {many}{facts.device}", f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps"]
+    lines = [f"- Hardware: {_hardware(facts)}"] if facts.device else []
+    lines += [f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps", f"- Tokenizer: {_tokenizer(recipe, config)}"]
     if facts.seconds is not None:
         lines.append(
             f"- Time: {spelled(facts.seconds)} of training steps ({facts.tokens / facts.seconds:,.0f} tokens/s); "
             "validation, samples and checkpoints come on top"
         )
-        lines += [f"- {line}" for line in running_costs(facts.device, facts.devices, facts.seconds)]
+        lines += [f"- {line}" for line in running_costs(facts.device or "", facts.devices, facts.seconds)]
     return "\n".join(lines) + f"\n\n| key of the recipe | value |\n| --- | --- |\n{knobs}"
+
+
+def _tokenizer(recipe: Recipe, config: PreTrainedConfig) -> str:
+    if recipe.tokenizer == "gpt2":
+        return "GPT-2's byte-level BPE"
+    trained = " trained on this corpus" if recipe.tokenizer.startswith("train:") else " of its own"
+    return f"a byte-level BPE{trained}, {config.vocab_size:,} ids"
 
 
 def _is_path(value: object) -> bool:
@@ -255,6 +287,8 @@ def _is_path(value: object) -> bool:
 
 def _limits(recipe: Recipe) -> str:
     own = _LIMITS.get(recipe.corpus, _OTHER_LIMITS)
+    if recipe.init_from is not None:
+        own += "\nWhat the model that it was trained from had learnt before is in it too."
     return f"""A base model: it continues text, and says what is likely there rather than what is true. Nothing was done
 to make it safe, polite or helpful, and it should not face the public or decide anything about people as it is.
 

@@ -28,7 +28,7 @@ def run_facts(
     *,
     steps: int,
     parameters: int,
-    device: str = "hardware that was not recorded",
+    device: str | None = None,
     devices: int = 1,
     gzip_bits_per_byte: float | None = None,
     samples: list[str] | None = None,
@@ -47,7 +47,7 @@ def run_facts(
     lines = [line for line in read_metrics(output_dir) if line["step"] <= steps]
     validation: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
     return RunFacts(
-        name=output_dir.resolve().name,
+        name=(recipe.hub_model_id or output_dir.resolve().name).split("/")[-1],
         parameters=parameters,
         steps=steps,
         tokens=steps * recipe.tokens_per_step,

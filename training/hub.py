@@ -60,10 +60,11 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool) -> None:
 
     repo_id = claim(repo_id, default_name=folder.name, private=private, way_out=_WAY_OUT)
     with tempfile.TemporaryDirectory() as place:
-        curves = folder / "curves.png"
-        staged = stage(Path(place) / "model", model, curves=curves)
-        if not (staged / "README.md").exists() and (folder / "recipe.yaml").is_file():
-            _write_card(staged, folder, step)
+        # Of the run itself: a checkpoint's picture would show what came later too.
+        staged = stage(Path(place) / "model", model, curves=folder / "curves.png")
+        run = model.resolve().parents[1] if step is not None else folder  # the run of a checkpoint
+        if step is not None and (run / "recipe.yaml").is_file() and not (staged / "README.md").exists():
+            _write_card(staged, run, step)
         message = f"Step {step:,}" if step is not None else f"Push {model.name}"
         tag = f"step-{step:06d}" if step is not None else None
         with refused_in_one_line(repo_id, _WAY_OUT):
@@ -129,18 +130,19 @@ def _refuse_broken(model: Path) -> None:
     check_weights(model, weight_files(model), skeleton)
 
 
-def _write_card(staged: Path, run: Path, step: int | None) -> None:
+def _write_card(staged: Path, run: Path, step: int) -> None:
     """Write the card of a checkpoint, whose run did not come to its end, from the run's files."""
     from transformers import AutoConfig
 
     import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
-    from training.card import write_model_card
+    from training.card import earlier_card, write_model_card
     from training.facts import count_parameters, run_facts
     from training.recipe import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
-    facts = run_facts(recipe, run, steps=step or 0, parameters=count_parameters(staged))
-    write_model_card(staged, recipe, facts, AutoConfig.from_pretrained(staged))
+    facts = run_facts(recipe, run, steps=step, parameters=count_parameters(staged))
+    kept = earlier_card(run / "model")
+    write_model_card(staged, recipe, facts, AutoConfig.from_pretrained(staged), kept=kept)
 
 
 if __name__ == "__main__":

@@ -4,18 +4,18 @@ Shards are uploaded one by one, which may be interrupted and gone on with, and a
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from evaluation.atomic import file_sha256
 from gpt2_scratch_errors import InputError
-from training.card_merging import merged, section, stamped, was_edited
+from training.card import ENGLISH_CORPORA
+from training.card_merging import section, stamped
 from training.data.beginning import TOKENIZER_FILES
 from training.data.corpus import HUB_CORPORA
 from training.data.manifest import MANIFEST_NAME
-from training.data.shards import Shard, ShardFolder
-from training.hub_repository import claim, refused_in_one_line
+from training.data.shards import Shard, ShardFolder, foreign_split
+from training.hub_repository import claim, refused_in_one_line, with_text_of_the_hub
 
 _WAY_OUT = "and run the same command again: what is there is not sent twice"
 
@@ -43,11 +43,12 @@ def push_shards(path: Path, repo_id: str, *, private: bool, say: Callable[[str],
 
 
 def _push(folder: ShardFolder, repo_id: str, say: Callable[[str], None]) -> None:
-    from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
     there = remote_hashes(repo_id)
-    operations, hashes = [], {}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = []
+    hashes: dict[str, str] = {}
     for number, shard in enumerate(folder.shards, start=1):
         name = shard.path.name
         hashes[name] = _checked_hash(shard)
@@ -59,16 +60,20 @@ def _push(folder: ShardFolder, repo_id: str, say: Callable[[str], None]) -> None
         say(f"{name}: {number} of {len(folder.shards)} shards uploaded")
     for name, content in _small_files(folder).items():
         operations.append(CommitOperationAdd(name, content))
+    head = api.dataset_info(repo_id).sha
+    assert head is not None
     card = dataset_card(folder, repo_id)
+    there = remote_hashes(repo_id, head)
+    # Shards of another folder that was pushed here would be trained on too.
+    stale = [name for name in sorted(there) if "/" not in name and foreign_split(name) and name not in hashes]
+    operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
     if "README.md" in there:
-        with tempfile.TemporaryDirectory() as place:
-            kept = Path(hf_hub_download(repo_id, "README.md", repo_type="dataset", local_dir=place)).read_text()
-        card = merged(card, kept) if was_edited(kept) else stamped(card)
+        card, _ = with_text_of_the_hub(card, repo_id, head, "dataset")
     else:
         card = stamped(card)
     operations.append(CommitOperationAdd("README.md", card.encode()))
     message = f"{len(folder.shards)} shards, {sum(shard.tokens for shard in folder.shards):,} tokens"
-    api.create_commit(repo_id, operations, commit_message=message, repo_type="dataset")
+    api.create_commit(repo_id, operations, commit_message=message, repo_type="dataset", parent_commit=head)
     there = remote_hashes(repo_id)
     wrong = [name for name, digest in hashes.items() if there.get(name) != digest]
     if wrong:
@@ -77,11 +82,11 @@ def _push(folder: ShardFolder, repo_id: str, say: Callable[[str], None]) -> None
     say("  " + _command(repo_id, _tokenizer(folder, repo_id)))
 
 
-def remote_hashes(repo_id: str) -> dict[str, str]:
+def remote_hashes(repo_id: str, revision: str | None = None) -> dict[str, str]:
     """The sha256 of a dataset's large files, and an empty text for its small ones."""
     from huggingface_hub import HfApi, RepoFile
 
-    tree = HfApi().list_repo_tree(repo_id, recursive=True, repo_type="dataset")
+    tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision, repo_type="dataset")
     return {entry.path: entry.lfs.sha256 if entry.lfs else "" for entry in tree if isinstance(entry, RepoFile)}
 
 
@@ -119,10 +124,10 @@ def dataset_card(folder: ShardFolder, repo_id: str) -> str:
     )
     tokens = sum(shard.tokens for shard in folder.shards)
     metadata = {
-        "language": ["en"],
+        **({"language": ["en"]} if manifest and manifest.corpus in ENGLISH_CORPORA else {}),
         "task_categories": ["text-generation"],
         "tags": ["gpt2", "tokenized", "gpt2_scratch"],
-        "size_categories": [_size_category(manifest.documents if manifest else tokens)],
+        **({"size_categories": [_size_category(manifest.documents)]} if manifest else {}),
         **({"source_datasets": [source]} if source else {}),
         "viewer": False,  # arrays of token ids are no table
     }
@@ -138,15 +143,19 @@ def dataset_card(folder: ShardFolder, repo_id: str) -> str:
     return "\n".join(
         [
             f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n# {repo_id.split('/')[-1]}\n",
-            section("contents", f"| | |\n| --- | --- |\n{table}\n\n{_LAYOUT}"),
+            section("contents", f"| | |\n| --- | --- |\n{table}\n\n{_layout(folder)}"),
             "## Use\n",
-            section("use", _use(repo_id, _tokenizer(folder, repo_id))),
+            section("use", _use(folder, repo_id)),
         ]
     )
 
 
-_LAYOUT = """Each file is a one-dimensional array of token ids; every document begins with the end-of-text token and
-may run on into the next file. `*_val_*` is for validation. `manifest.json` holds the sha256 of each file."""
+def _layout(folder: ShardFolder) -> str:
+    text = "Each file is a one-dimensional array of token ids. `*_val_*` is for validation."
+    if folder.manifest is None:  # another program wrote them
+        return text
+    return f"""{text} Every document begins with the end-of-text token and
+may run on into the next file. `{MANIFEST_NAME}` holds the sha256 of each file."""
 
 
 def _command(repo_id: str, tokenizer: str) -> str:
@@ -154,14 +163,15 @@ def _command(repo_id: str, tokenizer: str) -> str:
     return f"accelerate launch training/train.py {flags}"
 
 
-def _use(repo_id: str, tokenizer: str) -> str:
-    return f"""Trains at once, while the rest is downloaded, with gpt2-scratch:
+def _use(folder: ShardFolder, repo_id: str) -> str:
+    text = f"""Trains at once, while the rest is downloaded, with gpt2-scratch:
 
 ```
-{_command(repo_id, tokenizer)}
-```
-
-Anywhere else: `numpy.load(file)` gives the ids."""
+{_command(repo_id, _tokenizer(folder, repo_id))}
+```"""
+    if all(shard.path.suffix == ".npy" for shard in folder.shards):
+        text += "\n\nAnywhere else: `numpy.load(file)` gives the ids."
+    return text
 
 
 def _size_category(rows: int) -> str:

@@ -340,7 +340,9 @@ class Run:
             self.publishing.on_saved(checkpoint, step)
 
     def _write_card(self, folder: Path, step: int) -> None:
-        write_model_card(folder, self.plan.recipe, self._facts(step, samples=self.watch.latest_samples), self.config)
+        facts = self._facts(step, samples=self.watch.latest_samples)
+        kept = earlier_card(self.plan.output_dir / "model")  # of a run that was given a later end
+        write_model_card(folder, self.plan.recipe, facts, self.config, kept=kept)
 
     def _facts(self, step: int, **more: Any) -> RunFacts:
         return run_facts(

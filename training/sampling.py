@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from training.data.tokenizer import Tokenizer
 
+TEMPERATURE, TOP_K = 0.8, 50
+
 
 @torch.no_grad()
 def sample_texts(
@@ -18,8 +20,8 @@ def sample_texts(
     *,
     max_new_tokens: int,
     seed: int,
-    temperature: float = 0.8,
-    top_k: int = 50,
+    temperature: float = TEMPERATURE,
+    top_k: int = TOP_K,
 ) -> list[str]:
     """Each prompt with its continuation, drawn from a generator that training does not share.
 
