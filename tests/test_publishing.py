@@ -172,7 +172,9 @@ def test_an_error_is_told_without_the_token(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_an_error_is_told_without_what_lets_others_write() -> None:
-    error = ConnectionError("403 for url 'https://storage/x?X-Amz-Signature=abc&y=1' of https://hf.co/me")
+    error = ConnectionError(
+        "403 for url 'https://storage/x?X-Amz-Signature=abc&y=1' of https://hf.co/me For more information check: https://x/403"
+    )
     assert hub_repository.told(error) == "ConnectionError: 403 for url 'https://storage/x?…' of https://hf.co/me"
 
 

@@ -141,11 +141,16 @@ def test_a_stage_shares_the_bytes_of_its_checkpoint_and_not_its_paths(tmp_path: 
     checkpoint = tmp_path / "step-000004"
     (checkpoint / "training_state").mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"weights")
-    (checkpoint / "config.json").write_text('{"_name_or_path": "/home/me/base", "n": 1, "dtype": "float32"}')
+    (checkpoint / "config.json").write_text(
+        '{"_name_or_path": "/home/me/base", "up": "../../home/me", "n": 1, "dtype": "float32"}'
+    )
     (checkpoint / "training_state" / "optimizer.safetensors").write_bytes(b"moments")
+    words = '{"added_tokens": [{"content": "/home"}]}'
+    (checkpoint / "tokenizer.json").write_text(words)
     (checkpoint / ".hidden").write_text("secret")
     staged = stage(tmp_path / "staged", checkpoint)
-    assert sorted(path.name for path in staged.rglob("*")) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in staged.rglob("*")) == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert (staged / "tokenizer.json").read_text() == words
     assert (staged / "model.safetensors").samefile(checkpoint / "model.safetensors")
     assert "/home" not in (staged / "config.json").read_text()
     assert '"n": 1' in (staged / "config.json").read_text()

@@ -74,6 +74,7 @@ def told(error: BaseException) -> str:
     token = get_token()
     text = re.sub(r"hf_\w{8,}", "hf_…", text.replace(token, "hf_…") if token else text)
     text = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1?…", text)
+    text = re.sub(r" For more information check: \S+", "", text)
     return f"{type(cause).__name__}: {text[:300]}"
 
 

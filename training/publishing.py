@@ -12,6 +12,7 @@ from training.hub_repository import asked_to_wait, claim, may_pass, push_folder,
 from training.pusher import FIRST_PAUSE_SECONDS, Pusher
 from training.recipe import Recipe
 from training.staging import stage
+from training.summary import program
 
 LAST_PUSH_SECONDS = 900.0  # 2 GB at 20 Mbit/s
 
@@ -96,7 +97,7 @@ class Publishing:
         if not done:
             self._say(
                 "the last push is not on the Hub; the model is whole here, and this finishes it:\n"
-                f"  python -m training.hub push {quote(str(self._output_dir))} --repo_id {self._repo_id}"
+                f"  {program('python')} -m training.hub push {quote(str(self._output_dir))} --repo_id {self._repo_id}"
             )
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """What is pushed, in a folder of its own made of hard links: it costs no space, and stays when a checkpoint is pruned.
 
 No training state goes along, unless asked for as `last-checkpoint/`, and no path of this machine: keys of JSON files
-that hold one are left out.
+that hold one, or one that leads up from where the run was started, are left out.
 """
 
 import json
@@ -15,7 +15,7 @@ from training.checksums import renew_checksums
 LAST_CHECKPOINT = "last-checkpoint"
 
 _STATE = "training_state"
-_LARGEST_JSON = 1_000_000  # bytes; a tokenizer is larger, and holds words only
+_WORDS = ("tokenizer.json", "vocab.json")  # where "/usr" is a word and no place
 
 
 def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path | None = None) -> Path:
@@ -46,7 +46,7 @@ def _carry(source: Path, target: Path, *, without: str | None = None) -> list[Pa
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _link(path, target / name)
-        if path.suffix == ".json" and path.stat().st_size < _LARGEST_JSON and _without_places(target / name):
+        if path.suffix == ".json" and path.name not in _WORDS and _without_places(target / name):
             rewritten.append(target / name)
     return rewritten
 
@@ -82,4 +82,4 @@ def _cleaned(content: Any) -> Any:
 
 
 def _is_place(value: object) -> bool:
-    return isinstance(value, str) and len(value) > 1 and (value.startswith("~") or Path(value).is_absolute())
+    return isinstance(value, str) and len(value) > 1 and (value.startswith(("~", "../")) or Path(value).is_absolute())

@@ -18,7 +18,7 @@ def device_name(device: torch.device) -> str:
     return f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
-def _command(name: str) -> str:
+def program(name: str) -> str:
     """How to call a program of this environment from here, whether the environment is active or not."""
     programs = Path(sys.prefix) / "bin"
     here = Path.cwd()
@@ -28,7 +28,7 @@ def _command(name: str) -> str:
 def continue_command(output_dir: Path) -> str:
     """The command that goes on with a run from its newest checkpoint."""
     return (
-        f"{_command('accelerate')} launch training/train.py --config {quote(str(output_dir / 'recipe.yaml'))} "
+        f"{program('accelerate')} launch training/train.py --config {quote(str(output_dir / 'recipe.yaml'))} "
         "--resume_from_checkpoint auto"
     )
 
@@ -36,7 +36,7 @@ def continue_command(output_dir: Path) -> str:
 def longer_command(output_dir: Path, steps: int) -> str:
     """The command that takes a complete run to twice its length."""
     return (
-        f"{_command('accelerate')} launch --quiet training/train.py --config {quote(str(output_dir / 'recipe.yaml'))} "
+        f"{program('accelerate')} launch --quiet training/train.py --config {quote(str(output_dir / 'recipe.yaml'))} "
         f"--max_steps {2 * steps}"
     )
 
@@ -65,7 +65,7 @@ The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
 {sample}
 
 To try next:
-  {_command("python")} -m gpt2_scratch.generate --model {quote(str(model))} --prompt {quote(prompt)}
-  {_command("python")} -c {quote(in_python)}
+  {program("python")} -m gpt2_scratch.generate --model {quote(str(model))} --prompt {quote(prompt)}
+  {program("python")} -c {quote(in_python)}
   {longer_command(output_dir, facts.steps)}
 """
