@@ -160,9 +160,15 @@ def test_a_push_that_broke_shows_nothing_half_made_and_goes_through_later(
 def test_weights_that_were_in_other_pieces_go(hub: LoopbackHub, model_folder: Path, tmp_path: Path) -> None:
     old = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b"{}", "notes.md": b"mine"}
     hub.repositories["model", "me/my-gpt2"] = Repository({**old, "last-checkpoint/config.json": b"{}"})
-    push_folder(stage(tmp_path / "staged", model_folder), "me/my-gpt2", message="New")
+    folder = stage(tmp_path / "staged", model_folder)
+    push_folder(folder, "me/my-gpt2", message="New")
     names = set(hub.model("me/my-gpt2").files())
-    assert names & {*old, "last-checkpoint/config.json"} == {"notes.md"}
+    # A push by hand brings no state to go on from, and takes none away.
+    assert names & {*old, "last-checkpoint/config.json"} == {"notes.md", "last-checkpoint/config.json"}
+    (folder / "last-checkpoint").mkdir()
+    (folder / "last-checkpoint" / "model.safetensors").write_bytes(b"")
+    push_folder(folder, "me/my-gpt2", message="With state")
+    assert {name for name in hub.model("me/my-gpt2").files() if "/" in name} == {"last-checkpoint/model.safetensors"}
 
 
 def test_an_error_is_told_without_the_token(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from gpt2_scratch_errors import InputError
 from training.card import PLACE
 from training.card_merging import generated_text, merged, stamped, was_edited
 from training.data.patience import network_errors, passes
+from training.staging import LAST_CHECKPOINT
 
 Kind = Literal["model", "dataset"]
 
@@ -211,8 +212,9 @@ def push_folder(
 ) -> Pushed:
     """Make a model folder the content of a branch, in one commit, and tag that.
 
-    Files of an earlier push that this one does not have are deleted: weights in other pieces, another checkpoint to go
-    on from, and on the native branch everything. The text of a card that was edited on the Hub is kept.
+    Files of an earlier push that this one does not have are deleted: weights in other pieces, those of another
+    checkpoint to go on from where this one brings one, and on the native branch everything. The text of a card that
+    was edited on the Hub is kept.
 
     Args:
         folder: whole, and nobody changes it meanwhile.
@@ -262,7 +264,8 @@ def _commit(folder: Path, repo_id: str, *, message: str, branch: str, with_nativ
         else:
             card = stamped(card)
         additions.append(CommitOperationAdd("README.md", card.encode()))
-    stale = [name for name in sorted(there - set(files)) if _is_ours(name, branch)]
+    carries_state = any(name.startswith(f"{LAST_CHECKPOINT}/") for name in files)
+    stale = [name for name in sorted(there - set(files)) if _is_ours(name, branch, carries_state)]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
     commit = api.create_commit(
         repo_id, [*additions, *deletions], commit_message=message, revision=branch, parent_commit=head
@@ -270,12 +273,15 @@ def _commit(folder: Path, repo_id: str, *, message: str, branch: str, with_nativ
     return Pushed(str(commit.oid), card_kept)
 
 
-def _is_ours(name: str, branch: str) -> bool:
-    """Whether a file on the Hub came by a push, and is to go when the next one does not have it."""
+def _is_ours(name: str, branch: str, carries_state: bool) -> bool:
+    """Whether a file on the Hub came by a push, and is to go when the next one does not have it.
+
+    A push without the state to go on from, such as one by hand, leaves an earlier one's: it is whole by itself.
+    """
     if branch == NATIVE:
         return name != ".gitattributes"
     weights = name.endswith((".safetensors", ".safetensors.index.json")) and "/" not in name
-    return weights or name.startswith("last-checkpoint/")
+    return weights or (carries_state and name.startswith(f"{LAST_CHECKPOINT}/"))
 
 
 _SAYING_NATIVE = {
