@@ -20,7 +20,7 @@ _WATTS = {
     "RTX 4090": 450.0,
     "RTX 3090": 350.0,
 }
-"""Board power by the vendors' data sheets, by what is in the name that CUDA gives. More special names come first."""
+"""Rated board power, by what is in the name that CUDA gives. More special names come first."""
 
 _DOLLARS_PER_HOUR = {
     "Laptop": None,
@@ -35,7 +35,7 @@ _DOLLARS_PER_HOUR = {
     "RTX 4090": 0.5,
     "RTX 3090": 0.3,
 }
-"""What an hour of one of them is assumed to cost rented: round figures of the middle of 2026, no offer of anybody's."""
+"""What an hour of one of them is assumed to cost rented: round figures, no offer of anybody's."""
 
 
 def running_costs(device: str, devices: int, seconds: float) -> list[str]:
