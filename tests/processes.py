@@ -4,6 +4,7 @@ Importing torch and transformers takes seconds; here one process imports them, a
 (`multiprocessing`'s forkserver). They take part in a run as `torchrun`'s processes do.
 """
 
+import datetime
 import multiprocessing
 import os
 import signal
@@ -21,18 +22,25 @@ class ProcessesOfARun:
     """The processes of one start of a run, in the order of their ranks.
 
     Args:
-        recipe: path of the recipe's YAML file.
+        recipe: path of the recipe's YAML file; several, one for each process, make each a machine of its own.
         number: of processes.
         printed: file that everything printed is appended to.
+        timeout_seconds: how long processes may keep each other waiting; as in training when None.
     """
 
-    def __init__(self, recipe: Path, number: int, printed: Path) -> None:
+    def __init__(
+        self, recipe: Path | list[Path], number: int, printed: Path, *, timeout_seconds: float | None = None
+    ) -> None:
         self.printed = printed
         port = _free_port()
-        self.processes: list[ForkServerProcess] = [
-            _CONTEXT.Process(target=_train, args=(str(recipe), rank, number, port, str(printed)))
-            for rank in range(number)
-        ]
+        recipes = recipe if isinstance(recipe, list) else [recipe] * number
+        self.processes: list[ForkServerProcess] = []
+        for rank, path in enumerate(recipes):
+            local = ("0", "1") if isinstance(recipe, list) else (str(rank), str(number))
+            place = {"RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            place |= {"LOCAL_RANK": local[0], "LOCAL_WORLD_SIZE": local[1], "ACCELERATE_USE_CPU": "true"}
+            arguments = (str(path), place if number > 1 else {}, str(printed), timeout_seconds)
+            self.processes.append(_CONTEXT.Process(target=_train, args=arguments))
         for process in self.processes:
             process.start()
 
@@ -70,14 +78,12 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _train(recipe: str, rank: int, number: int, port: int, printed: str) -> None:
+def _train(recipe: str, place: dict[str, str], printed: str, timeout_seconds: float | None) -> None:
     descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    if number > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        os.environ |= {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number), "ACCELERATE_USE_CPU": "true"}
+    os.environ |= place
     import torch
 
     from gpt2_scratch_errors import run_command
@@ -85,6 +91,8 @@ def _train(recipe: str, rank: int, number: int, port: int, printed: str) -> None
     from training.loop import train
     from training.recipe import load_recipe
 
+    if timeout_seconds is not None:
+        build.PROCESS_TIMEOUT = datetime.timedelta(seconds=timeout_seconds)
     # Always as many, because sums round by the number of threads; one, because these models are tiny.
     build.use_all_cores = lambda: torch.set_num_threads(1)
     run_command(lambda: train(load_recipe(Path(recipe))))

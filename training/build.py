@@ -81,6 +81,11 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
+def least_of_all(accelerator: Accelerator, number: int) -> int:
+    """The smallest of all processes' numbers."""
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).min())
+
+
 def refuse_too_many_processes() -> None:
     """Refuse more processes on this machine than it has devices for, before each fails over a GPU that is not there.
 

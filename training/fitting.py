@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan
+from training.build import least_of_all
 from training.memory import available_memory, expected_memory
 from training.recipe import Recipe
 from training.step import model_inputs
@@ -37,13 +38,13 @@ def fitted(
     sizes = divisors(plan.sequences_per_step // plan.num_processes)
     bound = _cpu_bound(model, recipe, plan) if accelerator.device.type == "cpu" else sizes[-1]
     found = _largest([size for size in sizes if size <= max(1, bound)], accelerator, model, recipe, end_of_text_id)
-    smallest = accelerator.gather(torch.tensor([found], device=accelerator.device)).min().item()
+    smallest = least_of_all(accelerator, found)
     if not smallest:
         raise InputError(
             f"not even one sequence of seq_len={recipe.seq_len:,} fits into the memory of {accelerator.device}; "
             "train a smaller model, shorter windows, or with activation_checkpointing"
         )
-    return BatchPlan(plan.seq_len, plan.sequences_per_step, int(smallest), plan.num_processes)
+    return BatchPlan(plan.seq_len, plan.sequences_per_step, smallest, plan.num_processes)
 
 
 def divisors(number: int) -> list[int]:

@@ -1,13 +1,13 @@
 """The run: everything is checked, then steps are taken, watched and saved, and a model folder is left."""
 
 import contextlib
+import functools
 import gc
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from gpt2_scratch_errors import InputError
-from training.build import PROCESS_TIMEOUT, build_accelerator, build_model, prepare, refuse_too_many_processes
+from training.build import (
+    PROCESS_TIMEOUT,
+    build_accelerator,
+    build_model,
+    least_of_all,
+    prepare,
+    refuse_too_many_processes,
+)
 from training.card import RunFacts, earlier_card, write_model_card
 from training.checkpoint import copy_model, load_checkpoint, publish, remove_leftovers, skeleton_of
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
@@ -48,18 +55,21 @@ def train(recipe: Recipe) -> None:
         InputError: from `plan_run`, before any work starts.
     """
     refuse_too_many_processes()
+    # Several machines need it while they wait for data; otherwise nothing touches a GPU before the plan stands.
+    accelerator = functools.cache(lambda: build_accelerator(recipe))
     with ProducerBeside() as producer:
-        _train(plan_run(recipe, producer), producer)
+        plan = plan_run(recipe, producer, least=lambda number: least_of_all(accelerator(), number))
+        _train(plan, accelerator, producer)
 
 
-def _train(plan: Plan, producer: ProducerBeside) -> None:
+def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: ProducerBeside) -> None:
     recipe = plan.recipe
     if plan.is_complete:
         if os.environ.get("RANK", "0") == "0":
             print(f"The run in {recipe.output_dir} is complete: {plan.first_step:,} of {plan.total_steps:,} steps.")
             print("To go on, give it a new end:\n  " + longer_command(plan.output_dir, plan.total_steps))
         return
-    accelerator = build_accelerator(recipe)
+    accelerator = make_accelerator()
     # Its bars for each model that is saved, and its reports before an error that we put into one line.
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -194,7 +204,7 @@ class Run:
                 learning_rate=learning_rate,
                 max_grad_norm=recipe.max_grad_norm,
                 end_of_text_id=plan.document_mark,
-                judge=partial(self.guard.judge, done),
+                judge=functools.partial(self.guard.judge, done),
             )
             trace.after(done)
             self.watch.step_taken()
@@ -295,12 +305,8 @@ class Run:
             num_workers=recipe.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             on_wait=waiting,
-            least=self._least,
+            least=functools.partial(least_of_all, self.accelerator),
         )
-
-    def _least(self, number: int) -> int:
-        """The smallest of all processes' numbers."""
-        return int(self.accelerator.gather(torch.tensor([number], device=self.accelerator.device)).min())
 
     def finish(self) -> None:
         """Leave `model/` and `curves.png`, and tell what came out and what to try next.

@@ -3,6 +3,7 @@
 import filecmp
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +27,7 @@ from training.resume import find_resume_point
 from training.task_evaluation import TaskEvaluation
 
 _SECONDS_BETWEEN_LOOKS = 0.3
+_HOPELESS, _WAITING, _READY = range(3)  # a machine's first shards; the smallest of all machines' counts
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,12 @@ class Plan:
         )
 
 
-def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
+def plan_run(recipe: Recipe, producer: ProducerBeside, *, least: Callable[[int], int] = lambda number: number) -> Plan:
     """Check the recipe against the output folder, the data and the number of processes.
 
     When the shard folder is not complete, `producer` is started, and what is there is taken as soon as it can be
-    trained on.
+    trained on. `least` returns the smallest of all processes' numbers; it is asked only where there are several
+    machines.
 
     Raises:
         InputError: whatever would make the run fail, or another run than was asked for.
@@ -96,7 +99,7 @@ def plan_run(recipe: Recipe, producer: ProducerBeside) -> Plan:
     batch = batch_of(recipe)
     # Before the data, which may take minutes to come.
     repo_id = claim_repository(recipe) if recipe.push_to_hub and os.environ.get("RANK", "0") == "0" else None
-    folder, tokenizer = open_data(recipe, producer)
+    folder, tokenizer = open_data(recipe, producer, least)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
     # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
     folder.check_ids(tokenizer.vocab_size, [folder.val_shard, *folder.train_shards[:1]])
@@ -132,7 +135,7 @@ def batch_of(recipe: Recipe) -> BatchPlan:
     )
 
 
-def open_data(recipe: Recipe, producer: ProducerBeside) -> tuple[ShardFolder, Tokenizer]:
+def open_data(recipe: Recipe, producer: ProducerBeside, least: Callable[[int], int]) -> tuple[ShardFolder, Tokenizer]:
     """The recipe's shards and their tokenizer; for a folder that is not complete, the first process of a node starts
     the producer.
 
@@ -141,7 +144,9 @@ def open_data(recipe: Recipe, producer: ProducerBeside) -> tuple[ShardFolder, To
     """
     path = Path(recipe.data_dir)
     if holds_foreign_shards(path):
-        return _open_foreign_shards(path, recipe)
+        opened = _open_foreign_shards(path, recipe)
+        _wait_for(lambda: True, producer, least)
+        return opened
     request = ShardRequest(
         corpus=recipe.corpus,
         corpus_config=recipe.corpus_config,
@@ -155,8 +160,9 @@ def open_data(recipe: Recipe, producer: ProducerBeside) -> tuple[ShardFolder, To
         open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # refuses what is not there
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         producer.start(producer_command(path, [*request.flags(), "--num_workers", str(workers)]))
-    folder = _wait_for_shards(path, producer, all_of_them=recipe.num_train_epochs is not None)
-    tokenizer = Tokenizer.load(path)
+    all_of_them = recipe.num_train_epochs is not None  # their number gives epochs their length
+    _wait_for(lambda: _can_begin(Manifest.read(path), all_of_them=all_of_them), producer, least)
+    folder, tokenizer = ShardFolder.open(path), Tokenizer.load(path)
     if folder.manifest is not None and tokenizer.fingerprint != folder.manifest.tokenizer_fingerprint:
         raise InputError(
             f"{path / 'tokenizer.json'} is another tokenizer than the shards were made with; "
@@ -185,19 +191,31 @@ def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
     return max(min(2, usable_cpus()), usable_cpus() - taken)
 
 
-def _wait_for_shards(path: Path, producer: ProducerBeside, *, all_of_them: bool) -> ShardFolder:
-    """The folder, once validation and the first training shard are whole; or all shards, whose number gives epochs
-    their length.
+def _can_begin(manifest: Manifest | None, *, all_of_them: bool) -> bool:
+    """Whether validation and the first training shard are whole, or all shards."""
+    return manifest is not None and (manifest.complete or (len(manifest.shards) > 1 and not all_of_them))
+
+
+def _wait_for(ready: Callable[[], bool], producer: ProducerBeside, least: Callable[[int], int]) -> None:
+    """Wait until the shards that a run begins with are there, on every machine.
+
+    Machines tell each other every moment how it stands. One that is ready would else wait for the others in the first
+    exchange of training, which ends the run when it takes longer than processes may keep each other waiting.
 
     Raises:
-        InputError: the producer ended for a reason that will not go away.
+        InputError: a producer ended for a reason that will not go away.
     """
+    several_machines = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
     while True:
-        manifest = Manifest.read(path)
-        if manifest is not None and (manifest.complete or (len(manifest.shards) > 1 and not all_of_them)):
+        state = _READY if ready() else _HOPELESS if producer.hopeless else _WAITING
+        if several_machines:
+            state = least(state)
+        if state == _READY:
             producer.training_begins()
-            return ShardFolder.open(path)
+            return
         producer.check()
+        if state == _HOPELESS:
+            raise InputError("another machine cannot make the shards that the run begins with; its last line says why")
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 

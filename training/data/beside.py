@@ -65,6 +65,11 @@ class ProducerBeside:
         """From now on an error of the producer is told, and no longer a reason to end."""
         self._training = True
 
+    @property
+    def hopeless(self) -> bool:
+        """Return whether waiting for the first shards is in vain; `check` raises why."""
+        return self._hopeless is not None
+
     def check(self) -> None:
         """Raise what makes waiting for the first shards hopeless.
 
