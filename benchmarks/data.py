@@ -1,13 +1,13 @@
 """The data engine's claims about speed, all in one run on one machine.
 
-    python benchmarks/data.py [--rounds 5] [--corpus FILE_OR_FOLDER] [--tokenizer gpt2]
+    python benchmarks/data.py [--rounds 5] [--corpus FILE_OR_FOLDER]
 
 Tokenising: our worker processes on batches, against one process with tiktoken in a loop, and against a pool that maps
 one document at a time (build-nanogpt's fineweb.py: `Pool.imap(tokenize, documents, chunksize=16)`), on as many
-processes as ours. Each side is warm: its processes run before the clock does. Sides take turns; medians, and the ratio
-round by round. Loading: shuffled batches of 1,024 tokens a row on one core; a training step of GPT-2 124M is taken as
-its FLOPs at the full peak of an A100, which no run reaches. Placing: the first batch anywhere in 10B tokens, which
-sparse files stand in for.
+processes as ours. Each side is warm: its processes run, and have seen the documents once, before the clock starts.
+Sides take turns; medians, and the ratio round by round. Loading: shuffled batches of 1,024 tokens a row on one core; a
+training step of GPT-2 124M is taken as its FLOPs at the full peak of an A100, which no run reaches. Placing: the first
+batch anywhere in 10B tokens, which sparse files stand in for.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,93 +27,59 @@ import tiktoken
 import torch
 
 from training.batch import plan_batch
-from training.data.corpus import INSTALLED_DOCS, open_corpus
+from training.data.corpus import INSTALLED_DOCS, Document, open_corpus
 from training.data.growing import TrainingShards
 from training.data.loader import TrainingWindows, training_batches
+from training.data.producer import batches
 from training.data.shards import Shard, ShardFolder
 from training.data.tokenizer import load_tokenizer
-from training.data.workers import EncodeDocuments, map_in_order, usable_cpus
+from training.data.workers import EncodeDocuments, Workers, usable_cpus
 from training.speed import PEAKS, flops_per_token
 
-_CHARACTERS_PER_BATCH = 1 << 18
 _SEQ_LEN = 1024
 _TOKENS_PER_SHARD = 100_000_000
 
-_pool_encoding: tiktoken.Encoding
-_pool_end_of_text: int
-
-
-def batches_of(documents: Sequence[str]) -> Iterator[list[str]]:
-    """Documents in batches such as the producer makes."""
-    batch: list[str] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document)
-        if characters >= _CHARACTERS_PER_BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-def start_pool_worker(encoding: tiktoken.Encoding, end_of_text: int) -> None:
-    """What build-nanogpt has as globals of its module."""
-    global _pool_encoding, _pool_end_of_text
-    _pool_encoding, _pool_end_of_text = encoding, end_of_text
+_encoding = tiktoken.get_encoding("gpt2")
+_end_of_text = _encoding._special_tokens["<|endoftext|>"]
 
 
 def tokenize_one(document: str) -> np.ndarray:
     """One document, as build-nanogpt's `tokenize` does it."""
-    tokens = [_pool_end_of_text]
-    tokens.extend(_pool_encoding.encode_ordinary(document))
+    tokens = [_end_of_text]
+    tokens.extend(_encoding.encode_ordinary(document))
     tokens_np = np.array(tokens)
     assert (tokens_np >= 0).all()
     assert (tokens_np < 2**16).all()
     return tokens_np.astype(np.uint16)
 
 
-def seconds(action: Callable[[], int], expected: int) -> float:
-    """Time of an action that returns how many tokens it made."""
+def seconds(side: Callable[[], Iterable[np.ndarray]], expected: int) -> float:
+    """Time in which a side makes all its arrays of ids."""
     start = time.perf_counter()
-    made = action()
+    made = sum(map(len, side()))
     elapsed = time.perf_counter() - start
     assert made == expected, (made, expected)
     return elapsed
 
 
-def tokenising(documents: list[str], tokenizer_name: str, rounds: int, workers: int) -> None:
+def tokenising(documents: list[str], rounds: int, num_workers: int) -> None:
     """Print documents/s of the three sides, and the ratios."""
-    tokenizer = load_tokenizer(tokenizer_name)
-    encode = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, "uint16")
-    start_pool_worker(tokenizer.encoding, tokenizer.end_of_text_id)
+    tokenizer = load_tokenizer("gpt2")
+    encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")
     expected = sum(len(tokenize_one(document)) for document in documents)
-
-    def ours() -> float:
-        warm = [documents[:1]] * (4 * workers)  # answered before the clock starts
-        started: list[float] = []
-
-        def items() -> Iterator[Sequence[str]]:
-            yield from warm
-            started.append(time.perf_counter())
-            yield from batches_of(documents)
-
-        made = [len(ids) for ids in map_in_order(encode, items(), num_workers=workers)]
-        elapsed = time.perf_counter() - started[0]
-        assert sum(made[len(warm) :]) == expected
-        return elapsed
-
-    with multiprocessing.Pool(workers, start_pool_worker, (tokenizer.encoding, tokenizer.end_of_text_id)) as pool:
-        sides: dict[str, Callable[[], float]] = {
-            "loop": lambda: seconds(lambda: sum(len(tokenize_one(document)) for document in documents), expected),
-            "pool": lambda: seconds(lambda: sum(map(len, pool.imap(tokenize_one, documents, chunksize=16))), expected),
-            "ours": ours,
+    with multiprocessing.Pool(num_workers) as pool, Workers(encode, num_workers) as workers:
+        sides: dict[str, Callable[[], Iterable[np.ndarray]]] = {
+            "loop": lambda: map(tokenize_one, documents),
+            "pool": lambda: pool.imap(tokenize_one, documents, chunksize=16),
+            "ours": lambda: workers.map_in_order(batch.texts for batch in batches(map(Document, documents), 0)),
         }
+        for side in sides.values():
+            seconds(side, expected)
         times: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(rounds):
             for name, side in sides.items():
-                times[name].append(side())
-    print(f"tokenising {len(documents):,} documents, {expected:,} tokens of {tokenizer.name}, {workers} processes:")
+                times[name].append(seconds(side, expected))
+    print(f"tokenising {len(documents):,} documents, {expected:,} tokens of {tokenizer.name}, {num_workers} processes:")
     for name, values in times.items():
         median = statistics.median(values)
         line = f"  {name}: {len(documents) / median:,.0f} documents/s, {expected / median / 1e6:.2f}M tokens/s"
@@ -184,7 +150,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--corpus", default=INSTALLED_DOCS, help="as in python -m training.prepare")
-    parser.add_argument("--tokenizer", default="gpt2", help="gpt2, or the folder of a saved one")
     parser.add_argument("--workers", type=int, default=min(2, usable_cpus()))
     arguments = parser.parse_args()
     print(
@@ -195,7 +160,7 @@ def main() -> None:
     loading(arguments.rounds)
     placing(arguments.rounds)
     documents = list(open_corpus(arguments.corpus).documents())
-    tokenising(documents, arguments.tokenizer, arguments.rounds, arguments.workers)
+    tokenising(documents, arguments.rounds, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gpt2_scratch_errors import InputError
-from training.data.tokenizer import GPT2_PATTERN, Tokenizer, load_tokenizer, parse_train_spec, train_bpe
+from training.data import bpe
+from training.data.bpe import GPT2_PATTERN, _ids
+from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec, train_bpe
 
 SHARED_DATA = Path(os.environ.get("GPT2_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -23,6 +25,8 @@ text_like = st.one_of(
         st.sampled_from(["the", " the", "'ll", "  ", "\n\n", "aaaa", "----", "é", "def f(x):", "12", "👩‍👩‍👧"])
     ).map("".join),
 )
+# White space to Unicode, and the characters that only Python takes for it.
+WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000\x1c\x1f\u200b\u180e\ufeff"
 relaxed = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -97,18 +101,51 @@ def test_auto_tokenizer_decodes_what_tiktoken_encoded(tokenizer_and_auto, real_t
     assert auto.decode(tokenizer.encode(real_text)) == real_text
 
 
-def test_pattern_for_tiktoken_splits_as_the_published_pattern_does(trained, real_text):
-    published = tiktoken.Encoding(
+@pytest.fixture(scope="module")
+def published(trained: Tokenizer) -> tiktoken.Encoding:
+    """The same vocabulary behind the pattern as GPT-2 has it."""
+    return tiktoken.Encoding(
         "published", pat_str=GPT2_PATTERN, mergeable_ranks=trained.ranks, special_tokens=trained.special_tokens
     )
 
-    @relaxed
-    @given(text=text_like)
-    def check(text: str) -> None:
+
+@relaxed
+@given(text=text_like)
+def test_text_is_split_as_the_published_pattern_splits_it(trained, published, text):
+    assert published.encode_ordinary(text) == trained.encode(text)
+
+
+@relaxed
+@given(text=st.text(alphabet=f"{WHITE_SPACE}a'sé1.", max_size=30))
+def test_white_space_of_every_kind_is_split_as_the_published_pattern_splits_it(trained, published, text):
+    assert published.encode_ordinary(text) == trained.encode(text)
+
+
+def _ids_unless_refused(encoding: tiktoken.Encoding | None, text: str) -> np.ndarray:
+    if encoding is None:
+        raise ValueError("Max stack size exceeded for backtracking")
+    return _ids(encoding, text)
+
+
+@relaxed
+@given(text=st.text(alphabet=f"{WHITE_SPACE}a'sé1.", max_size=30))
+def test_text_cut_before_the_last_space_of_each_run_gets_the_same_ids(trained, published, text):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trained.bpe, "_exact", None)
+        patch.setattr(bpe, "_ids", _ids_unless_refused)
         assert published.encode_ordinary(text) == trained.encode(text)
 
-    check()
-    assert published.encode_ordinary(real_text) == trained.encode(real_text)
+
+@pytest.mark.parametrize("space", [" ", "\n", "\n ", "\u3000\t"])
+def test_millions_of_spaces_in_a_row_are_encoded(trained, space):
+    text = f"before{space * 1_500_000}x after"
+    with pytest.raises(ValueError, match="Max stack size exceeded"):
+        _ids(trained.bpe._exact, text)
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_half_a_surrogate_pair_is_encoded_as_the_replacement_character(trained):
+    assert trained.encode("a\ud800  b") == trained.encode("a\ufffd  b")
 
 
 def test_saved_tokenizer_loads_as_the_same(tokenizer_and_auto, tmp_path):
@@ -266,6 +303,6 @@ def test_workers_encode_as_the_tokenizer_does():
     tokenizer = train_bpe(["some words, some more words"] * 9, 264)
     documents = ["some words", "<|endoftext|> is text here", "naïve 数学 🙂", "x" * 5000, " "]
     expected = [token for text in documents for token in (tokenizer.end_of_text_id, *tokenizer.encode(text))]
-    ids = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, "uint16")(documents)
+    ids = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")(documents)
     assert ids.dtype == np.uint16
     assert ids.tolist() == expected

@@ -124,9 +124,9 @@ def _fill(
         writer = ShardWriter(output, manifest, news=places.news)
         documents = source.read(manifest.resume.place if manifest.resume else None)
         _go_on_behind_shards(writer, documents, ShardFolder.open(output), tokenizer)
-        batches = places.noted(_batches(documents, manifest.documents))
-        encode = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, manifest.dtype)
-        encoded = map_in_order(encode, (batch.texts for batch in batches), num_workers=num_workers)
+        noted = places.noted(batches(documents, manifest.documents))
+        encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, manifest.dtype)
+        encoded = map_in_order(encode, (batch.texts for batch in noted), num_workers=num_workers)
         with Progress(tokens=writer.tokens, report=report) as progress, contextlib.closing(encoded):
             while not writer.full and (ids := next(encoded, None)) is not None:
                 batch = places.reach_next()
@@ -162,7 +162,7 @@ def _look_at_the_disk(output: Path, source: Corpus, manifest: Manifest) -> None:
     require_space(output, tokens * np.dtype(manifest.dtype).itemsize)
 
 
-def _share_done(writer: ShardWriter, source: Corpus, batch: "_Batch") -> float | None:
+def _share_done(writer: ShardWriter, source: Corpus, batch: "Batch") -> float | None:
     """Return how much of the folder is done, by its limit of tokens or by the place in the corpus."""
     limit = writer.manifest.max_tokens
     by_corpus = source.share_before(batch.place) if batch.place is not None else None
@@ -188,7 +188,7 @@ def _go_on_behind_shards(
     prefix = np.concatenate(written[::-1])
     first = writer.manifest.resume.document if writer.manifest.resume else 0
     document = next(islice(documents, begun - 1 - first, None), None)
-    encode = EncodeDocuments(tokenizer.encoding, tokenizer.end_of_text_id, writer.manifest.dtype)
+    encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, writer.manifest.dtype)
     ids = encode([document.text if document else ""])
     if document is None or not np.array_equal(ids[: len(prefix)], prefix):
         raise InputError(
@@ -199,7 +199,7 @@ def _go_on_behind_shards(
 
 
 @dataclass
-class _Batch:
+class Batch:
     """Documents that a worker encodes together.
 
     Attributes:
@@ -215,13 +215,13 @@ class _Batch:
     replaced: list[int] = field(default_factory=list)
 
 
-def _batches(documents: Iterable[Document], first: int) -> Iterator[_Batch]:
-    """Yield the documents in batches that begin with a place where there is one."""
-    batch, characters = _Batch(first, None), 0
+def batches(documents: Iterable[Document], first: int) -> Iterator[Batch]:
+    """Yield the documents, whose numbers go on from `first`, in batches that begin with a place where there is one."""
+    batch, characters = Batch(first, None), 0
     for number, document in enumerate(documents, start=first):
         if batch.texts and batch.place is None and document.place is not None:
             yield batch
-            batch, characters = _Batch(number, None), 0
+            batch, characters = Batch(number, None), 0
         if not batch.texts:
             batch.place = document.place
         if document.replaced:
@@ -230,7 +230,7 @@ def _batches(documents: Iterable[Document], first: int) -> Iterator[_Batch]:
         characters += len(document.text)
         if characters >= _CHARACTERS_PER_BATCH or len(batch.texts) == _DOCUMENTS_PER_BATCH:
             yield batch
-            batch, characters = _Batch(number + 1, None), 0
+            batch, characters = Batch(number + 1, None), 0
     if batch.texts:
         yield batch
 
@@ -244,16 +244,16 @@ class _Places:
     def __init__(self, manifest: Manifest) -> None:
         self._resume = manifest.resume
         self._counted, self._documents = manifest.replaced_documents, manifest.documents
-        self._ahead: deque[_Batch] = deque()
-        self._reached: deque[_Batch] = deque()
+        self._ahead: deque[Batch] = deque()
+        self._reached: deque[Batch] = deque()
 
-    def noted(self, batches: Iterable[_Batch]) -> Iterator[_Batch]:
+    def noted(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Pass batches on and remember them."""
         for batch in batches:
             self._ahead.append(batch)
             yield batch
 
-    def reach_next(self) -> _Batch:
+    def reach_next(self) -> Batch:
         """Return the next batch, of which the writer gets the ids now."""
         batch = self._ahead.popleft()
         batch.texts.clear()

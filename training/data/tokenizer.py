@@ -18,14 +18,9 @@ import numpy as np
 import tiktoken
 
 from gpt2_scratch_errors import InputError
+from training.data.bpe import GPT2_PATTERN, BytePairEncoding
 
 END_OF_TEXT = "<|endoftext|>"
-
-GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-"""Pre-tokenisation as GPT-2's encoder.py has it."""
-
-# The same language as GPT2_PATTERN, in the form that tiktoken's engine matches without backtracking.
-_GPT2_PATTERN_FOR_TIKTOKEN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 _GPT2_FINGERPRINT = "51d32a77888dd9f57aec65782b437014a7f0bc1afbc94624d0fe3e27b5002601"
 
@@ -47,25 +42,19 @@ class Tokenizer:
         self.end_of_text_id: int = self.special_tokens[END_OF_TEXT]
         self.fingerprint: str = _fingerprint(self.ranks, self.special_tokens)
         self.name: str = "gpt2" if self.fingerprint == _GPT2_FINGERPRINT else f"bpe-{self.vocab_size}"
-        # For GPT-2 too: the encoding that tiktoken registers pickles by name, and a worker would fetch it again.
-        self.encoding: tiktoken.Encoding = tiktoken.Encoding(
-            self.name,
-            pat_str=_GPT2_PATTERN_FOR_TIKTOKEN,
-            mergeable_ranks=self.ranks,
-            special_tokens=self.special_tokens,
-        )
+        self.bpe = BytePairEncoding(self.name, self.ranks, self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` as plain text: a literal `<|endoftext|>` in it is not the special token."""
-        return self.encoding.encode_ordinary(text)
+        return self.bpe.encode(text).tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`, with U+FFFD where they do not form valid UTF-8."""
-        return self.encoding.decode(ids)
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the exact bytes of `ids`."""
-        return self.encoding.decode_bytes(ids)
+        return self.bpe.decode_bytes(ids)
 
     def token_byte_lengths(self) -> np.ndarray:
         """Return how many bytes of text each id stands for, (vocab_size,), 0 for special tokens."""

@@ -14,16 +14,16 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
-import tiktoken
 
 from gpt2_scratch_errors import InputError
+from training.data.bpe import BytePairEncoding
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,63 +38,77 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def map_in_order(
-    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int | None = None
-) -> Generator[Result, None, None]:
-    """Yield `function(item)` for each item, in the items' order.
+class Workers(Generic[Item, Result]):
+    """Processes that apply a function; a context manager.
 
     Args:
         function: picklable, and pickled once a worker, so it may carry much.
-        items: read no further ahead than keeps the workers busy.
         num_workers: processes; 0 does the work in this one, None takes all cores.
-
-    Raises:
-        InputError: a worker was killed, which is nearly always for want of memory.
     """
-    num_workers = usable_cpus() if num_workers is None else num_workers
-    if num_workers == 0:
-        yield from map(function, items)
-        return
-    pool = ProcessPoolExecutor(
-        num_workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_prepare_worker,
-        initargs=(function,),
-    )
-    try:
-        pending: deque[Future[Result]] = deque()
-        for item in items:
-            pending.append(pool.submit(_call, item))
-            if len(pending) > _IN_FLIGHT_PER_WORKER * num_workers:
+
+    def __init__(self, function: Callable[[Item], Result], num_workers: int | None = None) -> None:
+        self._function = function
+        self._number = usable_cpus() if num_workers is None else num_workers
+
+    def __enter__(self) -> "Workers[Item, Result]":
+        if self._number:
+            self._pool = ProcessPoolExecutor(
+                self._number,
+                mp_context=multiprocessing.get_context("spawn"),
+                initializer=_prepare_worker,
+                initargs=(self._function,),
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._number:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map_in_order(self, items: Iterable[Item]) -> Iterator[Result]:
+        """Yield `function(item)` for each item, in the items' order; they are read no further ahead than need be.
+
+        Raises:
+            InputError: a worker was killed, which is nearly always for want of memory.
+        """
+        if not self._number:
+            yield from map(self._function, items)
+            return
+        try:
+            pending: deque[Future[Result]] = deque()
+            for item in items:
+                pending.append(self._pool.submit(_call, item))
+                if len(pending) > _IN_FLIGHT_PER_WORKER * self._number:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    except BrokenProcessPool:
-        raise InputError(
-            f"expected {num_workers} worker processes to finish, found one killed (out of memory?); "
-            "run again with a smaller --num_workers: finished shards are kept"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        except BrokenProcessPool:
+            raise InputError(
+                f"expected {self._number} worker processes to finish, found one killed (out of memory?); "
+                "run again with a smaller --num_workers: finished shards are kept"
+            ) from None
+
+
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], *, num_workers: int | None = None
+) -> Generator[Result, None, None]:
+    """Yield `function(item)` for each item, in the items' order, from `Workers` that end with the last one."""
+    with Workers(function, num_workers) as workers:
+        yield from workers.map_in_order(items)
 
 
 @dataclass(frozen=True)
 class EncodeDocuments:
     """Documents -> their ids as one array, (tokens,), each document behind an end-of-text token."""
 
-    encoding: tiktoken.Encoding
+    bpe: BytePairEncoding
     end_of_text_id: int
     dtype: str
 
     def __call__(self, documents: Sequence[str]) -> np.ndarray:
         """Return the ids of `documents`, one after the other."""
         mark = np.array([self.end_of_text_id], dtype=self.dtype)
-        parts = [mark[:0]]
-        for document in documents:
-            # Ids as an array, which spares an object for each; a special token's text is text here.
-            ids = self.encoding.encode_to_numpy(document, allowed_special=set(), disallowed_special=())
-            parts += [mark, ids.astype(self.dtype)]
-        return np.concatenate(parts)
+        parts = [part for document in documents for part in (mark, self.bpe.encode(document))]
+        return np.concatenate(parts or [mark[:0]], dtype=self.dtype, casting="same_kind")
 
 
 _function: Callable[[Any], Any]
