@@ -3,7 +3,8 @@
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from evaluation.atomic import write_whole
 from gpt2_scratch_errors import InputError
@@ -106,21 +107,66 @@ class Manifest:
                 f"expected format_version {FORMAT_VERSION} in {path}, found {version}; "
                 "use the program that wrote the folder, or prepare it again in another one"
             )
-        names = {item.name for item in fields(cls)}
-        needed = {item.name for item in fields(cls) if item.default is MISSING}
-        record_names = {item.name for item in fields(ShardRecord)}
-        records = data.get("shards")
-        if (
-            not needed <= set(data) <= names
-            or not isinstance(records, list)
-            or any(not isinstance(record, dict) or set(record) != record_names for record in records)
-        ):
-            raise _broken_manifest(path, "other keys than this format has")
-        if data["dtype"] not in DTYPES:
-            raise _broken_manifest(path, f"dtype {data['dtype']}")
-        shards = tuple(ShardRecord(**record) for record in records)
-        resume = data.get("resume")
-        return cls(**{**data, "shards": shards, "resume": resume and ResumePoint(**resume)})
+        try:
+            return _manifest_of(data)
+        except _UnfitError as error:
+            raise _broken_manifest(path, str(error)) from None
+
+
+class _UnfitError(Exception):
+    """What a manifest's content has that no manifest of ours has."""
+
+
+def _manifest_of(data: dict[str, Any]) -> Manifest:
+    """Return the manifest that JSON has given.
+
+    Raises:
+        _UnfitError: keys, types or values are not those of a manifest.
+    """
+    records, resume = data.get("shards", []), data.get("resume")
+    if not isinstance(records, list):
+        raise _UnfitError("other than a list of shards")
+    shards = tuple(_filled_in(ShardRecord, record) for record in records)
+    resume = None if resume is None else _filled_in(ResumePoint, resume)
+    manifest: Manifest = _filled_in(Manifest, {**data, "shards": shards, "resume": resume})
+    splits = [shard.split for shard in shards]
+    if manifest.dtype not in DTYPES:
+        raise _UnfitError(f"dtype {manifest.dtype}")
+    if not 0 <= manifest.end_of_text_id < manifest.vocab_size:
+        raise _UnfitError(f"end_of_text_id {manifest.end_of_text_id} of a vocabulary of {manifest.vocab_size}")
+    if min(manifest.shard_tokens, manifest.val_tokens) < 1:
+        raise _UnfitError("shards without tokens")
+    if splits != sorted(splits, reverse=True) or splits[:1] == ["train"]:
+        raise _UnfitError("shards in another order than validation, training")
+    if len({shard.file for shard in shards}) < len(shards) or any(
+        Path(shard.file).name != shard.file for shard in shards
+    ):
+        raise _UnfitError("shards that are not each a file of their own in the folder")
+    if manifest.resume is not None and not 0 <= manifest.resume.document < max(1, manifest.documents):
+        raise _UnfitError(f"document {manifest.resume.document} to go on from, of {manifest.documents}")
+    return manifest
+
+
+def _filled_in(kind: type[Any], data: Any) -> Any:
+    """Return a dataclass of the values in `data`, whose names and types must be its own."""
+    needed = {item.name for item in fields(kind) if item.default is MISSING}
+    hints = get_type_hints(kind)
+    if not isinstance(data, dict) or not needed <= set(data) <= set(hints):
+        raise _UnfitError("other keys than this format has")
+    for name, value in data.items():
+        hint = hints[name]
+        allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        if not any(_is_a(value, kind) for kind in allowed):
+            raise _UnfitError(f"{name} {value!r:.40}")
+    return kind(**data)
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    if kind is Any:
+        return True
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    return type(value) is (get_origin(kind) or kind)
 
 
 def _broken_manifest(path: Path, found: str) -> InputError:
