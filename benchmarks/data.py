@@ -11,12 +11,14 @@ batch anywhere in 10B tokens, which sparse files stand in for.
 """
 
 import argparse
+import functools
 import gc
 import multiprocessing
 import os
 import platform
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -26,6 +28,10 @@ import numpy as np
 import tiktoken
 import torch
 
+# Before benchmarks/, which Python put first and whose evaluation.py is not the package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from gpt2_scratch_errors import run_command
 from training.batch import plan_batch
 from training.data.corpus import INSTALLED_DOCS, Document, open_corpus
 from training.data.growing import TrainingShards
@@ -39,14 +45,17 @@ from training.speed import PEAKS, flops_per_token
 _SEQ_LEN = 1024
 _TOKENS_PER_SHARD = 100_000_000
 
-_encoding = tiktoken.get_encoding("gpt2")
-_end_of_text = _encoding._special_tokens["<|endoftext|>"]
+
+@functools.cache
+def gpt2() -> tiktoken.Encoding:
+    """What build-nanogpt has as a global of its module; read before the pool forks."""
+    return tiktoken.get_encoding("gpt2")
 
 
 def tokenize_one(document: str) -> np.ndarray:
     """One document, as build-nanogpt's `tokenize` does it."""
-    tokens = [_end_of_text]
-    tokens.extend(_encoding.encode_ordinary(document))
+    tokens = [gpt2().eot_token]
+    tokens.extend(gpt2().encode_ordinary(document))
     tokens_np = np.array(tokens)
     assert (tokens_np >= 0).all()
     assert (tokens_np < 2**16).all()
@@ -157,6 +166,7 @@ def main() -> None:
         f"{platform.python_version()}, tiktoken {tiktoken.__version__}, torch {torch.__version__}; "
         f"medians of {arguments.rounds} rounds"
     )
+    load_tokenizer("gpt2")  # where it is not to be had, that is told now
     loading(arguments.rounds)
     placing(arguments.rounds)
     documents = list(open_corpus(arguments.corpus).documents())
@@ -164,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
