@@ -29,16 +29,19 @@ WINDOWS = torch.tensor(
 )
 
 
-def model(attention: str) -> GPT2ScratchForCausalLM:
+def model(attention: str, n_positions: int = 16) -> GPT2ScratchForCausalLM:
     torch.manual_seed(0)
-    config = GPT2ScratchConfig(vocab_size=100, n_positions=16, n_embd=64, n_layer=2, n_head=2)
+    config = GPT2ScratchConfig(vocab_size=100, n_positions=n_positions, n_embd=64, n_layer=2, n_head=2)
     config._attn_implementation = attention
     return GPT2ScratchForCausalLM(config).eval()
 
 
 @pytest.fixture(autouse=True)
-def uncompiled() -> Iterator[None]:
+def uncompiled(request: pytest.FixtureRequest) -> Iterator[None]:
     """Flex attention compiles itself otherwise, for half a minute, and warns where it does not."""
+    if {"slow", "gpu"} & set(request.keywords):
+        yield
+        return
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"):
         warnings.simplefilter("ignore")
         yield
@@ -86,6 +89,39 @@ def test_flex_and_dense_masks_give_the_same_loss() -> None:
             losses.append(model(attention)(**inputs, use_cache=False).loss.item())
     assert losses[1] == pytest.approx(losses[0], abs=1e-5)
     assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+def loss_and_gradients(attention: str, device: str, *, backward: bool) -> tuple[float, dict[str, Tensor]]:
+    """Of windows as long as several of flex attention's blocks, with documents that end inside and outside of them."""
+    torch.manual_seed(2)
+    windows = torch.randint(0, 99, (2, 320)).masked_fill(torch.rand(2, 320) < 0.02, EOT)
+    net = model(attention, n_positions=320).to(device)
+    with torch.set_grad_enabled(backward):
+        loss = net(**model_inputs((windows, windows.roll(-1, 1)), torch.device(device), EOT), use_cache=False).loss
+    if backward:
+        loss.backward()
+    found = {name: parameter.grad.cpu() for name, parameter in net.named_parameters() if parameter.grad is not None}
+    return loss.item(), found
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # between transformers and torch, as a mask is compiled
+def test_compiled_flex_attention_gives_the_loss_of_the_dense_mask_on_a_cpu() -> None:
+    flex = loss_and_gradients("flex_attention", "cpu", backward=False)[0]  # torch has no backward for it there
+    assert flex == pytest.approx(loss_and_gradients("sdpa", "cpu", backward=False)[0], abs=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+def test_flex_attention_on_a_gpu_gives_loss_and_gradients_of_the_dense_mask_on_a_cpu() -> None:
+    flex, flex_gradients = loss_and_gradients("flex_attention", "cuda", backward=True)
+    dense, dense_gradients = loss_and_gradients("sdpa", "cpu", backward=True)
+    assert flex == pytest.approx(dense, abs=1e-4)
+    assert flex_gradients.keys() == dense_gradients.keys()
+    for name, expected in dense_gradients.items():
+        # Sums in another order, over 640 positions.
+        torch.testing.assert_close(flex_gradients[name], expected, atol=1e-5, rtol=1e-3, msg=name)
 
 
 def test_gradients_stay_inside_a_document() -> None:

@@ -81,8 +81,8 @@ def test_disk_without_room_for_the_tokenizer_is_one_clear_error(tmp_path, settin
 
 
 def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 10**6))
-    expected = r"found: 1 MB of disk space left where 1 MB are needed; free space or choose another folder"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1_040_000))
+    expected = r"found: 1.0 MB of disk space left where 1.2 MB are needed; free space or choose another folder"
     with pytest.raises(InputError, match=expected):
         produce(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()

@@ -9,6 +9,7 @@ Opening a folder reads headers and sizes only.
 """
 
 import errno
+import math
 import os
 import re
 import shutil
@@ -265,7 +266,8 @@ def require_space(folder: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     needed = needed_bytes + _SPARE_BYTES
     if free < needed:
-        raise OSError(errno.ENOSPC, f"{free / 1e6:,.0f} MB of disk space left where {needed / 1e6:,.0f} MB are needed")
+        left, wanted = math.floor(free / 1e5) / 10, math.ceil(needed / 1e5) / 10  # so that they never look alike
+        raise OSError(errno.ENOSPC, f"{left:,.1f} MB of disk space left where {wanted:,.1f} MB are needed")
 
 
 def _broken_shard(path: Path, expected: str, found: str) -> InputError:
