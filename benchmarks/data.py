@@ -8,6 +8,8 @@ processes as ours. Each side is warm: its processes run, and have seen the docum
 Sides take turns; medians, and the ratio round by round. Loading: shuffled batches of 1,024 tokens a row on one core; a
 training step of GPT-2 124M is taken as its FLOPs at the full peak of an A100, which no run reaches. Placing: the first
 batch anywhere in 10B tokens, which sparse files stand in for.
+
+Claimed: on two cores 1.8 times the loop and 1.3 times the pool, 50M tokens/s and under 0.5 % of a step, under 50 ms.
 """
 
 import argparse

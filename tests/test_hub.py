@@ -1,9 +1,6 @@
-"""Corpora from the Hub: its real clients against a server on this machine, and outages with a clock of our own."""
+"""Corpora from the Hub: its real clients against a server on this machine."""
 
-import importlib
-import importlib.util
 import io
-import itertools
 import os
 import signal
 import subprocess
@@ -18,25 +15,17 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
 from loopback_hub import COMMIT, LoopbackHub, serving
+from own_clock import Clock
 
 from gpt2_scratch_errors import InputError
 from training.data.corpus import open_corpus
 from training.data.hub_corpus import HubCorpus
 from training.data.manifest import Manifest
-from training.data.patience import Patience, passes
+from training.data.patience import Patience
 from training.data.producer import produce
 from training.data.shards import ShardFolder
 from training.data.tokenizer import train_bpe
-
-# What the Hub's client speaks HTTP with: httpx2 since its release 2.
-httpx: Any = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 ROOT = Path(__file__).parents[1]
 SECRET = "hf_nobodyMayReadThis"
@@ -233,90 +222,7 @@ def test_dataset_that_is_not_there_is_one_line(tmp_path: Path, prepare: Callable
     assert not (tmp_path / "out").exists()
 
 
-# Outages, on a clock of our own
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.pauses: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-        self.now += seconds
-
-    def __call__(self) -> float:
-        return self.now
-
-
-def refusal(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHTTPError:
-    return kind(f"{status} from the server", response=httpx.Response(status, request=httpx.Request("GET", "http://x")))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        *(refusal(status) for status in (408, 429, 500, 502, 503, 504)),
-        *(TimeoutError("timed out"), ConnectionResetError("reset by peer"), ConnectionError("Server Disconnected")),
-        *(httpx.ConnectError("no route"), httpx.ReadTimeout("slow"), LocalEntryNotFoundError("nothing cached")),
-    ],
-    ids=repr,
-)
-def test_what_passes_by_itself_is_waited_for(error: Exception) -> None:
-    assert passes(error)
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        *(refusal(status) for status in (400, 401, 403)),
-        *(refusal(404, RepositoryNotFoundError), OfflineModeIsEnabled("offline mode"), FileNotFoundError("gone")),
-        OSError(28, "No space left on device"),
-    ],
-    ids=repr,
-)
-def test_what_does_not_pass_by_itself_is_not_waited_for(error: Exception) -> None:
-    assert not passes(error)
-
-
-def test_outage_of_hours_is_waited_for_with_a_line_a_minute() -> None:
-    clock, lines = Clock(), []
-    patience = Patience("org/name", lambda line: lines.append((clock.now, line)), sleep=clock.sleep, clock=clock)
-    tries = iter([refusal(503)] * 500)
-
-    def action() -> str:
-        error = next(tries, None)
-        if error is not None:
-            raise error
-        return "at last"
-
-    assert patience.call(action) == "at last"
-    assert clock.pauses[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
-    assert clock.now > 8 * 3600
-    assert all(later[0] - earlier[0] >= 60 for earlier, later in itertools.pairwise(lines))
-    assert len(lines) > 400
-    assert "org/name on the Hub cannot be reached since 2.0 h (HfHubHTTPError: 503" in " ".join(
-        line for _, line in lines
-    )
-    patience.wait(refusal(503))
-    assert clock.pauses[-1] == 1  # a new outage begins with short pauses
-
-
-def test_outage_of_more_than_a_day_is_given_up() -> None:
-    clock = Clock()
-    patience = Patience("org/name", lambda line: None, sleep=clock.sleep, clock=clock)
-
-    def action() -> None:
-        raise refusal(503)
-
-    with pytest.raises(InputError, match=r"expected to read org/name from the Hub.*finished shards are kept"):
-        patience.call(action)
-    assert 24 * 3600 < clock.now < 25 * 3600
-
-
-def test_full_disk_is_not_taken_for_the_network() -> None:
-    with pytest.raises(OSError, match="No space left"):
-        Patience("org/name", lambda line: None).wait(OSError(28, "No space left on device"))
+# The rows of a stream, on a clock of our own
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import ast
 import configparser
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -71,3 +72,10 @@ def test_the_readme_names_only_files_that_exist() -> None:
             r"(?:training|accelerate_configs|gpt2_scratch|evaluation|tests|benchmarks)/[\w./-]+\.\w+", text
         ):
             assert (ROOT / name).exists() or "NAME" in name, f"{document}: {name}"
+
+
+def test_the_benchmark_of_the_data_engine_starts_without_gpt2s_vocabulary() -> None:
+    # Python puts benchmarks/ first, where evaluation.py is not the package.
+    program = ROOT / "benchmarks" / "data.py"
+    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
