@@ -305,8 +305,11 @@ class Run:
             num_workers=recipe.dataloader_num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
             on_wait=waiting,
-            least=functools.partial(least_of_all, self.accelerator),
+            least=self._least,
         )
+
+    def _least(self, number: int) -> int:
+        return least_of_all(self.accelerator, number)
 
     def finish(self) -> None:
         """Leave `model/` and `curves.png`, and tell what came out and what to try next.
