@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import NoReturn
 
-_SECONDS_FOR_THE_FIRST_PROCESS = 3.0
+_SECONDS_FOR_THE_FIRST_PROCESS = 20.0  # on a busy machine it may come that much later to the same mistake
 
 
 class InputError(ValueError):

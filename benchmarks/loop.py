@@ -34,6 +34,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+# Before benchmarks/, which Python put first and whose evaluation.py is not the package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from training.build import build_accelerator, build_model
 from training.data.beside import ProducerBeside
 from training.data.loader import TrainingWindows, training_batches

@@ -65,6 +65,19 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(
     refuse_too_many_processes()
 
 
+def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes() -> None:
+    mistake = "from gpt2_scratch_errors import *\ndef main(): raise InputError('no')\nrun_command(main)"
+    command, pipe = [sys.executable, "-c", mistake], subprocess.PIPE
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=pipe, env={**environment, "LOCAL_RANK": "1"}) as second:
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(4)
+        first = subprocess.run(command, stderr=pipe, env={**environment, "LOCAL_RANK": "0"}, timeout=60)
+        assert (first.returncode, first.stderr) == (2, b"error: no\n")
+        second.terminate()  # as the launcher does when the first has ended
+        assert second.communicate() == (None, b"")
+
+
 def test_a_port_in_use_is_one_line(
     process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,14 @@ def test_recipes_travel_with_the_package() -> None:
     assert QUICKSTART.is_file()
 
 
+@pytest.mark.parametrize("name", ["kill_fuzz", "loop"])
+def test_a_benchmark_starts_as_the_readme_says(name: str) -> None:
+    # Python puts benchmarks/ first, where a file is named like a package of ours.
+    program = ROOT / "benchmarks" / f"{name}.py"
+    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_readme_names_only_files_that_exist() -> None:
     for document in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text()

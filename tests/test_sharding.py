@@ -81,6 +81,17 @@ def test_fsdp2_trains_as_ddp_does_and_their_checkpoints_cross(tiny_recipe: Make,
     assert_ordinary_folders(tmp_path / "fsdp2", like=tmp_path / "ddp")
 
 
+@pytest.mark.slow
+def test_blocks_that_are_sharded_and_compiled_train_as_those_that_are_not(tiny_recipe: Make, tmp_path: Path) -> None:
+    plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=6, save_steps=3)
+    compiled = dataclasses.replace(plain, output_dir=str(tmp_path / "compiled"), compile=True)
+    launched(plain, "fsdp2_8xa100")
+    launched(compiled, "fsdp2_8xa100")
+    # Sums in another order: fp32 rounding.
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
+    assert_ordinary_folders(tmp_path / "compiled", like=tmp_path / "plain")
+
+
 def assert_ordinary_folders(run: Path, *, like: Path) -> None:
     from transformers import AutoModelForCausalLM
 

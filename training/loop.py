@@ -35,6 +35,7 @@ from training.documents import attention_for
 from training.facts import run_facts
 from training.fitting import fitted
 from training.guard import Guard, Verdict
+from training.launching import continue_command, launch_words, longer_command
 from training.plan import Plan, plan_run
 from training.preemption import Agreement, SignalWatch
 from training.profiling import NoTrace, StepTrace, TraceOf
@@ -44,7 +45,7 @@ from training.resume import alone_in, good_checkpoint, set_aside_later_checkpoin
 from training.saving import Saving
 from training.schedule import learning_rate_at
 from training.step import train_step
-from training.summary import continue_command, device_name, longer_command, summary_text
+from training.summary import device_name, summary_text
 from training.watching import Watch
 
 
@@ -67,7 +68,8 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Pr
     if plan.is_complete:
         if os.environ.get("RANK", "0") == "0":
             print(f"The run in {recipe.output_dir} is complete: {plan.first_step:,} of {plan.total_steps:,} steps.")
-            print("To go on, give it a new end:\n  " + longer_command(plan.output_dir, plan.total_steps))
+            longer = longer_command(launch_words(), plan.output_dir, plan.total_steps)
+            print(f"To go on, give it a new end:\n  {longer}")
         return
     accelerator = make_accelerator()
     # Its bars for each model that is saved, and its reports before an error that we put into one line.
@@ -109,6 +111,7 @@ class Run:
     def __init__(self, plan: Plan, accelerator: Accelerator, model: PreTrainedModel) -> None:
         self.plan = plan
         self.accelerator = accelerator
+        self.launch = launch_words()  # later the launcher may be gone
         recipe = plan.recipe
         self.config = model.config
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -231,7 +234,7 @@ class Run:
         name, total = signal.Signals(number).name, self.plan.total_steps
         self.log.say(
             f"{name}: stopped after step {done:,} of {total:,}; the run goes on from "
-            f"{self.saving.newest or 'its beginning'} with\n  {continue_command(self.plan.output_dir)}"
+            f"{self.saving.newest or 'its beginning'} with\n  {continue_command(self.launch, self.plan.output_dir)}"
         )
         raise SystemExit(128 + number)
 
@@ -331,7 +334,8 @@ class Run:
                 f"{model} could not be written ({error.strerror}); make room for it and start again: every step is "
                 "saved, and only this is left to do"
             ) from None
-        self.log.say(summary_text(plan.output_dir, facts, prompt=prompts[0] if prompts else ""))
+        prompt = prompts[0] if prompts else ""
+        self.log.say(summary_text(plan.output_dir, facts, prompt=prompt, launch=self.launch))
         if self.publishing is not None:
             self.publishing.finish(model, plan.total_steps, self.saving.newest)
 

@@ -18,6 +18,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from training.launching import is_launched
+
 # A launcher of several processes passes on the signal that they have already got from the terminal or the scheduler.
 _SECONDS_OF_AN_ECHO = 1.0
 
@@ -32,7 +34,7 @@ class SignalWatch:
         self._first: int | None = None
         self._first_time = 0.0
         self._process = os.getpid()
-        self._launcher = os.getppid() if _is_launched() else None
+        self._launcher = os.getppid() if is_launched() else None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "SignalWatch":
@@ -68,10 +70,6 @@ class SignalWatch:
 
 
 _FAREWELL = "\n{}: the step is finished and saved, then the run stops; once more to leave at once\n"
-
-
-def _is_launched() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _is_one_of_several() -> bool:

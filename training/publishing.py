@@ -9,10 +9,10 @@ from pathlib import Path
 from shlex import quote
 
 from training.hub_repository import asked_to_wait, claim, may_pass, push_folder, told
+from training.launching import program
 from training.pusher import FIRST_PAUSE_SECONDS, Pusher
 from training.recipe import Recipe
 from training.staging import stage
-from training.summary import program
 
 LAST_PUSH_SECONDS = 900.0  # 2 GB at 20 Mbit/s
 

@@ -1,13 +1,14 @@
 """The closing words of a run: what came out, where it is, and what to try next."""
 
 import json
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
 import torch
 
 from training.card import RunFacts
+from training.launching import longer_command, program
 
 
 def device_name(device: torch.device) -> str:
@@ -18,31 +19,15 @@ def device_name(device: torch.device) -> str:
     return f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
-def program(name: str) -> str:
-    """How to call a program of this environment from here, whether the environment is active or not."""
-    programs = Path(sys.prefix) / "bin"
-    here = Path.cwd()
-    return f"{programs.relative_to(here)}/{name}" if programs.is_relative_to(here) else name
+def summary_text(output_dir: Path, facts: RunFacts, *, prompt: str, launch: Sequence[str]) -> str:
+    """Where everything is, how good it is, a sample, and three commands that work as printed.
 
-
-def continue_command(output_dir: Path) -> str:
-    """The command that goes on with a run from its newest checkpoint."""
-    return (
-        f"{program('accelerate')} launch training/train.py --config {quote(str(output_dir / 'recipe.yaml'))} "
-        "--resume_from_checkpoint auto"
-    )
-
-
-def longer_command(output_dir: Path, steps: int) -> str:
-    """The command that takes a complete run to twice its length."""
-    return (
-        f"{program('accelerate')} launch --quiet training/train.py --config {quote(str(output_dir / 'recipe.yaml'))} "
-        f"--max_steps {2 * steps}"
-    )
-
-
-def summary_text(output_dir: Path, facts: RunFacts, *, prompt: str) -> str:
-    """Where everything is, how good it is, a sample, and three commands that work as printed."""
+    Arguments:
+        output_dir: the run's folder.
+        facts: what came out.
+        prompt: of the first sample.
+        launch: how the run was launched (`launch_words`).
+    """
     model = output_dir / "model"
     sample = "\n".join("  | " + line for line in "\n".join(facts.samples[:1]).strip().splitlines())
     # JSON's strings are Python's too, and their double quotes stand well in a shell's single ones.
@@ -67,5 +52,5 @@ The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
 To try next:
   {program("python")} -m gpt2_scratch.generate --model {quote(str(model))} --prompt {quote(prompt)}
   {program("python")} -c {quote(in_python)}
-  {longer_command(output_dir, facts.steps)}
+  {longer_command(launch, output_dir, facts.steps)}
 """
