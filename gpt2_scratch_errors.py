@@ -5,10 +5,13 @@ takes seconds that a mistyped flag, `--help` or a tokenising worker process shou
 """
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 _SECONDS_FOR_THE_FIRST_PROCESS = 20.0  # on a busy machine it may come that much later to the same mistake
@@ -42,6 +45,7 @@ def run_command(main: Callable[[], None]) -> None:
             # launcher ends this one here.
             time.sleep(_SECONDS_FOR_THE_FIRST_PROCESS)
         print(f"error: {error}", file=sys.stderr)
+        _tell_launcher(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -49,3 +53,11 @@ def run_command(main: Callable[[], None]) -> None:
         # Whoever read the output has seen enough. Python would complain again at its end, when it flushes it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+
+
+def _tell_launcher(message: str) -> None:
+    """Let a launcher of several processes end its own report, which buries our line, with the same words."""
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from gpt2_scratch_errors import InputError
 from training import build
@@ -65,15 +66,17 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(
     refuse_too_many_processes()
 
 
-def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes() -> None:
+def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes(tmp_path: Path) -> None:
     mistake = "from gpt2_scratch_errors import *\ndef main(): raise InputError('no')\nrun_command(main)"
     command, pipe = [sys.executable, "-c", mistake], subprocess.PIPE
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
     with subprocess.Popen(command, stderr=pipe, env={**environment, "LOCAL_RANK": "1"}) as second:
         with pytest.raises(subprocess.TimeoutExpired):
             second.wait(4)
         first = subprocess.run(command, stderr=pipe, env={**environment, "LOCAL_RANK": "0"}, timeout=60)
         assert (first.returncode, first.stderr) == (2, b"error: no\n")
+        # The launcher's report ends with it too.
+        assert ProcessFailure(0, 1, 2, environment["TORCHELASTIC_ERROR_FILE"]).message == "error: no"
         second.terminate()  # as the launcher does when the first has ended
         assert second.communicate() == (None, b"")
 

@@ -32,6 +32,7 @@ from training.documents import attention_for
 from training.fitting import fitted
 from training.memory import available_memory, expected_memory
 from training.plan import batch_of, total_steps
+from training.progress import duration
 from training.recipe import Recipe
 from training.resume import find_resume_point
 from training.step import train_step
@@ -113,7 +114,7 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         say(f"            {_gib(torch.cuda.max_memory_allocated(accelerator.device))} was the most memory in use")
     if steps is not None:
         hours = _hours(recipe, batch, steps=steps, done=done, seconds=seconds)
-        say(f"time        {hours:,.3g} hours, validation included, samples and checkpoints not")
+        say(f"time        {_spelled_hours(hours)}, validation included, samples and checkpoints not")
         if price_per_gpu_hour is not None:
             cost = hours * batch.num_processes * price_per_gpu_hour
             say(f"cost        {cost:,.2f}, at {price_per_gpu_hour:,.2f} an hour for each of {batch.num_processes}")
@@ -244,4 +245,8 @@ def _wait(accelerator: Accelerator) -> None:
 
 
 def _gib(count: int) -> str:
-    return f"{count / _GIB:.2f} GiB"
+    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
+
+
+def _spelled_hours(hours: float) -> str:
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours:.4f} hours ({duration(3600 * hours)})"

@@ -4,6 +4,7 @@ The loop calls it on every process, because losses are means over all of them; o
 """
 
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -51,6 +52,7 @@ class _DrawingBeside:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C on the terminal is training's to answer
         )
+        os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # it gives way to training
 
     def stop(self) -> None:
         """End the drawing that is under way, if any; the picture of before stays."""
