@@ -43,7 +43,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     [
         (1, "expected a GPU for each of 64 processes on this machine, found 1 GPU; launch with --num_processes 1, or"),
         (4, "found 4 GPUs; launch with --num_processes 4, or another file of accelerate_configs/"),
-        (0, r"found no GPU and \d+ CPU cores; launch with --num_processes 1, or another"),
+        (0, r"found no GPU to use and \d+ CPU cores; launch with --num_processes 1, or another"),
     ],
 )
 def test_more_processes_than_gpus_are_refused_before_anything_starts(
@@ -64,6 +64,21 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(
     assert list(tmp_path.iterdir()) == []
     process(0, of=max(1, gpus))
     refuse_too_many_processes()
+
+
+def test_processes_that_are_told_to_take_the_cpu_need_no_gpu(
+    process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    process(0, of=2)
+    with pytest.raises(InputError, match="found 1 GPU;"):
+        refuse_too_many_processes()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    refuse_too_many_processes()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert build_accelerator(tiny_recipe()).device.type == "cpu"
 
 
 def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes(tmp_path: Path) -> None:

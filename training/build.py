@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, set_seed
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env, set_seed
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
@@ -39,14 +39,18 @@ def resolve_mixed_precision(recipe: Recipe) -> str:
         return recipe.mixed_precision
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
         return "bf16"
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    if torch.backends.mps.is_available():
-        return "no"
+    if takes_gpus():
+        cuda = torch.cuda.is_available()
+        return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     capabilities: Mapping[str, object] = getattr(
         torch.cpu, "get_capabilities", dict
     )()  # older releases of torch cannot tell
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def takes_gpus() -> bool:
+    """Whether the run is for this machine's accelerators: it has any, and the launcher was not told `use_cpu`."""
+    return torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
@@ -60,7 +64,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     try:
         accelerator = Accelerator(
             # Told so outright: several CPU processes would otherwise not find each other.
-            cpu=not torch.accelerator.is_available(),
+            cpu=not takes_gpus(),
             mixed_precision=resolve_mixed_precision(recipe),
             log_with=chosen_trackers(recipe) or None,
             project_dir=recipe.output_dir,
@@ -92,13 +96,10 @@ def refuse_too_many_processes() -> None:
     Raises:
         InputError: more than the GPUs that can be seen, or without any, more than the cores.
     """
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    gpus = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
-    if gpus:
-        room, found = gpus, f"{gpus} GPU{'s' if gpus > 1 else ''}"
-    else:
-        room, found = max(2, usable_cpus()), f"no GPU and {usable_cpus()} CPU cores"
-    if here > room:
+    here, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), usable_cpus()
+    gpus = torch.accelerator.device_count() if takes_gpus() else 0
+    if here > (gpus or max(2, cores)):
+        found = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no GPU to use and {cores} CPU cores"
         raise InputError(
             f"expected a GPU for each of {here} processes on this machine, found {found}; launch with --num_processes "
             f"{gpus or 1}, or another file of accelerate_configs/"

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -62,6 +63,7 @@ class RunLog:
             if "train_loss" in line:
                 self._smoothed.add(line["train_loss"])
         on_terminal = _is_terminal(sys.stderr)
+        tqdm.set_lock(threading.RLock())  # its own is one between processes, which a killed run leaves behind
         self._bar = tqdm(
             total=total_steps,
             initial=first_step,
