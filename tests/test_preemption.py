@@ -147,6 +147,29 @@ def test_a_second_signal_leaves_at_once_but_not_a_launchers_echo_of_the_first(pr
         assert watching.wait(10) == 143
 
 
+LEAVE = """
+import signal, time
+from training.preemption import SignalWatch
+try:
+    with SignalWatch():
+        raise SystemExit(143)
+finally:
+    print("closing", flush=True)
+    time.sleep(1)
+    print("closed", flush=True)
+"""
+
+
+def test_who_is_left_closes_its_trackers_though_the_launcher_ends_it_with_the_first_to_go() -> None:
+    environment = {**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", LEAVE], stdout=subprocess.PIPE, env=environment) as leaving:
+        assert leaving.stdout is not None
+        assert leaving.stdout.readline() == b"closing\n"
+        leaving.send_signal(signal.SIGTERM)
+        assert leaving.stdout.read() == b"closed\n"
+        assert leaving.wait(10) == 143
+
+
 def test_a_launcher_that_is_gone_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     signals = SignalWatch()

@@ -43,9 +43,12 @@ class SignalWatch:
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+        if kind is SystemExit and self._before and _is_one_of_several():
+            # A launcher sends SIGTERM to those that are left when the first one has gone; they are about to go.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @property
     def received(self) -> int:
