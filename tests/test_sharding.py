@@ -95,6 +95,8 @@ def test_blocks_that_are_sharded_and_compiled_train_as_those_that_are_not(tiny_r
 def assert_ordinary_folders(run: Path, *, like: Path) -> None:
     from transformers import AutoModelForCausalLM
 
+    import gpt2_scratch  # noqa: F401 - makes the Auto classes know it
+
     for folder, other in ((run / "model", like / "model"), (checkpoints(run)[-1], checkpoints(like)[-1])):
         stored, expected = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
         assert stored.keys() == expected.keys()
