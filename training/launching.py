@@ -62,9 +62,7 @@ def _parents_words() -> list[str]:
 
 
 def _ends_with_the_program(words: Sequence[str]) -> bool:
-    if Path(sys.argv[0]).name != _SCRIPT or not words:
-        return False
-    return words[-1] == sys.argv[0] or (words[-1] == _MODULE and words[-2] in ("-m", "--module"))
+    return Path(sys.argv[0]).name == _SCRIPT and bool(words) and words[-1] in (sys.argv[0], _MODULE)
 
 
 def _as_typed(words: Sequence[str]) -> list[str]:
