@@ -1,5 +1,6 @@
 """Kills runs at random moments, starts them again, and compares what they end with to a run that nobody killed."""
 
+import contextlib
 import json
 import random
 import signal
@@ -77,11 +78,19 @@ class KillFuzz:
 
     def _kill_once(self, recipe: Recipe) -> None:
         """Start the run, and kill one of its processes or all of them at a random moment of its life."""
-        run, folder = self._start(recipe), Path(recipe.output_dir)
+        folder = Path(recipe.output_dir)
+        before = _of_saves(folder)  # as the kill before left it, where the run is not to come to cleaning up
+        run = self._start(recipe)
         # A second is the start's, and a kill is to cost a twentieth of a run on the mean.
         time.sleep(self._random.uniform(0.0, 1.0 + self._seconds / 10))
+        if self._random.random() < 0.5:
+            # A save is where a kill could do harm, and takes a small part of the time.
+            patience = time.monotonic() + 5
+            while run.alive and not _of_saves(folder) - before and time.monotonic() < patience:
+                time.sleep(0.001)
+            time.sleep(self._random.uniform(0.0, 0.02))
         victim = self._random.choice(["all", *range(self.number)]) if self.number > 1 else 0
-        saving = bool(list((folder / "checkpoints").glob(".unfinished-*")))
+        saving = bool(_of_saves(folder) - before)
         was_alive = run.alive
         run.send(signal.SIGKILL, *([] if victim == "all" else [int(victim)]))
         if victim != "all":
@@ -89,14 +98,23 @@ class KillFuzz:
         run.kill()
         if was_alive:
             self.kills += 1
+            saving = saving or bool(_of_saves(folder) - before)
             found = checkpoints(folder)
-            left = bool(list((folder / "checkpoints").glob(".*-step-*"))) if found or saving else False
-            self.moments["during a save" if saving or left else "between saves" if found else "before the first"] += 1
+            self.moments["during a save" if saving else "between saves" if found else "before the first"] += 1
 
     def _compare(self, broken: Recipe) -> None:
         ours = Path(broken.output_dir)
         assert_end_alike(ours, Path(self._whole.output_dir))
         assert not list((ours / "checkpoints").glob(".*"))
+
+
+def _of_saves(folder: Path) -> set[tuple[str, int]]:
+    """The folders that saves have under other names than their own at this moment, each with its inode."""
+    found = set()
+    for path in (folder / "checkpoints").glob(".*-step-*"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ino))
+    return found
 
 
 def assert_end_alike(ours: Path, theirs: Path) -> None:
