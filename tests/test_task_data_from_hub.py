@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from loopback_hub import LoopbackHub, serving
+from loopback_repository import Repository
 from test_tasks import CBT_OPTIONS, LAMBADA, Characters, cbt_folder, cbt_text, hellaswag_row, write_rows
 
 from evaluation.tasks import task_named
@@ -44,30 +45,37 @@ def parquet(rows):
     return stream.getvalue()
 
 
+def converted(files):
+    """A data set of a loading script, which `datasets` does not run, with the Hub's conversion on a branch beside it."""
+    repository = Repository({"dataset.py": b"raise SystemExit('a loading script was run')"})
+    repository.commit("refs/convert/parquet", files, "convert")
+    return repository
+
+
 def program(hub, cache, *names):
     environment = {**os.environ, **hub, "HF_HOME": str(cache)}
     return subprocess.run([sys.executable, "-c", PROGRAM, *names], env=environment, capture_output=True, text=True)
 
 
 def test_the_hub_gives_the_items_that_the_official_files_give(tmp_path):
-    hub = LoopbackHub(
-        {
-            "Rowan/hellaswag": {
-                "default/validation/0000.parquet": parquet([hellaswag_row(label="1")] * 2),
-                "default/train/0000.parquet": parquet([hellaswag_row(label="2", ctx="other")]),
-            },
-            "EleutherAI/lambada_openai": {
-                "default/test/0000.parquet": parquet([LAMBADA]),
-                "de/test/0000.parquet": parquet([{"text": "ein anderes Wort"}]),
-            },
-            "cam-cst/cbt": {
-                "CN/test/0000.parquet": parquet([CBT_ROW]),
-                "CN/train/0000.parquet": parquet([{**CBT_ROW, "question": "x XXXXX"}]),
-                "NE/test/0000.parquet": parquet([CBT_ROW]),
-            },
-            "Salesforce/wikitext": {"wikitext-2-raw-v1/test/0000.parquet": parquet([{"text": t} for t in WIKITEXT])},
-        }
-    )
+    files = {
+        "Rowan/hellaswag": {
+            "default/validation/0000.parquet": parquet([hellaswag_row(label="1")] * 2),
+            "default/train/0000.parquet": parquet([hellaswag_row(label="2", ctx="other")]),
+        },
+        "EleutherAI/lambada_openai": {
+            "default/test/0000.parquet": parquet([LAMBADA]),
+            "de/test/0000.parquet": parquet([{"text": "ein anderes Wort"}]),
+        },
+        "cam-cst/cbt": {
+            "CN/test/0000.parquet": parquet([CBT_ROW]),
+            "CN/train/0000.parquet": parquet([{**CBT_ROW, "question": "x XXXXX"}]),
+            "NE/test/0000.parquet": parquet([CBT_ROW]),
+        },
+        "Salesforce/wikitext": {"wikitext-2-raw-v1/test/0000.parquet": parquet([{"text": t} for t in WIKITEXT])},
+    }
+    hub = LoopbackHub()
+    hub.repositories = {("dataset", name): converted(content) for name, content in files.items()}
     names = ["hellaswag", "lambada", "cbt_cn", "cbt_ne", "wikitext2:raw"]
     with serving(hub):
         found = program(hub.environment, tmp_path / "cache", *names)
