@@ -6,7 +6,6 @@ between a padded prefix and what follows it.
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+from evaluation.shortcuts import fused_activations, only_at
 
 TOKENS_PER_SCORED_TOKEN = 8
 """Tokens in a pass whose keys, values and activations take about as much memory as the logits of one."""
@@ -78,10 +79,12 @@ class ForwardPasses:
 
     @property
     def can_share_prefixes(self) -> bool:
-        """Return whether the model keeps keys and values by position, every one of them."""
+        """Return whether the model keeps keys and values by position, every one of them, and sees all of them."""
         arguments = inspect.signature(self._model.forward).parameters
         config = self._model.config.get_text_config()
         if not {"past_key_values", "position_ids", "use_cache"} <= set(arguments):
+            return False
+        if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's windows count the gaps of a padded prefix
             return False
         layers = DynamicCache(config=config).layers
         return all(type(layer) is DynamicLayer for layer in layers)
@@ -253,7 +256,7 @@ class ForwardPasses:
         if not places:  # a prefix of which nothing is scored
             places = {(0, 0): 0}
         rows, columns = (torch.tensor(part, device=self._device) for part in zip(*places, strict=True))
-        with self._head_sees(rows, columns):
+        with fused_activations(self._model), only_at(self._model, rows, columns):
             output = self._model(**inputs)
         logits = output.logits
         if logits.shape[:2] == inputs["input_ids"].shape and logits.shape[:2] != (1, len(places)):
@@ -277,22 +280,6 @@ class ForwardPasses:
             score.tokens += 1
             score.greedy &= first
         return output.past_key_values if inputs["use_cache"] else None
-
-    @contextmanager
-    def _head_sees(self, rows: Tensor, columns: Tensor) -> Iterator[None]:
-        """Give the head only these positions, as (1, positions, n_embd).
-
-        A hook, and not the head called by hand: what some models do to logits behind it stays theirs.
-        """
-        head = self._model.get_output_embeddings()
-        if head is None:
-            yield
-            return
-        handle = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns][None], *args[1:]))
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 class _PrefixCache:

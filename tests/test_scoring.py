@@ -64,15 +64,34 @@ def test_the_official_class_is_scored_like_ours(attn_implementation):
     assert_equal_by_hand(ours, items, score(official, items, tokens_per_batch=300))
 
 
-def test_prefixes_are_shared_with_rotary_positions_too():
-    from transformers import LlamaConfig, LlamaForCausalLM
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 48,
+}
+FAMILIES = {
+    "llama": {"intermediate_size": 64, "num_key_value_heads": 2},
+    "qwen3": {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8},
+    "gpt_neox": {"intermediate_size": 64},
+    "gptj": {"rotary_dim": 4},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "phi": {"intermediate_size": 64},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "bloom": {},
+    "mixtral": {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_other_families_are_scored_like_by_hand(family):
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=48, initializer_range=0.3,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], "initializer_range": 0.3})
+    model = AutoModelForCausalLM.from_config(config).eval()
     items = random_items(seed=2)
     assert_equal_by_hand(model, items, score(model, items, tokens_per_batch=300))
 
@@ -126,6 +145,30 @@ def test_the_head_sees_only_positions_that_are_scored():
     score(model, [Item(0, (Request(context, (1, 2, 3)), Request(context, (4, 5))))])
     # One position of the prefix scores both first tokens; then two, and one.
     assert [shape[1] for shape in seen] == [1, 3]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_last_mlp_sees_only_positions_that_are_scored(number):
+    model = pair("sdpa", activation_function="gelu_new")[number]
+    read = []
+    for block in model.transformer.h:
+        block.mlp.c_fc.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
+    request = Request(tuple(range(30)), (1, 2, 3))
+    assert_equal_by_hand(model, [Item(0, (request,))], score(model, [Item(0, (request,))]))
+    assert read[:3] == [32, 32, 3]
+    assert read[3:] == [32, 32, 32]  # by hand, and so by everybody else afterwards
+
+
+def test_the_activation_of_gpt2_is_one_kernel_while_a_model_is_scored(monkeypatch):
+    official = pair("sdpa", activation_function="gelu_new")[1]
+    calls = []
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(
+        torch.nn.functional, "gelu", lambda *args, **kwargs: (calls.append(kwargs), gelu(*args, **kwargs))[1]
+    )
+    score(official, random_items(count=1), share_prefixes=False)
+    assert calls == [{"approximate": "tanh"}] * 3
+    assert not [module for module in official.modules() if "forward" in vars(module)]
 
 
 def test_the_prefix_is_read_once():
