@@ -19,6 +19,28 @@ def split_as_whole(encoder: Encoder, context: str, continuation: str) -> tuple[I
     return tuple(whole[:count]), tuple(whole[count:])
 
 
+def behind_the_same_context(encoder: Encoder, context: str, texts: Sequence[str]) -> list[Request]:
+    """Return a request for each text, all behind the tokens of `context` that every text begins with.
+
+    A candidate may merge with what stands before it: GPT-2 reads "'said" as "'s" and "aid". Such a token is then scored
+    for every candidate, where lm-evaluation-harness would count it as context and so not at all.
+    """
+    alone = tuple(encoder.encode(context.rstrip()))
+    wholes = [tuple(encoder.encode(text)) for text in texts]
+    shared = shared_length([alone, *wholes])
+    before = alone[:shared] or (encoder.end_of_text_id,)
+    return [Request(before, whole[shared:]) for whole in wholes]
+
+
+def shared_length(sequences: Sequence[Ids]) -> int:
+    """Return how many tokens all sequences begin with."""
+    first, last = min(sequences), max(sequences)  # those that differ earliest, in lexicographic order
+    for place, (one, other) in enumerate(zip(first, last, strict=False)):
+        if one != other:
+            return place
+    return min(len(first), len(last))
+
+
 def cut_together(requests: Sequence[Request], n_positions: int) -> tuple[Request, ...]:
     """Return requests with the same number of tokens cut from the left of each, so that the longest fits.
 

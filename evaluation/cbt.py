@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.boundary import cut_together, split_as_whole
+from evaluation.boundary import behind_the_same_context, cut_together
 from evaluation.detokenisers import detokenise_penn_treebank
 from evaluation.hellaswag import first_largest
 from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task
@@ -36,9 +36,8 @@ class _Cbt(Task):
         """Return the first `limit` items, as `Task.items` says."""
         items = []
         for index, row in enumerate(read_rows(data_dir, self.kind, limit)):
-            requests = [self._request(row, option, encoder) for option in row["options"]]
-            gold = row["options"].index(row["answer"])
-            items.append(Item(index, self._cut(requests, n_positions), gold=gold))
+            requests = self._cut(self._requests(row, encoder), n_positions)
+            items.append(Item(index, requests, gold=row["options"].index(row["answer"])))
         return items
 
     def predict(self, item: Item, answers: Sequence[LogLikelihood]) -> dict[str, Any]:
@@ -51,13 +50,14 @@ class _Cbt(Task):
             "tokens": [answer.tokens for answer in answers],
         }
 
-    def _request(self, row: dict[str, Any], option: str, encoder: Encoder) -> Request:
+    def _requests(self, row: dict[str, Any], encoder: Encoder) -> Sequence[Request]:
         before, _, after = row["question"].partition(BLANK)
-        sentences = row["sentences"] if self._with_sentences else []
-        context, continuation = " ".join([*sentences, before]), f"{option}{after}"
-        if self.detokenised:
-            context, continuation = _detokenise_around(context, continuation)
-        return Request(*split_as_whole(encoder, context, continuation))
+        context = " ".join([*(row["sentences"] if self._with_sentences else ()), before])
+        texts = [f"{context}{option}{after}" for option in row["options"]]
+        return behind_the_same_context(encoder, self._written(context), [self._written(text) for text in texts])
+
+    def _written(self, text: str) -> str:
+        return detokenise_penn_treebank(text) if self.detokenised else text
 
     _with_sentences: ClassVar = True
 
@@ -102,10 +102,10 @@ class CbtFullSequence(_Cbt):
     )
     source = "from-scratch projects that compare the model's loss of each filled-in text"
 
-    def _request(self, row: dict[str, Any], option: str, encoder: Encoder) -> Request:
-        text = " ".join([*row["sentences"], row["question"].replace(BLANK, option, 1)])
-        ids = tuple(encoder.encode(detokenise_penn_treebank(text) if self.detokenised else text))
-        return Request(ids[:1], ids[1:])
+    def _requests(self, row: dict[str, Any], encoder: Encoder) -> Sequence[Request]:
+        filled = [row["question"].replace(BLANK, option, 1) for option in row["options"]]
+        texts = [encoder.encode(self._written(" ".join([*row["sentences"], sentence]))) for sentence in filled]
+        return [Request(tuple(ids[:1]), tuple(ids[1:])) for ids in texts]
 
     def _cut(self, requests: Sequence[Request], n_positions: int) -> tuple[Request, ...]:
         """Return texts that fit: the context is one token, so what is scored loses its beginning, as much of each."""
@@ -177,10 +177,3 @@ def _check(row: dict[str, Any], where: Path | str, number: int) -> None:
     if len(row["options"]) != _CANDIDATES or row["answer"] not in row["options"]:
         found = f"{row['answer']!r} and {row['options']!r}"
         raise not_usable(where, number, f"{_CANDIDATES} candidates with the answer among them", found[:80])
-
-
-def _detokenise_around(context: str, continuation: str) -> tuple[str, str]:
-    """Return both without the traces of tokenisation, cut where the context by itself would end."""
-    whole, alone = detokenise_penn_treebank(context + continuation), detokenise_penn_treebank(context).rstrip()
-    cut = next((i for i, (a, b) in enumerate(zip(whole, alone, strict=False)) if a != b), len(alone))
-    return whole[:cut], whole[cut:]

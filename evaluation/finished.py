@@ -32,7 +32,7 @@ def weights_fingerprint(model: Any) -> str:
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         flat = parameter.detach().reshape(-1)
         step = max(1, flat.numel() // _SAMPLED)
-        digest.update(flat[::step].to(torch.float64).cpu().numpy().tobytes())
+        digest.update(flat[::step].cpu().to(torch.float64).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -99,8 +99,14 @@ class FinishedItems:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         assert self._file is not None
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"expected to keep finished items in {self._file.name}, found {error.strerror}; make room, and the "
+                "same command goes on behind those that are there"
+            ) from None
 
     def close(self) -> None:
         """Close the file."""
@@ -116,8 +122,8 @@ def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dty
     """
     if (found["weights"], found["dtype"]) != (weights, dtype):
         raise InputError(
-            f"expected results of this model in {dtype} in {path}, found those of {found['model']} in "
-            f"{found['dtype']}, with other weights; choose another --output, or delete that file"
+            f"expected results of this model in {dtype} in {path}, found those of {found['model']} in {found['dtype']}"
+            f"{', with other weights' if found['dtype'] == dtype else ''}; choose another --output, or delete that file"
         )
 
 

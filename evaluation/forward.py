@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig, LogitsProcessorList
 from transformers.cache_utils import DynamicLayer
 
 from evaluation.shortcuts import fused_activations, only_at
@@ -177,10 +177,11 @@ class ForwardPasses:
         )
 
     @torch.inference_mode()
-    def generate(self, asked: Sequence[tuple[Sequence[int], int]]) -> list[tuple[int, ...]]:
-        """Return greedy continuations, each of at most so many tokens as stand beside its context.
+    def generate(self, asked: Sequence[tuple[Sequence[int], int]]) -> list[tuple[int, ...] | None]:
+        """Return greedy continuations, each of at most so many tokens as stand beside its context; None for NaN.
 
-        Contexts are cut from the left so that they fit the model together with what is generated.
+        Contexts are cut from the left so that they fit the model together with what is generated. What the model's own
+        generation config asks for (a penalty, tokens to suppress) is left out but for where a text ends.
         """
         new_tokens = max(count for _, count in asked)
         longest = self._last_position + 1 - new_tokens if self._last_position > 0 else None
@@ -189,20 +190,28 @@ class ForwardPasses:
         padding = self._padding_id()
         inputs = torch.tensor([[padding] * (width - len(context)) + context for context in contexts])
         mask = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
-        output = self._model.generate(
-            inputs.to(self._device),
-            attention_mask=mask.to(self._device),
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=new_tokens,
-            pad_token_id=padding,
-        )
-        ends = self._model.generation_config.eos_token_id
-        ends = set(ends if isinstance(ends, list) else [ends])
-        continuations = []
-        for new, (_, count) in zip(output[:, width:].tolist(), asked, strict=True):
+        nan = torch.zeros(len(asked), dtype=torch.bool, device=self._device)
+
+        def look(input_ids: Tensor, scores: Tensor) -> Tensor:
+            nan.logical_or_(scores.isnan().any(-1))
+            return scores
+
+        own = self._model.generation_config
+        self._model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=padding)
+        try:
+            output = self._model.generate(
+                inputs.to(self._device),
+                attention_mask=mask.to(self._device),
+                max_new_tokens=new_tokens,
+                logits_processor=LogitsProcessorList([look]),
+            )
+        finally:
+            self._model.generation_config = own
+        ends = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
+        continuations: list[tuple[int, ...] | None] = []
+        for new, (_, count), spoilt in zip(output[:, width:].tolist(), asked, nan.tolist(), strict=True):
             end = next((place for place, token in enumerate(new) if token in ends), count)
-            continuations.append(tuple(new[: min(end, count)]))
+            continuations.append(None if spoilt else tuple(new[: min(end, count)]))
         return continuations
 
     def _batches(

@@ -72,7 +72,8 @@ class HellaSwagHarness(_HellaSwag):
     protocol = "harness"
     description = (
         '"ACTIVITY: ctx_a Ctx_b", bracketed tags removed, then a space and the ending, tokenised as one text; acc '
-        "takes the ending with the highest log-likelihood, acc_norm the highest per byte of the ending."
+        "takes the ending with the highest log-likelihood, acc_norm the highest per byte of the ending (the harness's "
+        "own acc_norm: per character, the same for ASCII; its acc_bytes: per byte)."
     )
     source = "EleutherAI/lm-evaluation-harness, task hellaswag, 0-shot"
 

@@ -60,7 +60,7 @@ def judge(
     items: Sequence[Item],
     *,
     accelerator: Any,
-    tokens_per_batch: int,
+    tokens_per_batch: int | None = None,
     every_process_scores_all: bool = False,
     finished: FinishedItems | None = None,
     show: bool = False,
@@ -72,7 +72,7 @@ def judge(
         task: which.
         items: the task's, as `read_items` gives them.
         accelerator: spreads the items over its processes.
-        tokens_per_batch: tokens in a forward pass.
+        tokens_per_batch: tokens in a forward pass; None for what the device likes.
         every_process_scores_all: the model is sharded, so its forward passes need all processes alike.
         finished: records that are known already, and where new ones are kept; None on all but the main process.
         show: the progress.

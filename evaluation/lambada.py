@@ -17,7 +17,7 @@ from evaluation.sources import find_file, hub_rows, json_rows, not_usable
 from evaluation.stop_words import STOP_WORDS
 
 _FILE = "lambada_test.jsonl"
-_NEW_TOKENS = 8  # the longest target has fewer
+_NEW_TOKENS = 8  # the longest target has fewer in GPT-2's vocabulary
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
 
 
@@ -89,8 +89,9 @@ class LambadaWord(_Lambada):
 
     protocol = "word"
     description = (
-        f"The model continues the passage greedily by {_NEW_TOKENS} tokens; right when the first word it writes "
-        "(letters and digits, with apostrophes and hyphens inside) is the target, in the same case."
+        f"The model continues the passage greedily by {_NEW_TOKENS} tokens (or one more than the target has); right "
+        "when the first word it writes (letters and digits, with apostrophes and hyphens inside) is the target, in the "
+        "same case."
     )
     source = "from-scratch projects that generate and compare"
     figures: ClassVar = (Figure("acc", "accuracy", "prediction"),)
@@ -98,7 +99,8 @@ class LambadaWord(_Lambada):
     def _item(self, index: int, text: str, encoder: Encoder) -> Item:
         context, word = split_at_last_letters(text)
         ids = tuple(encoder.encode(context)) or (encoder.end_of_text_id,)
-        return Item(index, (Generation(ids, _NEW_TOKENS),), gold=word, facts={"decode": encoder.decode})
+        new_tokens = max(_NEW_TOKENS, len(encoder.encode(f" {word}")) + 1)  # one more shows that the word ends
+        return Item(index, (Generation(ids, new_tokens),), gold=word, facts={"decode": encoder.decode})
 
     def predict(self, item: Item, answers: Sequence[Generated]) -> dict[str, Any]:
         """Return the record, as `Task.predict` says."""

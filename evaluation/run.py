@@ -62,7 +62,9 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="a bar chart, .png, .svg or .pdf")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as they were saved")
     parser.add_argument(
-        "--tokens_per_batch", type=int, default=16_384, help="in a forward pass; halved when memory runs out"
+        "--tokens_per_batch",
+        type=int,
+        help="in a forward pass; by default what the device likes, halved without memory",
     )
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model carries")
     parser.add_argument(

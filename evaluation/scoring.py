@@ -9,9 +9,11 @@ Costs: a batch holds keys and values of at most `tokens_per_batch` tokens, and l
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from evaluation.boundary import shared_length
 from evaluation.forward import TOKENS_PER_SCORED_TOKEN, ForwardPasses, Passage
 from evaluation.items import Generated, Generation, Item, LogLikelihood, Request
 from gpt2_scratch_errors import InputError
@@ -44,7 +46,8 @@ def score(
         on_result: is called on the main process with each item as soon as its batch is done, longest items first.
 
     Raises:
-        InputError: the model gives NaN, lacks tokens that the tokenizer has, or has too few positions for an item.
+        InputError: the model gives NaN or a probability of 0, lacks tokens that the tokenizer has, or has too few
+            positions for an item.
     """
     n_positions = n_positions_of(model)
     _check(model, items, n_positions)
@@ -120,7 +123,7 @@ class _Job:
             assert isinstance(request, Request)
             ids = cut(request, n_positions)
             passages.append(Passage(ids, len(ids) - len(request.continuation), request.excluded))
-        prefix = _shared_length([passage.ids[:-1] for passage in passages]) if share_prefixes else 0
+        prefix = shared_length([passage.ids[:-1] for passage in passages]) if share_prefixes else 0
         if len(passages) == 1 or prefix < 2:
             return cls(place, item, "alone", tuple(passages), 0)
         return cls(place, item, "shared", tuple(passages), prefix)
@@ -177,7 +180,8 @@ def _answer(passes: ForwardPasses, batch: list[_Job], budget: int) -> list[tuple
     kind = batch[0].kind
     if kind == "generation":
         asked = [request for job in batch for request in job.item.requests if isinstance(request, Generation)]
-        flat: list[Any] = [Generated(ids) for ids in passes.generate([(r.context, r.max_new_tokens) for r in asked])]
+        written = passes.generate([(request.context, request.max_new_tokens) for request in asked])
+        flat: list[Any] = [None if ids is None else Generated(ids) for ids in written]
     else:
         passages = [job.passages for job in batch]
         if kind == "shared":
@@ -189,23 +193,16 @@ def _answer(passes: ForwardPasses, batch: list[_Job], budget: int) -> list[tuple
     for job in batch:
         end = start + len(job.item.requests)
         found = flat[start:end]
-        if any(isinstance(answer, LogLikelihood) and answer.sum != answer.sum for answer in found):
+        sums = [math.nan if answer is None else getattr(answer, "sum", 0.0) for answer in found]
+        if not all(map(math.isfinite, sums)):
             raise InputError(
-                f"expected log-likelihoods from the model, found NaN at item {job.item.index}; look at its weights, or "
-                "load it in float32"
+                "expected probabilities above 0 from the model, found "
+                f"{'NaN' if any(map(math.isnan, sums)) else 'infinite log-likelihoods'} at item {job.item.index}; look "
+                "at its weights, or load it in float32"
             )
         answers.append((job.place, found))
         start = end
     return answers
-
-
-def _shared_length(sequences: Sequence[tuple[int, ...]]) -> int:
-    """Return how many tokens all sequences begin with."""
-    first, last = min(sequences), max(sequences)  # those that differ earliest, in lexicographic order
-    for place, (one, other) in enumerate(zip(first, last, strict=False)):
-        if one != other:
-            return place
-    return min(len(first), len(last))
 
 
 def _check(model: Any, items: Sequence[Item], n_positions: int) -> None:

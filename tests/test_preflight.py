@@ -45,7 +45,8 @@ def test_it_says_what_the_run_takes_and_writes_nothing(
     assert said["data"].startswith(f"nothing is in {tmp_path / 'absent'} yet; training would have ")
     assert said["length"] == "12 steps, 3,072 tokens"
     assert re.match(r"[\d,]+ tokens/s, .* s a step: the median of 3 steps here, of 4 × 16 tokens", said["speed"])
-    assert re.match(r"0\.\d\d\d\d hours \(.* s\), validation included, samples and checkpoints not", said["time"])
+    rest = "validation included; samples, eval_tasks and checkpoints not"
+    assert re.match(rf"0\.\d\d\d\d hours \(.* s\), {rest}", said["time"])
     assert said["cost"].endswith("at 2.00 an hour for each of 1")
     assert list(tmp_path.iterdir()) == []
 

@@ -272,6 +272,32 @@ def test_nan_is_told_with_its_item():
         score(model, random_items(count=3))
 
 
+def test_nan_is_told_where_a_model_writes_too():
+    model = tiny()
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = torch.nan
+    with pytest.raises(InputError, match="found NaN at item 7"):
+        score(model, [Item(7, (Generation((1, 2, 3), 4),))])
+
+
+def test_a_probability_of_zero_is_told():
+    model = tiny()
+    model.lm_head.register_forward_hook(lambda module, args, output: output.index_fill(-1, torch.tensor(5), -torch.inf))
+    with pytest.raises(InputError, match="infinite log-likelihoods at item 0"):
+        score(model, [Item(0, (Request((1, 2), (5,)),))])
+
+
+def test_a_models_own_wishes_for_generation_are_left_out():
+    model = tiny()
+    item = Item(0, (Generation(tuple(range(1, 9)), 6),))
+    expected = score(model, [item])
+    wishes = {"repetition_penalty": 9.0, "do_sample": True, "temperature": 3.0, "min_new_tokens": 6, "top_k": 2}
+    model.generation_config.update(**wishes)
+    before = model.generation_config.to_dict()
+    assert score(model, [item]) == expected
+    assert model.generation_config.to_dict() == before
+
+
 def test_a_token_outside_the_vocabulary_is_told():
     with pytest.raises(InputError, match=r"below the model's vocabulary size 97, found 97 at item 4"):
         score(tiny(), [Item(4, (Request((1,), (97,)),))])

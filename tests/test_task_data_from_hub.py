@@ -46,7 +46,7 @@ def parquet(rows):
 
 
 def converted(files):
-    """A data set of a loading script, which `datasets` does not run, with the Hub's conversion on a branch beside it."""
+    """A data set of a loading script, which `datasets` does not run, and the Hub's conversion on a branch beside it."""
     repository = Repository({"dataset.py": b"raise SystemExit('a loading script was run')"})
     repository.commit("refs/convert/parquet", files, "convert")
     return repository

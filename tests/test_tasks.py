@@ -105,8 +105,19 @@ def test_lambada_word_compares_the_first_word_that_is_written(text, target, writ
 def test_lambada_word_is_right_when_the_word_ends_where_the_target_does(tmp_path):
     # Behind "s" the model writes t, u, … z and then "{".
     [record] = records("lambada:word", write_rows(tmp_path / "lambada_test.jsonl", {"text": "pqr s tuvwxyz"}))
-    assert record["generated"] == "tuvwxyz{"
+    assert record["generated"] == "tuvwxyz{|"
     assert record["prediction"] == record["gold"] == "tuvwxyz"
+
+
+def test_lambada_word_is_given_room_for_a_target_of_many_tokens(tmp_path):
+    text = {"text": "say /0123456789:;<=>?@ABCDEFGHIJKLMNOPQRSTUVWXYZ ` abcdefghijklmnopqrstuvwxyz"}
+    folder = write_rows(tmp_path / "lambada_test.jsonl", text, {"text": "say ` abc"})
+    items = task_named("lambada:word").items(folder, Characters(), 1024)
+    assert [item.requests[0].max_new_tokens for item in items] == [28, 8]
+    assert [record["prediction"] for record in records("lambada:word", folder)] == [
+        "abcdefghijklmnopqrstuvwxyz",
+        "abcdefgh",
+    ]
 
 
 def test_lambada_stop_words_are_passed_over(tmp_path):
@@ -171,6 +182,25 @@ def test_cbt_sentence_reads_the_question_alone(tmp_path):
     item = task_named("cbt_cn:sentence").items(folder, Characters(), 1024)[0]
     assert Characters().decode(item.requests[0].context) == "a"
     assert Characters().decode(item.requests[0].continuation) == " b c."
+
+
+@pytest.mark.parametrize("protocol", ["paper", "sentence", "paper_raw"])
+def test_cbt_candidates_that_merge_with_the_sign_before_them_are_scored_whole(protocol, tmp_path):
+    class Merging(Characters):
+        """As the characters, but "'s" is a single token, as in GPT-2's vocabulary."""
+
+        def encode(self, text):
+            return list(text.replace("'s", "\x05").encode("ascii"))
+
+        def decode(self, ids):
+            return super().decode(ids).replace("\x05", "'s")
+
+    options = ["said", "told", *"12345678"]
+    folder = cbt_folder(tmp_path, cbt_text("then 'XXXXX it", answer="said", options=options))
+    [item] = task_named(f"cbt_cn:{protocol}").items(folder, Merging(), 1024)
+    assert len({request.context for request in item.requests}) == 1
+    scored = [Merging().decode(request.continuation).lstrip() for request in item.requests]
+    assert scored == [f"'{o} it" for o in options]
 
 
 def test_cbt_candidates_stand_behind_the_same_context_when_it_is_cut(tmp_path):

@@ -114,7 +114,7 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         say(f"            {_gib(torch.cuda.max_memory_allocated(accelerator.device))} was the most memory in use")
     if steps is not None:
         hours = _hours(recipe, batch, steps=steps, done=done, seconds=seconds)
-        say(f"time        {_spelled_hours(hours)}, validation included, samples and checkpoints not")
+        say(f"time        {_spelled_hours(hours)}, validation included; samples, eval_tasks and checkpoints not")
         if price_per_gpu_hour is not None:
             cost = hours * batch.num_processes * price_per_gpu_hour
             say(f"cost        {cost:,.2f}, at {price_per_gpu_hour:,.2f} an hour for each of {batch.num_processes}")

@@ -23,7 +23,6 @@ from training.snapshot import bare_model
 from training.summary import device_name
 
 RESULTS = "eval_results.json"
-_TOKENS_PER_BATCH = 16_384  # beside weights, gradients and optimizer; halved when memory runs out
 
 
 class TaskEvaluation:
@@ -73,7 +72,6 @@ class TaskEvaluation:
                     task,
                     self._items[task.full_name],
                     accelerator=accelerator,
-                    tokens_per_batch=_TOKENS_PER_BATCH,
                     every_process_scores_all=bool(accelerator.is_fsdp2),
                 )
                 for task in self.tasks
