@@ -23,6 +23,7 @@ from evaluation.scoring import n_positions_of
 from gpt2_scratch.generate import load
 from gpt2_scratch_errors import InputError
 
+_LEAST_SHARE_OF_ROWS = 0.75
 _PROCESS_TIMEOUT = datetime.timedelta(hours=6)  # one process downloads while the others wait
 
 
@@ -62,6 +63,7 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
             dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
             trust_remote_code=options.trust_remote_code,
         )
+    _refuse_another_tokenizer(model, tokenizer)
     started, begin = datetime.datetime.now(datetime.UTC).astimezone(), time.perf_counter()
     weights, dtype = weights_fingerprint(model), str(model.dtype).removeprefix("torch.")
     if options.output is not None:
@@ -106,6 +108,19 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     )
     print(terminal_table(results))
     _write(results, options)
+
+
+def _refuse_another_tokenizer(model: Any, tokenizer: Any) -> None:
+    """Refuse a tokenizer of far fewer tokens than the model has: a vocabulary is padded by some hundred rows at most.
+
+    One with more tokens is found by the ids that it gives.
+    """
+    rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if tokens < _LEAST_SHARE_OF_ROWS * rows:
+        raise InputError(
+            f"expected a tokenizer of about as many tokens as the model's vocabulary ({rows:,}), found {tokens:,}; "
+            "give the tokenizer that the model was trained with"
+        )
 
 
 def _finished(options: argparse.Namespace, accelerator: Accelerator, weights: str, dtype: str) -> FinishedItems | None:

@@ -9,8 +9,9 @@ import array
 import hashlib
 import json
 from collections.abc import Mapping
+from io import RawIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from evaluation.items import Generation, Item, Task
 from gpt2_scratch_errors import InputError
@@ -64,14 +65,15 @@ class FinishedItems:
 
     def __init__(self, path: Path | None, *, model: str, weights: str, dtype: str) -> None:
         self.records: dict[str, dict[str, Any]] = {}
-        self._file: TextIO | None = None
+        self._path = path
+        self._file: RawIOBase | None = None
         if path is None:
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists() and path.stat().st_size:
                 self._read(path, weights, dtype)
-            self._file = path.open("a", encoding="utf-8")
+            self._file = path.open("ab", buffering=0)  # what could not be written is not kept for later
             if not self._file.tell():
                 self._write({"model": model, "weights": weights, "dtype": dtype})
         except OSError as error:
@@ -99,12 +101,14 @@ class FinishedItems:
 
     def _write(self, line: Mapping[str, Any]) -> None:
         assert self._file is not None
+        rest = (json.dumps(line, ensure_ascii=False) + "\n").encode()
         try:
-            self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            self._file.flush()
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
+            self.close()
             raise InputError(
-                f"expected to keep finished items in {self._file.name}, found {error.strerror}; make room, and the "
+                f"expected to keep finished items in {self._path}, found {error.strerror}; make room, and the "
                 "same command goes on behind those that are there"
             ) from None
 

@@ -148,4 +148,5 @@ def _task_from_json(name: str, values: Mapping[str, Any]) -> TaskResult:
         interval = given["interval_95"]
         value = math.inf if given["value"] is None else given["value"]
         figures[figure] = Measured(value, given["stderr"], tuple(interval) if interval else None, given["metric"])
-    return TaskResult(name, values["items"], values["seconds"], figures, values.get("records", []))
+    records = [{"index": record["index"], **record} for record in values.get("records", [])]
+    return TaskResult(name, values["items"], values["seconds"], figures, records)

@@ -214,12 +214,13 @@ def _check(model: Any, items: Sequence[Item], n_positions: int) -> None:
                 ids, needed = request.context, request.max_new_tokens + 1
             else:
                 ids, needed = request.context + request.continuation, len(request.continuation)
-            if needed > n_positions:
+            # Tasks cut what does not fit, even to nothing.
+            if needed > n_positions or not request.context or not needed:
                 raise InputError(
                     f"expected items of at most {n_positions:,} tokens (the model's positions), found one that needs "
-                    f"{needed:,} at item {item.index}; take a model with more positions, or leave out the task"
+                    f"{max(needed, n_positions + 1):,} at item {item.index}; take a model with more positions, or "
+                    "leave out the task"
                 )
-            assert request.context, "a request without context has nothing to be predicted from"
             if max(ids) >= vocab_size:
                 raise InputError(
                     f"expected token ids below the model's vocabulary size {vocab_size:,}, found {max(ids):,} at item "

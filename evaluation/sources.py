@@ -104,8 +104,9 @@ def json_rows(
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise not_usable(path, number, "a JSON object", f"{line.strip()[:40]!r} ({error.msg})") from None
+            json.dumps(row, ensure_ascii=False).encode()  # "\\ud800" is JSON, but no text
+        except (ValueError, RecursionError) as error:
+            raise not_usable(path, number, "a JSON object", f"{line.strip()[:40]!r} ({str(error)[:60]})") from None
         check_row(row, fields, path, number)
         check(row, path, number)
         rows.append(row)

@@ -123,15 +123,16 @@ def test_an_output_of_another_model_is_refused(model, data, tmp_path, tokenizer_
     other = save_model(tmp_path / "other", tokenizer_folder, seed=1)
     with pytest.raises(InputError, match="with other weights; choose another --output"):
         evaluate(other, data, "--output", output, tasks=("lambada",))
-    with pytest.raises(InputError, match="in bfloat16"):
+    with pytest.raises(InputError, match=r"in bfloat16 in .* in float32; choose another --output"):
         evaluate(model, data, "--output", output, "--dtype", "bfloat16", tasks=("lambada",))
     output.unlink()  # the finished items alone are refused too
     with pytest.raises(InputError, match=r"results\.items\.jsonl, found those of"):
         evaluate(other, data, "--output", output, tasks=("lambada",))
     output.write_bytes(before)
-    output.write_text("{}")
-    with pytest.raises(InputError, match="found another file"):
-        evaluate(model, data, "--output", output, tasks=("lambada",))
+    for content in (b"{}", b"[1]", b"rubbish", before.replace(b'"source"', b'"records": [1], "source"', 1)):
+        output.write_bytes(content)
+        with pytest.raises(InputError, match="found another file"):
+            evaluate(model, data, "--output", output, tasks=("lambada",))
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(data, tmp_path):
@@ -161,6 +162,21 @@ def test_a_tokenizer_that_is_missing_or_larger_than_the_model_is_refused(model, 
         evaluate(small, data)
 
 
+def test_a_tokenizer_of_another_vocabulary_is_refused_where_all_its_ids_fit_too(data, tmp_path, tokenizer_folder):
+    padded = save_model(tmp_path / "padded", tokenizer_folder, vocab_size=384)
+    evaluate(padded, data, tasks=("lambada",))
+    large = save_model(tmp_path / "large", tokenizer_folder, vocab_size=500)
+    with pytest.raises(InputError, match=r"the model's vocabulary \(500\), found 300; give the tokenizer"):
+        evaluate(large, data, tasks=("lambada",))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_told(model, data, tmp_path):
+    (tmp_path / "results.items.jsonl").symlink_to("/dev/full")
+    with pytest.raises(InputError, match="No space left on device; make room, and the same command goes on"):
+        evaluate(model, data, "--output", tmp_path / "results.json", tasks=("lambada",))
+
+
 def test_a_model_that_gives_nan_is_refused(data, tmp_path, tokenizer_folder):
     folder = save_model(tmp_path / "model", tokenizer_folder)
     from safetensors.torch import load_file, save_file
@@ -172,10 +188,13 @@ def test_a_model_that_gives_nan_is_refused(data, tmp_path, tokenizer_folder):
         evaluate(folder, data)
 
 
-def test_items_longer_than_the_model_are_refused(data, tmp_path, tokenizer_folder):
-    folder = save_model(tmp_path / "model", tokenizer_folder, n_positions=8)
+@pytest.mark.parametrize(
+    ("task", "n_positions"), [("hellaswag", 8), ("lambada:word", 8), ("cbt_cn:full_sequence", 2), ("wikitext2", 1)]
+)
+def test_items_longer_than_the_model_are_refused(task, n_positions, data, tmp_path, tokenizer_folder):
+    folder = save_model(tmp_path / "model", tokenizer_folder, n_positions=n_positions)
     with pytest.raises(InputError, match="take a model with more positions"):
-        evaluate(folder, data, tasks=("hellaswag",))
+        evaluate(folder, data, tasks=(task,))
 
 
 @pytest.mark.parametrize(

@@ -329,6 +329,8 @@ def bad_line(path, text):
         ("hellaswag", "hellaswag_val.jsonl", "", "data in line 1 .* an empty file"),
         ("lambada", "lambada_test.jsonl", '{"text": "a b"}\n{"text": 3}\n', "text of type str in line 2"),
         ("lambada", "lambada_test.jsonl", '\n{"text": "word"}\n', "a passage and its last word in line 2"),
+        ("lambada", "lambada_test.jsonl", '{"text": "a b"}\n{"text": "a \\ud800"}\n', "a JSON object in line 2"),
+        ("lambada", "lambada_test.jsonl", "[" * 100_000, "a JSON object in line 1"),
         (
             "cbt_cn",
             "cbtest_CN_test_2500ex.txt",
