@@ -1,6 +1,7 @@
 """What a run is made of: the accelerator and the model, built from the recipe and checked before any work starts."""
 
 import datetime
+import gc
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -199,3 +200,13 @@ def prepare(accelerator: Accelerator, model: "PreTrainedModel", recipe: Recipe) 
     # Behind the sharding: its parameters are others.
     wrapped, optimizer = accelerator.prepare(ready, build_optimizer(model, recipe))
     return wrapped, optimizer
+
+
+def leave(accelerator: Accelerator) -> None:
+    """End the trackers and leave the group of processes, once the prepared model and optimizer were let go of.
+
+    What holds on to the group goes before it: torch's gloo can lock up when the group dies together with DDP.
+    """
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()

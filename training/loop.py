@@ -373,8 +373,5 @@ class Run:
         self.saving.close()
         if self.publishing is not None:
             self.publishing.close()
-        # What holds on to the group goes before it: torch's gloo can lock up when the group dies together with DDP.
         del self.model, self.optimizer, self.saving, self.watch.model
-        self.accelerator.free_memory()
-        gc.collect()
         self.watch.close()

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan
-from training.build import build_accelerator, build_model, prepare, refuse_too_many_processes
+from training.build import build_accelerator, build_model, leave, prepare, refuse_too_many_processes
 from training.checkpoint import TrainerState
 from training.data.manifest import Manifest
 from training.data.order import Order
@@ -119,7 +119,8 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
             cost = hours * batch.num_processes * price_per_gpu_hour
             say(f"cost        {cost:,.2f}, at {price_per_gpu_hour:,.2f} an hour for each of {batch.num_processes}")
     say("Nothing was started or written. Without --preflight, the same command trains.")
-    accelerator.end_training()
+    del wrapped, optimizer
+    leave(accelerator)
 
 
 def _data_of(recipe: Recipe) -> tuple[_Ids, Order | None, str]:

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from training.build import leave
 from training.compression import ScoredText
 from training.data.loader import validation_batches, validation_windows
 from training.guard import Verdict
@@ -276,7 +277,7 @@ class Watch:
         """Close the files, end the trackers, and leave the group of processes."""
         self._drawing.stop()
         self.log.close()
-        self.accelerator.end_training()
+        leave(self.accelerator)
 
 
 def _peak_flops(accelerator: Accelerator) -> float | None:
