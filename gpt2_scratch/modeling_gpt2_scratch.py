@@ -242,15 +242,18 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
 
         past_seq = 0 if past_key_values is None else past_key_values.get_seq_length()
         self._check_length(past_seq, inputs_embeds.shape[1], position_ids)
-        # Only positions that the caller gave can be those of packed documents. Told of others, a traced graph could not
-        # rule that out, and would build a dense mask at every step where sdpa needs none.
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
-        )
+        # Without padding, cache or packed documents (only positions that the caller gave can be theirs) sdpa needs no
+        # mask and is faster for it; in a traced graph `create_causal_mask` could not rule them out, and would make one.
+        special = any(argument is not None for argument in (attention_mask, past_key_values, position_ids))
+        causal_mask = None
+        if special or self.config._attn_implementation != "sdpa":
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
 
         if position_ids is None:
             positions = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_seq).unsqueeze(0)
