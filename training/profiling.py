@@ -49,7 +49,7 @@ class TraceOf:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
-            self._profiler = profile(activities=activities)
+            self._profiler = profile(activities=activities, acc_events=True)
             self._profiler.start()
 
     def after(self, step: int) -> None:
