@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from training.launching import continue_command, launch_words
+from training.launching import continue_command, launch_words, longer_command
 from training.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -56,9 +56,19 @@ def test_a_launcher_is_named_with_its_flags(parent: list[str], expected: str, mo
     below = f"{BIN.relative_to(ROOT)}/" if BIN.is_relative_to(ROOT) else ""
     expected = expected.format(accelerate=f"{below}accelerate", torchrun=f"{below}torchrun")
     assert shlex.join(launch_words()) == expected
-    assert continue_command(launch_words(), Path("runs/my run")) == (
+    newest = Path("runs/my run/checkpoints/step-000009")
+    assert continue_command(launch_words(), Path("runs/my run"), newest) == (
         f"{expected} --config 'runs/my run/recipe.yaml' --resume_from_checkpoint auto"
     )
+
+
+def test_a_branch_without_a_checkpoint_of_its_own_goes_on_from_where_it_begins() -> None:
+    begin = Path("runs/stable/checkpoints/step-000300")
+    assert continue_command(["x"], Path("runs/branch"), begin).endswith(f" --resume_from_checkpoint {begin}")
+    for newest in (None, Path("runs/branch/checkpoints/step-000310")):
+        assert continue_command(["x"], Path("runs/branch"), newest).endswith(" --resume_from_checkpoint auto")
+    # A finished run's recipe may hold the checkpoint or the `none` of its first start.
+    assert longer_command(["x"], Path("runs/branch"), 400).endswith(" --resume_from_checkpoint auto --max_steps 800")
 
 
 def test_a_launched_module_is_named_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,11 @@ def test_going_on_from_an_older_checkpoint_sets_the_other_branch_aside(tiny_reci
     assert names == {"abandoned-step-000008", "abandoned-step-000012", "step-000008", "step-000012"}
     steps = [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line]
     assert steps == list(range(1, 13))
+    # What was set aside before is nobody's to remove, and it is told where it is.
+    train(dataclasses.replace(again, resume_from_checkpoint=str(run_of(recipe) / "checkpoints" / "step-000008")))
+    names = {path.name for path in (run_of(recipe) / "checkpoints").iterdir()}
+    assert names >= {"abandoned-step-000008", "abandoned-step-000012", "abandoned-2-step-000012"}
+    assert "abandoned-2-step-000012; remove them when you like" in (run_of(recipe) / "train.log").read_text()
 
 
 def learning_rates(run: Path) -> dict[int, float]:

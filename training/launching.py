@@ -40,18 +40,23 @@ def program(name: str) -> str:
     return _shown(Path(sys.prefix) / "bin" / name)
 
 
-def continue_command(launch: Sequence[str], output_dir: Path) -> str:
-    """The command that goes on with a run from its newest checkpoint."""
-    return f"{_with_recipe(launch, output_dir)} --resume_from_checkpoint auto"
+def continue_command(launch: Sequence[str], output_dir: Path, newest: Path | None) -> str:
+    """The command that goes on with a run.
+
+    Arguments:
+        launch: how the run was launched (`launch_words`).
+        output_dir: its folder.
+        newest: the checkpoint that it goes on from; of another folder for a branch that has none of its own yet.
+    """
+    is_elsewhere = newest is not None and newest.resolve().parent != (output_dir / "checkpoints").resolve()
+    # Said even where it is the default: the recipe may have been told another one for its first start.
+    wish = quote(str(newest)) if is_elsewhere else "auto"
+    return f"{join(launch)} --config {quote(str(output_dir / 'recipe.yaml'))} --resume_from_checkpoint {wish}"
 
 
 def longer_command(launch: Sequence[str], output_dir: Path, steps: int) -> str:
     """The command that takes a complete run to twice its length."""
-    return f"{_with_recipe(launch, output_dir)} --max_steps {2 * steps}"
-
-
-def _with_recipe(launch: Sequence[str], output_dir: Path) -> str:
-    return f"{join(launch)} --config {quote(str(output_dir / 'recipe.yaml'))}"
+    return f"{continue_command(launch, output_dir, None)} --max_steps {2 * steps}"
 
 
 def _parents_words() -> list[str]:

@@ -137,13 +137,16 @@ class Run:
                 loop_state=self.loop_state,
             )
         # Nothing is written before everything could be built.
+        set_aside: list[Path] = []
         if accelerator.is_main_process:
             recipe.save(plan.output_dir / "recipe.yaml")
-            set_aside_later_checkpoints(plan.output_dir, plan.first_step)
+            set_aside = set_aside_later_checkpoints(plan.output_dir, plan.first_step)
             # Not only at the next save: a run that was killed in its last one has none before it.
             remove_leftovers(plan.output_dir)
         self.watch = Watch(plan, accelerator, self.model, parameters=self.parameters)
         self.log = self.watch.log
+        if set_aside:
+            self.log.say(f"later checkpoints are kept as {', '.join(map(str, set_aside))}; remove them when you like")
         self.saving = Saving(
             plan,
             accelerator,
@@ -234,7 +237,8 @@ class Run:
         name, total = signal.Signals(number).name, self.plan.total_steps
         self.log.say(
             f"{name}: stopped after step {done:,} of {total:,}; the run goes on from "
-            f"{self.saving.newest or 'its beginning'} with\n  {continue_command(self.launch, self.plan.output_dir)}"
+            f"{self.saving.newest or 'its beginning'} with\n  "
+            + continue_command(self.launch, self.plan.output_dir, self.saving.newest)
         )
         raise SystemExit(128 + number)
 
@@ -288,11 +292,14 @@ class Run:
         say = AtMostEvery(SECONDS_BETWEEN_LINES, self.log.say)
 
         def waiting(step: int) -> None:
-            leave, _ = self.agreement.exchange(self.signals.received, 0)
+            # Processes that read ahead may wait in the middle of a step.
+            between_steps = not recipe.dataloader_num_workers
+            save_is_due = between_steps and self.saving.due_by_clock()
+            leave, by_clock = self.agreement.exchange(self.signals.received, save_is_due)
+            asked = between_steps and (leave or by_clock)
+            if asked and step > self.saving.saved_step and self._weights_are_good(step):
+                self.saving.save(step)
             if leave:
-                # Processes that read ahead may wait in the middle of a step.
-                if not recipe.dataloader_num_workers and step > self.saving.saved_step and self._weights_are_good(step):
-                    self.saving.save(step)
                 self._leave(step, leave)
             say(
                 f"step {step + 1} waits for the corpus: its shards are not ready yet on every node, "

@@ -4,9 +4,9 @@ import contextlib
 import fcntl
 import math
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
+from itertools import chain, count
 from pathlib import Path
 
 import yaml
@@ -125,19 +125,32 @@ def _refuse_another_run(recipe: Recipe, earlier: dict[str, object], where: str) 
         )
 
 
+def refuse_earlier_end(checkpoint: Path, done: int, end: int) -> None:
+    """Refuse to go on to an end that lies before the checkpoint.
+
+    Raises:
+        InputError: it does.
+    """
+    if done > end:
+        raise InputError(
+            f"{checkpoint} is {done:,} steps long, and the run was asked to end after {end:,}; "
+            "give it a later end, or choose another output_dir"
+        )
+
+
 def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
     """Rename checkpoints that lie behind `step`, where a run is about to go on from an older one.
 
     Otherwise the branch that was left would be continued, or make the new one's checkpoints look old.
 
     Returns:
-        Their new places, `checkpoints/abandoned-step-000060`.
+        Their new places, `checkpoints/abandoned-step-000060`; `abandoned-2-step-000060` where that is taken.
     """
     places = []
     for path in checkpoints(output_dir):
         if step_of(path) > step:
-            place = path.with_name(f"abandoned-{path.name}")
-            shutil.rmtree(place, ignore_errors=True)
+            names = chain([f"abandoned-{path.name}"], (f"abandoned-{number}-{path.name}" for number in count(2)))
+            place = next(place for name in names if not (place := path.with_name(name)).exists())
             places.append(path.rename(place))
     return places
 
