@@ -15,6 +15,12 @@ CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
+@pytest.fixture(autouse=True)
+def _free_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another program may be at accelerate's usual port while the tests run."""
+    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+
+
 def merged(config: Path) -> argparse.Namespace:
     """The launcher's arguments with the file's values in, as `accelerate launch` itself puts them together."""
     return _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(config), "train.py"]))[0]
@@ -67,6 +73,11 @@ def test_the_launcher_starts_what_the_name_says(
     assert arguments.use_cpu == name.startswith("cpu")
 
 
+def test_two_cpu_processes_see_no_gpu() -> None:
+    # use_cpu does not reach them: accelerate tells it to a process that it starts alone.
+    assert prepare_multi_gpu_env(merged(CONFIGS / "cpu_2_processes.yaml"))["CUDA_VISIBLE_DEVICES"] == "-1,-1"
+
+
 def test_fsdp2_reaches_the_processes_as_the_file_says() -> None:
     environment = prepare_multi_gpu_env(merged(CONFIGS / "fsdp2_8xa100.yaml"))
     assert environment["ACCELERATE_USE_FSDP"] == "true"
@@ -78,8 +89,7 @@ def test_fsdp2_reaches_the_processes_as_the_file_says() -> None:
     assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
 
 
-def test_both_machines_meet_where_the_file_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("accelerate.utils.launch.is_port_in_use", lambda port: False)
+def test_both_machines_meet_where_the_file_says() -> None:
     arguments = merged(CONFIGS / "multi_node_ddp.yaml")
     prepare_multi_gpu_env(arguments)
     assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 0)
