@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+_LAUNCHERS_REPORT = "TORCHELASTIC_ERROR_FILE"
 _SECONDS_FOR_THE_FIRST_PROCESS = 20.0  # on a busy machine it may come that much later to the same mistake
 
 
@@ -43,7 +44,10 @@ def run_command(main: Callable[[], None]) -> None:
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # Most mistakes meet every process, and one line is enough: when the first process tells it and ends, the
             # launcher ends this one here.
-            time.sleep(_SECONDS_FOR_THE_FIRST_PROCESS)
+            try:
+                time.sleep(_SECONDS_FOR_THE_FIRST_PROCESS)
+            except KeyboardInterrupt:
+                sys.exit(130)
         print(f"error: {error}", file=sys.stderr)
         _tell_launcher(f"error: {error}")
         sys.exit(2)
@@ -55,9 +59,14 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(1)
 
 
+def environment_of_helpers(**more: str) -> dict[str, str]:
+    """The environment for programs that a process of a run starts: their mistakes are not the run's to its launcher."""
+    return {name: value for name, value in os.environ.items() if name != _LAUNCHERS_REPORT} | more
+
+
 def _tell_launcher(message: str) -> None:
     """Let a launcher of several processes end its own report, which buries our line, with the same words."""
-    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    report = os.environ.get(_LAUNCHERS_REPORT)
     if report:
         with contextlib.suppress(OSError):
             Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")

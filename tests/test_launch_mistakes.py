@@ -1,9 +1,11 @@
 """What can go wrong between `accelerate launch` and the first step, each told in one line."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -15,11 +17,13 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from gpt2_scratch_errors import InputError
 from training import build
 from training.build import build_accelerator, build_model, refuse_too_many_processes
+from training.data.beside import ProducerBeside
 from training.data.patience import cache_refusal
 from training.loop import train
 from training.preflight import preflight
 from training.recipe import Recipe
 
+MISTAKE = "from gpt2_scratch_errors import *\ndef main(): raise InputError('no')\nrun_command(main)"
 ROOT = Path(__file__).parent.parent
 Make = Callable[..., Recipe]
 
@@ -82,8 +86,7 @@ def test_processes_that_are_told_to_take_the_cpu_need_no_gpu(
 
 
 def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes(tmp_path: Path) -> None:
-    mistake = "from gpt2_scratch_errors import *\ndef main(): raise InputError('no')\nrun_command(main)"
-    command, pipe = [sys.executable, "-c", mistake], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", MISTAKE], subprocess.PIPE
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
     with subprocess.Popen(command, stderr=pipe, env={**environment, "LOCAL_RANK": "1"}) as second:
         with pytest.raises(subprocess.TimeoutExpired):
@@ -94,6 +97,28 @@ def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes(t
         assert ProcessFailure(0, 1, 2, environment["TORCHELASTIC_ERROR_FILE"]).message == "error: no"
         second.terminate()  # as the launcher does when the first has ended
         assert second.communicate() == (None, b"")
+
+
+def test_ctrl_c_while_a_mistake_waits_for_the_first_process_is_no_traceback() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [sys.executable, "-c", f"print(flush=True)\n{MISTAKE}"], stdout=pipe, stderr=pipe, env=environment
+    ) as second:
+        assert second.stdout is not None
+        second.stdout.readline()
+        time.sleep(0.2)
+        second.send_signal(signal.SIGINT)
+        assert second.communicate(timeout=30)[1] == b""
+        assert second.returncode == 130
+
+
+def test_helpers_of_a_run_do_not_report_to_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    producer = ProducerBeside()
+    producer.say = lambda line: None
+    assert producer._run([sys.executable, "-c", MISTAKE]) == (2, "no")
+    assert not (tmp_path / "error.json").exists()
 
 
 def test_a_port_in_use_is_one_line(

@@ -67,6 +67,12 @@ def test_a_run_that_was_begun_is_counted_from_its_checkpoint(
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_an_end_before_the_checkpoint_is_refused_as_training_does(tiny_recipe: Make) -> None:
+    train(tiny_recipe(max_steps=8))
+    with pytest.raises(InputError, match="is 8 steps long, and the run was asked to end after 4; give it a later end"):
+        preflight(tiny_recipe(max_steps=4))
+
+
 def test_epochs_of_a_corpus_that_is_not_there_have_no_length(
     tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,5 +119,6 @@ def test_a_model_that_does_not_fit_is_one_line(tiny_recipe: Make, monkeypatch: p
 def test_hours_count_the_steps_that_are_left_and_their_validations(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=100, eval_steps=25, eval_tokens=7_680)
     batch = plan_batch(tokens_per_step=256, seq_len=32, per_device=4, num_processes=1)
-    # 60 steps, and 3 validations (50, 75, 100) of a third of 30 steps each.
+    # 60 steps, and 3 validations (50, 75, 100) of a third of 30 steps each; and of 90 to 110, two (100, 110).
+    assert module._hours(recipe, batch, steps=110, done=90, seconds=36.0) == pytest.approx((20 + 20) * 36 / 3600)
     assert module._hours(recipe, batch, steps=100, done=40, seconds=36.0) == pytest.approx((60 + 30) * 36 / 3600)

@@ -23,7 +23,7 @@ from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.data.workers import usable_cpus
 from training.publishing import claim_repository
 from training.recipe import Recipe
-from training.resume import find_resume_point
+from training.resume import find_resume_point, refuse_earlier_end
 from training.task_evaluation import TaskEvaluation
 
 _SECONDS_BETWEEN_LOOKS = 0.3
@@ -115,11 +115,8 @@ def plan_run(recipe: Recipe, producer: ProducerBeside, *, least: Callable[[int],
         refuse_other_data(state, folder, tokenizer, recipe)
         first_step = state.step
     end = total_steps(recipe, shards.order)
-    if first_step > end:
-        raise InputError(
-            f"{resume_from} is {first_step:,} steps long, and the run was asked to end after {end:,}; "
-            "give it a later end, or choose another output_dir"
-        )
+    if resume_from is not None:
+        refuse_earlier_end(resume_from, first_step, end)
     tasks = TaskEvaluation(recipe, tokenizer) if recipe.eval_tasks else None
     return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step, repo_id, tasks)
 

@@ -34,7 +34,7 @@ from training.memory import available_memory, expected_memory
 from training.plan import batch_of, total_steps
 from training.progress import duration
 from training.recipe import Recipe
-from training.resume import find_resume_point
+from training.resume import find_resume_point, refuse_earlier_end
 from training.step import train_step
 from training.summary import device_name
 
@@ -101,6 +101,8 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     steps = None if unknown else total_steps(recipe, order)
     done = TrainerState.read(resume_from).step if resume_from else 0
     if steps is not None:
+        if resume_from is not None:
+            refuse_earlier_end(resume_from, done, steps)
         tokens = steps * batch.tokens_per_step
         going_on = f"; {done:,} steps are done" if done else ""
         say(f"length      {steps:,} steps, {tokens:,} tokens{going_on}")
@@ -234,7 +236,8 @@ def _seconds_of_a_step(
 
 def _hours(recipe: Recipe, batch: BatchPlan, *, steps: int, done: int, seconds: float) -> float:
     """Hours of the steps that are left and of their validations."""
-    validations = (steps // recipe.eval_steps - done // recipe.eval_steps) if recipe.eval_steps else 1
+    every = recipe.eval_steps or steps
+    validations = steps // every - done // every + (steps % every > 0)  # one at the end at any rate
     scored = validations * recipe.eval_tokens * _FORWARD_SHARE
     return ((steps - done) + scored / batch.tokens_per_step) * seconds / 3600
 

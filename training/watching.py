@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from gpt2_scratch_errors import environment_of_helpers
 from training.build import leave
 from training.compression import ScoredText
 from training.data.loader import validation_batches, validation_windows
@@ -51,6 +52,7 @@ class _DrawingBeside:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
+            env=environment_of_helpers(),
             start_new_session=True,  # Ctrl-C on the terminal is training's to answer
         )
         os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # it gives way to training

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from gpt2_scratch_errors import InputError
+from gpt2_scratch_errors import InputError, environment_of_helpers
 from training.data.reporting import AtMostEvery
 
 SECONDS_BETWEEN_LINES = 60.0
@@ -126,7 +126,7 @@ class ProducerBeside:
                 stderr=errors,
                 text=True,
                 errors="replace",
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"},
+                env=environment_of_helpers(PYTHONPATH=os.pathsep.join(paths), PYTHONUNBUFFERED="1"),
                 start_new_session=True,  # Ctrl-C is training's, which then ends the producer
             ) as process,
         ):
