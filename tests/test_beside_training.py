@@ -118,6 +118,21 @@ def test_mistake_before_the_first_shard_ends_the_wait(tmp_path: Path) -> None:
     assert lines == []
 
 
+def test_producer_that_failed_just_before_training_begins_is_told_and_started_again(tmp_path: Path) -> None:
+    marker = tmp_path / "tries"
+    code = f"marker = pathlib.Path({str(marker)!r}); tries = marker.exists(); marker.touch()\n"
+    lines: list[str] = []
+    with ProducerBeside(lines.append) as producer:
+        producer.start(
+            script(tmp_path, code + "if not tries: sys.exit(print('error: bad', file=sys.stderr) or 2)\nprint('well')")
+        )
+        wait_until(lambda: producer.hopeless)
+        producer.training_begins()
+        wait_until(lambda: len(lines) == 2)
+    died = "The producer of shards died: bad; training goes on with the shards there are; it starts again in 1 s"
+    assert lines == [died, "well"]
+
+
 def test_killed_producer_is_started_again_and_named_as_killed(tmp_path: Path) -> None:
     lines: list[str] = []
     with ProducerBeside(lines.append) as producer:

@@ -26,6 +26,7 @@ _LONGEST_DELAY_SECONDS = 600.0
 _HEALTHY_SECONDS = 120.0  # a producer that lived this long had nothing lasting wrong with it
 _TRIES_BEFORE_TRAINING = 5
 _SECONDS_TO_END = 15.0
+_SECONDS_BETWEEN_LOOKS = 0.1
 _USER_MISTAKE = 2  # the exit code of `run_command`
 
 
@@ -62,7 +63,7 @@ class ProducerBeside:
         self._thread.start()
 
     def training_begins(self) -> None:
-        """From now on an error of the producer is told, and no longer a reason to end."""
+        """From now on an error of the producer is told, and no longer a reason to end; an earlier one is told now."""
         self._training = True
 
     @property
@@ -106,7 +107,12 @@ class ProducerBeside:
             deaths += 1
             if not self._training and (exit_code == _USER_MISTAKE or deaths == _TRIES_BEFORE_TRAINING):
                 self._hopeless = error
-                return
+                # The shards that training begins with may have become whole just before.
+                while not self._training and not self._stopping.wait(_SECONDS_BETWEEN_LOOKS):
+                    pass
+                self._hopeless = None
+                if self._stopping.is_set():
+                    return
             if time.monotonic() - started > _HEALTHY_SECONDS:
                 delay = _FIRST_DELAY_SECONDS
             what = "training goes on with the shards there are; " if self._training else ""
