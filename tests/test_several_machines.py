@@ -1,5 +1,6 @@
 """Machines with data folders of their own, begun together: processes that stand for them, with a short time-out."""
 
+import dataclasses
 import fcntl
 import shutil
 import time
@@ -10,6 +11,7 @@ import pytest
 from growing_folder import GrowingFolder, restore
 from processes import ProcessesOfARun
 
+from training.data.manifest import Manifest
 from training.progress import read_metrics
 from training.recipe import Recipe
 
@@ -60,6 +62,22 @@ def test_machine_whose_corpus_cannot_be_read_ends_all_of_them_with_a_line_each(
     assert processes.wait() == [2, 2]
     errors = sorted(line for line in processes.printed.read_text().splitlines() if line.startswith("error: "))
     assert len(errors) == 2
-    assert errors[0].startswith("error: another machine cannot make the shards that the run begins with")
+    assert errors[0].startswith("error: another process of the run met a mistake and the run cannot begin")
     assert errors[1].startswith("error: expected the field 'text' in")
     assert "Traceback" not in processes.printed.read_text()
+
+
+def test_machines_with_different_data_do_not_train_together(
+    start: Callable[..., tuple[ProcessesOfARun, list[Recipe]]], shard_folder: Path, tmp_path: Path
+) -> None:
+    data = tmp_path / "data-1"
+    shutil.copytree(shard_folder, data)
+    manifest = Manifest.read(data)
+    assert manifest is not None
+    dataclasses.replace(manifest, corpus_revision="another").write(data)
+    processes, recipes = start(data)
+    assert processes.wait() == [2, 2], processes.printed.read_text()
+    lines = processes.printed.read_text()
+    assert lines.count("error: expected the same data on every machine, found different ones") == 2
+    assert "Traceback" not in lines
+    assert not any(Path(recipe.output_dir).exists() for recipe in recipes)

@@ -2,7 +2,6 @@
 
 import filecmp
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,13 +20,11 @@ from training.data.request import ShardRequest
 from training.data.shards import ShardFolder, holds_foreign_shards
 from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.data.workers import usable_cpus
+from training.machines import Machines
 from training.publishing import claim_repository
 from training.recipe import Recipe
 from training.resume import find_resume_point, refuse_earlier_end
 from training.task_evaluation import TaskEvaluation
-
-_SECONDS_BETWEEN_LOOKS = 0.3
-_HOPELESS, _WAITING, _READY = range(3)  # a machine's first shards; the smallest of all machines' counts
 
 
 @dataclass(frozen=True)
@@ -95,11 +92,19 @@ def plan_run(recipe: Recipe, producer: ProducerBeside, *, least: Callable[[int],
     Raises:
         InputError: whatever would make the run fail, or another run than was asked for.
     """
+    machines = Machines(least)
+    with machines.told_of_mistakes():
+        plan = _plan(recipe, producer, machines)
+        machines.compare(plan.folder, plan.tokenizer)
+    return plan
+
+
+def _plan(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> Plan:
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
     # Before the data, which may take minutes to come.
     repo_id = claim_repository(recipe) if recipe.push_to_hub and os.environ.get("RANK", "0") == "0" else None
-    folder, tokenizer = open_data(recipe, producer, least)
+    folder, tokenizer = open_data(recipe, producer, machines)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
     # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
     folder.check_ids(tokenizer.vocab_size, [folder.val_shard, *folder.train_shards[:1]])
@@ -132,7 +137,7 @@ def batch_of(recipe: Recipe) -> BatchPlan:
     )
 
 
-def open_data(recipe: Recipe, producer: ProducerBeside, least: Callable[[int], int]) -> tuple[ShardFolder, Tokenizer]:
+def open_data(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> tuple[ShardFolder, Tokenizer]:
     """The recipe's shards and their tokenizer; for a folder that is not complete, the first process of a node starts
     the producer.
 
@@ -142,7 +147,7 @@ def open_data(recipe: Recipe, producer: ProducerBeside, least: Callable[[int], i
     path = Path(recipe.data_dir)
     if holds_foreign_shards(path):
         opened = _open_foreign_shards(path, recipe)
-        _wait_for(lambda: True, producer, least)
+        machines.wait_for(lambda: True, producer)
         return opened
     request = ShardRequest(
         corpus=recipe.corpus,
@@ -158,7 +163,7 @@ def open_data(recipe: Recipe, producer: ProducerBeside, least: Callable[[int], i
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         producer.start(producer_command(path, [*request.flags(), "--num_workers", str(workers)]))
     all_of_them = recipe.num_train_epochs is not None  # their number gives epochs their length
-    _wait_for(lambda: _can_begin(Manifest.read(path), all_of_them=all_of_them), producer, least)
+    machines.wait_for(lambda: _can_begin(Manifest.read(path), all_of_them=all_of_them), producer)
     folder, tokenizer = ShardFolder.open(path), Tokenizer.load(path)
     if folder.manifest is not None and tokenizer.fingerprint != folder.manifest.tokenizer_fingerprint:
         raise InputError(
@@ -191,29 +196,6 @@ def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
 def _can_begin(manifest: Manifest | None, *, all_of_them: bool) -> bool:
     """Whether validation and the first training shard are whole, or all shards."""
     return manifest is not None and (manifest.complete or (len(manifest.shards) > 1 and not all_of_them))
-
-
-def _wait_for(ready: Callable[[], bool], producer: ProducerBeside, least: Callable[[int], int]) -> None:
-    """Wait until the shards that a run begins with are there, on every machine.
-
-    Machines tell each other every moment how it stands. One that is ready would else wait for the others in the first
-    exchange of training, which ends the run when it takes longer than processes may keep each other waiting.
-
-    Raises:
-        InputError: a producer ended for a reason that will not go away.
-    """
-    several_machines = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
-    while True:
-        state = _READY if ready() else _HOPELESS if producer.hopeless else _WAITING
-        if several_machines:
-            state = least(state)
-        if state == _READY:
-            producer.training_begins()
-            return
-        producer.check()
-        if state == _HOPELESS:
-            raise InputError("another machine cannot make the shards that the run begins with; its last line says why")
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
 def total_steps(recipe: Recipe, order: Order | None) -> int:
