@@ -285,6 +285,20 @@ def test_run_dry_waits_with_a_message_and_goes_on(
     ]
 
 
+@pytest.mark.parametrize("shards", [3, 2], ids=["complete", "begun"])
+def test_folder_prepared_with_a_limit_of_tokens_is_trained_on(
+    shards: int, tiny_recipe: Make, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(data_dir=str(tmp_path / "whole"), max_steps=3, eval_steps=0, sample_steps=0, save_steps=0)
+    sizes = {"shard_tokens": 9_000, "val_tokens": 2_000, "max_tokens": 12_000, "num_workers": 0}
+    produce(tmp_path / "whole", corpus=str(text_file), tokenizer=recipe.tokenizer, report=lambda line: None, **sizes)
+    folder = GrowingFolder(tmp_path / "whole", tmp_path / "data")
+    steps = 2 if folder.show(shards, complete=shards == 3).complete else 40  # the first shard has 35
+    train(dataclasses.replace(recipe, data_dir=str(folder.path), max_steps=steps))
+    manifest = Manifest.read(folder.path)
+    assert manifest == folder.whole
+
+
 def test_length_in_epochs_needs_the_whole_folder(tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(data_dir=str(tmp_path / "data"), max_steps=None, num_train_epochs=0.1, eval_steps=0)
     train(recipe)

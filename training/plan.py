@@ -149,6 +149,7 @@ def open_data(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> t
         opened = _open_foreign_shards(path, recipe)
         machines.wait_for(lambda: True, producer)
         return opened
+    begun = Manifest.read(path)
     request = ShardRequest(
         corpus=recipe.corpus,
         corpus_config=recipe.corpus_config,
@@ -156,6 +157,8 @@ def open_data(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> t
         tokenizer=recipe.tokenizer,
         shard_tokens=recipe.shard_tokens,
         val_tokens=recipe.validation_shard_tokens,
+        # No recipe says it, since it limits the folder and not the run: whoever prepared the folder has chosen.
+        max_tokens=None if begun is None else begun.max_tokens,
     )
     manifest = request.manifest_in(path)
     if (manifest is None or not manifest.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
