@@ -206,6 +206,30 @@ def test_ready_shards_are_downloaded_in_order_and_go_on_after_a_reset(
     assert "3 shards" in told
 
 
+def test_ready_shards_of_one_name_in_two_folders_are_refused_unless_one_is_named(
+    tmp_path: Path, prepare: Callable[..., Any]
+) -> None:
+    files = {
+        f"{folder}/x_{split}_00000{number}.npy": npy_shard(np.full(100, ids))
+        for ids, folder in enumerate("ab")
+        for number, split in enumerate(("val", "train"))
+    }
+    with serving(LoopbackHub({"org/shards": files})) as hub:
+        told = finished(prepare(hub, "org/shards"), exit_code=2)
+        assert "found a/x_val_000000.npy and b/x_val_000000.npy; name the folder" in told
+        assert not (tmp_path / "out").exists()
+        finished(prepare(hub, "org/shards", "--corpus_config", "b"))
+    assert all((shard.read() == 1).all() for shard in ShardFolder.open(tmp_path / "out").shards)
+
+
+def test_limit_of_tokens_counts_training_shards_only(tmp_path: Path, prepare: Callable[..., Any]) -> None:
+    names = ("val_000000", "val_000001", "train_000002", "train_000003")
+    files = {f"x_{name}.npy": npy_shard(np.full(100, 1)) for name in names}
+    with serving(LoopbackHub({"org/shards": files})) as hub:
+        finished(prepare(hub, "org/shards", "--max_tokens", "100"))
+    assert [shard.split for shard in ShardFolder.open(tmp_path / "out").shards] == ["val", "val", "train"]
+
+
 def test_ready_shards_of_another_tokenizer_are_refused(tmp_path: Path, prepare: Callable[..., Any]) -> None:
     files = {f"x_{split}_00000{i}.npy": npy_shard(np.full(100, 270)) for i, split in enumerate(("val", "train"))}
     with serving(LoopbackHub({"org/shards": files})) as hub:

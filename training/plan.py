@@ -198,7 +198,9 @@ def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
 
 def _can_begin(manifest: Manifest | None, *, all_of_them: bool) -> bool:
     """Whether validation and the first training shard are whole, or all shards."""
-    return manifest is not None and (manifest.complete or (len(manifest.shards) > 1 and not all_of_them))
+    return manifest is not None and (
+        manifest.complete or (any(shard.split == "train" for shard in manifest.shards) and not all_of_them)
+    )
 
 
 def total_steps(recipe: Recipe, order: Order | None) -> int:

@@ -50,6 +50,10 @@ class HubCorpus(Corpus):
         self.revision = revision
         return True
 
+    def is_place(self, place: Place) -> bool:
+        """Return whether a place has a row and a stream's state."""
+        return isinstance(place, dict) and isinstance(place.get("row"), int) and isinstance(place.get("state"), dict)
+
     def share_before(self, place: Place) -> float | None:
         """Return the share of the rows before a place; see `_count_rows`."""
         return min(1.0, place["row"] / self._rows_in_all) if self._rows_in_all else None
@@ -60,7 +64,7 @@ class HubCorpus(Corpus):
         With a config, only those in the folder of that name count.
 
         Raises:
-            InputError: there are shards, but none for validation or none for training, or of two kinds.
+            InputError: there are shards, but none for validation or none for training, of two kinds, or of one name.
         """
         import huggingface_hub
 
@@ -78,6 +82,13 @@ class HubCorpus(Corpus):
                 f"expected shards of one kind for validation and for training in {self.repository}, found "
                 f"{len(val)} and {len(train)} of {' and '.join(sorted(kinds))}; name their folder with --corpus_config"
             )
+        by_name = {PurePosixPath(name).name: name for name in (*val, *train)}
+        for name in (*val, *train):
+            if (other := by_name[PurePosixPath(name).name]) != name:
+                raise InputError(
+                    f"expected shards of different names in {self.repository}, found {name} and {other}; "
+                    "name the folder of those that are meant with --corpus_config"
+                )
         return [*val, *train]
 
     def file_sizes(self, names: list[str]) -> dict[str, int]:

@@ -82,7 +82,7 @@ def _download(
                 shards=len(manifest.shards),
                 share=1 - (left - sizes[name]) / sum(sizes.values()),
             )
-            trained = manifest.tokens - manifest.shards[0].tokens
+            trained = sum(shard.tokens for shard in manifest.shards if shard.split == "train")
             if request.max_tokens is not None and trained >= request.max_tokens:
                 break
     assert manifest is not None
