@@ -33,7 +33,7 @@ import torch
 # Before benchmarks/, which Python put first and whose evaluation.py is not the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpt2_scratch_errors import run_command
+from gpt2_scratch_errors import InputError, run_command
 from training.batch import plan_batch
 from training.data.corpus import INSTALLED_DOCS, Document, open_corpus
 from training.data.growing import TrainingShards
@@ -163,6 +163,10 @@ def main() -> None:
     parser.add_argument("--corpus", default=INSTALLED_DOCS, help="as in python -m training.prepare")
     parser.add_argument("--workers", type=int, default=min(2, usable_cpus()))
     arguments = parser.parse_args()
+    if min(arguments.rounds, arguments.workers) < 1:
+        raise InputError(
+            f"expected a round and a worker at least, found {arguments.rounds} rounds and {arguments.workers} workers"
+        )
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
         f"{platform.python_version()}, tiktoken {tiktoken.__version__}, torch {torch.__version__}; "

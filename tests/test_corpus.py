@@ -94,6 +94,12 @@ def test_line_that_is_not_json_is_refused_with_its_number(tmp_path):
         list(open_corpus(str(path)).documents())
 
 
+def test_line_with_a_number_that_python_does_not_read_is_refused(tmp_path):
+    (tmp_path / "c.jsonl").write_text('{"text": "a", "id": ' + "1" * 5000 + "}\n")
+    with pytest.raises(InputError, match=r"c\.jsonl line 1, found text that is not JSON .*4300 digits"):
+        list(open_corpus(str(tmp_path / "c.jsonl")).documents())
+
+
 def test_line_that_is_no_object_is_refused(tmp_path):
     (tmp_path / "c.jsonl").write_text('"just text"\n')
     with pytest.raises(InputError, match=r"JSON object in .*line 1, found str"):

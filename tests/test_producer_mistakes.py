@@ -7,6 +7,7 @@ import re
 import resource
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from evaluation.atomic import UNFINISHED_SUFFIX
 from gpt2_scratch_errors import InputError
 from training.data import producer, reporting
 from training.data.folder_lock import LOCK_NAME
+from training.data.manifest import Manifest, ResumePoint
 from training.data.producer import produce
 from training.data.shards import ShardFolder
 from training.data.workers import map_in_order
@@ -34,6 +36,8 @@ ROOT = Path(__file__).parents[1]
         ({"corpus": "nowhere"}, "expected a corpus, found 'nowhere'"),
         ({"shard_tokens": 0}, "expected shard_tokens of at least 2, found 0"),
         ({"val_tokens": 0}, "expected val_tokens of at least 1, found 0"),
+        ({"shard_tokens": 10**15}, "expected shard_tokens of at most 4,294,967,296, found 1,000,000,000,000,000"),
+        ({"val_tokens": 10**15}, "expected val_tokens of at most 4,294,967,296"),
         ({"max_tokens": -1}, "expected max_tokens of at least 2, found -1"),
         ({"num_workers": -1}, "expected num_workers of at least 0, found -1"),
     ],
@@ -105,6 +109,26 @@ def test_time_left_is_told_where_the_end_is_known(tmp_path, settings, monkeypatc
         shares = [int(match[1]) for line in lines if (match := re.search(r" (\d+)%, \d+ s left", line))]
         assert len(shares) > 3
         assert shares == sorted(shares)
+
+
+def test_shard_that_memory_does_not_hold_is_one_clear_error(tmp_path, settings, monkeypatch):
+    def full(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("training.data.shards.np.empty", full)
+    with pytest.raises(InputError, match="expected memory for a shard of 1,500 tokens, found too little"):
+        produce(tmp_path / "out", **settings)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", [7, "there", [0, 1], [9, 0, 0], [0, -1, 0], {"row": 1}, None])
+def test_place_that_the_corpus_does_not_have_is_refused(tmp_path, settings, place):
+    produce(tmp_path, **settings)
+    manifest = Manifest.read(tmp_path)
+    begun = replace(manifest, shards=manifest.shards[:1], complete=False, resume=ResumePoint(0, place))
+    begun.write(tmp_path)
+    with pytest.raises(InputError, match=r"expected a place in 'c' to go on from .* delete the folder"):
+        produce(tmp_path, **settings)
 
 
 def test_two_producers_do_not_fill_one_folder(tmp_path, settings):

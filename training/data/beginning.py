@@ -53,12 +53,17 @@ def take_up_folder(output: Path, source: Corpus, manifest: Manifest) -> Tokenize
     """Return the tokenizer of a folder that was left incomplete, and rid it of what is not whole.
 
     Raises:
-        InputError: the corpus or the tokenizer is no longer the same.
+        InputError: the corpus or the tokenizer is no longer the same, or the corpus has no such place.
     """
     if not source.can_go_on_from(manifest.corpus_revision):
         raise InputError(
             f"expected the corpus that {output} was begun with, found that '{source.name}' has changed since; "
             "delete the folder and prepare it again"
+        )
+    if manifest.resume is not None and not source.is_place(manifest.resume.place):
+        raise InputError(
+            f"expected a place in '{source.name}' to go on from in {manifest_path(output)}, "
+            f"found {manifest.resume.place!r:.40}; delete the folder and prepare it again"
         )
     tokenizer = Tokenizer.load(output)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:

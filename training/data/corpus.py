@@ -78,6 +78,10 @@ class Corpus(ABC):
         if empty and start is None:
             raise InputError(f"expected documents in the corpus '{self.name}', found none; give another --corpus")
 
+    @abstractmethod
+    def is_place(self, place: Place) -> bool:
+        """Return whether a place, which a manifest has kept, is of this corpus's kind."""
+
     def share_before(self, place: Place) -> float | None:
         """Return how much of the corpus lies before a document's place, between 0 and 1; None where nobody knows."""
         return None
@@ -172,6 +176,10 @@ class InstalledDocs(Corpus):
 
     def __init__(self, *, num_workers: int | None = None) -> None:
         self._num_workers = num_workers
+
+    def is_place(self, place: Place) -> bool:
+        """Return whether a place is the number of a docstring."""
+        return isinstance(place, int) and 0 <= place < len(self._docstrings)
 
     def share_before(self, place: Place) -> float | None:
         """Return the share of the docstrings that come before."""

@@ -82,6 +82,15 @@ class FileCorpus(Corpus):
         """Return an eighth of the files' bytes: compression only makes it less than there is."""
         return sum(self._sizes) // _MOST_BYTES_PER_TOKEN
 
+    def is_place(self, place: Place) -> bool:
+        """Return whether a place lies in one of the files."""
+        return (
+            isinstance(place, list)
+            and len(place) == 3
+            and all(isinstance(number, int) and number >= 0 for number in place)
+            and place[0] < len(self._files)
+        )
+
     def share_before(self, place: Place) -> float | None:
         """Return the share of the files' bytes before a place."""
         number, position, _ = place
@@ -172,7 +181,7 @@ def _read_json_lines(file: Path, text_field: str, number: int, position: int, li
         text, replaced = _decoded(line, "utf-8" if before else "utf-8-sig")
         try:
             row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits are ValueErrors too
             raise InputError(
                 f"expected a JSON object in {file} line {before + 1:,}, found text that is not JSON ({error})"
             ) from None

@@ -138,8 +138,12 @@ def _manifest_of(data: dict[str, Any]) -> Manifest:
         raise _UnfitError("shards without tokens")
     if splits != sorted(splits, reverse=True) or splits[:1] == ["train"]:
         raise _UnfitError("shards in another order than validation, training")
+    if manifest.complete and shards and "train" not in splits:
+        raise _UnfitError("no training shard, and all are there")
+    if any(shard.tokens < 1 or shard.documents < 0 for shard in shards):
+        raise _UnfitError("a shard without tokens, or with fewer documents than none")
     if len({shard.file for shard in shards}) < len(shards) or any(
-        Path(shard.file).name != shard.file for shard in shards
+        Path(shard.file).name != shard.file or not shard.file.isprintable() for shard in shards
     ):
         raise _UnfitError("shards that are not each a file of their own in the folder")
     if manifest.resume is not None and not 0 <= manifest.resume.document < max(1, manifest.documents):

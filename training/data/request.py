@@ -9,6 +9,8 @@ from training.data.manifest import Manifest
 from training.data.shards import holds_foreign_shards
 from training.data.tokenizer import load_tokenizer, parse_train_spec
 
+LARGEST_SHARD = 1 << 32  # tokens; a shard is put together in memory
+
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRequest:
@@ -34,6 +36,10 @@ class ShardRequest:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise InputError(f"expected {name} of at least {smallest}, found {value}")
+        for name in ("shard_tokens", "val_tokens"):
+            value = getattr(self, name)
+            if value > LARGEST_SHARD:
+                raise InputError(f"expected {name} of at most {LARGEST_SHARD:,}, found {value:,}")
 
     def flags(self) -> list[str]:
         """Return the request as the command line of `python -m training.prepare`, without the output folder."""

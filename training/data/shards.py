@@ -178,7 +178,7 @@ class ShardWriter:
         self._news = news
         self._folder = folder
         self._dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self._buffer = np.empty(self._size_of_next(), dtype=self._dtype)
+        self._buffer = self._empty()
         self._filled = 0
 
     @property
@@ -239,6 +239,16 @@ class ShardWriter:
     def _size_of_next(self) -> int:
         return self.manifest.shard_tokens if self.manifest.shards else self.manifest.val_tokens
 
+    def _empty(self) -> np.ndarray:
+        tokens = self._size_of_next()
+        try:
+            return np.empty(tokens, dtype=self._dtype)
+        except MemoryError:
+            raise InputError(
+                f"expected memory for a shard of {tokens:,} tokens, found too little; give smaller --shard_tokens and "
+                "--val_tokens, and another --output"
+            ) from None
+
     def _write_shard(self) -> None:
         ids = self._buffer[: self._filled]
         split: Split = "train" if self.manifest.shards else "val"
@@ -254,7 +264,7 @@ class ShardWriter:
         self.manifest.write(self._folder)
         self._filled = 0
         if len(self._buffer) != self._size_of_next():
-            self._buffer = np.empty(self._size_of_next(), dtype=self._dtype)
+            self._buffer = self._empty()
 
 
 def require_space(folder: Path, needed_bytes: int) -> None:
