@@ -108,7 +108,7 @@ def loop_against_bare(recipe: Recipe, chunks: int) -> tuple[list[float], list[fl
     bare = copy.deepcopy(model).to(accelerator.device).train()
     optimizer, batches = build_optimizer(bare, recipe), iter(_in_memory(plan))
     plan.output_dir.mkdir()
-    run = Run(plan, accelerator, model)
+    run = Run(plan, accelerator, model, producer)
     ours: list[float] = []
     theirs: list[float] = []
     step_taken, steps, start = run.watch.step_taken, 0, time.perf_counter()

@@ -276,7 +276,8 @@ def test_run_dry_waits_with_a_message_and_goes_on(
         train(recipe)
         thread.join()
     assert seen == [whole_steps]
-    assert f"step {whole_steps + 1} waits for the corpus" in capsys.readouterr().out
+    line = f"step {whole_steps + 1} waits for the corpus: 1 training shards are here, and the next is not ready yet\n"
+    assert line in capsys.readouterr().out
     state = TrainerState.read(checkpoints(Path(recipe.output_dir))[0])
     assert len(state.shards) in (2, len(growing.whole.shards))
     train(ready)
@@ -297,6 +298,27 @@ def test_folder_prepared_with_a_limit_of_tokens_is_trained_on(
     train(dataclasses.replace(recipe, data_dir=str(folder.path), max_steps=steps))
     manifest = Manifest.read(folder.path)
     assert manifest == folder.whole
+
+
+def test_run_dry_names_what_its_producer_died_of(
+    tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    growing.show(2)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "what the folder was not begun with"}\n')
+    recipe = tiny_recipe(data_dir=str(growing.path), corpus=str(tmp_path / "corpus.jsonl"), max_steps=40)
+    recipe = dataclasses.replace(recipe, eval_steps=0, sample_steps=0, save_steps=0)
+    log = Path(recipe.output_dir) / "train.log"
+
+    def mend() -> None:
+        wait_until(lambda: log.exists() and "waits for the corpus" in log.read_text())
+        restore(growing, shard_folder, len(growing.whole.shards))
+
+    thread = threading.Thread(target=mend)
+    thread.start()
+    train(recipe)
+    thread.join()
+    waiting = next(line for line in capsys.readouterr().out.splitlines() if "waits for the corpus" in line)
+    assert "and the next is not ready yet; their producer died: expected the corpus that" in waiting
 
 
 def test_length_in_epochs_needs_the_whole_folder(tiny_recipe: Make, tmp_path: Path) -> None:

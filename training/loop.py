@@ -83,7 +83,7 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Pr
         if accelerator.is_main_process:
             plan.output_dir.mkdir(parents=True, exist_ok=True)
             stack.enter_context(alone_in(plan.output_dir))
-        run = Run(plan, accelerator, model)
+        run = Run(plan, accelerator, model, producer)
         stack.callback(run.close)
         if accelerator.is_main_process:
             producer.say = run.log.say
@@ -108,8 +108,9 @@ def spared_by_the_collector() -> Iterator[None]:
 class Run:
     """A run in progress: the prepared model and optimizer, and what watches them."""
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, model: PreTrainedModel) -> None:
+    def __init__(self, plan: Plan, accelerator: Accelerator, model: PreTrainedModel, producer: ProducerBeside) -> None:
         self.plan = plan
+        self.producer = producer
         self.accelerator = accelerator
         self.launch = launch_words()  # later the launcher may be gone
         recipe = plan.recipe
@@ -301,10 +302,7 @@ class Run:
                 self.saving.save(step)
             if leave:
                 self._leave(step, leave)
-            say(
-                f"step {step + 1} waits for the corpus: its shards are not ready yet on every node, "
-                f"{len(plan.shards.shards)} training shards are here"
-            )
+            say(self._waiting_line(step))
 
         return training_batches(
             TrainingWindows(plan.shards, plan.tokenizer.vocab_size),
@@ -316,6 +314,15 @@ class Run:
             pin_memory=self.accelerator.device.type == "cuda",
             on_wait=waiting,
             least=self._least,
+        )
+
+    def _waiting_line(self, step: int) -> str:
+        shards, died_of = self.plan.shards, self.producer.died_of
+        here = shards.ready() >= (step + 1) * self.plan.batch.sequences_per_step
+        return (
+            f"step {step + 1} waits for the corpus: {len(shards.shards)} training shards are here, "
+            + ("and another machine waits for its own" if here else "and the next is not ready yet")
+            + (f"; their producer died: {died_of}" if died_of else "")
         )
 
     def _least(self, number: int) -> int:

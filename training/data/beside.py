@@ -48,6 +48,7 @@ class ProducerBeside:
         self._stopping = threading.Event()
         self._training = False
         self._hopeless: str | None = None
+        self._died_of: str | None = None
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
 
@@ -80,6 +81,11 @@ class ProducerBeside:
         if self._hopeless is not None:
             raise InputError(self._hopeless)
 
+    @property
+    def died_of(self) -> str | None:
+        """Return the producer's last error, until it is heard of again; None while nothing is wrong with it."""
+        return self._died_of
+
     def stop(self) -> None:
         """End the producer, if it still runs, and wait until it is gone."""
         self._stopping.set()
@@ -105,6 +111,7 @@ class ProducerBeside:
             if exit_code == 0 or self._stopping.is_set():
                 return
             deaths += 1
+            self._died_of = error
             if not self._training and (exit_code == _USER_MISTAKE or deaths == _TRIES_BEFORE_TRAINING):
                 self._hopeless = error
                 # The shards that training begins with may have become whole just before.
@@ -146,6 +153,7 @@ class ProducerBeside:
             return exit_code, _last_line(errors) or f"exit code {exit_code}"
 
     def _relay(self, line: str) -> None:
+        self._died_of = None
         if self._training:
             self._pass_on(line)
         elif line:
