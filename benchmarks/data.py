@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from gpt2_scratch_errors import InputError, run_command
 from training.batch import plan_batch
-from training.data.corpus import INSTALLED_DOCS, Document, open_corpus
+from training.data.corpora import open_corpus
+from training.data.corpus import INSTALLED_DOCS, Document
 from training.data.growing import TrainingShards
 from training.data.loader import TrainingWindows, training_batches
 from training.data.producer import batches

@@ -8,7 +8,8 @@ import pytest
 import zstandard
 
 from gpt2_scratch_errors import InputError
-from training.data.corpus import corpus_name, open_corpus
+from training.data.corpora import open_corpus
+from training.data.corpus import corpus_name
 from training.data.installed_docs import docstrings_of_source, gather_docstrings, installed_revision
 
 TEXTS = ["first document", "zweites\nDokument", "三"]

@@ -19,7 +19,7 @@ from loopback_hub import COMMIT, LoopbackHub, serving
 from own_clock import Clock
 
 from gpt2_scratch_errors import InputError
-from training.data.corpus import open_corpus
+from training.data.corpora import open_corpus
 from training.data.hub_corpus import HubCorpus
 from training.data.manifest import Manifest
 from training.data.patience import Patience

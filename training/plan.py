@@ -11,7 +11,7 @@ from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan, plan_batch
 from training.checkpoint import TrainerState
 from training.data.beside import ProducerBeside, producer_command
-from training.data.corpus import open_corpus
+from training.data.corpora import open_corpus
 from training.data.growing import TrainingShards
 from training.data.loader import validation_windows
 from training.data.manifest import Manifest

@@ -17,7 +17,8 @@ import numpy as np
 
 from gpt2_scratch_errors import InputError
 from training.data.beginning import begin_folder, take_up_folder, tidied
-from training.data.corpus import Corpus, Document, Place, open_corpus
+from training.data.corpora import open_corpus
+from training.data.corpus import Corpus, Document, Place
 from training.data.folder_lock import locked
 from training.data.hub_corpus import HubCorpus
 from training.data.hub_shards import download_ready_shards
