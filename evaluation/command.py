@@ -17,7 +17,7 @@ from evaluation.encoder import HubEncoder
 from evaluation.figures import load_metrics
 from evaluation.finished import FinishedItems, items_path, refuse_another_model, weights_fingerprint
 from evaluation.judging import agreed, judge, read_items
-from evaluation.report import markdown_table, terminal_table
+from evaluation.report import is_table, markdown_table, terminal_table
 from evaluation.results import Results, read_results
 from evaluation.scoring import n_positions_of
 from gpt2_scratch.generate import load
@@ -149,6 +149,19 @@ def _check_places(options: argparse.Namespace) -> None:
             raise InputError(f"expected --{flag} where files can be written, found {path.parent}; choose another place")
         if path.is_dir():
             raise InputError(f"expected --{flag} to be a file, found the folder {path}; name a file in it")
+    table = _table_path(options)
+    if options.markdown is None and table is not None and table.exists() and not is_table(table):
+        raise InputError(
+            f"expected no file of yours at {table}, where the table goes, found one; choose another --output, or name "
+            "the table's place by --markdown"
+        )
+
+
+def _table_path(options: argparse.Namespace) -> Path | None:
+    """Return where the table in Markdown goes: beside the results unless it is named."""
+    if options.markdown is not None or options.output is None:
+        return options.markdown
+    return options.output.with_suffix(".md")
 
 
 def _refuse_other_results(output: Path, weights: str, dtype: str) -> None:
@@ -160,7 +173,7 @@ def _refuse_other_results(output: Path, weights: str, dtype: str) -> None:
 
 def _write(results: Results, options: argparse.Namespace) -> None:
     """Write results.json, the table and the chart, and say where they are."""
-    markdown: Path | None = options.markdown or (options.output and options.output.with_suffix(".md"))
+    markdown = _table_path(options)
     try:
         if options.output is not None:
             results.write(options.output, with_items=options.save_items)

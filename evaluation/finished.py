@@ -17,6 +17,7 @@ from evaluation.items import Generation, Item, Task
 from gpt2_scratch_errors import InputError
 
 _SAMPLED = 1024  # values of each weight that stand for it
+_BEGINNING = b'{"model": '  # of a file whose writer was killed inside its first line
 
 
 def items_path(output: Path) -> Path:
@@ -82,14 +83,15 @@ class FinishedItems:
     def _read(self, path: Path, weights: str, dtype: str) -> None:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
+        head, *lines = map(_parsed, whole.splitlines() or [content])
+        ours = {"model", "weights", "dtype"} <= set(head) if whole else _BEGINNING.startswith(content[:10])
+        if not ours:
+            raise InputError(f"expected finished items in {path}, found another file; choose another --output")
         if len(whole) < len(content):  # its writer was killed inside a line
             with path.open("r+b") as file:
                 file.truncate(len(whole))
         if not whole:
             return
-        head, *lines = (_parsed(line) for line in whole.splitlines())
-        if not {"model", "weights", "dtype"} <= set(head):
-            raise InputError(f"expected finished items in {path}, found another file; choose another --output")
         refuse_another_model(path, head, weights, dtype)
         self.records = {line["key"]: line["record"] for line in lines if {"key", "record"} <= set(line)}
 

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from evaluation.figures import Measured
 from evaluation.references import SIZES, one_per_size, published
@@ -33,6 +34,11 @@ def markdown_table(results: Results) -> str:
             lines.append(f"- `{result.task}`: {known[result.task].description} ({known[result.task].source})")
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return "\n".join([*lines, "", f"{versions}; {results.started}", ""])
+
+
+def is_table(path: Path) -> bool:
+    """Return whether a file holds what `markdown_table` gives."""
+    return f"\n| {' | '.join(_HEADINGS)} |".encode() in path.read_bytes()
 
 
 def heading(results: Results) -> str:

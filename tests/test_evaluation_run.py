@@ -11,6 +11,7 @@ import torch
 from small_tasks import save_model, write_tasks
 from tiny_models import one_thread  # noqa: F401 - a fixture
 
+from evaluation.finished import FinishedItems
 from evaluation.run import main, parse
 from gpt2_scratch_errors import InputError
 
@@ -133,6 +134,32 @@ def test_an_output_of_another_model_is_refused(model, data, tmp_path, tokenizer_
         output.write_bytes(content)
         with pytest.raises(InputError, match="found another file"):
             evaluate(model, data, "--output", output, tasks=("lambada",))
+
+
+@pytest.mark.parametrize("content", ["my notes", "line one\nline two", '{"model": 1}\nline two'])
+def test_a_file_of_somebody_else_is_refused_and_left_as_it_is(content, model, data, tmp_path):
+    kept = tmp_path / "results.items.jsonl"
+    kept.write_text(content)
+    with pytest.raises(InputError, match="found another file; choose another --output"):
+        evaluate(model, data, "--output", tmp_path / "results.json", tasks=("lambada",))
+    assert kept.read_text() == content
+
+
+def test_a_run_that_was_killed_inside_its_first_line_begins_anew(tmp_path):
+    path = tmp_path / "results.items.jsonl"
+    path.write_text('{"model": "m", "wei')
+    FinishedItems(path, model="m", weights="1", dtype="float32").close()
+    assert [json.loads(line)["weights"] for line in path.read_text().splitlines()] == ["1"]
+
+
+def test_notes_that_lie_where_the_table_would_go_are_not_written_over(model, data, tmp_path):
+    notes = tmp_path / "notes.md"
+    notes.write_text("my own notes")
+    with pytest.raises(InputError, match=r"notes\.md, where the table goes, found one"):
+        evaluate("no/model", data, "--output", tmp_path / "notes.json")
+    assert notes.read_text() == "my own notes"
+    evaluate(model, data, "--output", tmp_path / "notes.json", "--markdown", notes, tasks=("lambada",))
+    evaluate(model, data, "--output", tmp_path / "notes.json", tasks=("lambada",))  # now the table is ours
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(data, tmp_path):
