@@ -15,7 +15,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from evaluation.atomic import write_whole
 from evaluation.encoder import HubEncoder
 from evaluation.figures import load_metrics
-from evaluation.finished import FinishedItems, items_path, refuse_another_model, weights_fingerprint
+from evaluation.finished import FinishedItems, items_path, model_fingerprint, refuse_another_model
 from evaluation.judging import agreed, judge, read_items
 from evaluation.report import is_table, markdown_table, terminal_table
 from evaluation.results import Results, read_results
@@ -65,7 +65,7 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
         )
     _refuse_another_tokenizer(model, tokenizer)
     started, begin = datetime.datetime.now(datetime.UTC).astimezone(), time.perf_counter()
-    weights, dtype = weights_fingerprint(model), str(model.dtype).removeprefix("torch.")
+    weights, dtype = model_fingerprint(model, tokenizer), str(model.dtype).removeprefix("torch.")
     if options.output is not None:
         agreed(accelerator, lambda: _refuse_other_results(options.output, weights, dtype))
     n_positions = n_positions_of(model)

@@ -39,7 +39,7 @@ class Results:
         model: the folder or Hub id.
         revision: what was asked for on the Hub; None for a folder, or the newest.
         commit: what that was.
-        weights: a hash of values all over the weights.
+        weights: a hash of all weights, the config and the tokenizer.
         parameters: of the model.
         n_positions: the longest sequence that it takes.
         dtype: "float32".

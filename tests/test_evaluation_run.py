@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import torch
 from small_tasks import save_model, write_tasks
 from tiny_models import one_thread  # noqa: F401 - a fixture
 
-from evaluation.finished import FinishedItems
+from evaluation.finished import FinishedItems, item_key, model_fingerprint
+from evaluation.items import Item, Request
 from evaluation.run import main, parse
+from evaluation.tasks import task_named
 from gpt2_scratch_errors import InputError
 
 ROOT = Path(__file__).parent.parent
@@ -122,7 +125,7 @@ def test_an_output_of_another_model_is_refused(model, data, tmp_path, tokenizer_
     evaluate(model, data, "--output", output, tasks=("lambada",))
     before = output.read_bytes()
     other = save_model(tmp_path / "other", tokenizer_folder, seed=1)
-    with pytest.raises(InputError, match="with other weights; choose another --output"):
+    with pytest.raises(InputError, match="with other weights, config or tokenizer; choose another --output"):
         evaluate(other, data, "--output", output, tasks=("lambada",))
     with pytest.raises(InputError, match=r"in bfloat16 in .* in float32; choose another --output"):
         evaluate(model, data, "--output", output, "--dtype", "bfloat16", tasks=("lambada",))
@@ -134,6 +137,35 @@ def test_an_output_of_another_model_is_refused(model, data, tmp_path, tokenizer_
         output.write_bytes(content)
         with pytest.raises(InputError, match="found another file"):
             evaluate(model, data, "--output", output, tasks=("lambada",))
+
+
+def test_a_model_is_known_by_every_value_its_config_and_its_tokenizer(model, tmp_path):
+    from gpt2_scratch.generate import load
+
+    loaded, tokenizer = load(str(model), "cpu")
+    before = model_fingerprint(loaded, tokenizer)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    assert model_fingerprint(*load(str(moved), "cpu")) == before
+    weight = loaded.transformer.h[1].mlp.c_fc.weight
+    for place in ((0, 1), (5, 7), (31, 100)):
+        with torch.no_grad():
+            kept, weight[place] = weight[place].clone(), 9.0
+            assert model_fingerprint(loaded, tokenizer) != before
+            weight[place] = kept
+    assert model_fingerprint(loaded, tokenizer) == before
+    loaded.config.layer_norm_epsilon = 1e-3
+    assert model_fingerprint(loaded, tokenizer) != before
+    path = moved / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["merges"] = content["model"]["merges"][:-1]
+    path.write_text(json.dumps(content))
+    assert model_fingerprint(*load(str(moved), "cpu")) != before
+
+
+def test_an_item_is_known_by_its_facts_too():
+    task, request = task_named("validation"), Request((1,), (2, 3))
+    keys = [item_key(task, Item(0, (request,), facts={"bytes": count})) for count in (4, 5, 5)]
+    assert keys[0] != keys[1] == keys[2]
 
 
 @pytest.mark.parametrize("content", ["my notes", "line one\nline two", '{"model": 1}\nline two'])
