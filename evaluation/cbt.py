@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from evaluation.boundary import behind_the_same_context, cut_together
 from evaluation.detokenisers import detokenise_penn_treebank
 from evaluation.hellaswag import first_largest
-from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task
+from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task, data_hash
 from evaluation.sources import check_row, find_file, hub_rows, not_usable, read_lines
 
 BLANK = "XXXXX"
@@ -37,7 +37,14 @@ class _Cbt(Task):
         items = []
         for index, row in enumerate(read_rows(data_dir, self.kind, limit)):
             requests = self._cut(self._requests(row, encoder), n_positions)
-            items.append(Item(index, requests, gold=row["options"].index(row["answer"])))
+            items.append(
+                Item(
+                    index,
+                    requests,
+                    gold=row["options"].index(row["answer"]),
+                    data=data_hash([row[field] for field in _FIELDS]),
+                )
+            )
         return items
 
     def predict(self, item: Item, answers: Sequence[LogLikelihood]) -> dict[str, Any]:

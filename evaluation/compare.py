@@ -133,8 +133,7 @@ def comparison_table(a: Results, b: Results) -> str:
 
 def _refuse_other_items(task: str, a: Sequence[Mapping[str, Any]], b: Sequence[Mapping[str, Any]]) -> None:
     same = len(a) == len(b) and all(
-        (x["index"], x.get("gold"), x.get("target")) == (y["index"], y.get("gold"), y.get("target"))
-        for x, y in zip(a, b, strict=True)
+        all(x.get(key) == y.get(key) for key in ("index", "gold", "target", "data")) for x, y in zip(a, b, strict=True)
     )
     if not same:
         raise InputError(

@@ -47,7 +47,7 @@ def model_fingerprint(model: Any, tokenizer: Any) -> str:
 
 def item_key(task: Task, item: Item) -> str:
     """Return a hash of all that an item's record depends on but the model."""
-    digest = hashlib.blake2b(f"{task.full_name} {item.index} {item.gold!r}".encode(), digest_size=12)
+    digest = hashlib.blake2b(f"{task.full_name} {item.index} {item.gold!r} {item.data}".encode(), digest_size=12)
     # The one fact that JSON cannot hold is how the tokenizer decodes, which the model's fingerprint covers.
     digest.update(json.dumps(dict(item.facts), sort_keys=True, default=lambda decode: None).encode())
     for request in item.requests:
@@ -138,8 +138,8 @@ def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dty
     if (found["weights"], found["dtype"]) != (weights, dtype):
         raise InputError(
             f"expected results of this model in {dtype} in {path}, found those of {found['model']} in {found['dtype']}"
-            f"{', with other weights, config or tokenizer' if found['dtype'] == dtype else ''}; choose another --output, "
-            "or delete that file"
+            f"{', with other weights, config or tokenizer' if found['dtype'] == dtype else ''}; choose another "
+            "--output, or delete that file"
         )
 
 

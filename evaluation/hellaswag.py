@@ -3,11 +3,12 @@
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.boundary import split_as_whole
-from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task
+from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task, data_hash
 from evaluation.sources import find_file, hub_rows, json_rows, not_usable
 
 _FILE = "hellaswag_val.jsonl"
@@ -30,7 +31,11 @@ class _HellaSwag(Task):
 
     def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
         """Return the first `limit` items, as `Task.items` says."""
-        return [self._item(index, row, encoder) for index, row in enumerate(read_rows(data_dir, limit))]
+        rows = enumerate(read_rows(data_dir, limit))
+        return [
+            replace(self._item(index, row, encoder), data=data_hash([str(row[key]) for key in _FIELDS]))
+            for index, row in rows
+        ]
 
     @abstractmethod
     def _item(self, index: int, row: dict[str, Any], encoder: Encoder) -> Item:

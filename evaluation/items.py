@@ -6,6 +6,8 @@ which is what a report keeps and what the metrics are computed from. Everything 
 between context and continuation is tokenised is part of a protocol.
 """
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,12 +93,20 @@ class Item:
         requests: what it asks; the answers come in the same order.
         gold: the right answer in the form of the record's "prediction"; None where there is none.
         facts: what else the protocol needs for the record (lengths of the candidates in bytes, words, …).
+        data: the `data_hash` of the row or text that it was made from, whatever the tokenizer: results of two models
+            are compared only where it is the same.
     """
 
     index: int
     requests: tuple[Request | Generation, ...]
     gold: Any = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+
+
+def data_hash(data: Any) -> str:
+    """Return a hash of a row, a text or whatever JSON can hold."""
+    return hashlib.blake2b(json.dumps(data, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -92,8 +92,11 @@ def judge(
         if record is not None:
             progress.add(record)
 
+    def recorded(item: Item, answers: Sequence[Any]) -> dict[str, Any]:
+        return {**task.predict(item, answers), "data": item.data}
+
     def keep(item: Item, answers: Sequence[Any]) -> None:
-        record = task.predict(item, answers)
+        record = recorded(item, answers)
         if finished is not None:
             finished.add(keys[place_of[item.index]], record)
         progress.add(record)
@@ -106,7 +109,7 @@ def judge(
         on_result=keep,
     )
     for place, given in zip(missing, answers, strict=True):
-        records[place] = task.predict(items[place], given)
+        records[place] = recorded(items[place], given)
     progress.close()
     complete = [record for record in records if record is not None]
     figures = agreed(accelerator, lambda: measure(task, complete))

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.boundary import split_as_whole
-from evaluation.items import Encoder, Figure, Generated, Generation, Item, LogLikelihood, Request, Task
+from evaluation.items import Encoder, Figure, Generated, Generation, Item, LogLikelihood, Request, Task, data_hash
 from evaluation.sources import find_file, hub_rows, json_rows, not_usable
 from evaluation.stop_words import STOP_WORDS
 
@@ -26,7 +26,8 @@ class _Lambada(Task):
 
     def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
         """Return the first `limit` items, as `Task.items` says."""
-        return [self._item(index, text, encoder) for index, text in enumerate(read_texts(data_dir, limit))]
+        texts = enumerate(read_texts(data_dir, limit))
+        return [replace(self._item(index, text, encoder), data=data_hash(text)) for index, text in texts]
 
     @abstractmethod
     def _item(self, index: int, text: str, encoder: Encoder) -> Item:

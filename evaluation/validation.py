@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task
+from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task, data_hash
 from gpt2_scratch_errors import InputError
 
 _BIN_HEADER_BYTES = 1024
@@ -44,7 +44,8 @@ class Validation(Task):
                 break
             ids = tuple(shard[start : start + n_positions + 1].tolist())
             text = encoder.decode_bytes([token for token in ids[1:] if token != encoder.end_of_text_id])
-            items.append(Item(index, (Request(ids[:1], ids[1:]),), facts={"bytes": len(text)}))
+            request = Request(ids[:1], ids[1:])
+            items.append(Item(index, (request,), facts={"bytes": len(text)}, data=data_hash(ids)))
         return items
 
     def predict(self, item: Item, answers: Sequence[LogLikelihood]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from evaluation.detokenisers import detokenise_wikitext
-from evaluation.items import Encoder, Figure, Ids, Item, LogLikelihood, Request, Task
+from evaluation.items import Encoder, Figure, Ids, Item, LogLikelihood, Request, Task, data_hash
 from evaluation.sources import find_file, hub_rows, not_usable, read_lines
 
 _FILES = ("wiki.test.raw", "wiki.test.tokens")
@@ -36,6 +36,7 @@ class WikiText2(Task):
         """Return the first `limit` items, as `Task.items` says."""
         lines = read_test_lines(data_dir)
         ids = tuple(encoder.encode(self._text(lines)))
+        data = data_hash(lines)
         words = [len(line.split()) + 1 for line in lines]
         items = []
         line = 0
@@ -46,7 +47,7 @@ class WikiText2(Task):
             ends = encoder.decode_bytes(request.continuation).count(b"\n")
             facts = {"words": sum(words[line : line + ends])}
             line += ends
-            items.append(Item(index, (request,), facts=facts))
+            items.append(Item(index, (request,), facts=facts, data=data))
         return items
 
     def predict(self, item: Item, answers: Sequence[LogLikelihood]) -> dict[str, Any]:

@@ -102,6 +102,14 @@ def test_items_that_are_missing_or_other_ones_are_refused(a, b, message):
         comparison_table(results("lambada:harness", a), results("lambada:harness", b))
 
 
+def test_windows_of_other_data_are_refused():
+    # Two shard folders: the windows of both have the same numbers and as many tokens.
+    rows = [{"index": i, "log_likelihood": -1.0 - i, "tokens": 4, "bytes": 9} for i in range(3)]
+    a, b = ([{**row, "data": f"{name}{row['index']}"} for row in rows] for name in "ab")
+    with pytest.raises(InputError, match="the same items of validation:windows in both"):
+        comparison_table(results("validation:windows", a), results("validation:windows", b))
+
+
 def test_results_without_a_common_protocol_are_refused():
     a, b = (results(f"lambada:{name}", lambada((True, -1.0, 1))) for name in ("harness", "last_token"))
     with pytest.raises(InputError, match="a task that both have been judged on"):

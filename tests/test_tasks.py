@@ -295,6 +295,27 @@ def test_every_record_has_what_its_figures_need(tmp_path):
         assert task.source
 
 
+def test_items_of_the_same_data_are_known_whatever_the_tokenizer(tmp_path):
+    class Capitals(Characters):
+        def encode(self, text):
+            return super().encode(text.upper())
+
+    write_rows(tmp_path / "hellaswag_val.jsonl", hellaswag_row())
+    write_rows(tmp_path / "lambada_test.jsonl", LAMBADA)
+    cbt_folder(tmp_path, cbt_text())
+    (tmp_path / "wiki.test.raw").write_text(" = Title = \n a . \n")
+    np.save(tmp_path / "c_val_000000.npy", np.arange(40, dtype=np.uint16))
+    known = {
+        name: [t.items(tmp_path, e(), 1024)[0].data for e in (Characters, Capitals)] for name, t in tasks().items()
+    }
+    assert all(one == other and one for one, other in known.values()), known
+    write_rows(tmp_path / "lambada_test.jsonl", {"text": "another word"})
+    np.save(tmp_path / "c_val_000000.npy", np.arange(1, 41, dtype=np.uint16))
+    (tmp_path / "wiki.test.raw").write_text(" = Title = \n b . \n")
+    for name in ("lambada:harness", "validation:windows", "wikitext2:paper"):
+        assert tasks()[name].items(tmp_path, Characters(), 1024)[0].data != known[name][0]
+
+
 def test_a_limit_takes_the_first_items(tmp_path):
     folder = write_rows(tmp_path / "lambada_test.jsonl", *[{"text": f"word number {n}"} for n in range(5)])
     items = task_named("lambada").items(folder, Characters(), 1024, limit=2)
