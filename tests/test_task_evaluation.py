@@ -1,6 +1,7 @@
 """Tasks while training goes on: what is recorded, that nothing else changes, and what is told before the first step."""
 
 import dataclasses
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,22 @@ def test_tasks_are_recorded_and_change_nothing_else(tiny_recipe: Make, data: Pat
     assert {name: task["figures"] for name, task in by_command.items()} == {
         name: task["figures"] for name, task in results["tasks"].items()
     }
+
+
+def test_a_full_disk_does_not_end_training(
+    tiny_recipe: Make, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, write: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("evaluation.results.write_whole", full)
+    recipe = judged(tiny_recipe(max_steps=2), data, eval_tasks=["lambada"], eval_task_steps=2)
+    train(recipe)
+    run = Path(recipe.output_dir)
+    assert "eval_results.json (No space left on device): free some space; training goes on" in capsys.readouterr().out
+    assert not (run / "eval_results.json").exists()
+    assert [line["step"] for line in read_metrics(run) if "lambada_acc" in line] == [2]
+    assert (run / "model" / "model.safetensors").is_file()
 
 
 def test_processes_that_share_the_weights_judge_together(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:

@@ -218,7 +218,14 @@ class Watch:
         with self.pause():
             judged = tasks.judge(accelerator, self.model)
         if accelerator.is_main_process:
-            tasks.write(self.plan.output_dir / RESULTS, done, judged, accelerator, self._parameters)
+            path = self.plan.output_dir / RESULTS
+            try:
+                tasks.write(path, done, judged, accelerator, self._parameters)
+            except OSError as error:
+                self.log.say(
+                    f"cannot write {path} ({error.strerror}): free some space; training goes on, the figures are in "
+                    "metrics.jsonl, and the next evaluation writes the file"
+                )
         self.record_tasks(done, columns(judged))
 
     def record_tasks(self, done: int, results: Mapping[str, float]) -> None:
