@@ -9,14 +9,20 @@ def split_as_whole(encoder: Encoder, context: str, continuation: str) -> tuple[I
     """Return the tokens of context and continuation, tokenised as one text (lm-evaluation-harness).
 
     White space at the end of the context goes to the continuation, where it belongs to the first word. As many tokens
-    as the context has by itself are context; an empty context is the end-of-text token.
+    as the context has by itself are context, behind what the tokenizer puts before every text; an empty context is the
+    end-of-text token.
     """
     bare = context.rstrip()
     whole = encoder.encode(context + continuation)
     if not bare:
         return (encoder.end_of_text_id,), tuple(encoder.encode(context + continuation))
     count = len(encoder.encode(bare))
-    return tuple(whole[:count]), tuple(whole[count:])
+    return (*encoder.beginning, *whole[:count]), tuple(whole[count:])
+
+
+def context_of(encoder: Encoder, ids: Sequence[int]) -> Ids:
+    """Return `ids` behind what the tokenizer puts before every text; the end-of-text token when there are none."""
+    return (*encoder.beginning, *ids) if ids else (encoder.end_of_text_id,)
 
 
 def behind_the_same_context(encoder: Encoder, context: str, texts: Sequence[str]) -> list[Request]:
@@ -28,7 +34,7 @@ def behind_the_same_context(encoder: Encoder, context: str, texts: Sequence[str]
     alone = tuple(encoder.encode(context.rstrip()))
     wholes = [tuple(encoder.encode(text)) for text in texts]
     shared = shared_length([alone, *wholes])
-    before = alone[:shared] or (encoder.end_of_text_id,)
+    before = context_of(encoder, alone[:shared])
     return [Request(before, whole[shared:]) for whole in wholes]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.boundary import behind_the_same_context, cut_together
+from evaluation.boundary import behind_the_same_context, context_of, cut_together
 from evaluation.detokenisers import detokenise_penn_treebank
 from evaluation.hellaswag import first_largest
 from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task, data_hash
@@ -112,12 +112,14 @@ class CbtFullSequence(_Cbt):
     def _requests(self, row: dict[str, Any], encoder: Encoder) -> Sequence[Request]:
         filled = [row["question"].replace(BLANK, option, 1) for option in row["options"]]
         texts = [encoder.encode(self._written(" ".join([*row["sentences"], sentence]))) for sentence in filled]
-        return [Request(tuple(ids[:1]), tuple(ids[1:])) for ids in texts]
+        return [Request(context_of(encoder, ids[:1]), tuple(ids[1:])) for ids in texts]
 
     def _cut(self, requests: Sequence[Request], n_positions: int) -> tuple[Request, ...]:
-        """Return texts that fit: the context is one token, so what is scored loses its beginning, as much of each."""
+        """Return texts that fit: the context is the first token, so what is scored loses as much of its beginning."""
         surplus = max(0, max(len(request.continuation) for request in requests) - n_positions)
-        texts = [(request.context + request.continuation)[surplus:] for request in requests]
+        if not surplus:
+            return tuple(requests)
+        texts = [(request.context[-1:] + request.continuation)[surplus:] for request in requests]
         return tuple(Request(text[:1], text[1:]) for text in texts)
 
     def _merit(self, answer: LogLikelihood) -> float:

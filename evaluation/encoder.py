@@ -1,4 +1,4 @@
-"""A Hugging Face tokenizer as tasks see one: plain text to ids and back, with nothing added."""
+"""A Hugging Face tokenizer as tasks see one: plain text to ids and back, and what stands before a text."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -28,11 +28,17 @@ class HubEncoder:
         self._start = int(start)
         self._special = set(tokenizer.all_special_ids)
         self._byte_level = _is_byte_level(tokenizer)
+        self._beginning = _beginning(tokenizer)
 
     @property
     def end_of_text_id(self) -> int:
         """The token that stands before a text that has nothing before it."""
         return self._start
+
+    @property
+    def beginning(self) -> tuple[int, ...]:
+        """The tokens that the tokenizer's own call puts before every text, as lm-evaluation-harness does."""
+        return self._beginning
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; a special token that is spelt out in it is not one."""
@@ -53,6 +59,12 @@ class HubEncoder:
             return self.decode(ids).encode()
         tokens = self._tokenizer.convert_ids_to_tokens([i for i in ids if i not in self._special])
         return b"".join(_character_bytes(token) for token in tokens)
+
+
+def _beginning(tokenizer: Any) -> tuple[int, ...]:
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    own = tokenizer("a")["input_ids"]
+    return next((tuple(own[:n]) for n in range(len(own)) if own[n : n + len(bare)] == bare), ())
 
 
 def _is_byte_level(tokenizer: Any) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.boundary import split_as_whole
+from evaluation.boundary import context_of, split_as_whole
 from evaluation.items import Encoder, Figure, Item, LogLikelihood, Request, Task, data_hash
 from evaluation.sources import find_file, hub_rows, json_rows, not_usable
 
@@ -53,7 +53,7 @@ class HellaSwagCompletion(_HellaSwag):
     source = "karpathy/build-nanogpt hellaswag.py; karpathy/llm.c dev/data/hellaswag.py"
 
     def _item(self, index: int, row: dict[str, Any], encoder: Encoder) -> Item:
-        context = tuple(encoder.encode(row["ctx"])) or (encoder.end_of_text_id,)
+        context = context_of(encoder, encoder.encode(row["ctx"]))
         requests = tuple(Request(context, tuple(encoder.encode(f" {ending}"))) for ending in row["endings"])
         return Item(index, requests, gold=int(row["label"]))
 

@@ -24,6 +24,10 @@ class Encoder(Protocol):
     def end_of_text_id(self) -> int:
         """The token that stands before a text that has nothing before it."""
 
+    @property
+    def beginning(self) -> Ids:
+        """The tokens that the model has seen before every text: none for GPT-2, often the one for a beginning."""
+
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text` as plain text."""
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.boundary import split_as_whole
+from evaluation.boundary import context_of, split_as_whole
 from evaluation.items import Encoder, Figure, Generated, Generation, Item, LogLikelihood, Request, Task, data_hash
 from evaluation.sources import find_file, hub_rows, json_rows, not_usable
 from evaluation.stop_words import STOP_WORDS
@@ -81,7 +81,7 @@ class LambadaLastToken(_Lambada):
 
     def _item(self, index: int, text: str, encoder: Encoder) -> Item:
         ids = encoder.encode(text.rstrip())
-        context = tuple(ids[:-1]) or (encoder.end_of_text_id,)
+        context = context_of(encoder, ids[:-1])
         return Item(index, (Request(context, (ids[-1],)),), gold=encoder.decode(ids[-1:]))
 
 
@@ -99,7 +99,7 @@ class LambadaWord(_Lambada):
 
     def _item(self, index: int, text: str, encoder: Encoder) -> Item:
         context, word = split_at_last_letters(text)
-        ids = tuple(encoder.encode(context)) or (encoder.end_of_text_id,)
+        ids = context_of(encoder, encoder.encode(context))
         new_tokens = max(_NEW_TOKENS, len(encoder.encode(f" {word}")) + 1)  # one more shows that the word ends
         return Item(index, (Generation(ids, new_tokens),), gold=word, facts={"decode": encoder.decode})
 

@@ -73,7 +73,9 @@ def encoder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         load_tokenizer("gpt2").save(folder)
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert HubEncoder(tokenizer).beginning == ()
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,24 @@ def model():
     torch.manual_seed(0)
     yield GPT2LMHeadModel(GPT2Config(n_layer=2, n_embd=48, n_head=4, n_positions=192, initializer_range=0.1)).eval()
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def encoder_with_a_beginning():
+    """A tokenizer as Llama's: its own call puts a token before every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([row["text"] for row in HAND_MADE_LAMBADA], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
 def judged(folder: Path, task: str, split: str, rows, model, tokenizer):
@@ -139,6 +159,18 @@ def test_hellaswag_is_scored_as_lm_evaluation_harness_scores_it(rows, tmp_path, 
         assert record["log_likelihoods"] == pytest.approx(expected, abs=TOLERANCE)
         assert (record["prediction_by_sum"] == record["gold"]) == bool(sample["acc"])
         assert (record["prediction_by_characters"] == record["gold"]) == bool(sample["acc_norm"])
+
+
+def test_a_tokenizer_that_begins_every_text_is_scored_as_lm_evaluation_harness_scores_it(
+    tmp_path, model, encoder_with_a_beginning, monkeypatch
+):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows, encoder = HAND_MADE_LAMBADA, encoder_with_a_beginning
+    assert HubEncoder(encoder).beginning == (0,)
+    theirs = judged(tmp_path, "lambada_openai", "test", rows, model, encoder)
+    found = ours(tmp_path, "lambada:harness", "lambada_test.jsonl", rows, model, encoder)
+    expected = [float(sample["resps"][0][0][0]) for sample in theirs]
+    assert [record["log_likelihood"] for record in found] == pytest.approx(expected, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("rows", ["real", "by hand"])

@@ -295,6 +295,21 @@ def test_every_record_has_what_its_figures_need(tmp_path):
         assert task.source
 
 
+def test_what_a_tokenizer_puts_before_every_text_stands_before_every_context(tmp_path):
+    class Beginning(Characters):
+        beginning = (7,)
+
+    write_rows(tmp_path / "hellaswag_val.jsonl", hellaswag_row())
+    write_rows(tmp_path / "lambada_test.jsonl", LAMBADA)
+    cbt_folder(tmp_path, cbt_text())
+    for name, task in tasks().items():
+        if task.name not in ("wikitext2", "validation"):  # one text, and shards as they are
+            plain, ours = (task.items(tmp_path, e, 1024)[0].requests for e in (Characters(), Beginning()))
+            assert [r.context for r in ours] == [(7, *r.context) for r in plain], name
+            if name != "lambada:word":
+                assert [r.continuation for r in ours] == [r.continuation for r in plain], name
+
+
 def test_items_of_the_same_data_are_known_whatever_the_tokenizer(tmp_path):
     class Capitals(Characters):
         def encode(self, text):

@@ -28,6 +28,7 @@ class Characters:
     """An encoder whose ids are ASCII codes; 0 is the end of text."""
 
     end_of_text_id = 0
+    beginning = ()
 
     def encode(self, text):
         return list(text.encode("ascii"))
