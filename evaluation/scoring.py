@@ -15,7 +15,8 @@ from typing import Any
 
 from evaluation.boundary import shared_length
 from evaluation.forward import TOKENS_PER_SCORED_TOKEN, ForwardPasses, Passage
-from evaluation.items import Generated, Generation, Item, LogLikelihood, Request
+from evaluation.items import Generated, Generation, Ids, Item, LogLikelihood, Request
+from evaluation.probes import counts_positions_from_zero, refuse_unless_causal
 from gpt2_scratch_errors import InputError
 
 Answers = list[Any]
@@ -46,25 +47,29 @@ def score(
         on_result: is called on the main process with each item as soon as its batch is done, longest items first.
 
     Raises:
-        InputError: the model gives NaN or a probability of 0, lacks tokens that the tokenizer has, or has too few
-            positions for an item.
+        InputError: the model is not causal, gives NaN or a probability of 0, lacks tokens that the tokenizer has, or has
+            too few positions for an item.
     """
     n_positions = n_positions_of(model)
     _check(model, items, n_positions)
+    if not items:
+        return []
     passes = ForwardPasses(model)
-    share_prefixes = share_prefixes and passes.can_share_prefixes
     if tokens_per_batch is None:
         tokens_per_batch = _TOKENS_PER_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH_ELSEWHERE
-    jobs = [_Job.of(place, item, n_positions, share_prefixes) for place, item in enumerate(items)]
-    # Longest first: what does not fit into memory shows at once.
-    jobs.sort(key=lambda job: (job.kind, job.prefix or job.length, job.length), reverse=True)
     number, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
-    pending = jobs[rank::number]
     results: list[Answers | None] = [None] * len(items)
 
     training = model.training
     model.eval()
     try:
+        text = _text(items[0])[:n_positions]
+        refuse_unless_causal(model, text)
+        share_prefixes = share_prefixes and passes.can_share_prefixes and counts_positions_from_zero(model, text)
+        jobs = [_Job.of(place, item, n_positions, share_prefixes) for place, item in enumerate(items)]
+        # Longest first: what does not fit into memory shows at once.
+        jobs.sort(key=lambda job: (job.kind, job.prefix or job.length, job.length), reverse=True)
+        pending = jobs[rank::number]
         while True:
             trouble: str | None = None
             done: list[tuple[int, Answers]] = []
@@ -88,6 +93,12 @@ def score(
         model.train(training)
     assert all(answers is not None for answers in results)
     return [answers for answers in results if answers is not None]
+
+
+def _text(item: Item) -> Ids:
+    """Return the tokens of an item's first request."""
+    request = item.requests[0]
+    return request.context + (request.continuation if isinstance(request, Request) else ())
 
 
 def n_positions_of(model: Any) -> int:

@@ -12,6 +12,7 @@ from evaluation.items import Generation, Item, Request
 from evaluation.scoring import n_positions_of, score
 from gpt2_scratch_errors import InputError
 
+PROBES = 3  # short forward passes before the first item
 TOLERANCE = 1e-4  # what the project promises; fp32 sums in another order differ by about 1e-5
 
 
@@ -81,6 +82,7 @@ FAMILIES = {
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "bloom": {},
     "mixtral": {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4},
+    "roberta": {"intermediate_size": 64, "is_decoder": True, "pad_token_id": 1},  # its positions begin behind the pad's
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6},
 }
 
@@ -94,6 +96,22 @@ def test_models_of_other_families_are_scored_like_by_hand(family):
     model = AutoModelForCausalLM.from_config(config).eval()
     items = random_items(seed=2)
     assert_equal_by_hand(model, items, score(model, items, tokens_per_batch=300))
+
+
+@pytest.mark.parametrize("kind", ["candidates", "a single text", "writing"])
+def test_a_model_that_sees_later_tokens_is_refused(kind):
+    from transformers import BertConfig, BertLMHeadModel
+
+    torch.manual_seed(0)
+    model = BertLMHeadModel(BertConfig(**SIZES, intermediate_size=64, initializer_range=0.3)).eval()
+    context = tuple(range(20))
+    requests = {
+        "candidates": (Request(context, (1, 2)), Request(context, (3, 2))),
+        "a single text": (Request(context, (1, 2)),),
+        "writing": (Generation(context, 4),),
+    }
+    with pytest.raises(InputError, match="expected a causal language model"):
+        score(model, [Item(0, requests[kind])])
 
 
 def test_prefixes_are_not_shared_where_the_cache_forgets():
@@ -144,7 +162,7 @@ def test_the_head_sees_only_positions_that_are_scored():
     context = tuple(range(30))
     score(model, [Item(0, (Request(context, (1, 2, 3)), Request(context, (4, 5))))])
     # One position of the prefix scores both first tokens; then two, and one.
-    assert [shape[1] for shape in seen] == [1, 3]
+    assert [shape[1] for shape in seen[PROBES:]] == [1, 3]
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -155,6 +173,7 @@ def test_the_last_mlp_sees_only_positions_that_are_scored(number):
         block.mlp.c_fc.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
     request = Request(tuple(range(30)), (1, 2, 3))
     assert_equal_by_hand(model, [Item(0, (request,))], score(model, [Item(0, (request,))]))
+    read = read[PROBES * len(model.transformer.h) :]
     assert read[:3] == [32, 32, 3]
     assert read[3:] == [32, 32, 32]  # by hand, and so by everybody else afterwards
 
@@ -179,7 +198,7 @@ def test_the_prefix_is_read_once():
     )
     context = tuple(range(30))
     score(model, [Item(0, tuple(Request(context, (token, 7)) for token in range(10)))])
-    assert read == [(1, 30), (10, 1)]
+    assert read[PROBES:] == [(1, 30), (10, 1)]
 
 
 def test_excluded_tokens_are_passed_over_by_the_greedy_choice():
