@@ -16,7 +16,7 @@ from evaluation.atomic import write_whole
 from evaluation.encoder import HubEncoder
 from evaluation.figures import load_metrics
 from evaluation.finished import FinishedItems, items_path, model_fingerprint, refuse_another_model
-from evaluation.judging import agreed, judge, read_items
+from evaluation.judging import agreed, judge, on_every_process, read_items
 from evaluation.report import is_table, markdown_table, terminal_table
 from evaluation.results import Results, read_results
 from evaluation.scoring import n_positions_of
@@ -54,23 +54,16 @@ def evaluate_model(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     agreed(accelerator, lambda: _check_places(options))
     agreed(accelerator, lambda: load_metrics(options.tasks))
-    # One process downloads, the others of its machine find it in the cache.
-    with accelerator.local_main_process_first():
-        model, tokenizer = load(
-            options.model,
-            str(accelerator.device),
-            revision=options.revision,
-            dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
-            trust_remote_code=options.trust_remote_code,
-        )
-    _refuse_another_tokenizer(model, tokenizer)
+    model, tokenizer = on_every_process(accelerator, lambda: _load(options, accelerator.device))
     started, begin = datetime.datetime.now(datetime.UTC).astimezone(), time.perf_counter()
     weights, dtype = model_fingerprint(model, tokenizer), str(model.dtype).removeprefix("torch.")
     if options.output is not None:
         agreed(accelerator, lambda: _refuse_other_results(options.output, weights, dtype))
     n_positions = n_positions_of(model)
-    with accelerator.local_main_process_first():
-        items = read_items(options.tasks, options.data_dir, HubEncoder(tokenizer), n_positions, options.limit)
+    items = on_every_process(
+        accelerator,
+        lambda: read_items(options.tasks, options.data_dir, HubEncoder(tokenizer), n_positions, options.limit),
+    )
     finished = _finished(options, accelerator, weights, dtype)
     try:
         judged = [
@@ -108,6 +101,19 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
     )
     print(terminal_table(results))
     _write(results, options)
+
+
+def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
+    """Return the model on the device, and its tokenizer."""
+    model, tokenizer = load(
+        options.model,
+        str(device),
+        revision=options.revision,
+        dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
+        trust_remote_code=options.trust_remote_code,
+    )
+    _refuse_another_tokenizer(model, tokenizer)
+    return model, tokenizer
 
 
 def _refuse_another_tokenizer(model: Any, tokenizer: Any) -> None:

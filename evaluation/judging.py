@@ -116,6 +116,27 @@ def judge(
     return TaskResult(task.full_name, len(items), time.perf_counter() - started, figures, complete)
 
 
+def on_every_process(accelerator: Any, compute: Callable[[], _T]) -> _T:
+    """Return what `compute` gives on this process, first on its machine's main one, which downloads for the others.
+
+    An `InputError` that any process meets is raised on every one: none is left waiting, and it is told once.
+    """
+    found: list[_T] = []
+    trouble: str | None = None
+    with accelerator.local_main_process_first():
+        try:
+            found.append(compute())
+        except InputError as error:
+            trouble = str(error)
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        trouble = next((each for each in gather_object([trouble]) if each is not None), None)
+    if trouble is not None:
+        raise InputError(trouble)
+    return found[0]
+
+
 def agreed(accelerator: Any, compute: Callable[[], _T]) -> _T:
     """Return what `compute` gives on the main process, on every process; so is an `InputError` raised on every one."""
     if accelerator.num_processes == 1:

@@ -47,8 +47,8 @@ def score(
         on_result: is called on the main process with each item as soon as its batch is done, longest items first.
 
     Raises:
-        InputError: the model is not causal, gives NaN or a probability of 0, lacks tokens that the tokenizer has, or has
-            too few positions for an item.
+        InputError: the model is not causal, gives NaN or a probability of 0, lacks tokens that the tokenizer has, or
+            has too few positions for an item.
     """
     n_positions = n_positions_of(model)
     _check(model, items, n_positions)

@@ -5,7 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from tiny_models import one_thread  # noqa: F401 - a fixture
 
 from evaluation.finished import FinishedItems, item_key, model_fingerprint
 from evaluation.items import Item, Request
+from evaluation.judging import on_every_process
 from evaluation.run import main, parse
 from evaluation.tasks import task_named
 from gpt2_scratch_errors import InputError
@@ -287,6 +290,22 @@ def test_help_and_mistakes_are_told_without_importing_torch():
     )
     assert done.stdout.splitlines()[-1] == "False"
     assert "hellaswag:harness" in done.stdout
+
+
+@pytest.mark.parametrize("here", [True, False])
+def test_a_mistake_that_one_process_meets_is_raised_on_every_one(here, monkeypatch):
+    told = []
+    processes = SimpleNamespace(num_processes=2, local_main_process_first=nullcontext)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda mine: [None, *(told.append(mine) or mine), "no data"])
+
+    def compute():
+        if here:
+            raise InputError("no model")
+        return 1
+
+    with pytest.raises(InputError, match="no model" if here else "no data"):
+        on_every_process(processes, compute)
+    assert told == [["no model" if here else None]]
 
 
 def test_two_processes_reach_what_one_does(model, data, tmp_path):
