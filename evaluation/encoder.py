@@ -27,6 +27,7 @@ class HubEncoder:
             )
         self._start = int(start)
         self._special = set(tokenizer.all_special_ids)
+        self._as_spelt = set(tokenizer.get_added_vocab())  # such as runs of spaces in GPT-NeoX's
         self._byte_level = _is_byte_level(tokenizer)
         self._beginning = _beginning(tokenizer)
 
@@ -58,7 +59,7 @@ class HubEncoder:
         if not self._byte_level:
             return self.decode(ids).encode()
         tokens = self._tokenizer.convert_ids_to_tokens([i for i in ids if i not in self._special])
-        return b"".join(_character_bytes(token) for token in tokens)
+        return b"".join(token.encode() if token in self._as_spelt else _character_bytes(token) for token in tokens)
 
 
 def _beginning(tokenizer: Any) -> tuple[int, ...]:

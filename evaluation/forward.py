@@ -177,15 +177,14 @@ class ForwardPasses:
         )
 
     @torch.inference_mode()
-    def generate(self, asked: Sequence[tuple[Sequence[int], int]]) -> list[tuple[int, ...] | None]:
-        """Return greedy continuations, each of at most so many tokens as stand beside its context; None for NaN.
+    def generate(self, asked: Sequence[Sequence[int]], new_tokens: int) -> list[tuple[int, ...] | None]:
+        """Return greedy continuations, each of at most `new_tokens` tokens; None for NaN.
 
         Contexts are cut from the left so that they fit the model together with what is generated. What the model's own
         generation config asks for (a penalty, tokens to suppress) is left out but for where a text ends.
         """
-        new_tokens = max(count for _, count in asked)
         longest = self._last_position + 1 - new_tokens if self._last_position > 0 else None
-        contexts = [list(context)[-longest:] if longest else list(context) for context, _ in asked]
+        contexts = [list(context)[-longest:] if longest else list(context) for context in asked]
         width = max(len(context) for context in contexts)
         padding = self._padding_id()
         inputs = torch.tensor([[padding] * (width - len(context)) + context for context in contexts])
@@ -209,9 +208,9 @@ class ForwardPasses:
             self._model.generation_config = own
         ends = set(own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id])
         continuations: list[tuple[int, ...] | None] = []
-        for new, (_, count), spoilt in zip(output[:, width:].tolist(), asked, nan.tolist(), strict=True):
-            end = next((place for place, token in enumerate(new) if token in ends), count)
-            continuations.append(None if spoilt else tuple(new[: min(end, count)]))
+        for new, spoilt in zip(output[:, width:].tolist(), nan.tolist(), strict=True):
+            end = next((place for place, token in enumerate(new) if token in ends), new_tokens)
+            continuations.append(None if spoilt else tuple(new[:end]))
         return continuations
 
     def _batches(

@@ -5,7 +5,8 @@ and values are then repeated for the different endings. Items are sorted by leng
 which is halved when memory runs out. The head is given the positions that are scored and no others, so the logits of
 context and padding are never formed. Answers do not depend on any of this beyond rounding.
 
-Costs: a batch holds keys and values of at most `tokens_per_batch` tokens, and logits of an eighth as many.
+Costs: a batch holds keys and values of at most `tokens_per_batch` tokens, and logits of an eighth as many; those
+of a single sequence are never split, so a window of 16,384 tokens forms as many logits at once whatever the budget.
 """
 
 import dataclasses
@@ -60,7 +61,7 @@ def score(
     number, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     results: list[Answers | None] = [None] * len(items)
 
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         text = _text(items[0])[:n_positions]
@@ -68,7 +69,7 @@ def score(
         share_prefixes = share_prefixes and passes.can_share_prefixes and counts_positions_from_zero(model, text)
         jobs = [_Job.of(place, item, n_positions, share_prefixes) for place, item in enumerate(items)]
         # Longest first: what does not fit into memory shows at once.
-        jobs.sort(key=lambda job: (job.kind, job.prefix or job.length, job.length), reverse=True)
+        jobs.sort(key=lambda job: (job.kind, job.new_tokens, job.prefix or job.length, job.length), reverse=True)
         pending = jobs[rank::number]
         while True:
             trouble: str | None = None
@@ -90,7 +91,8 @@ def score(
             if not any(left for _, left, _ in everywhere):
                 break
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
     assert all(answers is not None for answers in results)
     return [answers for answers in results if answers is not None]
 
@@ -147,6 +149,13 @@ class _Job:
         return max(len(passage.ids) for passage in self.passages) - 1
 
     @property
+    def new_tokens(self) -> int:
+        """Return how many tokens are generated: where a long context is cut depends on it, so a batch shares it."""
+        return max(
+            (request.max_new_tokens for request in self.item.requests if isinstance(request, Generation)), default=0
+        )
+
+    @property
     def scored_in_prefix(self) -> int:
         """Return how many positions of what its requests share need logits."""
         return max(1, self.prefix - min(passage.first_scored for passage in self.passages) + 1) if self.prefix else 0
@@ -180,7 +189,7 @@ def _take(pending: list[_Job], budget: int) -> list[_Job]:
         tokens += pending[0].prefix or len(job.item.requests) * job.length
         scored += job.scored_in_prefix
         too_much = tokens > budget or scored * TOKENS_PER_SCORED_TOKEN > budget
-        if batch and (too_much or job.kind != batch[0].kind):
+        if batch and (too_much or (job.kind, job.new_tokens) != (batch[0].kind, batch[0].new_tokens)):
             break
         batch.append(job)
     return batch
@@ -191,8 +200,11 @@ def _answer(passes: ForwardPasses, batch: list[_Job], budget: int) -> list[tuple
     kind = batch[0].kind
     if kind == "generation":
         asked = [request for job in batch for request in job.item.requests if isinstance(request, Generation)]
-        written = passes.generate([(request.context, request.max_new_tokens) for request in asked])
-        flat: list[Any] = [None if ids is None else Generated(ids) for ids in written]
+        written = passes.generate([request.context for request in asked], batch[0].new_tokens)
+        flat: list[Any] = [
+            None if ids is None else Generated(ids[: request.max_new_tokens])
+            for ids, request in zip(written, asked, strict=True)
+        ]
     else:
         passages = [job.passages for job in batch]
         if kind == "shared":

@@ -16,7 +16,9 @@ from transformers.activations import NewGELUActivation
 @contextmanager
 def fused_activations(model: nn.Module) -> Iterator[None]:
     """Have GPT-2's activation `gelu_new` computed by one kernel, which passes over memory once, not by eight."""
-    activations = [module for module in model.modules() if type(module) is NewGELUActivation]
+    activations = [
+        module for module in model.modules() if type(module) is NewGELUActivation and "forward" not in vars(module)
+    ]  # one that has a `forward` of its own was wrapped by somebody, such as a hook of accelerate
     one_kernel = functools.partial(nn.functional.gelu, approximate="tanh")
     try:
         for activation in activations:
@@ -24,7 +26,7 @@ def fused_activations(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for activation in activations:
-            activation.__dict__.pop("forward", None)
+            activation.__dict__.pop("forward")
 
 
 @contextmanager

@@ -190,6 +190,16 @@ def test_the_activation_of_gpt2_is_one_kernel_while_a_model_is_scored(monkeypatc
     assert not [module for module in official.modules() if "forward" in vars(module)]
 
 
+def test_an_activation_that_somebody_has_wrapped_is_left_alone():
+    official = pair("sdpa", activation_function="gelu_new")[1]
+    activation, calls = official.transformer.h[0].mlp.act, []
+    own = activation.forward
+    activation.forward = wrapped = lambda x: (calls.append(1), own(x))[1]
+    score(official, random_items(count=1), share_prefixes=False)
+    assert calls
+    assert activation.forward is wrapped
+
+
 def test_the_prefix_is_read_once():
     model = tiny()
     read = []
@@ -230,6 +240,14 @@ def test_generation_behind_a_context_that_is_too_long_reads_its_end():
     context = tuple(place % 90 for place in range(100))
     long, short = score(model, [Item(0, (Generation(context, 5),)), Item(1, (Generation(context[-43:], 5),))])
     assert long[0] == short[0]
+
+
+def test_generation_does_not_depend_on_what_is_generated_beside_it():
+    model = tiny()
+    context = tuple(place % 90 for place in range(100))  # cut to leave room for what is generated
+    item, beside = Item(0, (Generation(context, 8),)), Item(1, (Generation(context, 30),))
+    assert score(model, [item, beside])[0] == score(model, [item])[0]
+    assert score(model, [item, beside])[1] == score(model, [beside])[0]
 
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
@@ -279,8 +297,10 @@ def test_a_model_in_training_is_scored_without_dropout_and_left_in_training():
     model, items = tiny(resid_pdrop=0.5), random_items(count=2)
     expected = score(model, items)
     model.train()
+    model.transformer.h[1].eval()  # somebody's choice
+    before = [module.training for module in model.modules()]
     assert score(model, items) == expected
-    assert model.training
+    assert [module.training for module in model.modules()] == before
 
 
 def test_nan_is_told_with_its_item():

@@ -295,6 +295,19 @@ def test_every_record_has_what_its_figures_need(tmp_path):
         assert task.source
 
 
+def test_tokens_that_were_added_to_a_byte_level_tokenizer_have_the_bytes_they_spell(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    from evaluation.encoder import HubEncoder
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_tokens(["    ", "é"])  # GPT-NeoX's has runs of spaces
+    encoder, text = HubEncoder(tokenizer), "def f():\n    return é + ê"
+    ids = encoder.encode(text)
+    assert set(ids) >= set(tokenizer.convert_tokens_to_ids(["    ", "é"]))
+    assert encoder.decode_bytes(ids) == text.encode()
+
+
 def test_what_a_tokenizer_puts_before_every_text_stands_before_every_context(tmp_path):
     class Beginning(Characters):
         beginning = (7,)
