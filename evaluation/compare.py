@@ -76,9 +76,10 @@ def paired_t(a: Sequence[float], b: Sequence[float], counts: Sequence[int]) -> D
     squares = math.fsum((d - mean * count) ** 2 for d, count in zip(differences, counts, strict=True))
     error = math.sqrt(number_of_items / freedom * squares) / total
     p_value = two_sided_p(mean / error, freedom) if error else float(mean == 0)
+    half = t_quantile(freedom) * error
     return Difference(
         mean,
-        (mean - Z * error, mean + Z * error),
+        (mean - half, mean + half),
         p_value,
         "paired t",
         f"{number_of_items:,} items",
@@ -101,6 +102,15 @@ def two_sided_p(t: float, freedom: int) -> float:
         total += term
     inside = 2 / math.pi * (theta + sine * total) if odd else sine * total
     return min(1.0, max(0.0, 1.0 - inside))
+
+
+def t_quantile(freedom: int) -> float:
+    """Return within how many standard errors 95 % of Student's t with `freedom` degrees lie."""
+    low, high = Z, 13.0  # the normal distribution's, and more than that of a single degree of freedom
+    while high - low > 1e-9:
+        middle = (low + high) / 2
+        low, high = (middle, high) if two_sided_p(middle, freedom) > 0.05 else (low, middle)
+    return high
 
 
 def comparison_table(a: Results, b: Results) -> str:

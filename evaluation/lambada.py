@@ -120,7 +120,7 @@ class LambadaStopWordFilter(LambadaHarness):
     protocol = "stop_word_filter"
     description = (
         'As harness, but the model\'s choices pass over tokens that are a stop word by themselves (" the", " and", …): '
-        "a passage does not end in one."
+        "a passage does not end in one. The perplexity is that of harness."
     )
     source = "GPT-2 paper, section 3.3, which does not list its stop words; the list here is Snowball's for English"
 

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from evaluation.compare import comparison_table, mcnemar, paired_t, two_sided_p
+from evaluation.compare import comparison_table, mcnemar, paired_t, t_quantile, two_sided_p
 from evaluation.figures import Measured
 from evaluation.judging import TaskResult
 from evaluation.results import Results
@@ -66,6 +66,20 @@ def test_students_t_equals_its_integral(freedom):
         heights = [(1 + (t * i / steps) ** 2 / freedom) ** (-(freedom + 1) / 2) for i in range(steps + 1)]
         inside = 2 * constant * t / steps * (sum(heights) - (heights[0] + heights[-1]) / 2)
         assert two_sided_p(t, freedom) == pytest.approx(1 - inside, abs=1e-6)
+
+
+@pytest.mark.parametrize(("freedom", "value"), [(1, 12.7062), (2, 4.3027), (9, 2.2622), (30, 2.0423), (1000, 1.9623)])
+def test_the_quantile_of_students_t_is_that_of_the_tables(freedom, value):
+    assert t_quantile(freedom) == pytest.approx(value, abs=1e-4)
+
+
+def test_the_interval_holds_zero_exactly_where_the_p_value_is_above_five_in_a_hundred():
+    differences = [0.15, 0.4, 0.2]  # mean 0.25, standard error 0.0763763, two degrees of freedom
+    found = paired_t([-1.0, -2.0, -3.0], [-1.0 - differences[0], -2.0 - differences[1], -3.0 - differences[2]], [1] * 3)
+    assert found.difference == pytest.approx(0.25)
+    assert found.interval == pytest.approx((0.25 - 4.302653 * 0.0763763, 0.25 + 4.302653 * 0.0763763), abs=1e-6)
+    assert found.p_value == pytest.approx(0.0820, abs=1e-4)
+    assert found.interval[0] < 0
 
 
 def test_equal_counts_make_it_the_usual_paired_t_test():

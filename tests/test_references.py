@@ -32,6 +32,12 @@ def test_a_figure_stands_under_one_protocol_only():
     assert published("cbt_cn:sentence", "acc") == []
     assert published("cbt_ne:full_sequence", "acc") == []
     assert published("hellaswag", "acc_norm") == []
+    assert published("lambada:stop_word_filter", "ppl") == []  # by construction that of harness, not the paper's
+
+
+def test_figures_of_other_questions_say_so():
+    sources = {each.source for kind in ("cn", "ne") for each in published(f"cbt_{kind}:paper", "acc")}
+    assert all("validation questions" in source for source in sources)
 
 
 def test_every_reference_names_a_task_and_a_figure_that_exist():
