@@ -38,6 +38,7 @@ def model_fingerprint(model: Any, tokenizer: Any) -> str:
         digest.update(tensor.detach().reshape(-1).contiguous().view(torch.uint8).cpu().numpy())
     config = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_OF_THE_MODEL}
     digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+    digest.update(repr(getattr(model.generation_config, "eos_token_id", None)).encode())  # ends what it writes
     backend = getattr(tokenizer, "backend_tokenizer", None)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     digest.update(vocabulary.encode())
@@ -93,7 +94,9 @@ class FinishedItems:
         content = path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
         head, *lines = map(_parsed, whole.splitlines() or [content])
-        ours = {"model", "weights", "dtype"} <= set(head) if whole else _BEGINNING.startswith(content[:10])
+        ours = (
+            {"model", "weights", "dtype"} <= set(head) if whole else _BEGINNING.startswith(content[: len(_BEGINNING)])
+        )
         if not ours:
             raise InputError(f"expected finished items in {path}, found another file; choose another --output")
         if len(whole) < len(content):  # its writer was killed inside a line

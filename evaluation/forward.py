@@ -21,6 +21,9 @@ TOKENS_PER_SCORED_TOKEN = 8
 
 _ROWS_PER_SOFTMAX = 512
 
+_MOST_SCORED_OF_ONE_TEXT = 2048
+"""Positions of a single sequence whose logits are formed at once; a longer one is read in pieces, through the cache."""
+
 _PADDING_PER_PASS = {"cpu": 64}
 _PADDING_PER_PASS_ELSEWHERE = 2048
 """Tokens of padding that cost about as much as another pass does: reading the weights, or starting the kernels."""
@@ -94,7 +97,13 @@ class ForwardPasses:
         """Return the scores of passages, each of which is read by itself, in passes of at most `budget` tokens."""
         scores = [Score() for _ in passages]
         lengths = {owner: len(passage.ids) - 1 for owner, passage in enumerate(passages)}
+        most = max(_MOST_SCORED_OF_ONE_TEXT, budget // TOKENS_PER_SCORED_TOKEN)
         for owners in self._batches(passages, lengths, budget):
+            [first, *others] = owners
+            scored = len(passages[first].ids) - passages[first].first_scored
+            if scored > most and not others and self.can_share_prefixes:
+                self._score_in_pieces(scores, passages, first, most)
+                continue
             targets = [
                 _Target(owner, row, column - 1, passages[owner].ids[column])
                 for row, owner in enumerate(owners)
@@ -103,6 +112,22 @@ class ForwardPasses:
             inputs = self._padded([passages[owner].ids[:-1] for owner in owners])
             self._add_up(scores, passages, targets, input_ids=inputs, use_cache=False)
         return scores
+
+    def _score_in_pieces(self, scores: list[Score], passages: Sequence[Passage], owner: int, length: int) -> None:
+        """Read a passage `length` tokens at a time, each piece behind the keys and values of those before it."""
+        ids = passages[owner].ids
+        cache = DynamicCache(config=self._model.config)
+        for start in range(0, len(ids) - 1, length):
+            end = min(start + length, len(ids) - 1)
+            targets = [
+                _Target(owner, 0, column - 1 - start, ids[column])
+                for column in range(max(start + 1, passages[owner].first_scored), end + 1)
+            ]
+            inputs = torch.tensor([ids[start:end]], device=self._device)
+            seen = torch.ones(1, end, dtype=torch.long, device=self._device)
+            self._add_up(
+                scores, passages, targets, input_ids=inputs, attention_mask=seen, past_key_values=cache, use_cache=True
+            )
 
     @torch.inference_mode()
     def shared(self, groups: Sequence[Sequence[Passage]], prefixes: Sequence[int], budget: int) -> list[Score]:

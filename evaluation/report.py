@@ -37,8 +37,11 @@ def markdown_table(results: Results) -> str:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file holds what `markdown_table` gives."""
-    return f"\n| {' | '.join(_HEADINGS)} |".encode() in path.read_bytes()
+    """Return whether a file holds what `markdown_table` gives; one that cannot be read does not."""
+    try:
+        return f"\n| {' | '.join(_HEADINGS)} |".encode() in path.read_bytes()
+    except OSError:
+        return False
 
 
 def heading(results: Results) -> str:

@@ -5,8 +5,8 @@ and values are then repeated for the different endings. Items are sorted by leng
 which is halved when memory runs out. The head is given the positions that are scored and no others, so the logits of
 context and padding are never formed. Answers do not depend on any of this beyond rounding.
 
-Costs: a batch holds keys and values of at most `tokens_per_batch` tokens, and logits of an eighth as many; those
-of a single sequence are never split, so a window of 16,384 tokens forms as many logits at once whatever the budget.
+Costs: a batch holds keys and values of at most `tokens_per_batch` tokens, and logits of an eighth as many or of
+2,048 (of a whole sequence, where a model's cache does not keep every token).
 """
 
 import dataclasses

@@ -156,6 +156,9 @@ def test_a_model_is_known_by_every_value_its_config_and_its_tokenizer(model, tmp
             assert model_fingerprint(loaded, tokenizer) != before
             weight[place] = kept
     assert model_fingerprint(loaded, tokenizer) == before
+    loaded.generation_config.eos_token_id, ends = 3, loaded.generation_config.eos_token_id
+    assert model_fingerprint(loaded, tokenizer) != before
+    loaded.generation_config.eos_token_id = ends
     loaded.config.layer_norm_epsilon = 1e-3
     assert model_fingerprint(loaded, tokenizer) != before
     path = moved / "tokenizer.json"

@@ -82,18 +82,27 @@ FAMILIES = {
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "bloom": {},
     "mixtral": {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4},
-    "roberta": {"intermediate_size": 64, "is_decoder": True, "pad_token_id": 1},  # its positions begin behind the pad's
+    "roberta": {  # its positions begin behind the pad's
+        "intermediate_size": 64,
+        "is_decoder": True,
+        "pad_token_id": 1,
+        "max_position_embeddings": 52,
+    },
     "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 6},
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_models_of_other_families_are_scored_like_by_hand(family):
+def of_family(family):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], "initializer_range": 0.3})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_models_of_other_families_are_scored_like_by_hand(family):
+    model = of_family(family)
     items = random_items(seed=2)
     assert_equal_by_hand(model, items, score(model, items, tokens_per_batch=300))
 
@@ -198,6 +207,24 @@ def test_an_activation_that_somebody_has_wrapped_is_left_alone():
     score(official, random_items(count=1), share_prefixes=False)
     assert calls
     assert activation.forward is wrapped
+
+
+@pytest.mark.parametrize("family", ["ours", "official", "llama", "roberta"])
+def test_a_long_text_is_scored_in_pieces(family, monkeypatch):
+    monkeypatch.setattr("evaluation.forward._MOST_SCORED_OF_ONE_TEXT", 7)
+    model = dict(zip(("ours", "official"), pair("sdpa"), strict=True)).get(family) or of_family(family)
+    rng, shapes = random.Random(0), []
+    items = [
+        Item(
+            index,
+            (Request(tuple(rng.randrange(2, 96) for _ in range(before)), tuple(rng.choices(range(2, 96), k=size))),),
+        )
+        for index, (before, size) in enumerate([(1, 47), (9, 30), (20, 20), (3, 4)])
+    ]
+    model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
+    found = score(model, items, tokens_per_batch=48)
+    assert max(shapes[PROBES:]) <= 7
+    assert_equal_by_hand(model, items, found)
 
 
 def test_the_prefix_is_read_once():
