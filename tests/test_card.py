@@ -10,10 +10,12 @@ from loopback_writing import metadata_errors
 
 from evaluation.references import VALIDATION_LOSS
 from gpt2_scratch import GPT2ScratchConfig
-from training.card import RunFacts, Score, model_card, write_model_card
+from training.card import LOCAL_FILES, RunFacts, Score, model_card, write_model_card
 from training.card_merging import merged, section, stamped, was_edited
 from training.costs import running_costs
-from training.facts import training_seconds
+from training.data.corpus import corpus_name
+from training.data.manifest import Manifest
+from training.facts import known_base, known_corpus, training_seconds
 from training.recipe import Recipe
 
 FACTS = RunFacts(
@@ -29,6 +31,7 @@ FACTS = RunFacts(
     gzip_bits_per_byte=2.8,
     samples=["Hello, ```I'm``` a language model"],
     gpt2_tokens=True,
+    corpus="fineweb-edu",
 )
 CONFIG = GPT2ScratchConfig()
 
@@ -40,7 +43,8 @@ def card(facts: RunFacts = FACTS, **changes: Any) -> str:
 
 def test_the_hub_accepts_the_card_and_reads_its_results() -> None:
     score = Score("acc_norm", "HellaSwag, by bytes", 0.31, "Rowan/hellaswag", "HellaSwag")
-    text = card(replace(FACTS, scores=[score]), init_from="openai-community/gpt2")
+    base = "openai-community/gpt2"
+    text = card(replace(FACTS, scores=[score], base_model=base), init_from=base)
     assert not metadata_errors({"content": text})
     data = huggingface_hub.ModelCard(text).data
     assert (data.pipeline_tag, data.license, data.library_name) == ("text-generation", "mit", "transformers")
@@ -58,7 +62,7 @@ def test_gpt2_stands_beside_a_loss_of_the_same_corpus_and_tokenizer_only() -> No
     assert f"| 3.0412 | {published} |" in card()
     assert "OpenAI GPT-2 124M" in card()
     assert published not in card(replace(FACTS, gpt2_tokens=False))
-    assert published not in card(corpus="fineweb")
+    assert published not in card(replace(FACTS, corpus="fineweb"))
 
 
 def test_hours_cost_and_energy_are_told_with_how_they_were_estimated() -> None:
@@ -110,9 +114,14 @@ def test_a_card_before_the_first_validation_claims_nothing() -> None:
 
 def test_language_and_licence_are_claimed_only_where_they_are_known() -> None:
     assert "language: en" in card()
-    assert "language:" not in card(corpus="someone/their-texts")
-    assert "license: mit" in card(init_from="openai-community/gpt2-medium")
-    other = card(init_from="someone/their-gpt2")
+    for corpus in ("someone/their-texts", LOCAL_FILES, None):
+        other = card(replace(FACTS, corpus=corpus))
+        assert "language:" not in other
+        assert "license:" not in other
+    openai, theirs = "openai-community/gpt2-medium", "someone/their-gpt2"
+    assert "license: mit" in card(replace(FACTS, base_model=openai), init_from=openai)
+    assert "license:" not in card(replace(FACTS, corpus="installed-docs"))  # of many packages, each with its own
+    other = card(replace(FACTS, base_model=theirs), init_from=theirs)
     assert "license:" not in other
     assert "trained from [someone/their-gpt2](https://huggingface.co/someone/their-gpt2)" in other
     assert "had learnt before" in other
@@ -144,8 +153,57 @@ def test_paths_of_the_machine_are_not_shown(tmp_path: Path) -> None:
     text = card(corpus=place, init_from=place, tokenizer=place, hub_model_id="me/private-name")
     assert str(tmp_path) not in text
     assert "me/private-name" not in text
-    assert "local files (secret)" in text
+    assert "secret" not in text
     assert not metadata_errors({"content": text})
+
+
+REVISION_OF_FILES, COMMIT = "0" * 64, "0" * 40
+
+
+def known(folder: Path, corpus: str, revision: str, **changes: Any) -> str:
+    """The card of a run on shards with a manifest, whose corpus and base are not there any more."""
+    manifest = Manifest(
+        corpus=corpus_name(corpus),
+        corpus_config=None,
+        corpus_revision=revision,
+        text_field="text",
+        tokenizer="gpt2",
+        tokenizer_fingerprint="",
+        vocab_size=50_257,
+        end_of_text_id=50_256,
+        dtype="uint16",
+        shard_tokens=10,
+        val_tokens=10,
+        max_tokens=None,
+    )
+    folder.mkdir(exist_ok=True)
+    manifest.write(folder)
+    recipe = Recipe(output_dir="runs/x", data_dir=str(folder), corpus=corpus, max_steps=10, **changes)
+    facts = replace(FACTS, corpus=known_corpus(recipe), base_model=known_base(recipe.init_from))
+    text = model_card(recipe, facts, CONFIG)
+    assert not metadata_errors({"content": text})
+    return text
+
+
+@pytest.mark.parametrize("corpus", ["/home/alice/corpus.jsonl", "/alice.jsonl", "data/alice", "alice", "../alice"])
+def test_files_that_are_gone_are_neither_named_nor_taken_for_a_dataset(corpus: str, tmp_path: Path) -> None:
+    text = known(tmp_path, corpus, REVISION_OF_FILES, init_from="runs/alice")
+    assert "alice" not in text
+    assert "trained from an earlier model on local files:" in text
+    assert "datasets:" not in text
+    assert "base_model:" not in text
+
+
+def test_a_dataset_of_the_hub_is_known_by_the_commit_in_the_manifest(tmp_path: Path) -> None:
+    assert "datasets:\n- someone/their-texts\n" in known(tmp_path, "someone/their-texts", COMMIT)
+
+
+def test_shards_of_another_program_are_not_said_to_be_of_the_recipes_corpus(tmp_path: Path) -> None:
+    recipe = Recipe(output_dir="runs/x", data_dir=str(tmp_path), corpus="installed-docs", max_steps=10)
+    text = model_card(recipe, replace(FACTS, corpus=known_corpus(recipe)), CONFIG)
+    assert "shards of token ids that do not say what they are of" in text
+    for claim in ("installed-docs", "language:", "license:", "datasets:", "Python packages"):
+        assert claim not in text
 
 
 def test_what_a_person_wrote_stays_and_the_generated_sections_are_new(tmp_path: Path) -> None:

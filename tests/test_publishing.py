@@ -92,6 +92,12 @@ def test_a_hub_out_of_reach_is_told_within_seconds(
         claimed()
 
 
+def test_what_the_hub_will_never_take_is_not_to_be_waited_for(hub: LoopbackHub) -> None:
+    hub.trouble = lambda method, path, number: 400 if "/create" in path else None
+    with pytest.raises(InputError, match=r"cannot be pushed as it is: BadRequestError.*; mend that, or else"):
+        claimed()
+
+
 def test_a_hub_where_nobody_listens_is_told(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(InputError, match=r"expected the Hub at http://127.0.0.1:9, found ConnectError"):

@@ -20,6 +20,7 @@ from training.recipe import Recipe
 from training.sampling import TEMPERATURE, TOP_K
 
 PLACE = "path/to/this/folder"  # until the model has an id
+LOCAL_FILES = "local files"  # whose they are and where they lie is nobody's business
 
 # Paths of the machine are nobody's business, nor is where the run stood when it was started; the rest is told in words.
 _NOT_SHOWN = {
@@ -37,7 +38,7 @@ tone, and little else.""",
 }
 _LIMITS["fineweb-edu"] = f"""{_LIMITS["fineweb"]} Pages were chosen by a classifier for educational value, which favours
 the manner of schoolbooks, and the subjects and dialects that they treat."""
-_OTHER_LIMITS = "Its corpus is named above; whatever is missing, wrong or one-sided there is so in the model."
+_OTHER_LIMITS = "Whatever is missing, wrong or one-sided in the text that it was trained on is so in the model."
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,9 @@ class RunFacts:
         samples: drawn last.
         gpt2_tokens: whether the tokenizer is GPT-2's, without which losses per token cannot be compared.
         scores: of the evaluation tasks.
+        corpus: what the shards are of, as far as it is known: a corpus with a name of ours, a dataset's id on the Hub,
+            or `LOCAL_FILES`; None for shards that do not say.
+        base_model: the Hub's id of what training started from; None for a folder, which has none.
     """
 
     name: str
@@ -88,6 +92,8 @@ class RunFacts:
     seconds: float | None = None
     gpt2_tokens: bool = False
     scores: list[Score] = field(default_factory=list)
+    corpus: str | None = None
+    base_model: str | None = None
 
 
 def write_model_card(
@@ -115,15 +121,15 @@ def earlier_card(folder: Path) -> str | None:
 def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, curves: bool = True) -> str:
     """The whole card as a run generates it; `curves` tells whether there is a picture of them beside it."""
     scores = _scores(recipe, facts)
-    dataset = _hub_dataset(recipe)
+    dataset = _hub_dataset(facts)
     data = ModelCardData(
-        language="en" if recipe.corpus in ENGLISH_CORPORA else None,
-        license="mit" if recipe.init_from is None or recipe.init_from.startswith(_OPENAI) else None,
+        language="en" if facts.corpus in ENGLISH_CORPORA else None,
+        license="mit" if _is_free(recipe, facts) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2_scratch"],
         datasets=[dataset] if dataset else None,
-        base_model=_base_model(recipe),
+        base_model=facts.base_model,
         model_name=facts.name if scores else None,
         eval_results=[
             EvalResult(
@@ -152,7 +158,7 @@ def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, cur
         "## Training\n",
         section("training", _training(recipe, facts, config)),
         "## Limits\n",
-        section("limits", _limits(recipe)),
+        section("limits", _limits(recipe, facts)),
     ]
     return "\n".join(parts)
 
@@ -160,33 +166,34 @@ def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, cur
 _OPENAI = "openai-community/gpt2"  # and -medium, -large, -xl
 
 
-def _base_model(recipe: Recipe) -> str | None:
-    """The Hub's name of what training started from; a folder has none."""
-    name = recipe.init_from
-    return name if name is not None and name.count("/") == 1 and not Path(name).exists() else None
+def _is_free(recipe: Recipe, facts: RunFacts) -> bool:
+    """Whether every licence is known: FineWeb's allows this one, and OpenAI's weights have it."""
+    known_base = recipe.init_from is None or (facts.base_model or "").startswith(_OPENAI)
+    return known_base and facts.corpus in HUB_CORPORA
 
 
-def _hub_dataset(recipe: Recipe) -> str | None:
-    if recipe.corpus in HUB_CORPORA:
-        return HUB_CORPORA[recipe.corpus]
-    return recipe.corpus if recipe.corpus.count("/") == 1 and not Path(recipe.corpus).exists() else None
+def _hub_dataset(facts: RunFacts) -> str | None:
+    """The Hub's id of the corpus."""
+    corpus = facts.corpus or ""
+    return HUB_CORPORA.get(corpus, corpus if "/" in corpus else None)
 
 
-def _corpus(recipe: Recipe) -> str:
-    corpus = f"local files ({Path(recipe.corpus).name})" if Path(recipe.corpus).exists() else recipe.corpus
-    dataset = _hub_dataset(recipe)
-    corpus = f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else corpus
-    return corpus + (f" ({recipe.corpus_config})" if recipe.corpus_config else "")
+def _corpus(recipe: Recipe, facts: RunFacts) -> str:
+    dataset = _hub_dataset(facts)
+    if dataset is None:
+        return facts.corpus or "shards of token ids that do not say what they are of"
+    link = f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+    return link + (f" ({recipe.corpus_config})" if recipe.corpus_config else "")
 
 
 def _scores(recipe: Recipe, facts: RunFacts) -> list[Score]:
     """The figures of the validation text, and then those of the tasks."""
     if facts.val_loss is None:
         return facts.scores
-    dataset = _hub_dataset(recipe) or recipe.corpus
-    kind = dataset if _hub_dataset(recipe) else "text"
-    name = f"held-out text of {_hub_dataset(recipe) or Path(recipe.corpus).name}"
-    published = VALIDATION_LOSS.get(recipe.corpus, ()) if facts.gpt2_tokens else ()
+    dataset = _hub_dataset(facts)
+    kind = dataset or "text"
+    name = f"held-out text of {dataset or facts.corpus}" if facts.corpus else "held-out text"
+    published = VALIDATION_LOSS.get(facts.corpus or "", ()) if facts.gpt2_tokens else ()
     windows = f"windows of {recipe.seq_len:,} tokens side by side"
     found = [Score("loss", f"loss, nats per token, {windows}", facts.val_loss, kind, name, tuple(published))]
     if facts.bits_per_byte is not None:
@@ -195,13 +202,13 @@ def _scores(recipe: Recipe, facts: RunFacts) -> list[Score]:
 
 
 def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
-    base = _base_model(recipe)
+    base = facts.base_model
     start = (
         f"[{base}](https://huggingface.co/{base})" if base else "an earlier model" if recipe.init_from else "scratch"
     )
     hardware = f", on {_hardware(facts)}" if facts.device else ""
     return f"""A GPT-2 with {facts.parameters / 1e6:.1f}M parameters ({config.n_layer} layers, {config.n_head} heads,
-width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {_corpus(recipe)}:
+width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {_corpus(recipe, facts)}:
 {facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in all{hardware}."""
 
 
@@ -282,11 +289,11 @@ def _tokenizer(recipe: Recipe, config: PreTrainedConfig) -> str:
 
 
 def _is_path(value: object) -> bool:
-    return isinstance(value, str) and (value.startswith(("/", "~", ".")) or Path(value).exists())
+    return isinstance(value, str) and ("/" in value or "\\" in value or value.startswith(("~", ".")))
 
 
-def _limits(recipe: Recipe) -> str:
-    own = _LIMITS.get(recipe.corpus, _OTHER_LIMITS)
+def _limits(recipe: Recipe, facts: RunFacts) -> str:
+    own = _LIMITS.get(facts.corpus or "", _OTHER_LIMITS)
     if recipe.init_from is not None:
         own += "\nWhat the model that it was trained from had learnt before is in it too."
     return f"""A base model: it continues text, and says what is likely there rather than what is true. Nothing was done

@@ -4,13 +4,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from safetensors import safe_open
 
 from evaluation.references import one_per_size, published
-from training.card import RunFacts, Score
+from training.card import LOCAL_FILES, RunFacts, Score
+from training.data.corpora import is_repository_id
+from training.data.corpus import HUB_CORPORA, INSTALLED_DOCS, corpus_name
+from training.data.manifest import Manifest
 from training.progress import read_metrics
 from training.recipe import Recipe
 from training.task_evaluation import latest_results
+
+_DIGITS_OF_A_COMMIT = 40
 
 # What a task's items are called on the Hub, and in words.
 _DATASETS = {
@@ -60,7 +66,34 @@ def run_facts(
         samples=samples or [],
         gpt2_tokens=recipe.tokenizer == "gpt2",
         scores=task_scores(output_dir, steps),
+        corpus=known_corpus(recipe),
+        base_model=known_base(recipe.init_from),
     )
+
+
+def known_corpus(recipe: Recipe) -> str | None:
+    """What the recipe's shards are of, by their manifest; see `RunFacts.corpus`.
+
+    The recipe alone does not tell: `data/texts` may be a dataset or a folder, the folder may be gone, and shards of
+    another program are of whatever they are of. The revision does: a commit of the Hub has 40 digits, and a hash of
+    files has 64.
+    """
+    manifest = Manifest.read(Path(recipe.data_dir))
+    if manifest is None or manifest.corpus != corpus_name(recipe.corpus):
+        return None
+    if recipe.corpus == INSTALLED_DOCS:
+        return INSTALLED_DOCS
+    is_of_the_hub = len(manifest.corpus_revision) == _DIGITS_OF_A_COMMIT
+    has_an_id = recipe.corpus in HUB_CORPORA or is_repository_id(recipe.corpus)
+    return recipe.corpus if is_of_the_hub and has_an_id else LOCAL_FILES
+
+
+def known_base(init_from: str | None) -> str | None:
+    """The Hub's id of a model to start from, where it surely is one: OpenAI's, or one that was downloaded here."""
+    if init_from is None or not is_repository_id(init_from) or Path(init_from).exists():
+        return None
+    cached = Path(constants.HF_HUB_CACHE) / f"models--{init_from.replace('/', '--')}"
+    return init_from if init_from.startswith("openai-community/") or cached.is_dir() else None
 
 
 def task_scores(output_dir: Path, steps: int) -> list[Score]:

@@ -136,11 +136,11 @@ def refused_in_one_line(repo_id: str, way_out: str) -> Iterator[None]:
                 f"expected a repository that you may write to, found that the Hub refuses {repo_id} ({status}); choose "
                 f"one under your own name and a token with the right to write, {way_out}"
             ) from None
-        if status or isinstance(error, network_errors()):
+        if may_pass(error):
             raise InputError(
                 f"expected the Hub at {constants.ENDPOINT}, found {told(error)}; wait for it, {way_out}"
             ) from None
-        raise InputError(f"the Hub refuses this: {told(error)}") from None
+        raise InputError(f"this cannot be pushed as it is: {told(error)}; mend that, {way_out}") from None
 
 
 def _client_errors() -> tuple[type[BaseException], ...]:

@@ -43,7 +43,7 @@ def open_corpus(
     """
     path = Path(corpus)
     exists = bool(corpus) and path.exists()
-    if corpus in HUB_CORPORA or (not exists and _is_hub_repository(corpus)):
+    if corpus in HUB_CORPORA or (not exists and is_repository_id(corpus)):
         default = DEFAULT_HUB_CONFIG if corpus in HUB_CORPORA else None
         return HubCorpus(
             HUB_CORPORA.get(corpus, corpus),
@@ -70,5 +70,6 @@ def open_corpus(
     return FileCorpus(path, text_field)
 
 
-def _is_hub_repository(corpus: str) -> bool:
+def is_repository_id(corpus: str) -> bool:
+    """Return whether this reads as owner/name of the Hub rather than as the path of a file."""
     return bool(_HUB_REPOSITORY.fullmatch(corpus)) and not corpus.lower().endswith(FILE_ENDINGS) and corpus[0] != "."
