@@ -1,6 +1,10 @@
 """Pushing a model folder and a run to the Hub: the real client against a server on this machine."""
 
+import concurrent.futures.thread
+import contextlib
 import shutil
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,14 +167,53 @@ def test_a_push_that_broke_shows_nothing_half_made_and_goes_through_later(
     assert hub.model("me/my-gpt2").messages == ["Step 4"]
 
 
+def test_an_upload_that_hangs_keeps_no_process_alive(hub: LoopbackHub, model_folder: Path, tmp_path: Path) -> None:
+    """The interpreter joins the threads of executors at its end, and only them and those that are no daemons."""
+    claimed()
+    folder = stage(tmp_path / "staged", model_folder)
+    (folder / "curves.png").write_bytes(b"\x89PNG" * 10)  # a second large file, by .gitattributes
+    hangs = threading.Event()
+
+    def hang(method: str, path: str, number: int) -> str | None:
+        if "/lfs/upload/" not in path:
+            return None
+        hangs.set()
+        return "hang"
+
+    hub.trouble = hang
+    joined_at_the_end = set(concurrent.futures.thread._threads_queues)
+
+    def push() -> None:
+        with contextlib.suppress(Exception):
+            push_folder(folder, "me/my-gpt2", message="Step 4")
+
+    thread = threading.Thread(target=push, daemon=True)
+    thread.start()
+    assert hangs.wait(20)
+    time.sleep(0.05)
+    assert set(concurrent.futures.thread._threads_queues) <= joined_at_the_end
+    assert not hub.large_files
+    hub.trouble = lambda method, path, number: None
+    hub.released.set()
+    thread.join(20)
+    assert not thread.is_alive()
+
+
 def test_weights_that_were_in_other_pieces_go(hub: LoopbackHub, model_folder: Path, tmp_path: Path) -> None:
-    old = {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b"{}", "notes.md": b"mine"}
+    old = {
+        "model-00001-of-00002.safetensors": b"",
+        "model.safetensors.index.json": b"{}",
+        "notes.md": b"mine",
+        "adapter_model.safetensors": b"mine",
+    }
     hub.repositories["model", "me/my-gpt2"] = Repository({**old, "last-checkpoint/config.json": b"{}"})
     folder = stage(tmp_path / "staged", model_folder)
     push_folder(folder, "me/my-gpt2", message="New")
     names = set(hub.model("me/my-gpt2").files())
     # A push by hand brings no state to go on from, and takes none away.
-    assert names & {*old, "last-checkpoint/config.json"} == {"notes.md", "last-checkpoint/config.json"}
+    assert names & {*old, "last-checkpoint/config.json"} == {
+        *("notes.md", "adapter_model.safetensors", "last-checkpoint/config.json")
+    }
     (folder / "last-checkpoint").mkdir()
     (folder / "last-checkpoint" / "model.safetensors").write_bytes(b"")
     push_folder(folder, "me/my-gpt2", message="With state")

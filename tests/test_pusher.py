@@ -148,6 +148,10 @@ def test_a_stage_shares_the_bytes_of_its_checkpoint_and_not_its_paths(tmp_path: 
     words = '{"added_tokens": [{"content": "/home"}]}'
     (checkpoint / "tokenizer.json").write_text(words)
     (checkpoint / ".hidden").write_text("secret")
+    for name in ("training_args.bin", "optimizer.pt", "trainer_state.json", "adapter_model.safetensors"):
+        (checkpoint / name).write_bytes(b"of another program")
+    (checkpoint / "runs" / "my-laptop").mkdir(parents=True)
+    (checkpoint / "runs" / "my-laptop" / "README.md").write_text("logs")
     staged = stage(tmp_path / "staged", checkpoint)
     assert sorted(path.name for path in staged.rglob("*")) == ["config.json", "model.safetensors", "tokenizer.json"]
     assert (staged / "tokenizer.json").read_text() == words

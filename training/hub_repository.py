@@ -267,6 +267,10 @@ def _commit(folder: Path, repo_id: str, *, message: str, branch: str, with_nativ
     carries_state = any(name.startswith(f"{LAST_CHECKPOINT}/") for name in files)
     stale = [name for name in sorted(there - set(files)) if _is_ours(name, branch, carries_state)]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
+    for addition in additions:
+        # One by one in this thread. For several the client makes a pool (`_upload_lfs_files`), whose threads the
+        # interpreter waits for at its end: an upload that hangs would keep a run alive that was asked to leave.
+        api.preupload_lfs_files(repo_id, [addition], revision=branch)
     commit = api.create_commit(
         repo_id, [*additions, *deletions], commit_message=message, revision=branch, parent_commit=head
     )
@@ -280,8 +284,8 @@ def _is_ours(name: str, branch: str, carries_state: bool) -> bool:
     """
     if branch == NATIVE:
         return name != ".gitattributes"
-    weights = name.endswith((".safetensors", ".safetensors.index.json")) and "/" not in name
-    return weights or (carries_state and name.startswith(f"{LAST_CHECKPOINT}/"))
+    weights = re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)
+    return weights is not None or (carries_state and name.startswith(f"{LAST_CHECKPOINT}/"))
 
 
 _SAYING_NATIVE = {

@@ -4,9 +4,11 @@ No training state goes along, unless asked for as `last-checkpoint/`, and no pat
 that hold one, or one that leads up from where the run was started, are left out.
 """
 
+import fnmatch
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,14 @@ from training.checksums import renew_checksums
 
 LAST_CHECKPOINT = "last-checkpoint"
 
-_STATE = "training_state"
+# What a model is loaded from and described by, at the top of its folder. Other programs keep their arguments,
+# optimizers and logs with the machine's name there.
+_OF_A_MODEL = (
+    *("config.json", "generation_config.json", "eval_results.json", "chat_template.*", "*.py"),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
+    *("*.md", "LICENSE*", "NOTICE*", "*.png", "*.jpg", "*.svg"),
+)
 _WORDS = ("tokenizer.json", "vocab.json")  # where "/usr" is a word and no place
 
 
@@ -23,26 +32,30 @@ def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path 
 
     Args:
         target: does not exist, or holds what a dead process left.
-        model: a folder that is whole.
+        model: a folder that is whole; of its files those that belong to a model are taken.
         curves: its picture, where the folder has none.
         state: a checkpoint that goes along whole, to go on from.
     """
     shutil.rmtree(target, ignore_errors=True)
-    _carry(model, target, without=_STATE)
+    _carry([path for path in sorted(model.iterdir()) if _belongs(path)], model, target)
     if curves is not None and curves.is_file() and not (target / curves.name).exists():
         _link(curves, target / curves.name)
     if state is not None:
-        rewritten = _carry(state, target / LAST_CHECKPOINT)
+        rewritten = _carry(sorted(state.rglob("*")), state, target / LAST_CHECKPOINT)
         renew_checksums(target / LAST_CHECKPOINT, rewritten)
     return target
 
 
-def _carry(source: Path, target: Path, *, without: str | None = None) -> list[Path]:
-    """Link the files of `source` into `target`; return those that had to be rewritten."""
+def _belongs(path: Path) -> bool:
+    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OF_A_MODEL)
+
+
+def _carry(paths: Iterable[Path], source: Path, target: Path) -> list[Path]:
+    """Link files of `source` into `target`; return those that had to be rewritten."""
     rewritten = []
-    for path in sorted(source.rglob("*")):
+    for path in paths:
         name = path.relative_to(source)
-        if any(part.startswith(".") or part in (without, "__pycache__") for part in name.parts) or not path.is_file():
+        if any(part.startswith(".") or part == "__pycache__" for part in name.parts) or not path.is_file():
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _link(path, target / name)
