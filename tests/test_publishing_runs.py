@@ -18,7 +18,7 @@ from gpt2_scratch_errors import InputError
 from training import hub as command
 from training import publishing
 from training.loop import train
-from training.publishing import Publishing
+from training.publishing import Publishing, claim_repository, remember_push
 from training.recipe import Recipe
 
 # How the client itself sends large files where there is no Xet.
@@ -100,6 +100,7 @@ def test_an_outage_changes_nothing_of_the_training(
     trouble: int | str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(publishing, "LAST_PUSH_SECONDS", 1.0)
     started = threading.Event()
@@ -117,6 +118,9 @@ def test_an_outage_changes_nothing_of_the_training(
     if trouble != "hang":
         assert re.search(r"step \d+ is not on the Hub yet: \w+", log)
     assert TOKEN not in log
+    capsys.readouterr()
+    train(recipe)  # it is complete, says what is left to do, and needs no Hub for that
+    assert command_line in capsys.readouterr().out
     hub.trouble = lambda method, path, number: None
     hub.released.set()
     for thread in threading.enumerate():  # in a run of its own it would have ended with the process
@@ -125,6 +129,28 @@ def test_an_outage_changes_nothing_of_the_training(
     command.main(["push", recipe.output_dir, "--repo_id", "me/tiny"])
     weights = (Path(recipe.output_dir) / "model" / "model.safetensors").read_bytes()
     assert hub.model("me/tiny").files("step-000012")["model.safetensors"] == weights
+    capsys.readouterr()
+    train(recipe)
+    assert "training.hub" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_does_not_wait_for_a_hub_that_is_down(
+    hub: LoopbackHub, tiny_recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.trouble = lambda method, path, number: "down"
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny")
+    with pytest.raises(InputError, match="wait for it, or train with push_to_hub: false"):
+        claim_repository(recipe, goes_on=False)
+    assert claim_repository(recipe, goes_on=True) == "me/tiny"
+    assert capsys.readouterr().out.startswith("training goes on without the Hub: expected the Hub at http")
+    unnamed = tiny_recipe(push_to_hub=True)
+    assert claim_repository(unnamed, goes_on=True) is None
+    Path(unnamed.output_dir).mkdir()
+    remember_push(Path(unnamed.output_dir), "me/run", 4)
+    assert claim_repository(unnamed, goes_on=True) == "me/run"
+    hub.trouble = lambda method, path, number: 403
+    with pytest.raises(InputError, match="may write to"):
+        claim_repository(recipe, goes_on=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

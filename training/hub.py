@@ -56,13 +56,14 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool) -> None:
     model, step = find_model(folder)
     _refuse_broken(model)
     from training.hub_repository import NATIVE, claim, push_folder, refused_in_one_line
+    from training.publishing import remember_push
     from training.staging import stage
 
     repo_id = claim(repo_id, default_name=folder.name, private=private, way_out=_WAY_OUT)
     with tempfile.TemporaryDirectory() as place:
         # Of the run itself: a checkpoint's picture would show what came later too.
         staged = stage(Path(place) / "model", model, curves=folder / "curves.png")
-        run = model.resolve().parents[1] if step is not None else folder  # the run of a checkpoint
+        run = folder if (folder / "recipe.yaml").is_file() else model.resolve().parents[1]  # the run of a checkpoint
         if step is not None and (run / "recipe.yaml").is_file() and not (staged / "README.md").exists():
             _write_card(staged, run, step)
         message = f"Step {step:,}" if step is not None else f"Push {model.name}"
@@ -74,6 +75,8 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool) -> None:
 
                 export(str(staged), Path(place) / "native", "gpt2")
                 push_folder(Path(place) / "native", repo_id, message=message, branch=NATIVE)
+    if step is not None and (run / "recipe.yaml").is_file():
+        remember_push(run, repo_id, step)
     print(f"{model} is on the Hub: {repo_id}" + (f", tag {tag}" if tag else ""))
     if native:
         print(f'as a plain GPT-2: from_pretrained("{repo_id}", revision="{NATIVE}")')

@@ -31,6 +31,10 @@ _OVERTAKEN = (409, 412)  # somebody else's commit came between our reading and o
 _TRIES_WHEN_OVERTAKEN = 3
 
 
+class HubOutOfReachError(InputError):
+    """The Hub does not answer, or not now: the same may succeed later with nobody doing anything."""
+
+
 def give_up_on_silence(seconds: float = _SECONDS_OF_SILENCE) -> None:
     """Let the Hub's client raise when it hears nothing for so long, or is asked to come back much later.
 
@@ -137,7 +141,7 @@ def refused_in_one_line(repo_id: str, way_out: str) -> Iterator[None]:
                 f"one under your own name and a token with the right to write, {way_out}"
             ) from None
         if may_pass(error):
-            raise InputError(
+            raise HubOutOfReachError(
                 f"expected the Hub at {constants.ENDPOINT}, found {told(error)}; wait for it, {way_out}"
             ) from None
         raise InputError(f"this cannot be pushed as it is: {told(error)}; mend that, {way_out}") from None
@@ -158,7 +162,8 @@ def claim(repo_id: str | None, *, default_name: str, private: bool, kind: Kind =
         way_out: what else can be done, as the end of the error's line.
 
     Raises:
-        InputError: it is no id, there is no token or a bad one, the repository is another's, the Hub is out of reach.
+        HubOutOfReachError: it does not answer.
+        InputError: it is no id, there is no token or a bad one, the repository is another's.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -176,15 +181,17 @@ def claim(repo_id: str | None, *, default_name: str, private: bool, kind: Kind =
         ) from None
     give_up_on_silence(_SECONDS_OF_SILENCE_AT_FIRST)
     api = HfApi()
-    with refused_in_one_line(repo_id, way_out):
-        if "/" not in repo_id:
-            repo_id = f"{api.whoami()['name']}/{repo_id}"
-        else:
-            api.whoami()
-        api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True)
-        # Somebody else's repository exists too.
-        api.auth_check(repo_id, repo_type=kind, write=True)
-    give_up_on_silence()
+    try:
+        with refused_in_one_line(repo_id, way_out):
+            if "/" not in repo_id:
+                repo_id = f"{api.whoami()['name']}/{repo_id}"
+            else:
+                api.whoami()
+            api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True)
+            # Somebody else's repository exists too.
+            api.auth_check(repo_id, repo_type=kind, write=True)
+    finally:
+        give_up_on_silence()
     return repo_id
 
 

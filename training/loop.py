@@ -39,7 +39,7 @@ from training.launching import continue_command, launch_words, longer_command
 from training.plan import Plan, plan_run
 from training.preemption import Agreement, SignalWatch
 from training.profiling import NoTrace, StepTrace, TraceOf
-from training.publishing import Publishing
+from training.publishing import Publishing, still_to_push
 from training.recipe import Recipe, profiled_steps
 from training.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
 from training.saving import Saving
@@ -70,6 +70,8 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Pr
             print(f"The run in {recipe.output_dir} is complete: {plan.first_step:,} of {plan.total_steps:,} steps.")
             longer = longer_command(launch_words(), plan.output_dir, plan.total_steps)
             print(f"To go on, give it a new end:\n  {longer}")
+            if left := still_to_push(recipe, plan.first_step):
+                print(left)
         return
     accelerator = make_accelerator()
     # Its bars for each model that is saved, and its reports before an error that we put into one line.

@@ -72,13 +72,10 @@ class Plan:
     @property
     def is_complete(self) -> bool:
         """Whether an earlier start took the last step and left the model folder."""
-        weights = self.output_dir / "model" / "model.safetensors"
         return (
             self.first_step == self.total_steps
             and self.resume_from is not None
-            and weights.is_file()
-            # A run that was extended and died before its end has an older model there.
-            and filecmp.cmp(weights, self.resume_from / weights.name, shallow=False)
+            and _is_the_model(self.output_dir, self.resume_from)
         )
 
 
@@ -103,7 +100,9 @@ def _plan(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> Plan:
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
     # Before the data, which may take minutes to come.
-    repo_id = claim_repository(recipe) if recipe.push_to_hub and os.environ.get("RANK", "0") == "0" else None
+    repo_id = None
+    if recipe.push_to_hub and os.environ.get("RANK", "0") == "0" and not _nothing_is_left_to_do(recipe, resume_from):
+        repo_id = claim_repository(recipe, goes_on=resume_from is not None)
     folder, tokenizer = open_data(recipe, producer, machines)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
     # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
@@ -124,6 +123,20 @@ def _plan(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> Plan:
         refuse_earlier_end(resume_from, first_step, end)
     tasks = TaskEvaluation(recipe, tokenizer) if recipe.eval_tasks else None
     return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step, repo_id, tasks)
+
+
+def _is_the_model(output_dir: Path, checkpoint: Path) -> bool:
+    """Whether the run's model folder is of that checkpoint; one that was extended and died has an older model there."""
+    weights = output_dir / "model" / "model.safetensors"
+    return weights.is_file() and filecmp.cmp(weights, checkpoint / weights.name, shallow=False)
+
+
+def _nothing_is_left_to_do(recipe: Recipe, resume_from: Path | None) -> bool:
+    """Whether a run is complete, as far as that is known before its data."""
+    if resume_from is None or recipe.num_train_epochs is not None:
+        return False
+    at_its_end = TrainerState.read(resume_from).step == total_steps(recipe, None)
+    return at_its_end and _is_the_model(Path(recipe.output_dir), resume_from)
 
 
 def batch_of(recipe: Recipe) -> BatchPlan:
