@@ -140,6 +140,9 @@ def test_a_run_that_was_stopped_is_pushed_and_read_by_its_newest_checkpoint(
     (run / "model").rename(tmp_path / "model-elsewhere")
     main(["push", str(run / "checkpoints" / "step-000012"), "--repo_id", "me/one-checkpoint"])
     assert "12 steps of 256 tokens" in hub.model("me/one-checkpoint").files()["README.md"].decode()
+    assert not [name for name in hub.model("me/one-checkpoint").files() if "training_state" in name]
+    main(["push", str(run), "--repo_id", "me/one-checkpoint", "--checkpoint"])
+    assert "last-checkpoint/training_state/trainer_state.json" in hub.model("me/one-checkpoint").files()
     main(["push", str(run), "--repo_id", "me/again"])
     there = hub.model("me/again")
     assert set(there.tags) == {"step-000012"}

@@ -337,6 +337,25 @@ def test_xet_that_refuses_is_one_line_and_leaves_nothing_half_made(
     assert not hub.model("me/my-gpt2").messages
 
 
+def test_a_push_renews_the_native_branch_that_an_earlier_one_made(
+    hub: LoopbackHub, model_folder: Path, tmp_path: Path
+) -> None:
+    command.main(["push", str(model_folder), "--repo_id", "me/my-gpt2", "--native"])
+    there = hub.model("me/my-gpt2")
+    first = there.files("native")["model.safetensors"]
+    changed = tiny()
+    changed.transformer.ln_f.weight.data.mul_(2.0)
+    changed.save_pretrained(tmp_path / "changed")
+    command.main(["push", str(tmp_path / "changed"), "--repo_id", "me/my-gpt2"])
+    assert there.files("native")["model.safetensors"] == there.files()["model.safetensors"] != first
+
+
+def test_a_folder_without_a_state_cannot_bring_one(hub: LoopbackHub, model_folder: Path) -> None:
+    with pytest.raises(InputError, match="--checkpoint: expected a checkpoint, or a run"):
+        command.main(["push", str(model_folder), "--repo_id", "me/my-gpt2", "--checkpoint"])
+    assert not hub.requests
+
+
 def test_the_judge_of_metadata_can_refuse() -> None:
     assert len(metadata_errors({"content": "---\nlicense: nonsense\ndatasets: [a b]\n---\n"})) == 2
     wrong = [{"name": "x", "results": [{"task": {}, "dataset": {"type": "a b", "name": "c"}, "metrics": [{}]}]}]

@@ -19,6 +19,7 @@ from training import hub as command
 from training import publishing
 from training.loop import train
 from training.publishing import Publishing, claim_repository, remember_push
+from training.pusher import Pusher
 from training.recipe import Recipe
 
 # How the client itself sends large files where there is no Xet.
@@ -237,6 +238,25 @@ def test_a_run_that_leaves_says_that_its_last_checkpoint_is_not_there_yet(hub: L
     behind.on_saved(checkpoint, 4)
     behind.close()
     assert lines == ["the newest checkpoint is not on the Hub yet; it goes there when the run goes on"]
+
+
+def test_ctrl_c_in_the_last_push_says_what_is_left_to_do(
+    hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(self: Pusher, seconds: float) -> bool:
+        raise KeyboardInterrupt
+
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", hub_strategy="checkpoint")
+    (Path(recipe.output_dir) / "model").mkdir(parents=True)
+    lines: list[str] = []
+    behind = Publishing(recipe, "me/tiny", say=lines.append, write_card=lambda folder, step: None)
+    hub.trouble = lambda method, path, number: "down"
+    with monkeypatch.context() as patch:
+        patch.setattr(Pusher, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            behind.finish(Path(recipe.output_dir) / "model", 12, None)
+    behind.close()
+    assert lines[-1].endswith(f"training.hub push {recipe.output_dir} --repo_id me/tiny --checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also as a plain GPT-2, on the branch `native`: for programs without our code",
     )
+    push.add_argument(
+        "--checkpoint",
+        action="store_true",
+        help="with the state to go on from, as last-checkpoint/: what hub_strategy: checkpoint does",
+    )
     shards = commands.add_parser("push-shards", help="a folder of shards, as a dataset to train from")
     shards.add_argument("folder", type=Path, metavar="DIR", help="a complete folder of shards")
     for command in (push, shards):
@@ -40,35 +45,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Push as the command line says."""
     options = build_parser().parse_args(arguments)
     if options.command == "push":
-        push(options.folder, options.repo_id, private=options.private, native=options.native)
+        push(
+            options.folder,
+            options.repo_id,
+            private=options.private,
+            native=options.native,
+            with_state=options.checkpoint,
+        )
     else:
         from training.hub_dataset import push_shards
 
         push_shards(options.folder, options.repo_id, private=options.private, say=lambda line: print(line, flush=True))
 
 
-def push(folder: Path, repo_id: str, *, private: bool, native: bool) -> None:
+def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state: bool = False) -> None:
     """Push the newest model of a run, or a model folder, and say where it is.
 
+    The branch with the plain GPT-2 is renewed where there is one, whether or not `native` asks for it.
+
     Raises:
-        InputError: it holds no whole model, or the Hub refuses it.
+        InputError: it holds no whole model, no checkpoint of it although `with_state` asks for that, or the Hub refuses
+            it.
     """
     model, step = find_model(folder)
     _refuse_broken(model)
-    from training.hub_repository import NATIVE, claim, push_folder, refused_in_one_line
+    state = _checkpoint_of(folder, model, step) if with_state else None
+    from training.hub_repository import NATIVE, claim, has_branch, push_folder, refused_in_one_line
     from training.publishing import remember_push
     from training.staging import stage
 
     repo_id = claim(repo_id, default_name=folder.name, private=private, way_out=_WAY_OUT)
     with tempfile.TemporaryDirectory() as place:
         # Of the run itself: a checkpoint's picture would show what came later too.
-        staged = stage(Path(place) / "model", model, curves=folder / "curves.png")
+        staged = stage(Path(place) / "model", model, curves=folder / "curves.png", state=state)
         run = folder if (folder / "recipe.yaml").is_file() else model.resolve().parents[1]  # the run of a checkpoint
         if step is not None and (run / "recipe.yaml").is_file() and not (staged / "README.md").exists():
             _write_card(staged, run, step)
         message = f"Step {step:,}" if step is not None else f"Push {model.name}"
         tag = f"step-{step:06d}" if step is not None else None
         with refused_in_one_line(repo_id, _WAY_OUT):
+            native = native or has_branch(repo_id, NATIVE)
             pushed = push_folder(staged, repo_id, message=message, tag=tag, with_native=native)
             if native:
                 from gpt2_scratch.export import export
@@ -112,6 +128,18 @@ def find_model(folder: Path) -> tuple[Path, int | None]:
         newer = (saved[-1] / "config.json").stat().st_mtime > (newest / "config.json").stat().st_mtime
         newest = saved[-1] if newer else newest
     return newest, _step_of(newest)
+
+
+def _checkpoint_of(folder: Path, model: Path, step: int | None) -> Path:
+    """The checkpoint that a model is of: the folder itself, or the run's newest, which `find_model` compared."""
+    from training.checkpoint import checkpoints
+
+    if step is None:
+        raise InputError(
+            f"--checkpoint: expected a checkpoint, or a run whose newest checkpoint is its model, found {folder}; name "
+            "the run, or leave the flag out"
+        )
+    return model if (model / "training_state").is_dir() else checkpoints(folder)[-1]
 
 
 def _step_of(folder: Path) -> int | None:

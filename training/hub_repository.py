@@ -313,6 +313,13 @@ def with_text_of_the_hub(card: str, repo_id: str, commit: str, kind: Kind = "mod
     return (merged(card, there), True) if was_edited(there) else (stamped(card), False)
 
 
+def has_branch(repo_id: str, branch: str) -> bool:
+    """Whether the repository of a model has such a branch."""
+    from huggingface_hub import HfApi
+
+    return any(found.name == branch for found in HfApi().list_repo_refs(repo_id).branches)
+
+
 def set_tag(repo_id: str, tag: str, commit: str) -> None:
     """Let a tag point at a commit, also when an earlier run has set it elsewhere."""
     from huggingface_hub import HfApi

@@ -11,7 +11,16 @@ from pathlib import Path
 from shlex import quote
 
 from evaluation.atomic import write_whole
-from training.hub_repository import HubOutOfReachError, asked_to_wait, claim, may_pass, push_folder, told
+from training.hub_repository import (
+    NATIVE,
+    HubOutOfReachError,
+    asked_to_wait,
+    claim,
+    has_branch,
+    may_pass,
+    push_folder,
+    told,
+)
 from training.launching import program
 from training.pusher import FIRST_PAUSE_SECONDS, Pusher
 from training.recipe import Recipe
@@ -80,9 +89,10 @@ def still_to_push(recipe: Recipe, step: int) -> str | None:
 
 def finishing_words(recipe: Recipe, repo_id: str) -> str:
     """The one command that is left to do after a last push that failed."""
+    state = " --checkpoint" if recipe.hub_strategy == "checkpoint" else ""
     return (
         "the last push is not on the Hub; the model is whole here, and this finishes it:\n"
-        f"  {program('python')} -m training.hub push {quote(recipe.output_dir)} --repo_id {repo_id}"
+        f"  {program('python')} -m training.hub push {quote(recipe.output_dir)} --repo_id {repo_id}{state}"
     )
 
 
@@ -139,15 +149,15 @@ class Publishing:
         done = False
         try:
             folder = stage(self._new_place(step), model, state=state)
-        except OSError as error:
-            self._say(f"step {step:,} is not pushed: {told(error)}")
-        else:
             self._pusher.submit(folder, step)
             self._say(f"pushing the model to {self._repo_id}")
             done = self._pusher.close(LAST_PUSH_SECONDS)
-        shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
-        if not done:
-            self._say(finishing_words(self._recipe, self._repo_id))
+        except OSError as error:
+            self._say(f"step {step:,} is not pushed: {told(error)}")
+        finally:  # also of Ctrl-C
+            shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
+            if not done:
+                self._say(finishing_words(self._recipe, self._repo_id))
 
     def close(self) -> None:
         """Wait for nothing: a run that was asked to leave, or failed, pushes with its next checkpoint."""
@@ -167,7 +177,8 @@ class Publishing:
         pushed = push_folder(folder, self._repo_id, message=f"Step {step:,}", tag=tag)
         remember_push(self._output_dir, self._repo_id, step)
         kept = "; the card was edited there, and its text is kept" if pushed.card_kept else ""
-        return f"step {step:,} is on the Hub: {self._repo_id}, tag {tag}{kept}"
+        older = f"; its branch {NATIVE} holds older weights" if has_branch(self._repo_id, NATIVE) else ""
+        return f"step {step:,} is on the Hub: {self._repo_id}, tag {tag}{kept}{older}"
 
 
 def _drop(folder: Path) -> None:
