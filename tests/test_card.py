@@ -61,6 +61,8 @@ def test_gpt2_stands_beside_a_loss_of_the_same_corpus_and_tokenizer_only() -> No
     published = f"{VALIDATION_LOSS['fineweb-edu'][0].value:.4f}"
     assert f"| 3.0412 | {published} |" in card()
     assert "OpenAI GPT-2 124M" in card()
+    for change in ({"seq_len": 512}, {"eval_tokens": 1_048_576}, {"corpus_config": "default"}, {"val_tokens": 10_000}):
+        assert published not in card(**change), change
     assert published not in card(replace(FACTS, gpt2_tokens=False))
     assert published not in card(replace(FACTS, corpus="fineweb"))
 
@@ -238,6 +240,17 @@ Their text.
 """
     data = huggingface_hub.ModelCard(merged(card(), theirs)).data
     assert {result.dataset_type for result in data.eval_results} == {"org/other", "HuggingFaceFW/fineweb-edu"}
+
+
+def test_results_of_a_later_step_take_the_place_of_the_earlier_ones_and_name_it() -> None:
+    score = Score("acc", "acc, protocol `harness`, after step 1,000", 0.2, "Rowan/hellaswag", "HellaSwag")
+    old = card(replace(FACTS, val_step=1_000, scores=[score]))
+    later = replace(score, name="acc, protocol `harness`, after step 19,073", value=0.3)
+    text = merged(card(replace(FACTS, val_step=19_000, scores=[later])), old)
+    names = [result.metric_name for result in huggingface_hub.ModelCard(text).data.eval_results]
+    assert len(names) == 3
+    assert names[0].endswith("side by side, after step 19,000")
+    assert names[2] == later.name
 
 
 def test_a_card_without_marks_keeps_its_text_before_ours() -> None:

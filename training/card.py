@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from evaluation.references import VALIDATION_LOSS, Reference
 from training.card_merging import merged, section
 from training.costs import running_costs
-from training.data.corpus import HUB_CORPORA
+from training.data.corpus import DEFAULT_HUB_CONFIG, HUB_CORPORA
 from training.data.reporting import spelled
 from training.recipe import Recipe
 from training.sampling import TEMPERATURE, TOP_K
@@ -70,6 +70,7 @@ class RunFacts:
         device, devices: what it ran on, None where nobody knows any more, and on how many of them.
         seconds: of training, without validation, samples and saving; None when nothing was logged.
         val_loss, bits_per_byte: of the last validation; None before the first.
+        val_step: the step after which that was, which may lie before the last.
         gzip_bits_per_byte: what `gzip -9` needs for the same text.
         samples: drawn last.
         gpt2_tokens: whether the tokenizer is GPT-2's, without which losses per token cannot be compared.
@@ -94,6 +95,7 @@ class RunFacts:
     scores: list[Score] = field(default_factory=list)
     corpus: str | None = None
     base_model: str | None = None
+    val_step: int | None = None
 
 
 def write_model_card(
@@ -193,12 +195,28 @@ def _scores(recipe: Recipe, facts: RunFacts) -> list[Score]:
     dataset = _hub_dataset(facts)
     kind = dataset or "text"
     name = f"held-out text of {dataset or facts.corpus}" if facts.corpus else "held-out text"
-    published = VALIDATION_LOSS.get(facts.corpus or "", ()) if facts.gpt2_tokens else ()
-    windows = f"windows of {recipe.seq_len:,} tokens side by side"
-    found = [Score("loss", f"loss, nats per token, {windows}", facts.val_loss, kind, name, tuple(published))]
+    how = f"windows of {recipe.seq_len:,} tokens side by side"
+    if facts.val_step is not None:
+        how += f", after step {facts.val_step:,}"
+    published = _published_losses(recipe, facts)
+    found = [Score("loss", f"loss, nats per token, {how}", facts.val_loss, kind, name, published)]
     if facts.bits_per_byte is not None:
-        found.append(Score("bits_per_byte", f"bits per byte of UTF-8, {windows}", facts.bits_per_byte, kind, name))
+        found.append(Score("bits_per_byte", f"bits per byte of UTF-8, {how}", facts.bits_per_byte, kind, name))
     return [*found, *facts.scores]
+
+
+def _published_losses(recipe: Recipe, facts: RunFacts) -> tuple[Reference, ...]:
+    """OpenAI's losses, where ours is of the same text in the same windows: the first 10,485,760 tokens of FineWeb-Edu's
+    sample (20 times 64 windows on 8 processes in build-nanogpt). Other projects split their corpora in their own ways.
+    """
+    same = (
+        facts.gpt2_tokens
+        and facts.corpus == "fineweb-edu"
+        and recipe.corpus_config in (None, DEFAULT_HUB_CONFIG)
+        and recipe.seq_len == 1024
+        and recipe.eval_tokens == 10_485_760 < recipe.validation_shard_tokens
+    )
+    return VALIDATION_LOSS["fineweb-edu"] if same else ()
 
 
 def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:

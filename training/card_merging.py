@@ -17,6 +17,7 @@ import yaml
 _SECTION = re.compile(r"<!-- generated: (\w+) -->\n(.*?)<!-- end of generated: \1 -->", re.DOTALL)
 _STAMP = re.compile(r"\n*<!-- pushed: ([0-9a-f]{16}) -->\n*")
 _METADATA = re.compile(r"\A\s*---\r?\n(.*?)\r?\n---\r?\n?", re.DOTALL)
+_AFTER_STEP = re.compile(r", after step [\d,]+$")
 _RESULTS = "model-index"
 
 
@@ -112,5 +113,7 @@ def _results(new: dict[str, Any], kept: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _measured(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a result measures, by data set and metric: the same after every step."""
     dataset = (result.get("dataset") or {}).get("name", "")
-    return [(dataset, metric.get("name") or metric.get("type", "")) for metric in result.get("metrics") or []]
+    names = [str(metric.get("name") or metric.get("type", "")) for metric in result.get("metrics") or []]
+    return [(dataset, _AFTER_STEP.sub("", name)) for name in names]

@@ -62,6 +62,7 @@ def run_facts(
         seconds=training_seconds([line for line in lines if "train_loss" in line]),
         val_loss=validation.get("val_loss"),
         bits_per_byte=validation.get("bits_per_byte"),
+        val_step=validation.get("step"),
         gzip_bits_per_byte=gzip_bits_per_byte,
         samples=samples or [],
         gpt2_tokens=recipe.tokenizer == "gpt2",
@@ -108,7 +109,8 @@ def task_scores(output_dir: Path, steps: int) -> list[Score]:
         items = f", first {result.items:,} items" if results.limit else ""
         for name, measured in result.figures.items():
             if math.isfinite(measured.value):
-                references = tuple(one_per_size(published(result.task, name)).values())
+                # Published figures are of all items.
+                references = () if results.limit else tuple(one_per_size(published(result.task, name)).values())
                 what = f"{name}, protocol `{protocol}`{items}, after step {results.step:,}"
                 scores.append(Score(measured.metric, what, measured.value, kind, dataset, references))
     return scores
