@@ -15,7 +15,7 @@ from training.card_merging import merged, section, stamped, was_edited
 from training.costs import running_costs
 from training.data.corpus import corpus_name
 from training.data.manifest import Manifest
-from training.facts import known_base, known_corpus, training_seconds
+from training.facts import known_base, known_corpus, note_start, run_facts, training_seconds
 from training.recipe import Recipe
 
 FACTS = RunFacts(
@@ -74,6 +74,27 @@ def test_hours_cost_and_energy_are_told_with_how_they_were_estimated() -> None:
     assert "about 6.40 kWh (GPU-hours × 400 W" in text
     assert "1,388,853 tokens/s" in text
     assert running_costs("2 CPU threads", 1, 60.0) == []
+
+
+def test_a_run_that_went_on_elsewhere_tells_both_and_estimates_no_cost(tmp_path: Path) -> None:
+    recipe = Recipe(output_dir=str(tmp_path), data_dir="data/x", corpus="fineweb-edu", max_steps=10)
+
+    def told(**now: Any) -> str:
+        facts = run_facts(recipe, tmp_path, steps=10, parameters=1, **now)
+        return model_card(recipe, replace(facts, seconds=7200.0), CONFIG)
+
+    a100, h100 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
+    note_start(tmp_path, 0, a100, 8)
+    note_start(tmp_path, 4, a100, 8)  # stopped and started again
+    assert f"- Hardware: 8 × {a100}\n" in told()  # by hand, later
+    assert "- Cost: about US$ 32.00" in told(device=a100, devices=8)
+    note_start(tmp_path, 6, h100, 1)
+    text = told(device=h100)
+    assert f"- Hardware: 8 × {a100}, then {h100}\n" in text
+    assert "Cost" not in text
+    assert "Energy" not in text
+    note_start(tmp_path, 6, a100, 8)  # from the same checkpoint again: the other start's steps are gone
+    assert "- Cost" in told()
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,8 @@ class RunFacts:
     Attributes:
         name: of the run.
         device, devices: what it ran on, None where nobody knows any more, and on how many of them.
+        earlier_hardware: what earlier starts ran on, in words, where that was something else; what their hours cost is
+            then not known.
         seconds: of training, without validation, samples and saving; None when nothing was logged.
         val_loss, bits_per_byte: of the last validation; None before the first.
         val_step: the step after which that was, which may lie before the last.
@@ -96,6 +98,7 @@ class RunFacts:
     corpus: str | None = None
     base_model: str | None = None
     val_step: int | None = None
+    earlier_hardware: tuple[str, ...] = ()
 
 
 def write_model_card(
@@ -231,7 +234,12 @@ width {config.n_embd}, {config.n_positions:,} positions), trained from {start} o
 
 
 def _hardware(facts: RunFacts) -> str:
-    return f"{facts.devices} × {facts.device}" if facts.devices > 1 else str(facts.device)
+    return ", then ".join([*facts.earlier_hardware, hardware_words(str(facts.device), facts.devices)])
+
+
+def hardware_words(device: str, devices: int) -> str:
+    """So many of a device, as the card has it."""
+    return f"{devices} × {device}" if devices > 1 else device
 
 
 def _use(config: PreTrainedConfig) -> str:
@@ -295,7 +303,8 @@ def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
             f"- Time: {spelled(facts.seconds)} of training steps ({facts.tokens / facts.seconds:,.0f} tokens/s); "
             "validation, samples and checkpoints come on top"
         )
-        lines += [f"- {line}" for line in running_costs(facts.device or "", facts.devices, facts.seconds)]
+        if not facts.earlier_hardware:
+            lines += [f"- {line}" for line in running_costs(facts.device or "", facts.devices, facts.seconds)]
     return "\n".join(lines) + f"\n\n| key of the recipe | value |\n| --- | --- |\n{knobs}"
 
 

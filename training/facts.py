@@ -1,5 +1,7 @@
 """What a run's files tell of it: the last figures, the hours, the tokens."""
 
+import itertools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,9 @@ from typing import Any
 from huggingface_hub import constants
 from safetensors import safe_open
 
+from evaluation.atomic import write_whole
 from evaluation.references import one_per_size, published
-from training.card import LOCAL_FILES, RunFacts, Score
+from training.card import LOCAL_FILES, RunFacts, Score, hardware_words
 from training.data.corpora import is_repository_id
 from training.data.corpus import HUB_CORPORA, INSTALLED_DOCS, corpus_name
 from training.data.manifest import Manifest
@@ -17,6 +20,7 @@ from training.recipe import Recipe
 from training.task_evaluation import latest_results
 
 _DIGITS_OF_A_COMMIT = 40
+_STARTS = ".starts.jsonl"  # what each start of a run took its steps on
 
 # What a task's items are called on the Hub, and in words.
 _DATASETS = {
@@ -46,11 +50,14 @@ def run_facts(
         output_dir: its folder, with metrics.jsonl.
         steps: taken.
         parameters: of the model.
-        device, devices: what it runs on.
+        device, devices: what it runs on; as its last start noted it when None.
         gzip_bits_per_byte: of the validation text, where that was measured.
         samples: drawn last.
     """
     lines = [line for line in read_metrics(output_dir) if line["step"] <= steps]
+    starts = _starts(output_dir, before=steps)
+    if device is None and starts:
+        device, devices = starts[-1]["device"], starts[-1]["devices"]
     validation: dict[str, Any] = next((line for line in reversed(lines) if "val_loss" in line), {})
     return RunFacts(
         name=(recipe.hub_model_id or output_dir.resolve().name).split("/")[-1],
@@ -63,6 +70,7 @@ def run_facts(
         val_loss=validation.get("val_loss"),
         bits_per_byte=validation.get("bits_per_byte"),
         val_step=validation.get("step"),
+        earlier_hardware=_earlier_hardware(starts, device, devices),
         gzip_bits_per_byte=gzip_bits_per_byte,
         samples=samples or [],
         gpt2_tokens=recipe.tokenizer == "gpt2",
@@ -70,6 +78,30 @@ def run_facts(
         corpus=known_corpus(recipe),
         base_model=known_base(recipe.init_from),
     )
+
+
+def note_start(output_dir: Path, step: int, device: str, devices: int) -> None:
+    """Note what a run takes its steps on from `step` on; starts whose steps are taken anew are forgotten."""
+    lines = [*_starts(output_dir, before=step), {"step": step, "device": device, "devices": devices}]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    write_whole(output_dir / _STARTS, lambda stream: stream.write(text.encode()))
+
+
+def _starts(output_dir: Path, *, before: int) -> list[dict[str, Any]]:
+    path = output_dir / _STARTS
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [start for start in map(json.loads, lines) if start["step"] < before]
+
+
+def _earlier_hardware(starts: list[dict[str, Any]], device: str | None, devices: int) -> tuple[str, ...]:
+    """What starts ran on before the last, in words, as far as it differs from `devices` of `device`."""
+    words = [hardware_words(start["device"], start["devices"]) for start in starts]
+    if starts and starts[0]["step"]:  # in another folder, or before it was noted
+        words.insert(0, "hardware that nobody noted")
+    if device is None or set(words) <= {hardware_words(device, devices)}:
+        return ()
+    words.append(hardware_words(device, devices))
+    return tuple(one for one, after in itertools.pairwise(words) if one != after)
 
 
 def known_corpus(recipe: Recipe) -> str | None:

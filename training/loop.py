@@ -32,7 +32,7 @@ from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
 from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
 from training.documents import attention_for
-from training.facts import run_facts
+from training.facts import note_start, run_facts
 from training.fitting import fitted
 from training.guard import Guard, Verdict
 from training.launching import continue_command, launch_words, longer_command
@@ -143,6 +143,7 @@ class Run:
         set_aside: list[Path] = []
         if accelerator.is_main_process:
             recipe.save(plan.output_dir / "recipe.yaml")
+            note_start(plan.output_dir, plan.first_step, device_name(accelerator.device), accelerator.num_processes)
             set_aside = set_aside_later_checkpoints(plan.output_dir, plan.first_step)
             # Not only at the next save: a run that was killed in its last one has none before it.
             remove_leftovers(plan.output_dir)
