@@ -16,6 +16,7 @@ from training.costs import running_costs
 from training.data.corpus import corpus_name
 from training.data.manifest import Manifest
 from training.facts import known_base, known_corpus, note_start, run_facts, training_seconds
+from training.progress import RunLog
 from training.recipe import Recipe
 
 FACTS = RunFacts(
@@ -126,6 +127,21 @@ def test_seconds_are_those_of_steps_over_all_starts_of_a_run() -> None:
     ]
     assert training_seconds(lines) == 10 + 2
     assert training_seconds([]) is None
+
+
+def test_a_small_model_has_parameters_too() -> None:
+    assert "A GPT-2 with 41,216 parameters (" in card(replace(FACTS, parameters=41_216))
+    assert "A GPT-2 with 124.4M parameters (" in card()
+
+
+def test_a_card_has_the_samples_of_an_earlier_start(tmp_path: Path) -> None:
+    recipe = Recipe(output_dir=str(tmp_path), data_dir="data/x", corpus="fineweb-edu", max_steps=10)
+    log = RunLog(tmp_path, enabled=True, first_step=0, total_steps=10)
+    log.samples(4, ["The first\n\nstep 9 of it", "The second"], show=False)
+    log.samples(8, ["Later"], show=False)
+    log.close()
+    assert run_facts(recipe, tmp_path, steps=6, parameters=1).samples == ["The first\n\nstep 9 of it", "The second"]
+    assert run_facts(recipe, tmp_path, steps=2, parameters=1).samples == []
 
 
 def test_a_card_before_the_first_validation_claims_nothing() -> None:

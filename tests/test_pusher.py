@@ -125,6 +125,18 @@ def test_the_end_waits_for_no_hub_that_refuses_for_good(taker: Taker) -> None:
     assert len(taker.errors) == 1  # once when it was told, once more at the end
 
 
+def test_the_end_does_not_wait_for_a_hub_that_asks_for_longer_than_is_left(taker: Taker) -> None:
+    taker.errors = [ConnectionError("limited") for _ in range(3)]
+    behind = pusher(taker, asked_to_wait=lambda error: 3600.0)
+    behind.submit(A, 1)
+    while not taker.lines:
+        time.sleep(0.01)
+    started = time.monotonic()
+    assert not behind.close(25)
+    assert time.monotonic() - started < 20
+    assert len(taker.errors) == 1  # once when it was told, once more at the end
+
+
 def test_the_end_does_not_wait_for_a_push_that_hangs_and_nothing_is_said_afterwards(taker: Taker) -> None:
     taker.open.clear()
     behind = pusher(taker)

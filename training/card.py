@@ -228,9 +228,13 @@ def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
         f"[{base}](https://huggingface.co/{base})" if base else "an earlier model" if recipe.init_from else "scratch"
     )
     hardware = f", on {_hardware(facts)}" if facts.device else ""
-    return f"""A GPT-2 with {facts.parameters / 1e6:.1f}M parameters ({config.n_layer} layers, {config.n_head} heads,
+    return f"""A GPT-2 with {_size(facts.parameters)} parameters ({config.n_layer} layers, {config.n_head} heads,
 width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {_corpus(recipe, facts)}:
 {facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in all{hardware}."""
+
+
+def _size(parameters: int) -> str:
+    return f"{parameters / 1e6:.1f}M" if parameters >= 1_000_000 else f"{parameters:,}"
 
 
 def _hardware(facts: RunFacts) -> str:

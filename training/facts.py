@@ -15,7 +15,7 @@ from training.card import LOCAL_FILES, RunFacts, Score, hardware_words
 from training.data.corpora import is_repository_id
 from training.data.corpus import HUB_CORPORA, INSTALLED_DOCS, corpus_name
 from training.data.manifest import Manifest
-from training.progress import read_metrics
+from training.progress import read_metrics, read_samples
 from training.recipe import Recipe
 from training.task_evaluation import latest_results
 
@@ -52,7 +52,7 @@ def run_facts(
         parameters: of the model.
         device, devices: what it runs on; as its last start noted it when None.
         gzip_bits_per_byte: of the validation text, where that was measured.
-        samples: drawn last.
+        samples: drawn last; those of samples.txt when none are given.
     """
     lines = [line for line in read_metrics(output_dir) if line["step"] <= steps]
     starts = _starts(output_dir, before=steps)
@@ -72,7 +72,7 @@ def run_facts(
         val_step=validation.get("step"),
         earlier_hardware=_earlier_hardware(starts, device, devices),
         gzip_bits_per_byte=gzip_bits_per_byte,
-        samples=samples or [],
+        samples=samples or read_samples(output_dir, up_to=steps),
         gpt2_tokens=recipe.tokenizer == "gpt2",
         scores=task_scores(output_dir, steps),
         corpus=known_corpus(recipe),

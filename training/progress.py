@@ -6,6 +6,7 @@ Only the main process writes. A resumed run first drops the lines behind its che
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -270,6 +271,17 @@ def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
     if path.exists():
         write_whole(path, lambda stream: stream.write("".join(kept).encode()))
     return _appending(path), last
+
+
+def read_samples(output_dir: Path, *, up_to: int) -> list[str]:
+    """The newest samples in a run's samples.txt that are of no later step; none where there are none."""
+    path = output_dir / "samples.txt"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    parts = re.split(r"^step (\d+)\n\n", text, flags=re.MULTILINE)[1:]
+    found = [block for step, block in zip(parts[::2], parts[1::2], strict=True) if int(step) <= up_to]
+    # Each line of a sample stands behind "  | ", and an empty line between two samples.
+    blocks = found[-1].strip("\n").split("\n\n") if found else []
+    return ["\n".join(line[4:] for line in block.splitlines()) for block in blocks]
 
 
 def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> TextIO:

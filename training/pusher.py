@@ -4,6 +4,7 @@ The thread is a daemon, not `HfApi.run_as_future`: the interpreter waits for an 
 upload that hangs would keep a finished run alive.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -51,6 +52,7 @@ class Pusher:
         self._waiting: tuple[Path, int] | None = None
         self._busy: tuple[int, float] | None = None  # the step that goes up, and since when
         self._closing = False  # the run is at its end: no pause is long any more
+        self._deadline = math.inf  # of those who wait for the end
         self._over = False  # nobody waits any more
         self._given_up: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -73,11 +75,12 @@ class Pusher:
     def close(self, seconds: float) -> bool:
         """Wait until nothing is left to push, at most for so long; return whether that came about.
 
-        What the Hub refuses for good is not waited for. Nothing is said any more afterwards.
+        What the Hub refuses for good is not waited for, nor a next try that it allows only later than that. Nothing is
+        said any more afterwards.
         """
         deadline = time.monotonic() + seconds
         with self._changed:
-            self._closing = True
+            self._closing, self._deadline = True, deadline
             self._changed.notify_all()
             while self._busy is not None or self._waiting is not None:
                 left = deadline - time.monotonic()
@@ -117,13 +120,14 @@ class Pusher:
         """Let the folder wait for its next try, unless a newer one does, and pause until then or the end of the run."""
         with self._changed:
             self._busy = None
-            pause = max(pause, min(self._asked_to_wait(error), _LONGEST_WAIT_ASKED_FOR))
+            asked = self._asked_to_wait(error)
+            pause = max(pause, min(asked, _LONGEST_WAIT_ASKED_FOR))
             if self._waiting is None and not self._over:
                 self._waiting = (folder, step)
             else:
                 self._drop(folder)
             closing = self._closing
-            if closing and not self._may_pass(error):
+            if closing and (not self._may_pass(error) or time.monotonic() + asked > self._deadline):
                 self._given_up = error
             later = "" if self._given_up else f", next try in {spelled(pause)}"
             self._say(f"step {step:,} is not on the Hub yet: {self._told(error)}{later}")
