@@ -65,7 +65,8 @@ def test_a_run_leaves_what_the_design_promises(tiny_recipe: Make, capsys: pytest
     train(recipe)
     run = Path(recipe.output_dir)
     assert {path.name for path in run.iterdir()} == {
-        *("recipe.yaml", "metrics.jsonl", "log.txt", "train.log", "samples.txt", "curves.png", "checkpoints", "model")
+        *("recipe.yaml", "metrics.jsonl", "log.txt", "train.log", "samples.txt", "curves.png", "checkpoints", "model"),
+        ".starts.jsonl",
     }
     assert [path.name for path in checkpoints(run)] == ["step-000008", "step-000012"]
     assert {path.name for path in (run / "model").iterdir()} == {
