@@ -5,7 +5,8 @@ between a padded prefix and what follows it.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,9 @@ _ROWS_PER_SOFTMAX = 512
 _MOST_SCORED_OF_ONE_TEXT = 2048
 """Positions of a single sequence whose logits are formed at once; a longer one is read in pieces, through the cache."""
 
-_PADDING_PER_PASS = {"cpu": 64}
-_PADDING_PER_PASS_ELSEWHERE = 2048
-"""Tokens of padding that cost about as much as another pass does: reading the weights, or starting the kernels."""
+_TOKENS_PER_PASS = {"cpu": 32}
+_TOKENS_PER_PASS_ELSEWHERE = 2048
+"""Tokens that cost about as much as another pass does: reading the weights, or starting the kernels."""
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,9 @@ class ForwardPasses:
         self._last_position = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) - 1
 
     @property
-    def padding_per_pass(self) -> int:
-        """Return how many tokens of padding are cheaper than another pass."""
-        return _PADDING_PER_PASS.get(self._device.type, _PADDING_PER_PASS_ELSEWHERE)
+    def tokens_per_pass(self) -> int:
+        """Return how many tokens cost as much as another pass."""
+        return _TOKENS_PER_PASS.get(self._device.type, _TOKENS_PER_PASS_ELSEWHERE)
 
     @property
     def can_share_prefixes(self) -> bool:
@@ -240,8 +241,8 @@ class ForwardPasses:
 
     def _batches(
         self, passages: Sequence[Passage], lengths: Mapping[int, int], budget: int, cached: int = 0
-    ) -> Iterator[list[int]]:
-        """Yield the keys of `lengths`, longest first, as many at a time as memory and padding allow.
+    ) -> list[list[int]]:
+        """Return the keys of `lengths`, longest first, in the passes that cost least together, as far as memory allows.
 
         Args:
             passages: of which the keys are places.
@@ -249,21 +250,27 @@ class ForwardPasses:
             budget: tokens in a pass, padding included.
             cached: tokens that each sequence has before it.
         """
-        batch: list[int] = []
-        padding = longest = scored = 0
-        for key in sorted(lengths, key=lengths.__getitem__, reverse=True):
-            more = min(lengths[key], len(passages[key].ids) - passages[key].first_scored)
-            full = (len(batch) + 1) * (cached + longest) > budget or scored + more > budget // TOKENS_PER_SCORED_TOKEN
-            if batch and (full or padding + longest - lengths[key] > self.padding_per_pass):
-                yield batch
-                batch = []
-            if not batch:
-                padding, longest, scored = 0, lengths[key], 0
-            padding += longest - lengths[key]
-            scored += more
-            batch.append(key)
-        if batch:
-            yield batch
+        keys = sorted(lengths, key=lengths.__getitem__, reverse=True)
+        scored = [min(lengths[key], len(passages[key].ids) - passages[key].first_scored) for key in keys]
+        costs, starts = [0], [0]  # of reading the first so many, in tokens, and where the last of their passes starts
+        for end in range(1, len(keys) + 1):
+            cheapest, chosen, logits = math.inf, end - 1, 0
+            for start in range(end - 1, -1, -1):
+                rows, longest = end - start, lengths[keys[start]]
+                logits += scored[start]
+                full = rows * (cached + longest) > budget or logits > budget // TOKENS_PER_SCORED_TOKEN
+                if full and rows > 1:
+                    break
+                cost = costs[start] + self.tokens_per_pass + rows * longest
+                if cost < cheapest:
+                    cheapest, chosen = cost, start
+            costs.append(int(cheapest))
+            starts.append(chosen)
+        batches, end = [], len(keys)
+        while end:
+            batches.append(keys[starts[end] : end])
+            end = starts[end]
+        return batches[::-1]
 
     def _padding_id(self) -> int:
         """Return a token to fill up with; the mask hides it."""

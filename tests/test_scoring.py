@@ -1,5 +1,6 @@
 """Log-likelihoods: against a forward pass by hand, whatever the batches, the processes and the sharing of prefixes."""
 
+import itertools
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ import pytest
 import torch
 from tiny_models import one_thread, pair, tiny  # noqa: F401 - a fixture
 
+from evaluation.forward import TOKENS_PER_SCORED_TOKEN, ForwardPasses, Passage
 from evaluation.items import Generation, Item, Request
 from evaluation.scoring import n_positions_of, score
 from gpt2_scratch_errors import InputError
@@ -236,6 +238,32 @@ def test_the_prefix_is_read_once():
     context = tuple(range(30))
     score(model, [Item(0, tuple(Request(context, (token, 7)) for token in range(10)))])
     assert read[PROBES:] == [(1, 30), (10, 1)]
+
+
+@pytest.mark.parametrize("budget", [30, 90, 10_000])
+def test_passes_cost_least_of_all_that_memory_allows(budget):
+    passes, rng = ForwardPasses(tiny()), random.Random(budget)
+    lengths = {key: rng.randint(1, 40) for key in range(9)}
+    passages = [Passage(tuple(range(length + 1)), length) for length in lengths.values()]
+
+    def cost(batches):
+        return sum(passes.tokens_per_pass + len(batch) * lengths[batch[0]] for batch in batches)
+
+    def fits(batch):
+        scored = len(batch) <= budget // TOKENS_PER_SCORED_TOKEN
+        return len(batch) == 1 or (len(batch) * (5 + lengths[batch[0]]) <= budget and scored)
+
+    order = sorted(lengths, key=lengths.__getitem__, reverse=True)
+    cheapest = min(
+        cost(batches)
+        for cuts in itertools.product([False, True], repeat=len(order) - 1)
+        for places in [[0, *(place for place, cut in enumerate(cuts, 1) if cut), len(order)]]
+        if all(map(fits, batches := [order[a:b] for a, b in itertools.pairwise(places)]))
+    )
+    found = passes._batches(passages, lengths, budget, cached=5)
+    assert [key for batch in found for key in batch] == order
+    assert all(map(fits, found))
+    assert cost(found) == cheapest
 
 
 def test_excluded_tokens_are_passed_over_by_the_greedy_choice():
