@@ -101,10 +101,11 @@ def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes(t
 
 def test_ctrl_c_while_a_mistake_waits_for_the_first_process_is_no_traceback() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1"}
-    pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [sys.executable, "-c", f"print(flush=True)\n{MISTAKE}"], stdout=pipe, stderr=pipe, env=environment
-    ) as second:
+    # Ctrl-C as on a terminal: a program that is started in the background is told to ignore it.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    mistake = MISTAKE.replace("raise", "print(flush=True); raise")
+    command, pipe = [sys.executable, "-c", f"{heeding}\n{mistake}"], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) as second:
         assert second.stdout is not None
         second.stdout.readline()
         time.sleep(0.2)

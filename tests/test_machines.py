@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from growing_folder import GrowingFolder, restore
 
 from evaluation.atomic import file_sha256
 from gpt2_scratch_errors import InputError
+from training.data import shards as shard_files
 from training.data.beside import ProducerBeside
 from training.data.manifest import Manifest
 from training.data.shards import ShardFolder
@@ -61,6 +63,14 @@ class TwoMachines:
 def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoMachines]:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    # numpy parses a header as Python, which Python 3.11 cannot do in two threads at once; machines have one each.
+    parse, one_at_a_time = shard_files._npy_header, threading.Lock()
+
+    def parse_alone(*arguments: Any) -> Any:
+        with one_at_a_time:
+            return parse(*arguments)
+
+    monkeypatch.setattr(shard_files, "_npy_header", parse_alone)
     machines = TwoMachines()
     yield machines
     machines.end()
