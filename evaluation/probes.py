@@ -1,4 +1,4 @@
-"""What scoring takes for granted of a model, found out by two short forward passes before it begins."""
+"""What scoring takes for granted of a model, found out by three short forward passes before it begins."""
 
 from typing import Any
 
