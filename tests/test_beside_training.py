@@ -26,7 +26,7 @@ from training.data.shards import ShardFolder
 from training.data.tokenizer import train_bpe
 from training.loop import train
 from training.plan import preprocessing_workers
-from training.progress import read_metrics
+from training.progress import RunLog, read_metrics
 from training.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -319,6 +319,26 @@ def test_run_dry_names_what_its_producer_died_of(
     thread.join()
     waiting = next(line for line in capsys.readouterr().out.splitlines() if "waits for the corpus" in line)
     assert "and the next is not ready yet; their producer died: expected the corpus that" in waiting
+
+
+def test_producer_has_ended_before_the_log_it_speaks_to_is_closed(
+    tiny_recipe: Make, growing: GrowingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing.show(2)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "what the folder was not begun with"}\n')
+    alive = {}
+
+    def noting(method: Callable[..., None], when: str) -> Callable[..., None]:
+        def noted(log: RunLog) -> None:
+            alive[when] = "producer" in [thread.name for thread in threading.enumerate()]
+            method(log)
+
+        return noted
+
+    monkeypatch.setattr(RunLog, "advance", noting(RunLog.advance, "in a step"))
+    monkeypatch.setattr(RunLog, "close", noting(RunLog.close, "at the end"))
+    train(tiny_recipe(data_dir=str(growing.path), corpus=str(tmp_path / "corpus.jsonl"), max_steps=2, eval_steps=0))
+    assert alive == {"in a step": True, "at the end": False}
 
 
 def test_length_in_epochs_needs_the_whole_folder(tiny_recipe: Make, tmp_path: Path) -> None:

@@ -89,6 +89,7 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Pr
         stack.callback(run.close)
         if accelerator.is_main_process:
             producer.say = run.log.say
+            stack.callback(producer.stop)  # before its log is closed
         run.take_steps()
         run.finish()
 
