@@ -4,7 +4,8 @@
 
 All sides score the same items with the same random weights (transformers' GPT2LMHeadModel) in one process, in turn;
 medians, and the ratio round by round. lm-evaluation-harness (the extra `judge`) tries several batch sizes first, and
-its best one counts. Both are given tokens, so that neither's reading of data is timed. Some eight minutes on two cores.
+its best one counts. Both are given tokens, so that neither's reading of data is timed. It takes some twelve minutes on
+two cores.
 """
 
 import argparse
@@ -31,8 +32,8 @@ from evaluation.scoring import score  # noqa: E402
 from evaluation.tasks import task_named  # noqa: E402
 
 _PARTS = {
-    "prefixes": {"cbt_cn": 2, "hellaswag:harness": 20},
-    "harness": {"hellaswag:harness": 30, "lambada": 120},
+    "prefixes": {"cbt_cn": 4, "hellaswag:harness": 100},
+    "harness": {"hellaswag:harness": 100, "lambada": 120},
 }
 """Tasks of each part, and how many items."""
 

@@ -20,12 +20,14 @@ from evaluation.shortcuts import fused_activations, only_at
 TOKENS_PER_SCORED_TOKEN = 8
 """Tokens in a pass whose keys, values and activations take about as much memory as the logits of one."""
 
-_ROWS_PER_SOFTMAX = 512
+_ROWS_PER_SOFTMAX = {"cpu": 32}
+_ROWS_PER_SOFTMAX_ELSEWHERE = 512
+"""Positions whose probabilities are formed at once: on a CPU no more than its caches hold."""
 
 _MOST_SCORED_OF_ONE_TEXT = 2048
 """Positions of a single sequence whose logits are formed at once; a longer one is read in pieces, through the cache."""
 
-_TOKENS_PER_PASS = {"cpu": 32}
+_TOKENS_PER_PASS = {"cpu": 64}
 _TOKENS_PER_PASS_ELSEWHERE = 2048
 """Tokens that cost about as much as another pass does: reading the weights, or starting the kernels."""
 
@@ -303,10 +305,10 @@ class ForwardPasses:
             logits = logits[rows, columns]
         logits = logits.reshape(len(places), -1)
 
+        targets = sorted(targets, key=lambda t: places[t.row, t.column])
         number = torch.tensor([places[t.row, t.column] for t in targets], dtype=torch.long, device=self._device)
         tokens = torch.tensor([t.token for t in targets], dtype=torch.long, device=self._device)
-        normaliser = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS_PER_SOFTMAX)])
-        log_probabilities = logits[number, tokens].float() - normaliser[number]
+        log_probabilities = self._log_probabilities(logits, number, tokens)
         greedy = logits.argmax(-1)[number] == tokens
         for excluded in {passages[target.owner].excluded for target in targets} - {frozenset()}:
             concerned = [place for place, t in enumerate(targets) if passages[t.owner].excluded == excluded]
@@ -320,6 +322,16 @@ class ForwardPasses:
             score.tokens += 1
             score.greedy &= first
         return output.past_key_values if inputs["use_cache"] else None
+
+    def _log_probabilities(self, logits: Tensor, number: Tensor, tokens: Tensor) -> Tensor:
+        """Return the log-probability of each token at a place, (targets,); logits (places, vocab_size), places rise."""
+        rows = _ROWS_PER_SOFTMAX.get(self._device.type, _ROWS_PER_SOFTMAX_ELSEWHERE)
+        ends = torch.bincount(number // rows, minlength=math.ceil(len(logits) / rows)).cpu().tolist()
+        found = [
+            part.float().log_softmax(-1)[places % rows, ids]
+            for part, places, ids in zip(logits.split(rows), number.split(ends), tokens.split(ends), strict=True)
+        ]
+        return torch.cat(found)
 
 
 class _PrefixCache:

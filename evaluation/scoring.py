@@ -17,7 +17,7 @@ from typing import Any
 from evaluation.boundary import shared_length
 from evaluation.forward import TOKENS_PER_SCORED_TOKEN, ForwardPasses, Passage
 from evaluation.items import Generated, Generation, Ids, Item, LogLikelihood, Request
-from evaluation.probes import counts_positions_from_zero, refuse_unless_causal
+from evaluation.probes import examine
 from gpt2_scratch_errors import InputError
 
 Answers = list[Any]
@@ -64,9 +64,8 @@ def score(
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        text = _text(items[0])[:n_positions]
-        refuse_unless_causal(model, text)
-        share_prefixes = share_prefixes and passes.can_share_prefixes and counts_positions_from_zero(model, text)
+        share_prefixes = share_prefixes and passes.can_share_prefixes
+        share_prefixes = examine(model, _text(items[0])[:n_positions], takes_positions=share_prefixes)
         jobs = [_Job.of(place, item, n_positions, share_prefixes) for place, item in enumerate(items)]
         # Longest first: what does not fit into memory shows at once.
         jobs.sort(key=lambda job: (job.kind, job.new_tokens, job.prefix or job.length, job.length), reverse=True)
