@@ -173,7 +173,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import huggingface_hub
     import huggingface_hub.utils._http as client
 
-    monkeypatch.setattr("training.publishing.FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("training.hub.publishing.FIRST_PAUSE_SECONDS", 0.05)
     real = client._http_backoff_base
     monkeypatch.setattr(
         client,

@@ -10,12 +10,12 @@ from loopback_writing import metadata_errors
 
 from evaluation.references import VALIDATION_LOSS
 from gpt2_scratch import GPT2ScratchConfig
-from training.card import LOCAL_FILES, RunFacts, Score, model_card, write_model_card
-from training.card_merging import merged, section, stamped, was_edited
-from training.costs import running_costs
 from training.data.corpus import corpus_name
 from training.data.manifest import Manifest
-from training.facts import known_base, known_corpus, note_start, run_facts, training_seconds
+from training.hub.card import LOCAL_FILES, RunFacts, Score, model_card, write_model_card
+from training.hub.card_merging import merged, section, stamped, was_edited
+from training.hub.costs import running_costs
+from training.hub.facts import known_base, known_corpus, note_start, run_facts, training_seconds
 from training.progress import RunLog
 from training.recipe import Recipe
 

@@ -17,7 +17,7 @@ from loopback_writing import metadata_errors
 from gpt2_scratch import GPT2ScratchForCausalLM
 from gpt2_scratch.generate import main as generate
 from gpt2_scratch_errors import InputError
-from training.hub import main
+from training.hub.command import main
 from training.loop import train
 
 # How the client itself sends large files where there is no Xet.

@@ -19,11 +19,11 @@ from loopback_writing import metadata_errors
 from tiny_models import tiny
 
 from gpt2_scratch_errors import InputError
-from training import hub as command
-from training import hub_repository
-from training.hub_repository import claim, push_folder, set_tag
+from training.hub import command
+from training.hub import repository as hub_repository
+from training.hub.repository import claim, push_folder, set_tag
+from training.hub.staging import stage
 from training.recipe import Recipe
-from training.staging import stage
 
 # How the client itself sends large files where there is no Xet.
 pytestmark = [

@@ -15,11 +15,10 @@ from hub_client import TOKEN
 from loopback_hub import LoopbackHub
 
 from gpt2_scratch_errors import InputError
-from training import hub as command
-from training import publishing
+from training.hub import command, publishing
+from training.hub.publishing import Publishing, claim_repository, remember_push
+from training.hub.pusher import Pusher
 from training.loop import train
-from training.publishing import Publishing, claim_repository, remember_push
-from training.pusher import Pusher
 from training.recipe import Recipe
 
 # How the client itself sends large files where there is no Xet.

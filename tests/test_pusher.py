@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from training.pusher import Pusher
-from training.staging import stage
+from training.hub.pusher import Pusher
+from training.hub.staging import stage
 
 A, B, C = Path("a"), Path("b"), Path("c")
 
@@ -89,7 +89,7 @@ def test_the_pause_is_as_long_as_the_hub_asks_for(taker: Taker) -> None:
 
 
 def test_a_push_that_takes_long_is_told_when_the_next_one_comes(taker: Taker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.pusher._SECONDS_BEFORE_IT_IS_SLOW", 0.0)
+    monkeypatch.setattr("training.hub.pusher._SECONDS_BEFORE_IT_IS_SLOW", 0.0)
     taker.open.clear()
     behind = pusher(taker)
     behind.submit(A, 1)

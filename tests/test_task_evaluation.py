@@ -12,7 +12,7 @@ from test_sharding import launched
 
 from evaluation.run import main
 from gpt2_scratch_errors import InputError
-from training.facts import task_scores
+from training.hub.facts import task_scores
 from training.loop import train
 from training.progress import read_metrics
 from training.recipe import Recipe

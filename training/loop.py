@@ -26,20 +26,20 @@ from training.build import (
     prepare,
     refuse_too_many_processes,
 )
-from training.card import RunFacts, earlier_card, write_model_card
 from training.checkpoint import copy_model, load_checkpoint, publish, remove_leftovers, skeleton_of
 from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
 from training.data.loader import TrainingWindows, training_batches
 from training.data.reporting import AtMostEvery
 from training.documents import attention_for
-from training.facts import note_start, run_facts
 from training.fitting import fitted
 from training.guard import Guard, Verdict
+from training.hub.card import RunFacts, earlier_card, write_model_card
+from training.hub.facts import note_start, run_facts
+from training.hub.publishing import Publishing, still_to_push
 from training.launching import continue_command, launch_words, longer_command
 from training.plan import Plan, plan_run
 from training.preemption import Agreement, SignalWatch
 from training.profiling import NoTrace, StepTrace, TraceOf
-from training.publishing import Publishing, still_to_push
 from training.recipe import Recipe, profiled_steps
 from training.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
 from training.saving import Saving

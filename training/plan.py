@@ -20,8 +20,8 @@ from training.data.request import ShardRequest
 from training.data.shards import ShardFolder, holds_foreign_shards
 from training.data.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.data.workers import usable_cpus
+from training.hub.publishing import claim_repository
 from training.machines import Machines
-from training.publishing import claim_repository
 from training.recipe import Recipe
 from training.resume import find_resume_point, refuse_earlier_end
 from training.task_evaluation import TaskEvaluation

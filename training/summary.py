@@ -7,7 +7,7 @@ from shlex import quote
 
 import torch
 
-from training.card import RunFacts
+from training.hub.card import RunFacts
 from training.launching import longer_command, program
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from gpt2_scratch_errors import InputError
-from training.card import PLACE
-from training.card_merging import generated_text, merged, stamped, was_edited
 from training.data.patience import network_errors, passes
-from training.staging import LAST_CHECKPOINT
+from training.hub.card import PLACE
+from training.hub.card_merging import generated_text, merged, stamped, was_edited
+from training.hub.staging import LAST_CHECKPOINT
 
 Kind = Literal["model", "dataset"]
 

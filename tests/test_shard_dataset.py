@@ -14,8 +14,8 @@ from gpt2_scratch_errors import InputError
 from training.data.manifest import Manifest
 from training.data.producer import produce
 from training.data.shards import ShardFolder
-from training.hub import main
-from training.hub_dataset import dataset_card
+from training.hub.command import main
+from training.hub.shard_dataset import dataset_card
 
 # How the client itself sends large files where there is no Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

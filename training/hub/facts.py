@@ -11,10 +11,10 @@ from safetensors import safe_open
 
 from evaluation.atomic import write_whole
 from evaluation.references import one_per_size, published
-from training.card import LOCAL_FILES, RunFacts, Score, hardware_words
 from training.data.corpora import is_repository_id
 from training.data.corpus import HUB_CORPORA, INSTALLED_DOCS, corpus_name
 from training.data.manifest import Manifest
+from training.hub.card import LOCAL_FILES, RunFacts, Score, hardware_words
 from training.progress import read_metrics, read_samples
 from training.recipe import Recipe
 from training.task_evaluation import latest_results

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from evaluation.atomic import file_sha256
 from gpt2_scratch_errors import InputError
-from training.card import ENGLISH_CORPORA
-from training.card_merging import section, stamped
 from training.data.beginning import TOKENIZER_FILES
 from training.data.corpus import HUB_CORPORA
 from training.data.manifest import MANIFEST_NAME
 from training.data.shards import Shard, ShardFolder, foreign_split
-from training.hub_repository import claim, refused_in_one_line, with_text_of_the_hub
+from training.hub.card import ENGLISH_CORPORA
+from training.hub.card_merging import section, stamped
+from training.hub.repository import claim, refused_in_one_line, with_text_of_the_hub
 
 _WAY_OUT = "and run the same command again: what is there is not sent twice"
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from shlex import quote
 
 from evaluation.atomic import write_whole
-from training.hub_repository import (
+from training.hub.pusher import FIRST_PAUSE_SECONDS, Pusher
+from training.hub.repository import (
     NATIVE,
     HubOutOfReachError,
     asked_to_wait,
@@ -21,10 +22,9 @@ from training.hub_repository import (
     push_folder,
     told,
 )
+from training.hub.staging import stage
 from training.launching import program
-from training.pusher import FIRST_PAUSE_SECONDS, Pusher
 from training.recipe import Recipe
-from training.staging import stage
 
 LAST_PUSH_SECONDS = 900.0  # 2 GB at 20 Mbit/s
 

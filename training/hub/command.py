@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2_scratch_errors import CommandParser, InputError, run_command
+from gpt2_scratch_errors import CommandParser, InputError
 
 _WAY_OUT = "and run the same command again"
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             with_state=options.checkpoint,
         )
     else:
-        from training.hub_dataset import push_shards
+        from training.hub.shard_dataset import push_shards
 
         push_shards(options.folder, options.repo_id, private=options.private, say=lambda line: print(line, flush=True))
 
@@ -70,9 +70,9 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state:
     model, step = find_model(folder)
     _refuse_broken(model)
     state = _checkpoint_of(folder, model, step) if with_state else None
-    from training.hub_repository import NATIVE, claim, has_branch, push_folder, refused_in_one_line
-    from training.publishing import remember_push
-    from training.staging import stage
+    from training.hub.publishing import remember_push
+    from training.hub.repository import NATIVE, claim, has_branch, push_folder, refused_in_one_line
+    from training.hub.staging import stage
 
     repo_id = claim(repo_id, default_name=folder.name, private=private, way_out=_WAY_OUT)
     with tempfile.TemporaryDirectory() as place:
@@ -166,15 +166,11 @@ def _write_card(staged: Path, run: Path, step: int) -> None:
     from transformers import AutoConfig
 
     import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
-    from training.card import earlier_card, write_model_card
-    from training.facts import count_parameters, run_facts
+    from training.hub.card import earlier_card, write_model_card
+    from training.hub.facts import count_parameters, run_facts
     from training.recipe import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")
     facts = run_facts(recipe, run, steps=step, parameters=count_parameters(staged))
     kept = earlier_card(run / "model")
     write_model_card(staged, recipe, facts, AutoConfig.from_pretrained(staged), kept=kept)
-
-
-if __name__ == "__main__":
-    run_command(main)

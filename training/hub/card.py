@@ -12,10 +12,10 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from evaluation.references import VALIDATION_LOSS, Reference
-from training.card_merging import merged, section
-from training.costs import running_costs
 from training.data.corpus import DEFAULT_HUB_CONFIG, HUB_CORPORA
 from training.data.reporting import spelled
+from training.hub.card_merging import merged, section
+from training.hub.costs import running_costs
 from training.recipe import Recipe
 from training.sampling import TEMPERATURE, TOP_K
 

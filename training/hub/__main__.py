@@ -1,0 +1,7 @@
+"""`python -m training.hub`."""
+
+from gpt2_scratch_errors import run_command
+from training.hub.command import main
+
+if __name__ == "__main__":
+    run_command(main)
