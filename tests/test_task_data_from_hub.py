@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from loopback_hub import LoopbackHub, serving
 from loopback_repository import Repository
-from test_tasks import CBT_OPTIONS, LAMBADA, Characters, cbt_folder, cbt_text, hellaswag_row, write_rows
+from task_rows import CBT_OPTIONS, LAMBADA, cbt_folder, cbt_text, hellaswag_row, write_rows
+from toy_model import Characters
 
 from evaluation.tasks import task_named
 

@@ -1,12 +1,13 @@
-"""Every protocol worked out by hand on a model whose probabilities are known, and what is told about bad data."""
+"""Every protocol worked out by hand on a model whose probabilities are known."""
 
 import json
 
 import numpy as np
 import pytest
+from task_rows import CBT_OPTIONS, LAMBADA, cbt_folder, cbt_text, hellaswag_row, write_rows
 from toy_model import NEXT, OTHER, Characters, alphabet, log_probability
 
-from evaluation.detokenisers import detokenise_penn_treebank, detokenise_wikitext
+from evaluation.detokenisers import detokenise_wikitext
 from evaluation.items import Generation
 from evaluation.scoring import score
 from evaluation.tasks import default_protocols, task_named, tasks
@@ -20,23 +21,6 @@ def records(name, folder, n_positions=1024, limit=None):
     model = alphabet(n_positions)
     items = task.items(folder, Characters(), n_positions, limit)
     return [task.predict(item, answers) for item, answers in zip(items, score(model, items), strict=True)]
-
-
-def write_rows(path, *rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path.parent
-
-
-def hellaswag_row(**changes):
-    row = {
-        "activity_label": "Abc",
-        "ctx_a": "[step] x",
-        "ctx_b": "yz",
-        "ctx": "x yz",
-        "endings": ["zz", '!"#$', "[tag] abcdefgh", "q"],
-        "label": 1,
-    }
-    return {**row, **changes}
 
 
 def test_hellaswag_completion_takes_the_lowest_mean_loss(tmp_path):
@@ -68,9 +52,6 @@ def test_hellaswag_harness_removes_tags_and_divides_by_bytes(tmp_path):
     assert record["bytes"] == [2, 4, 9, 1]
     # per byte: (1 jump + 4 steps) / 4 = -1.90, (3 jumps + 7 steps) / 9 = -2.38
     assert (record["prediction"], record["prediction_by_sum"]) == (1, 1)
-
-
-LAMBADA = {"text": "x ` abc"}
 
 
 def test_lambada_harness_wants_every_token_of_the_word(tmp_path):
@@ -140,21 +121,6 @@ def test_lambada_stop_words_are_passed_over(tmp_path):
     assert found[0]["log_likelihood"] == pytest.approx(NEXT, **EXACT)
     plain = task_named("lambada:harness").items(folder, Words(), 1024)
     assert score(alphabet(), plain)[0][0].greedy
-
-
-CBT_OPTIONS = ["b", "q", "abcdefgh", "z", "1", "2", "3", "4", "5", "6"]
-
-
-def cbt_text(question="a XXXXX c .", sentences=20, answer="b", options=None):
-    lines = [f"{place} s{place} ." for place in range(1, sentences + 1)]
-    return "\n".join([*lines, f"21 {question}\t{answer}\t\t{'|'.join(options or CBT_OPTIONS)}", "", ""])
-
-
-def cbt_folder(path, text):
-    path.mkdir(exist_ok=True)
-    for kind in ("CN", "NE"):
-        (path / f"cbtest_{kind}_test_2500ex.txt").write_text(text)
-    return path
 
 
 @pytest.mark.parametrize("kind", ["cn", "ne"])
@@ -360,91 +326,3 @@ def test_a_task_is_found_by_its_name_and_its_protocol():
         InputError, match=r"a protocol of hellaswag, .* there are hellaswag:completion, hellaswag:harness"
     ):
         task_named("hellaswag:mean")
-
-
-def bad_line(path, text):
-    path.write_text(text)
-    return path.parent
-
-
-@pytest.mark.parametrize(
-    ("name", "file", "text", "complaint"),
-    [
-        ("hellaswag", "hellaswag_val.jsonl", json.dumps(hellaswag_row()) + '\n{"ctx": "cut', "JSON object in line 2"),
-        ("hellaswag", "hellaswag_val.jsonl", '{"ctx": "no more"}\n', "the field activity_label in line 1"),
-        ("hellaswag", "hellaswag_val.jsonl", json.dumps(hellaswag_row(label=7)), "a label from 0 to 3 in line 1"),
-        ("hellaswag", "hellaswag_val.jsonl", json.dumps(hellaswag_row(endings=["a"])), "four endings in line 1"),
-        ("hellaswag", "hellaswag_val.jsonl", "[1, 2]\n", "a JSON object with .* in line 1"),
-        ("hellaswag", "hellaswag_val.jsonl", "", "data in line 1 .* an empty file"),
-        ("lambada", "lambada_test.jsonl", '{"text": "a b"}\n{"text": 3}\n', "text of type str in line 2"),
-        ("lambada", "lambada_test.jsonl", '\n{"text": "word"}\n', "a passage and its last word in line 2"),
-        ("lambada", "lambada_test.jsonl", '{"text": "a b"}\n{"text": "a \\ud800"}\n', "a JSON object in line 2"),
-        ("lambada", "lambada_test.jsonl", "[" * 100_000, "a JSON object in line 1"),
-        (
-            "cbt_cn",
-            "cbtest_CN_test_2500ex.txt",
-            cbt_text()[:60],
-            "sentence 10 of a question in line 10 .*, found the end of the file",
-        ),
-        ("cbt_cn", "cbtest_CN_test_2500ex.txt", cbt_text(sentences=19), "a line that begins with 20 in line 20"),
-        ("cbt_cn", "cbtest_CN_test_2500ex.txt", cbt_text(answer="nobody"), "the answer among them in line 21"),
-        ("cbt_cn", "cbtest_CN_test_2500ex.txt", cbt_text(question="no blank"), "a question with XXXXX in line 21"),
-        ("cbt_cn", "cbtest_CN_test_2500ex.txt", cbt_text().replace("\t", " "), "between tabs in line 21"),
-        ("wikitext2", "wiki.test.raw", " = Title = \n a cut li", "the end of a line in line 2"),
-        ("wikitext2", "wiki.test.raw", "other text\n", "an article's heading"),
-    ],
-)
-def test_a_wrong_or_cut_file_is_told_with_its_line(name, file, text, complaint, tmp_path):
-    with pytest.raises(InputError, match=complaint) as caught:
-        task_named(name).items(bad_line(tmp_path / file, text), Characters(), 1024)
-    assert file in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_rows_of_other_bytes_than_text_are_told(tmp_path):
-    (tmp_path / "lambada_test.jsonl").write_bytes(b'{"text": "a b"}\n\xff\xfe\n')
-    with pytest.raises(InputError, match="UTF-8 text in line 2"):
-        task_named("lambada").items(tmp_path, Characters(), 1024)
-
-
-@pytest.mark.parametrize("name", ["hellaswag", "lambada", "cbt_ne", "wikitext2", "validation"])
-def test_an_absent_file_is_told_by_its_name(name, tmp_path):
-    with pytest.raises(InputError, match=r"expected .* in .*, found none"):
-        task_named(name).items(tmp_path, Characters(), 1024)
-
-
-def test_a_shard_that_is_cut_is_told(tmp_path):
-    np.save(tmp_path / "c_val_000000.npy", np.arange(1000, dtype=np.uint16))
-    path = tmp_path / "c_val_000000.npy"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match="found a file that is cut"):
-        task_named("validation").items(tmp_path, Characters(), 1024)
-    with pytest.raises(InputError, match="name it by --data_dir"):
-        task_named("validation").items(None, Characters(), 1024)
-
-
-@pytest.mark.parametrize(
-    ("tokenised", "written"),
-    [
-        ("she said , `` I do n't know -LRB- yet -RRB- . ''", 'she said, "I don\'t know (yet)."'),
-        ("` Well , ' said he ; ` it 's the boys ' . '", "'Well,' said he; 'it's the boys'.'"),
-        ("The other replied , ' I do not . '", "The other replied, 'I do not.'"),
-        ("a well-known -- and dear -- friend", "a well-known -- and dear -- friend"),
-    ],
-)
-def test_penn_treebank_goes_back_to_text(tokenised, written):
-    assert detokenise_penn_treebank(tokenised) == written
-
-
-@pytest.mark.parametrize(
-    ("tokenised", "written"),
-    [
-        (" = = Career = = \n", "== Career ==\n"),
-        (' a guest @-@ starring role on the " Herons " , in 2000 ( aged 12 ) . \n',
-         'a guest-starring role on the "Herons", in 2000 (aged 12).\n'),
-        (" It cost $ 1 @,@ 000 @.@ 50 ; he didn 't pay . \n", "It cost $1,000.50; he didn't pay.\n"),
-        (" \n", "\n"),
-    ],
-)  # fmt: skip
-def test_wikitext_goes_back_to_text(tokenised, written):
-    assert detokenise_wikitext(tokenised) == written
