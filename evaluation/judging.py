@@ -64,6 +64,7 @@ def judge(
     every_process_scores_all: bool = False,
     finished: FinishedItems | None = None,
     show: bool = False,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> TaskResult:
     """Return what the model reaches on a task, on every process the same.
 
@@ -76,6 +77,7 @@ def judge(
         every_process_scores_all: the model is sharded, so its forward passes need all processes alike.
         finished: records that are known already, and where new ones are kept; None on all but the main process.
         show: the progress.
+        between_batches: as of `scoring.score`.
 
     Raises:
         InputError: from `scoring.score`, or from `figures.measure`.
@@ -107,6 +109,7 @@ def judge(
         accelerator=None if every_process_scores_all else accelerator,
         tokens_per_batch=tokens_per_batch,
         on_result=keep,
+        between_batches=between_batches,
     )
     for place, given in zip(missing, answers, strict=True):
         records[place] = recorded(items[place], given)

@@ -35,6 +35,7 @@ def score(
     tokens_per_batch: int | None = None,
     share_prefixes: bool = True,
     on_result: Callable[[Item, Answers], None] = lambda item, answers: None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> list[Answers]:
     """Return the answers to every item's requests, in the order of `items`, on every process.
 
@@ -46,6 +47,7 @@ def score(
             4,096 on a CPU and 16,384 elsewhere when None.
         share_prefixes: compute what the requests of an item begin with once.
         on_result: is called on the main process with each item as soon as its batch is done, longest items first.
+        between_batches: is called between two batches, on every process equally often; may raise.
 
     Raises:
         InputError: the model is not causal, gives NaN or a probability of 0, lacks tokens that the tokenizer has, or
@@ -89,6 +91,7 @@ def score(
                         on_result(items[place], answers)
             if not any(left for _, left, _ in everywhere):
                 break
+            between_batches()
     finally:
         for module in training:
             module.training = True

@@ -6,16 +6,21 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from killing import assert_end_alike
 from processes import ProcessesOfARun
+from torch import Tensor
 
 from training.checkpoint import checkpoints, step_of
+from training.data.loader import validation_batches
+from training.data.shards import Shard
 from training.loop import Run, train
 from training.preemption import Agreement, SignalWatch
+from training.progress import read_metrics
 from training.recipe import Recipe
 from training.watching import Watch
 
@@ -70,6 +75,43 @@ def test_a_run_that_is_told_to_leave_saves_and_ends_as_an_unbroken_one(
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("step", [6, 12])  # 12 is the last
+def test_a_validation_is_broken_off_and_made_up_for_by_the_next_start(
+    step: int, tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1, eval_steps=6, per_device_train_batch_size=4)
+    train(whole)
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    validate, read = Watch.validate, []
+
+    def batches(shard: Shard, **settings: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, batch in enumerate(validation_batches(shard, **settings)):
+            read.append(number)
+            if number == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    def with_signal(watch: Watch, done: int) -> None:
+        with monkeypatch.context() as patch:
+            if done == step:
+                patch.setattr(
+                    "training.watching.validation_batches", lambda shard, **rest: batches(shard=shard, **rest)
+                )
+            validate(watch, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watch, "validate", with_signal)
+        with pytest.raises(SystemExit):
+            train(broken)
+    assert read == [0, 1]
+    assert checkpoints(tmp_path / "broken")[-1].name == f"step-{step:06d}"
+    assert [line["step"] for line in read_metrics(tmp_path / "broken") if "val_loss" in line] == list(range(6, step, 6))
+    train(broken)
+    assert_end_alike(tmp_path / "broken", tmp_path / "whole")
+    assert [line["step"] for line in read_metrics(tmp_path / "broken") if "val_loss" in line] == [6, 12]
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_a_run_that_waits_for_its_corpus_leaves_too_and_loses_no_step(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,9 +136,11 @@ def test_a_run_that_waits_for_its_corpus_leaves_too_and_loses_no_step(
 
 
 def test_two_processes_leave_after_the_same_step_when_one_is_told_to(tiny_recipe: Make, tmp_path: Path) -> None:
-    long = tiny_recipe(max_steps=100_000, save_steps=10, sample_steps=0, eval_steps=0)
+    long = tiny_recipe(max_steps=100_000, save_steps=10, sample_steps=0, per_device_train_batch_size=1)
     run = Path(long.output_dir)
-    for number, ranks in ((signal.SIGTERM, (1,)), (signal.SIGINT, (0, 1))):
+    # The second time nearly all goes into validations, so the signal comes in the middle of one.
+    for number, ranks, eval_steps in ((signal.SIGTERM, (1,), 0), (signal.SIGTERM, (1,), 1), (signal.SIGINT, (0, 1), 0)):
+        long = dataclasses.replace(long, eval_steps=eval_steps)
         before = step_of(checkpoints(run)[-1]) if checkpoints(run) else 0
         long.save(tmp_path / "r.yaml")
         processes = ProcessesOfARun(tmp_path / "r.yaml", 2, tmp_path / "printed")

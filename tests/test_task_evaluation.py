@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 from small_tasks import write_tasks
 from test_sharding import launched
 
+from evaluation.forward import ForwardPasses
 from evaluation.run import main
 from gpt2_scratch_errors import InputError
+from training.checkpoint import checkpoints
 from training.hub.facts import task_scores
 from training.loop import train
 from training.progress import read_metrics
@@ -91,6 +95,29 @@ def test_a_full_disk_does_not_end_training(
     assert not (run / "eval_results.json").exists()
     assert [line["step"] for line in read_metrics(run) if "lambada_acc" in line] == [2]
     assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_tasks_are_broken_off_by_a_signal_and_made_up_for_by_the_next_start(
+    tiny_recipe: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = judged(tiny_recipe(max_steps=6, eval_steps=0), data, eval_tasks=["hellaswag"])
+    run, forward, passes = Path(recipe.output_dir), ForwardPasses.shared, []
+
+    def with_signal(self: ForwardPasses, *args: object) -> object:
+        passes.append(len(checkpoints(run)))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.scoring._TOKENS_PER_BATCH", 1)  # an item at a time
+        patch.setattr(ForwardPasses, "shared", with_signal)
+        with pytest.raises(SystemExit):
+            train(recipe)
+    assert len(passes) == 1
+    assert [path.name for path in checkpoints(run)] == ["step-000004"]
+    assert not [line for line in read_metrics(run) if "hellaswag_acc" in line]
+    train(recipe)
+    assert [line["step"] for line in read_metrics(run) if "hellaswag_acc" in line] == [4, 6]
 
 
 def test_processes_that_share_the_weights_judge_together(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ from training.hub.facts import note_start, run_facts
 from training.hub.publishing import Publishing, still_to_push
 from training.launching import continue_command, launch_words, longer_command
 from training.plan import Plan, plan_run
-from training.preemption import Agreement, SignalWatch
+from training.preemption import Agreement, LeaveAsked, SignalWatch
 from training.profiling import NoTrace, StepTrace, TraceOf
 from training.recipe import Recipe, profiled_steps
 from training.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
@@ -148,7 +148,9 @@ class Run:
             set_aside = set_aside_later_checkpoints(plan.output_dir, plan.first_step)
             # Not only at the next save: a run that was killed in its last one has none before it.
             remove_leftovers(plan.output_dir)
-        self.watch = Watch(plan, accelerator, self.model, parameters=self.parameters)
+        self.watch = Watch(
+            plan, accelerator, self.model, parameters=self.parameters, between_batches=self._between_batches
+        )
         self.log = self.watch.log
         if set_aside:
             self.log.say(f"later checkpoints are kept as {', '.join(map(str, set_aside))}; remove them when you like")
@@ -186,10 +188,11 @@ class Run:
         self.watch.introduce()
         recipe, plan = self.plan.recipe, self.plan
         # A run that was asked to leave, or only its model folder is missing, or it goes to a new output_dir.
-        if plan.first_step and self._due(plan.first_step, recipe.eval_steps):
-            self.watch.validate_once(plan.first_step)
-        if plan.tasks is not None and plan.first_step and self._due(plan.first_step, recipe.eval_task_steps):
-            self.watch.judge_once(plan.first_step)
+        if plan.first_step:
+            try:
+                self.watch.make_up(plan.first_step)
+            except LeaveAsked as asked:
+                self._leave(plan.first_step, asked.number)
         batches = self._training_batches()
         self.model.train()
         trace = self._trace()
@@ -222,15 +225,13 @@ class Run:
             self.saving.step_taken()
             self.guard.look_back()
             leave, by_clock = self.agreement.exchange(self.signals.received, self.saving.due_by_clock())
-            if self._due(done, recipe.logging_steps):
+            if plan.is_due(done, recipe.logging_steps):
                 self.watch.record(done, loss, grad_norm, learning_rate)
-            if not leave:  # the next start makes up for what is left out
-                if self._due(done, recipe.eval_steps):
-                    self.watch.validate(done)
-                if plan.tasks is not None and self._due(done, recipe.eval_task_steps):
-                    self.watch.judge(done)
-                if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
-                    self.watch.sample(done)
+            try:
+                if not leave:  # the next start makes up for what is left out
+                    self.watch.look(done)
+            except LeaveAsked as asked:
+                leave = asked.number
             if (leave or by_clock or self.saving.due(done)) and self._weights_are_good(done):
                 with self.watch.pause():
                     self.saving.save(done)
@@ -279,8 +280,10 @@ class Run:
         self.log.say(f"step {done}  no checkpoint while updates are skipped")
         return False
 
-    def _due(self, done: int, every: int) -> bool:
-        return done == self.plan.total_steps or (every > 0 and done % every == 0)
+    def _between_batches(self) -> None:
+        leave, _ = self.agreement.exchange(self.signals.received, self.saving.due_by_clock())
+        if leave:
+            raise LeaveAsked(leave)
 
     def _trace(self) -> StepTrace:
         wish = self.plan.recipe.profile_steps

@@ -69,6 +69,10 @@ class Plan:
         """The id at which documents begin, when the recipe keeps them apart."""
         return self.tokenizer.end_of_text_id if self.recipe.document_mask else None
 
+    def is_due(self, done: int, every: int) -> bool:
+        """Whether what comes `every` so many steps, 0 for only at the end, comes after step `done`."""
+        return done == self.total_steps or (every > 0 and done % every == 0)
+
     @property
     def is_complete(self) -> bool:
         """Whether an earlier start took the last step and left the model folder."""

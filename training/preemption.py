@@ -1,4 +1,5 @@
-"""Leaving when told to: a signal is noticed between two steps, and all processes agree on the step after which to stop.
+"""Leaving when told to: a signal is noticed between two steps, or two batches of a validation or a task, and all
+processes agree on where to stop.
 
 A signal may reach one process only, or all of them at different steps. So after every step each tells the others what
 it wants, in an exchange on the CPU that is answered one step later: nothing waits for a device, and nobody for the
@@ -77,6 +78,18 @@ _FAREWELL = "\n{}: the step is finished and saved, then the run stops; once more
 
 def _is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+class LeaveAsked(Exception):  # noqa: N818  (no error)
+    """Raised by all processes alike in the middle of what the next start makes up for: a signal asks to leave.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
 
 
 class Agreement:

@@ -88,20 +88,26 @@ def validation_loss(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     end_of_text_id: int | None = None,
+    between_batches: Callable[[], None] = lambda: None,
 ) -> tuple[float, int]:
     """Mean loss in nats per token over all processes' batches, and the number of tokens it is the mean of.
 
-    Every token counts alike: sums of losses and of tokens are added up, never means of batches.
+    Every token counts alike: sums of losses and of tokens are added up, never means of batches. `between_batches` is
+    called on every process equally often, and may raise.
     """
     was_training = model.training
     model.eval()
     one = torch.ones((), device=accelerator.device)
     losses, tokens = [torch.zeros((), device=accelerator.device)], 0
-    for inputs, targets in batches:
-        on_device = model_inputs((inputs, targets), accelerator.device, end_of_text_id)
-        losses.append(model(**on_device, num_items_in_batch=one, use_cache=False).loss.float())
-        tokens += int((targets != IGNORED).sum())
-    model.train(was_training)
+    try:
+        for inputs, targets in batches:
+            if len(losses) > 1:  # of batches before; a process may have no tokens of its own
+                between_batches()
+            on_device = model_inputs((inputs, targets), accelerator.device, end_of_text_id)
+            losses.append(model(**on_device, num_items_in_batch=one, use_cache=False).loss.float())
+            tokens += int((targets != IGNORED).sum())
+    finally:
+        model.train(was_training)
     # Batch sums are exact to fp32; their sum over thousands of batches is taken in fp64, on the host since MPS has
     # none.
     total = torch.stack(losses).cpu().double().sum()

@@ -5,7 +5,7 @@ form of `python -m evaluation.run --output`: with the protocol, standard errors 
 """
 
 import datetime
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,12 +51,15 @@ class TaskEvaluation:
         """The keys of the tasks' figures in metrics.jsonl."""
         return {column_name(task.full_name, figure.name) for task in self.tasks for figure in task.figures}
 
-    def judge(self, accelerator: Accelerator, model: nn.Module) -> list[TaskResult]:
+    def judge(
+        self, accelerator: Accelerator, model: nn.Module, between_batches: Callable[[], None] = lambda: None
+    ) -> list[TaskResult]:
         """Judge the model as it is, with all processes; neither it nor the random numbers of training change.
 
         Arguments:
             accelerator: what the processes share.
             model: as it was prepared.
+            between_batches: is called by all processes equally often; what it raises ends the evaluation.
 
         Raises:
             InputError: the model gives NaN.
@@ -73,6 +76,7 @@ class TaskEvaluation:
                     self._items[task.full_name],
                     accelerator=accelerator,
                     every_process_scores_all=bool(accelerator.is_fsdp2),
+                    between_batches=between_batches,
                 )
                 for task in self.tasks
             ]

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -73,13 +73,24 @@ class Watch:
         accelerator: what the run's processes share.
         model: the prepared model, which validations and samples put into evaluation mode and back.
         parameters: of the whole model.
+        between_batches: is called between two batches of a validation or of tasks, by all processes equally often; what
+            it raises ends them without a result.
 
     Attributes:
         last_validation: its step and loss.
     """
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, model: nn.Module, *, parameters: int) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        accelerator: Accelerator,
+        model: nn.Module,
+        *,
+        parameters: int,
+        between_batches: Callable[[], None],
+    ) -> None:
         self.plan, self.accelerator, self.model = plan, accelerator, model
+        self._between_batches = between_batches
         recipe, shard = plan.recipe, plan.folder.val_shard
         self.log = RunLog(
             plan.output_dir,
@@ -178,6 +189,24 @@ class Watch:
         if known:
             self.accelerator.log(known, step=done)
 
+    def look(self, done: int) -> None:
+        """Validate, judge and draw samples after step `done`, as far as they are due."""
+        plan, recipe = self.plan, self.plan.recipe
+        if plan.is_due(done, recipe.eval_steps):
+            self.validate(done)
+        if plan.tasks is not None and plan.is_due(done, recipe.eval_task_steps):
+            self.judge(done)
+        if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
+            self.sample(done)
+
+    def make_up(self, done: int) -> None:
+        """Validate and judge after step `done`, the last one of an earlier start, unless it did so itself."""
+        plan, recipe = self.plan, self.plan.recipe
+        if plan.is_due(done, recipe.eval_steps):
+            self.validate_once(done)
+        if plan.tasks is not None and plan.is_due(done, recipe.eval_task_steps):
+            self.judge_once(done)
+
     def validate(self, done: int) -> None:
         """Score the validation text after step `done`, with all processes."""
         recipe, accelerator = self.plan.recipe, self.accelerator
@@ -191,7 +220,13 @@ class Watch:
             num_processes=accelerator.num_processes,
         )
         with self.pause():
-            loss, tokens = validation_loss(accelerator, self.model, batches, end_of_text_id=self.plan.document_mark)
+            loss, tokens = validation_loss(
+                accelerator,
+                self.model,
+                batches,
+                end_of_text_id=self.plan.document_mark,
+                between_batches=self._between_batches,
+            )
         self.last_validation = (done, loss)
         values = {
             "step": done,
@@ -216,7 +251,7 @@ class Watch:
         tasks, accelerator = self.plan.tasks, self.accelerator
         assert tasks is not None
         with self.pause():
-            judged = tasks.judge(accelerator, self.model)
+            judged = tasks.judge(accelerator, self.model, self._between_batches)
         if accelerator.is_main_process:
             path = self.plan.output_dir / RESULTS
             try:
