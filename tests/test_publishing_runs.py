@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -15,6 +16,7 @@ from hub_client import TOKEN
 from loopback_hub import LoopbackHub
 
 from gpt2_scratch_errors import InputError
+from training.checkpoint import checkpoints, step_of
 from training.hub import command, publishing
 from training.hub.publishing import Publishing, claim_repository, remember_push
 from training.hub.pusher import Pusher
@@ -295,15 +297,55 @@ def test_two_processes_that_may_not_push_do_not_start_and_say_so_once(
     assert not (tmp_path / "run").exists()
 
 
+def test_sigterm_while_a_file_goes_up_and_hangs_ends_the_process(
+    hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", max_steps=100_000, eval_steps=0, sample_steps=0)
+    recipe.save(tmp_path / "recipe.yaml")
+    hangs = threading.Event()
+
+    def hang(method: str, path: str, number: int) -> str | None:
+        if "/lfs/upload/" not in path:
+            return None
+        hangs.set()
+        return "hang"
+
+    hub.trouble = hang
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(tmp_path / "recipe.yaml")],
+        cwd=ROOT,
+        env=environment_with(hub, tmp_path),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert hangs.wait(120)
+        run.send_signal(signal.SIGTERM)
+        printed, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode == 128 + signal.SIGTERM, printed
+    assert "the newest checkpoint is not on the Hub yet; it goes there when the run goes on" in printed
+    assert f"SIGTERM: stopped after step {step_of(checkpoints(Path(recipe.output_dir))[-1]):,} of 100,000" in printed
+    assert not hub.model("me/tiny").messages
+
+
+def environment_with(hub: LoopbackHub, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that pushes to a Hub of this machine."""
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **hub.environment, **home}
+
+
 def launched_on_two(recipe: Path, hub: LoopbackHub, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
     """`accelerate launch` of two CPU processes, with a Hub of this machine."""
-    environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
     return subprocess.run(
         [*launcher, str(ROOT / "training" / "train.py"), "--config", str(recipe)],
         cwd=ROOT,
-        env={**environment, "OMP_NUM_THREADS": "1"},
+        env=environment_with(hub, tmp_path),
         text=True,
         capture_output=True,
         timeout=200,
