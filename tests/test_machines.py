@@ -20,6 +20,7 @@ from training.data import shards as shard_files
 from training.data.beside import ProducerBeside
 from training.data.manifest import Manifest
 from training.data.shards import ShardFolder
+from training.loop import train
 from training.machines import Machines
 from training.plan import Plan, plan_run
 from training.recipe import Recipe
@@ -133,6 +134,40 @@ def test_ready_shards_without_a_manifest_are_compared_by_their_ids(
         recipes.append(tiny_recipe(data_dir=str(folder), tokenizer=tiny_recipe().data_dir))
     for plan in machines.plan(*recipes):
         refuse(plan, "^expected the same data on every machine")
+
+
+@pytest.mark.parametrize(
+    ("difference", "told"),
+    [
+        ({"learning_rate": 1e-4}, "learning_rate 0.00"),
+        ({"max_steps": 13}, "steps in all 1[23], max_steps 1[23]"),
+        ({"init_from": "same/elsewhere", "report_to": ["tensorboard"], "eval_data_dir": "there"}, None),
+    ],
+)
+def test_machines_with_other_recipes_are_all_refused(
+    difference: dict[str, object], told: str | None, machines: TwoMachines, tiny_recipe: Make
+) -> None:
+    for plan in machines.plan(tiny_recipe(), tiny_recipe(**difference)):
+        if told is None:
+            assert plan.result().total_steps == 12
+        else:
+            refuse(plan, rf"^expected the same run on every machine, found different ones \(in .* here: {told}\d*\);")
+
+
+def test_machine_without_the_others_checkpoints_is_refused_and_one_with_a_copy_begins(
+    machines: TwoMachines, tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, there = tiny_recipe(max_steps=4), tiny_recipe(max_steps=4, output_dir=str(tmp_path / "there"))
+    with monkeypatch.context() as patch:
+        patch.delenv("WORLD_SIZE")
+        patch.delenv("LOCAL_WORLD_SIZE")
+        train(run)
+    here, elsewhere = (dataclasses.replace(recipe, max_steps=8) for recipe in (run, there))
+    plans, found = machines.plan(here, elsewhere), ("4, checkpoint [0-9a-f]+", "0, checkpoint None")
+    for plan, taken in zip(plans, found, strict=True):
+        refuse(plan, f"^expected the same run .* here: steps taken {taken}\\); .* the same checkpoints")
+    shutil.copytree(run.output_dir, there.output_dir)
+    assert [plan.result().first_step for plan in machines.plan(here, elsewhere)] == [4, 4]
 
 
 @pytest.mark.parametrize(

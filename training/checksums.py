@@ -1,5 +1,6 @@
 """The hashes of a checkpoint's files, kept in a file that `sha256sum --check` reads as well."""
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,6 +21,13 @@ def renew_checksums(folder: Path, changed: Iterable[Path]) -> None:
     lines = [line.split("  ", 1) for line in (folder / _NAME).read_text(encoding="utf-8").splitlines()]
     (folder / _NAME).unlink()  # it may be linked to another folder's
     (folder / _NAME).write_text("".join(f"{new.get(file, old)}  {file}\n" for old, file in lines), encoding="utf-8")
+
+
+def state_checksum(folder: Path) -> str:
+    """One hash for the weights and the state to go on from, as they were written; names and cards play no part."""
+    lines = (folder / _NAME).read_text(encoding="utf-8").splitlines()
+    tensors = sorted(line for line in lines if line.endswith(".safetensors"))
+    return hashlib.sha256("\n".join(tensors).encode()).hexdigest()
 
 
 def damage_in(folder: Path, *, read_files: bool = True) -> str | None:

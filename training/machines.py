@@ -1,5 +1,5 @@
-"""What several machines tell each other before a run begins: that their data is there, that it is the same, or that
-one of them has to give up.
+"""What several machines tell each other before a run begins: that their data is there, that data and run are the
+same, or that one of them has to give up.
 
 Each may have a data folder of its own, and meet a mistake that the others do not have. One that just ended would leave
 them waiting in the first exchange of training for as long as processes may keep each other waiting.
@@ -9,15 +9,25 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from gpt2_scratch_errors import InputError
+from training.checksums import state_checksum
 from training.data.beside import ProducerBeside
 from training.data.shards import Shard, ShardFolder
 from training.data.tokenizer import Tokenizer
+from training.recipe import Recipe
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 _GIVEN_UP, _WAITING, _READY = range(3)  # a process's first shards; the smallest of all processes' counts
+_OF_EACH_MACHINE = {
+    # Where things lie; what they are is compared.
+    *("output_dir", "data_dir", "corpus", "tokenizer", "init_from", "eval_data_dir", "resume_from_checkpoint"),
+    # How a machine uses its cores, and what only the first one does.
+    *("preprocessing_num_workers", "dataloader_num_workers"),
+    *("report_to", "profile_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
+}
 _IDS_COMPARED = 1 << 20  # of a shard that no manifest has a hash of
 
 
@@ -64,27 +74,49 @@ class Machines:
                 raise _given_up()
             time.sleep(_SECONDS_BETWEEN_LOOKS)
 
-    def compare(self, folder: ShardFolder, tokenizer: Tokenizer) -> None:
+    def compare_data(self, folder: ShardFolder, tokenizer: Tokenizer) -> None:
         """Refuse to train on machines that have different data: nothing else would tell.
 
         Raises:
             InputError: they have, or another process has given up.
         """
-        if self._least is None:
-            return
-        facts = _facts(folder, tokenizer)
-        digest = hashlib.sha256(repr(facts).encode()).digest()
-        number = int.from_bytes(digest[:8], "big") >> 2 | 1 << 61  # 62 bits, and none of the states
-        smallest = self._exchange(number)
-        if smallest == _GIVEN_UP:
-            raise _given_up()
-        if smallest != -self._exchange(-number):
-            self._listening = False  # all of them know
-            here = ", ".join(f"{name} {value:.12}" for name, value in facts.items())
+        if here := self._differing(lambda: _of_data(folder, tokenizer)):
             raise InputError(
                 f"expected the same data on every machine, found different ones (in {folder.path} here: {here}); "
                 "prepare it once and copy the folder to every machine, or give a data_dir that they share"
             )
+
+    def compare_runs(self, recipe: Recipe, resume_from: Path | None, first_step: int, total_steps: int) -> None:
+        """Refuse to train where machines would take different steps, or go on from different weights.
+
+        Raises:
+            InputError: they would, or another process has given up.
+        """
+        if here := self._differing(lambda: _of_run(recipe, resume_from, first_step, total_steps)):
+            raise InputError(
+                f"expected the same run on every machine, found different ones (in {recipe.output_dir} here: {here}); "
+                "give every machine the same recipe and flags, and an output_dir that they share, or the same "
+                "checkpoints in it"
+            )
+
+    def _differing(self, known: Callable[[], Mapping[str, object]]) -> str:
+        """Return what is known here and otherwise on another machine, in words; its names are the same everywhere."""
+        if self._least is None:
+            return ""
+        facts = known()
+        if self._agree(facts):
+            return ""
+        differing = [f"{name} {value!s:.12}" for name, value in facts.items() if not self._agree([name, value])]
+        self._listening = False  # all of them know
+        return ", ".join(differing)
+
+    def _agree(self, thing: object) -> bool:
+        digest = hashlib.sha256(repr(thing).encode()).digest()
+        number = int.from_bytes(digest[:8], "big") >> 2 | 1 << 61  # 62 bits, and none of the states
+        smallest = self._exchange(number)
+        if smallest == _GIVEN_UP:
+            raise _given_up()
+        return smallest == -self._exchange(-number)
 
     def _exchange(self, number: int) -> int:
         if self._least is None:
@@ -101,16 +133,25 @@ def _given_up() -> InputError:
     )
 
 
-def _facts(folder: ShardFolder, tokenizer: Tokenizer) -> dict[str, str]:
+def _of_data(folder: ShardFolder, tokenizer: Tokenizer) -> dict[str, object]:
     """Return what decides on the ids and their order, as far as it is known when a run begins."""
-    facts = {"tokenizer": tokenizer.fingerprint}
-    manifest = folder.manifest
-    if manifest is not None:
-        facts |= {"corpus revision": manifest.corpus_revision, "dtype": manifest.dtype}
-        facts |= {name: str(getattr(manifest, name)) for name in ("shard_tokens", "max_tokens")}
-    facts["validation shard"] = _content(folder.val_shard)
-    facts["first training shard"] = _content(folder.train_shards[0])
-    return facts
+    names = ("corpus_revision", "dtype", "shard_tokens", "max_tokens")
+    return {
+        "tokenizer": tokenizer.fingerprint,
+        **{name.replace("_", " "): getattr(folder.manifest, name, None) for name in names},
+        "validation shard": _content(folder.val_shard),
+        "first training shard": _content(folder.train_shards[0]),
+    }
+
+
+def _of_run(recipe: Recipe, resume_from: Path | None, first_step: int, total_steps: int) -> dict[str, object]:
+    """Return what decides on the steps of a run."""
+    return {
+        "steps taken": first_step,
+        "checkpoint": None if resume_from is None else state_checksum(resume_from),
+        "steps in all": total_steps,
+        **{key: value for key, value in recipe.to_dict().items() if key not in _OF_EACH_MACHINE},
+    }
 
 
 def _content(shard: Shard) -> str:

@@ -96,7 +96,8 @@ def plan_run(recipe: Recipe, producer: ProducerBeside, *, least: Callable[[int],
     machines = Machines(least)
     with machines.told_of_mistakes():
         plan = _plan(recipe, producer, machines)
-        machines.compare(plan.folder, plan.tokenizer)
+        machines.compare_data(plan.folder, plan.tokenizer)
+        machines.compare_runs(recipe, plan.resume_from, plan.first_step, plan.total_steps)
     return plan
 
 
