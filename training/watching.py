@@ -125,8 +125,12 @@ class Watch:
         )
         if self._peak is not None:
             how = "measured just now" if self.accelerator.device.type == "cpu" else "as its maker says"
-            self.log.say(f"MFU is the share of {self._peak / 1e12:,.3g} TFLOP/s per process, {how}")
+            self._tell_peak(self._peak, how)
         self.log.say(f"{plan.batch.arithmetic}; {plan.total_steps:,} steps, {start}")
+
+    def _tell_peak(self, peak: float, how: str) -> None:
+        figure = f"{peak / 1e12:,.0f}" if peak >= 1e14 else f"{peak / 1e12:.3g}"
+        self.log.say(f"MFU is the share of {figure} TFLOP/s per process, {how}")
 
     def begin(self) -> None:
         """Count time from now on."""
@@ -181,7 +185,15 @@ class Watch:
         """Model FLOPs utilisation: the share of the devices' peak that goes into the model's own operations."""
         if self._peak is None:
             return None
-        return round(tokens_per_second * self._flops_per_token / (self._peak * self.accelerator.num_processes), 4)
+        flops = tokens_per_second * self._flops_per_token / self.accelerator.num_processes
+        if flops > self._peak and self.accelerator.device.type == "cpu":
+            # Other work had the cores when they were asked, such as the producer of shards.
+            with self.pause():
+                peak = measured_peak_flops(self.accelerator.mixed_precision, again=True)
+            if peak > self._peak:
+                self._peak = peak
+                self._tell_peak(peak, "measured again")
+        return round(flops / self._peak, 4)
 
     def _track(self, done: int, values: Mapping[str, Any]) -> None:
         """Send what is known to the trackers."""
