@@ -2,6 +2,7 @@
 
 import dataclasses
 import fcntl
+import json
 import shutil
 import threading
 import time
@@ -141,17 +142,39 @@ def test_ready_shards_without_a_manifest_are_compared_by_their_ids(
     [
         ({"learning_rate": 1e-4}, "learning_rate 0.00"),
         ({"max_steps": 13}, "steps in all 1[23], max_steps 1[23]"),
-        ({"init_from": "same/elsewhere", "report_to": ["tensorboard"], "eval_data_dir": "there"}, None),
+        ({"init_from": "other"}, "initial weights [0-9a-f]*"),
+        ({"eval_data_dir": "other"}, "items of eval_tasks [0-9a-f]*"),
+        ({"init_from": "same", "eval_data_dir": "same", "report_to": ["tensorboard"]}, None),
     ],
 )
 def test_machines_with_other_recipes_are_all_refused(
-    difference: dict[str, object], told: str | None, machines: TwoMachines, tiny_recipe: Make
+    difference: dict[str, object],
+    told: str | None,
+    machines: TwoMachines,
+    tiny_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for plan in machines.plan(tiny_recipe(), tiny_recipe(**difference)):
+    monkeypatch.chdir(tmp_path)
+    for name, content in (("here", "weights"), ("same", "weights"), ("other", "others")):
+        Path(name).mkdir()
+        Path(name, "model.safetensors").write_text(content)
+        Path(name, "lambada_test.jsonl").write_text(json.dumps({"text": f"the last word of {content}"}) + "\n")
+    both = {"eval_tasks": ["lambada"], "eval_data_dir": "here", "init_from": "here"}
+    for plan in machines.plan(tiny_recipe(**both), tiny_recipe(**{**both, **difference})):
         if told is None:
             assert plan.result().total_steps == 12
         else:
             refuse(plan, rf"^expected the same run on every machine, found different ones \(in .* here: {told}\d*\);")
+
+
+def test_machines_with_other_versions_of_the_project_do_not_begin(machines: TwoMachines) -> None:
+    facts = ({"step": 1}, {"step": 1, "a new key": 2})
+    with ThreadPoolExecutor(2) as threads:
+        asked = [threads.submit(Machines(machines.least).compare_runs, "run", lambda f=f: f) for f in facts]
+    for answer in asked:
+        with pytest.raises(InputError, match=r"^expected the same version of this project on every machine"):
+            answer.result()
 
 
 def test_machine_without_the_others_checkpoints_is_refused_and_one_with_a_copy_begins(
@@ -165,7 +188,7 @@ def test_machine_without_the_others_checkpoints_is_refused_and_one_with_a_copy_b
     here, elsewhere = (dataclasses.replace(recipe, max_steps=8) for recipe in (run, there))
     plans, found = machines.plan(here, elsewhere), ("4, checkpoint [0-9a-f]+", "0, checkpoint None")
     for plan, taken in zip(plans, found, strict=True):
-        refuse(plan, f"^expected the same run .* here: steps taken {taken}\\); .* the same checkpoints")
+        refuse(plan, f"^expected the same run .* here: steps taken {taken}.*\\); .* a copy of all")
     shutil.copytree(run.output_dir, there.output_dir)
     assert [plan.result().first_step for plan in machines.plan(here, elsewhere)] == [4, 4]
 

@@ -22,6 +22,7 @@ from training.loop import Run, train
 from training.preemption import Agreement, SignalWatch
 from training.progress import read_metrics
 from training.recipe import Recipe
+from training.saving import Saving
 from training.watching import Watch
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +110,24 @@ def test_a_validation_is_broken_off_and_made_up_for_by_the_next_start(
     train(broken)
     assert_end_alike(tmp_path / "broken", tmp_path / "whole")
     assert [line["step"] for line in read_metrics(tmp_path / "broken") if "val_loss" in line] == [6, 12]
+    assert (tmp_path / "broken" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_checkpoint_that_falls_due_in_a_validation_is_saved_behind_it(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(save_steps=0, save_minutes=60.0, eval_steps=6, per_device_train_batch_size=4)
+    validate, strikes = Watch.validate, []
+
+    def with_a_strike(watch: Watch, done: int) -> None:
+        strikes.extend([True] * (done == 6))
+        validate(watch, done)
+
+    monkeypatch.setattr(Watch, "validate", with_a_strike)
+    monkeypatch.setattr(Saving, "due_by_clock", lambda saving: bool(strikes) and strikes.pop())
+    train(recipe)
+    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000006", "step-000012"]
 
 
 @pytest.mark.usefixtures("fresh_accelerator")

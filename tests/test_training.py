@@ -97,6 +97,11 @@ def test_a_run_leaves_what_the_design_promises(tiny_recipe: Make, capsys: pytest
         assert part in printed
 
 
+def test_a_warm_up_longer_than_the_run_is_told(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_recipe(max_steps=2, warmup_steps=2, eval_steps=0))
+    assert "the learning rate still rises at the end: 2 warmup_steps of 2 steps" in capsys.readouterr().out
+
+
 def test_a_peak_that_training_surpasses_is_measured_again(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def measured(mixed_precision: str, *, again: bool = False) -> float:
         return 1e15 if again else 1.0

@@ -166,6 +166,7 @@ class Run:
         )
         self.agreement = Agreement(accelerator.num_processes, PROCESS_TIMEOUT)
         self.signals = SignalWatch()
+        self._save_is_due = False
         self.publishing: Publishing | None = None
         if plan.repo_id is not None:
             self.publishing = Publishing(recipe, plan.repo_id, say=self.log.say, write_card=self._write_card)
@@ -188,11 +189,9 @@ class Run:
         self.watch.introduce()
         recipe, plan = self.plan.recipe, self.plan
         # A run that was asked to leave, or only its model folder is missing, or it goes to a new output_dir.
-        if plan.first_step:
-            try:
-                self.watch.make_up(plan.first_step)
-            except LeaveAsked as asked:
-                self._leave(plan.first_step, asked.number)
+        leave = self._unless_asked_to_leave(self.watch.make_up, plan.first_step) if plan.first_step else 0
+        if leave:
+            self._leave(plan.first_step, leave)
         batches = self._training_batches()
         self.model.train()
         trace = self._trace()
@@ -227,14 +226,12 @@ class Run:
             leave, by_clock = self.agreement.exchange(self.signals.received, self.saving.due_by_clock())
             if plan.is_due(done, recipe.logging_steps):
                 self.watch.record(done, loss, grad_norm, learning_rate)
-            try:
-                if not leave:  # the next start makes up for what is left out
-                    self.watch.look(done)
-            except LeaveAsked as asked:
-                leave = asked.number
-            if (leave or by_clock or self.saving.due(done)) and self._weights_are_good(done):
+            if not leave:  # the next start makes up for what is left out
+                leave = self._unless_asked_to_leave(self.watch.look, done)
+            if (leave or by_clock or self._save_is_due or self.saving.due(done)) and self._weights_are_good(done):
                 with self.watch.pause():
                     self.saving.save(done)
+            self._save_is_due = False
             if leave:
                 self._leave(done, leave)
 
@@ -280,8 +277,17 @@ class Run:
         self.log.say(f"step {done}  no checkpoint while updates are skipped")
         return False
 
+    def _unless_asked_to_leave(self, evaluate: Callable[[int], None], done: int) -> int:
+        """Evaluate after step `done`; return the signal that broke it off, or 0."""
+        try:
+            evaluate(done)
+        except LeaveAsked as asked:
+            return asked.number
+        return 0
+
     def _between_batches(self) -> None:
-        leave, _ = self.agreement.exchange(self.signals.received, self.saving.due_by_clock())
+        leave, by_clock = self.agreement.exchange(self.signals.received, self.saving.due_by_clock())
+        self._save_is_due |= bool(by_clock)  # behind the validation
         if leave:
             raise LeaveAsked(leave)
 

@@ -10,24 +10,14 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 
 from gpt2_scratch_errors import InputError
-from training.checksums import state_checksum
 from training.data.beside import ProducerBeside
 from training.data.shards import Shard, ShardFolder
 from training.data.tokenizer import Tokenizer
-from training.recipe import Recipe
 
 _SECONDS_BETWEEN_LOOKS = 0.3
 _GIVEN_UP, _WAITING, _READY = range(3)  # a process's first shards; the smallest of all processes' counts
-_OF_EACH_MACHINE = {
-    # Where things lie; what they are is compared.
-    *("output_dir", "data_dir", "corpus", "tokenizer", "init_from", "eval_data_dir", "resume_from_checkpoint"),
-    # How a machine uses its cores, and what only the first one does.
-    *("preprocessing_num_workers", "dataloader_num_workers"),
-    *("report_to", "profile_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
-}
 _IDS_COMPARED = 1 << 20  # of a shard that no manifest has a hash of
 
 
@@ -86,24 +76,31 @@ class Machines:
                 "prepare it once and copy the folder to every machine, or give a data_dir that they share"
             )
 
-    def compare_runs(self, recipe: Recipe, resume_from: Path | None, first_step: int, total_steps: int) -> None:
-        """Refuse to train where machines would take different steps, or go on from different weights.
+    def compare_runs(self, output_dir: str, known: Callable[[], Mapping[str, object]]) -> None:
+        """Refuse to train where machines would take different steps, or begin with different weights.
+
+        Args:
+            output_dir: of the run.
+            known: what decides on these.
 
         Raises:
             InputError: they would, or another process has given up.
         """
-        if here := self._differing(lambda: _of_run(recipe, resume_from, first_step, total_steps)):
+        if here := self._differing(known):
             raise InputError(
-                f"expected the same run on every machine, found different ones (in {recipe.output_dir} here: {here}); "
-                "give every machine the same recipe and flags, and an output_dir that they share, or the same "
-                "checkpoints in it"
+                f"expected the same run on every machine, found different ones (in {output_dir} here: {here}); give "
+                "every machine the same recipe, flags and files, and an output_dir that they share, or a copy of all "
+                "that is in it"
             )
 
     def _differing(self, known: Callable[[], Mapping[str, object]]) -> str:
-        """Return what is known here and otherwise on another machine, in words; its names are the same everywhere."""
+        """Return what is known here and otherwise on another machine, in words."""
         if self._least is None:
             return ""
         facts = known()
+        if not self._agree(list(facts)):
+            self._listening = False
+            raise InputError("expected the same version of this project on every machine, found different ones")
         if self._agree(facts):
             return ""
         differing = [f"{name} {value!s:.12}" for name, value in facts.items() if not self._agree([name, value])]
@@ -141,16 +138,6 @@ def _of_data(folder: ShardFolder, tokenizer: Tokenizer) -> dict[str, object]:
         **{name.replace("_", " "): getattr(folder.manifest, name, None) for name in names},
         "validation shard": _content(folder.val_shard),
         "first training shard": _content(folder.train_shards[0]),
-    }
-
-
-def _of_run(recipe: Recipe, resume_from: Path | None, first_step: int, total_steps: int) -> dict[str, object]:
-    """Return what decides on the steps of a run."""
-    return {
-        "steps taken": first_step,
-        "checkpoint": None if resume_from is None else state_checksum(resume_from),
-        "steps in all": total_steps,
-        **{key: value for key, value in recipe.to_dict().items() if key not in _OF_EACH_MACHINE},
     }
 
 

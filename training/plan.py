@@ -1,15 +1,18 @@
 """What is known of a run before anything heavy is built, and everything that can be refused by then."""
 
 import filecmp
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
+from evaluation.atomic import file_sha256
 from gpt2_scratch_errors import InputError
 from training.batch import BatchPlan, plan_batch
 from training.checkpoint import TrainerState
+from training.checksums import state_checksum
 from training.data.beside import ProducerBeside, producer_command
 from training.data.corpora import open_corpus
 from training.data.growing import TrainingShards
@@ -97,8 +100,38 @@ def plan_run(recipe: Recipe, producer: ProducerBeside, *, least: Callable[[int],
     with machines.told_of_mistakes():
         plan = _plan(recipe, producer, machines)
         machines.compare_data(plan.folder, plan.tokenizer)
-        machines.compare_runs(recipe, plan.resume_from, plan.first_step, plan.total_steps)
+        machines.compare_runs(recipe.output_dir, lambda: _run_facts(plan))
     return plan
+
+
+_OF_EACH_MACHINE = {
+    # Where things lie; what they are is compared.
+    *("output_dir", "data_dir", "corpus", "tokenizer", "init_from", "eval_data_dir", "resume_from_checkpoint"),
+    # How a machine uses its cores, and what only the first one does.
+    *("preprocessing_num_workers", "dataloader_num_workers"),
+    *("report_to", "profile_steps", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy"),
+}
+
+
+def _run_facts(plan: Plan) -> dict[str, object]:
+    """What decides on the steps of a run and on the weights it begins with, the same on every machine."""
+    return {
+        "steps taken": plan.first_step,
+        "checkpoint": None if plan.resume_from is None else state_checksum(plan.resume_from),
+        "initial weights": None if plan.resume_from is not None else _initial_weights(plan.recipe.init_from),
+        "steps in all": plan.total_steps,
+        "complete": plan.is_complete,
+        "items of eval_tasks": None if plan.tasks is None else plan.tasks.fingerprint,
+        **{key: value for key, value in plan.recipe.to_dict().items() if key not in _OF_EACH_MACHINE},
+    }
+
+
+def _initial_weights(init_from: str | None) -> str | None:
+    """A hash of what is in a model folder; the name of one on the Hub."""
+    if init_from is None or not Path(init_from).is_dir():
+        return init_from
+    files = [path for kind in ("*.safetensors", "*.bin") for path in sorted(Path(init_from).glob(kind))]
+    return hashlib.sha256("\n".join(file_sha256(path) for path in files).encode()).hexdigest()
 
 
 def _plan(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> Plan:

@@ -161,6 +161,10 @@ class RunLog:
         self._append(self._samples, "\n\n".join([f"step {step}", *shown]) + "\n\n")
         self._last_samples = step
 
+    def has_samples(self, step: int) -> bool:
+        """Whether samples of the model after `step` are kept already; never on other processes."""
+        return self.enabled and step <= self._last_samples
+
     def _record(self, values: Mapping[str, Any], columns: Mapping[str, float]) -> None:
         self._write(values)
         for stream, value in columns.items():

@@ -5,6 +5,7 @@ form of `python -m evaluation.run --output`: with the protocol, standard errors 
 """
 
 import datetime
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -45,6 +46,12 @@ class TaskEvaluation:
             raise InputError(f"recipe key eval_tasks: {str(error).replace('--data_dir', 'eval_data_dir')}") from None
         self._recipe = recipe
         load_metrics(self.tasks)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of what the items were made from."""
+        data = [(name, [item.data for item in items]) for name, items in sorted(self._items.items())]
+        return hashlib.sha256(repr(data).encode()).hexdigest()
 
     @property
     def column_names(self) -> set[str]:

@@ -127,6 +127,11 @@ class Watch:
             how = "measured just now" if self.accelerator.device.type == "cpu" else "as its maker says"
             self._tell_peak(self._peak, how)
         self.log.say(f"{plan.batch.arithmetic}; {plan.total_steps:,} steps, {start}")
+        if plan.recipe.warmup_steps >= plan.total_steps:
+            self.log.say(
+                f"the learning rate still rises at the end: {plan.recipe.warmup_steps:,} warmup_steps of "
+                f"{plan.total_steps:,} steps; give fewer of them"
+            )
 
     def _tell_peak(self, peak: float, how: str) -> None:
         figure = f"{peak / 1e12:,.0f}" if peak >= 1e14 else f"{peak / 1e12:.3g}"
@@ -208,16 +213,22 @@ class Watch:
             self.validate(done)
         if plan.tasks is not None and plan.is_due(done, recipe.eval_task_steps):
             self.judge(done)
-        if recipe.sample_steps and done % recipe.sample_steps == 0 and done < plan.total_steps:
+        if self._samples_are_due(done):
             self.sample(done)
 
     def make_up(self, done: int) -> None:
-        """Validate and judge after step `done`, the last one of an earlier start, unless it did so itself."""
+        """Do after step `done`, the last one of an earlier start, what that was asked to leave before."""
         plan, recipe = self.plan, self.plan.recipe
         if plan.is_due(done, recipe.eval_steps):
             self.validate_once(done)
         if plan.tasks is not None and plan.is_due(done, recipe.eval_task_steps):
             self.judge_once(done)
+        if self._samples_are_due(done) and not self._any(self.log.has_samples(done)):
+            self.sample(done)
+
+    def _samples_are_due(self, done: int) -> bool:
+        every = self.plan.recipe.sample_steps
+        return every > 0 and done % every == 0 and done < self.plan.total_steps  # those of the end are the summary's
 
     def validate(self, done: int) -> None:
         """Score the validation text after step `done`, with all processes."""
