@@ -61,6 +61,19 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
         self.parts: dict[str, dict[int, bytes]] = {}
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
 
+    def hang_uploads(self) -> threading.Event:
+        """Let the upload of every large file hang from now on; the event is set when the first one does."""
+        hangs = threading.Event()
+
+        def trouble(method: str, path: str, number: int) -> Trouble:
+            if "/lfs/upload/" not in path:
+                return None
+            hangs.set()
+            return "hang"
+
+        self.trouble = trouble
+        return hangs
+
     @property
     def endpoint(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"

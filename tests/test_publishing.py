@@ -172,15 +172,7 @@ def test_an_upload_that_hangs_keeps_no_process_alive(hub: LoopbackHub, model_fol
     claimed()
     folder = stage(tmp_path / "staged", model_folder)
     (folder / "curves.png").write_bytes(b"\x89PNG" * 10)  # a second large file, by .gitattributes
-    hangs = threading.Event()
-
-    def hang(method: str, path: str, number: int) -> str | None:
-        if "/lfs/upload/" not in path:
-            return None
-        hangs.set()
-        return "hang"
-
-    hub.trouble = hang
+    hangs = hub.hang_uploads()
     joined_at_the_end = set(concurrent.futures.thread._threads_queues)
 
     def push() -> None:

@@ -302,15 +302,7 @@ def test_sigterm_while_a_file_goes_up_and_hangs_ends_the_process(
 ) -> None:
     recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", max_steps=100_000, eval_steps=0, sample_steps=0)
     recipe.save(tmp_path / "recipe.yaml")
-    hangs = threading.Event()
-
-    def hang(method: str, path: str, number: int) -> str | None:
-        if "/lfs/upload/" not in path:
-            return None
-        hangs.set()
-        return "hang"
-
-    hub.trouble = hang
+    hangs = hub.hang_uploads()
     run = subprocess.Popen(
         [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(tmp_path / "recipe.yaml")],
         cwd=ROOT,
