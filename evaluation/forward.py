@@ -76,6 +76,9 @@ class ForwardPasses:
     def __init__(self, model: Any) -> None:
         self._model = model
         self._device = model.get_input_embeddings().weight.device
+        # The key-value cache is `cache` since transformers 5.24, and `past_key_values` in older code.
+        arguments = inspect.signature(model.forward).parameters
+        self._cache_name = "cache" if "cache" in arguments else "past_key_values"
         self._last_position = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 0) - 1
 
     @property
@@ -88,7 +91,7 @@ class ForwardPasses:
         """Return whether the model keeps keys and values by position, every one of them, and sees all of them."""
         arguments = inspect.signature(self._model.forward).parameters
         config = self._model.config.get_text_config()
-        if not {"past_key_values", "position_ids", "use_cache"} <= set(arguments):
+        if not {self._cache_name, "position_ids", "use_cache"} <= set(arguments):
             return False
         if "local" in getattr(config, "attention_layers", ()):  # GPT-Neo's windows count the gaps of a padded prefix
             return False
@@ -129,7 +132,13 @@ class ForwardPasses:
             inputs = torch.tensor([ids[start:end]], device=self._device)
             seen = torch.ones(1, end, dtype=torch.long, device=self._device)
             self._add_up(
-                scores, passages, targets, input_ids=inputs, attention_mask=seen, past_key_values=cache, use_cache=True
+                scores,
+                passages,
+                targets,
+                input_ids=inputs,
+                attention_mask=seen,
+                use_cache=True,
+                **{self._cache_name: cache},
             )
 
     @torch.inference_mode()
@@ -200,8 +209,8 @@ class ForwardPasses:
             input_ids=endings,
             attention_mask=mask.long(),
             position_ids=positions,
-            past_key_values=cache.of([group_of[owner] for owner in owners], longest),
             use_cache=True,
+            **{self._cache_name: cache.of([group_of[owner] for owner in owners], longest)},
         )
 
     @torch.inference_mode()
@@ -321,7 +330,9 @@ class ForwardPasses:
             score.sum += value
             score.tokens += 1
             score.greedy &= first
-        return output.past_key_values if inputs["use_cache"] else None
+        if not inputs["use_cache"]:
+            return None
+        return output.cache if "cache" in output else output.past_key_values
 
     def _log_probabilities(self, logits: Tensor, number: Tensor, tokens: Tensor) -> Tensor:
         """Return the log-probability of each token at a place, (targets,); logits (places, vocab_size), places rise."""

@@ -67,7 +67,7 @@ class GPT2ScratchConfig(PreTrainedConfig):
     """
 
     model_type = "gpt2_scratch"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 - the base class reads a plain list
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # noqa: RUF012 - the base class reads a plain list
     attribute_map = {  # noqa: RUF012 - the base class reads a plain dict
         "hidden_size": "n_embd",
         "max_position_embeddings": "n_positions",

@@ -34,10 +34,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .linear_cross_entropy import linear_cross_entropy
 from .pretrained_gpt2_scratch import (
+    CACHE_NAME,
     GPT2ScratchPreTrainedModel,
+    check_arguments,
     check_dimensions,
     check_ids,
     residual_projection,
+    the_one_cache,
     too_long,
 )
 
@@ -97,7 +100,7 @@ class GPT2ScratchAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
@@ -105,7 +108,7 @@ class GPT2ScratchAttention(nn.Module):
 
         Arguments:
             hidden_states: (batch, seq, n_embd), normalised.
-            past_key_values: keys and values of earlier tokens; those of this call are added to it.
+            cache: keys and values of earlier tokens; those of this call are added to it.
             attention_mask: as `create_causal_mask` makes it for the implementation in use.
             kwargs: passed to the implementation.
         """
@@ -114,13 +117,15 @@ class GPT2ScratchAttention(nn.Module):
             part.view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, n_head, seq, head_dim)
             for part in self.c_attn(hidden_states).split(n_embd, dim=2)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
-        kwargs.update(dropout=dropout, scaling=self.scaling)
-        attended, weights = attend(self, query, key, value, attention_mask, **kwargs)
+        # `scaling` and `dropout` stand here by name: vLLM looks for them in this call's source.
+        attended, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
         # Conv1D views its input as rows; a kernel is free to return a layout in which that is no view.
         attended = attended.reshape(batch, seq, n_embd).contiguous()
         return self.resid_dropout(self.c_proj(attended)), weights
@@ -193,31 +198,30 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Return the final hidden states (batch, seq, n_embd), and the cache when it is used.
 
         Arguments:
             input_ids: (batch, seq) token ids, those after the cached ones.
-            past_key_values: the cache of the tokens before these.
+            past_key_values: the cache of the tokens before these, by its name before transformers 5.24.
             attention_mask: (batch, cached + seq), 1 for tokens and 0 for padding on either side.
             position_ids: (batch, seq), counted on from the cache when None; left padding needs them.
             inputs_embeds: (batch, seq, n_embd) instead of `input_ids`.
             use_cache: whether to return a cache; the configuration's `use_cache` when None.
-            kwargs: `output_hidden_states` and `output_attentions` are recorded as the blocks run; the rest goes to
-                the attention implementation.
+            cache: the same as `past_key_values`, by its name since transformers 5.24.
+            kwargs: `output_hidden_states` and `output_attentions` are recorded as the blocks run;
+                `ATTENTION_ARGUMENTS` go to the attention implementation.
 
         Raises:
-            ValueError: when not exactly one of `input_ids` and `inputs_embeds` is given, the sequence is longer than
-                n_positions, or, on a CPU, an id is outside its range.
+            TypeError: an argument that is not listed here, because nothing would read it.
+            ValueError: when not exactly one of `input_ids` and `inputs_embeds` is given, the cache is given under both
+                its names, the sequence is longer than n_positions, or, on a CPU, an id is outside its range.
         """
-        for name in ("output_hidden_states", "output_attentions"):
-            kwargs.pop(name, None)
-        for name in ("token_type_ids", "encoder_hidden_states"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(
-                    f"expected no {name}, found some: not implemented here; use transformers.GPT2LMHeadModel"
-                )
+        kwargs = check_arguments(type(self), kwargs)
+        cache = the_one_cache(cache, past_key_values)
         if (input_ids is None) == (inputs_embeds is None):
             found = "neither" if input_ids is None else "both"
             raise ValueError(f"expected either input_ids or inputs_embeds, found {found}; pass exactly one")
@@ -230,29 +234,29 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
 
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.gradient_checkpointing and self.training:
-            if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            if cache is not None and cache.get_seq_length() > 0:
                 raise ValueError(
-                    "expected no past_key_values with activation checkpointing in training, found some; give the whole "
+                    "expected no cache with activation checkpointing in training, found some; give the whole "
                     "sequence, or turn off one of the two"
                 )
             # The blocks run a second time in the backward pass and would enter their keys twice.
-            use_cache, past_key_values = False, None
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+            use_cache, cache = False, None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
 
-        past_seq = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_seq = 0 if cache is None else cache.get_seq_length()
         self._check_length(past_seq, inputs_embeds.shape[1], position_ids)
         # Without padding, cache or packed documents (only positions that the caller gave can be theirs) sdpa needs no
         # mask and is faster for it; in a traced graph `create_causal_mask` could not rule them out, and would make one.
-        special = any(argument is not None for argument in (attention_mask, past_key_values, position_ids))
+        special = any(argument is not None for argument in (attention_mask, cache, position_ids))
         causal_mask = None
         if special or self.config._attn_implementation != "sdpa":
             causal_mask = create_causal_mask(
                 config=self.config,
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE_NAME: cache},
             )
 
         if position_ids is None:
@@ -264,14 +268,13 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         for block in self.h:
             hidden_states = block(
                 hidden_states,
-                past_key_values=past_key_values,
+                cache=cache,
                 attention_mask=causal_mask,
                 position_ids=position_ids,
                 **kwargs,
             )
         return BaseModelOutputWithPast(
-            last_hidden_state=self.ln_f(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            last_hidden_state=self.ln_f(hidden_states), **{CACHE_NAME: cache if use_cache else None}
         )
 
     def _check_length(self, past_seq: int | Tensor, seq: int, position_ids: Tensor | None) -> None:
@@ -324,6 +327,8 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        *,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits (batch, seq, vocab_size), or in training with `shift_labels` the loss alone.
@@ -338,15 +343,15 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
                 `input_ids[:, t]`. Where we differ from Hugging Face: alone, without `labels`, they give the loss
                 without the logits being formed as a whole, and `logits` is None. It has no place among the named
                 arguments because Trainer would evaluate only batches with every label that is named there. Another
-                `ignore_index` than -100. The rest goes to attention and `loss_function`, as in the official class.
+                `ignore_index` than -100. The rest goes to `GPT2ScratchModel`.
 
         Raises:
-            ValueError: on a CPU, when a target is no token.
+            TypeError, ValueError: as for `GPT2ScratchModel`; on a CPU also when a label is not a token id.
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
+        ignore_index: int = kwargs.pop("ignore_index", -100)
         targets = labels if shift_labels is None else shift_labels
         if targets is not None:
-            ignore_index = kwargs.get("ignore_index", -100)
             check_ids("labels", targets.masked_fill(targets == ignore_index, 0), self.config.vocab_size)
         outputs = self.transformer(
             input_ids,
@@ -355,6 +360,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            cache=cache,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state  # (batch, seq, n_embd)
@@ -377,14 +383,14 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
                     vocab_size=self.config.vocab_size,
                     num_items_in_batch=num_items_in_batch,
                     shift_labels=shift_labels,
-                    **kwargs,
+                    ignore_index=ignore_index,
                 )
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
 
 

@@ -5,6 +5,7 @@ Face's default, it is stricter: a checkpoint that does not fill the model is an 
 is read only when asked for.
 """
 
+import dataclasses
 import functools
 import logging
 import math
@@ -15,10 +16,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig
+
+# The name of the key-value cache in calls and outputs: "cache" since transformers 5.24, "past_key_values" before.
+CACHE_NAME = (
+    "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else ("past_key_values")
+)
+
+# Everything that an attention implementation of transformers or vLLM may read, passed through to it.
+ATTENTION_ARGUMENTS = frozenset(
+    {
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"),  # flash attention
+        "kernel_options",  # flex attention
+        *("read_index", "write_index", "block_table"),  # paged attention
+        *("logits_indices", "logits_processor_args"),  # part of the same call; continuous batching reads them itself
+        "attention_instances",  # vLLM
+    }
+)
+# Read outside the model's own forward: by `capture_outputs`, and by the loss of a classification head.
+_READ_ELSEWHERE = frozenset({"output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch"})
+# Arguments of the official class that are not implemented here. Libraries pass them as None.
+_OFFICIAL_ONLY = frozenset(
+    {"token_type_ids", "encoder_hidden_states", "encoder_attention_mask", "output_router_logits"}
+)
+
+
+def check_arguments(model_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments for the attention implementation, and refuse every argument that nothing would read.
+
+    Raises:
+        TypeError: an argument of the official class that is not implemented here, or an unknown one.
+    """
+    for name, value in arguments.items():
+        if name in ATTENTION_ARGUMENTS or name in _READ_ELSEWHERE or (name in _OFFICIAL_ONLY and value is None):
+            continue
+        if name in _OFFICIAL_ONLY:
+            raise TypeError(f"{model_class.__name__} does not implement {name}; use transformers.GPT2LMHeadModel")
+        raise TypeError(f"{model_class.__name__}.forward() got an unexpected argument {name!r}; nothing would read it")
+    return {name: value for name, value in arguments.items() if name in ATTENTION_ARGUMENTS}
+
+
+def the_one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Return the cache by whichever of its two names it was passed.
+
+    Raises:
+        ValueError: two caches.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+    return past_key_values if cache is None else cache
 
 
 def residual_projection(n_in: int, n_embd: int) -> Conv1D:
@@ -67,7 +118,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPT2ScratchBlock"]  # noqa: RUF012 - the base class reads plain lists
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     # Old checkpoints carry the causal mask as a buffer of every layer.
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)attn\.(masked_)?bias$"]  # noqa: RUF012
     _supports_flash_attn = True

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import TINY, gradients, one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
+from tiny_models import TINY, cache_of, given, gradients, one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
 from transformers import GPT2Model
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
@@ -68,8 +68,8 @@ def test_cached_decoding_equals_the_official_one_and_the_whole_sequence(attn_imp
     ours, official = pair(attn_implementation)
     input_ids, caches, pieces = tokens(), {}, []
     for piece in input_ids.split([9, 1, 1, 5, 4], dim=1):
-        outs = {model: model(piece, past_key_values=caches.get(model)) for model in (ours, official)}
-        caches = {model: out.past_key_values for model, out in outs.items()}
+        outs = {model: model(piece, **given(caches.get(model))) for model in (ours, official)}
+        caches = {model: cache_of(out) for model, out in outs.items()}
         assert torch.equal(outs[ours].logits, outs[official].logits)
         pieces.append(outs[ours].logits)
     assert caches[ours].get_seq_length() == 20
@@ -77,9 +77,26 @@ def test_cached_decoding_equals_the_official_one_and_the_whole_sequence(attn_imp
 
 
 def test_cache_is_returned_only_when_asked_for():
-    assert tiny()(tokens(), use_cache=False).past_key_values is None
-    assert tiny(use_cache=False)(tokens()).past_key_values is None
-    assert tiny()(tokens()).past_key_values is not None
+    assert cache_of(tiny()(tokens(), use_cache=False)) is None
+    assert cache_of(tiny(use_cache=False)(tokens())) is None
+    assert cache_of(tiny()(tokens())) is not None
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_cache_is_taken_by_its_name_before_and_since_transformers_5_24(name):
+    model, input_ids = tiny(), tokens()
+    for taker in (model, model.transformer):
+        cache = cache_of(taker(input_ids[:, :12]))
+        found = taker(input_ids[:, 12:], **{name: cache})[0]
+        assert cache.get_seq_length() == 20
+        torch.testing.assert_close(found, taker(input_ids)[0][:, 12:], rtol=1e-4, atol=1e-4)
+
+
+def test_two_caches_are_refused():
+    model = tiny()
+    cache = cache_of(model(tokens()))
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(tokens(seq=1), cache=cache, past_key_values=cache)
 
 
 def test_hidden_states_and_attentions_equal_the_official_ones():

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import TINY, gradients, one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
+from tiny_models import TINY, cache_of, gradients, one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
 from torch import nn
 from transformers import GPT2LMHeadModel
 
@@ -100,8 +100,13 @@ def test_keywords_of_the_loss_reach_it_as_in_the_official_class():
     torch.testing.assert_close(fused.loss, losses[0], rtol=1e-6, atol=0)
     seen = {}
     ours.loss_function = lambda logits, labels, **options: seen.update(options) or logits.sum()
-    ours(tokens(), labels=tokens(), label_smoothing=0.1)
-    assert seen["label_smoothing"] == 0.1
+    ours(tokens(), labels=tokens(), ignore_index=-1)
+    assert seen["ignore_index"] == -1
+
+
+def test_loss_arguments_that_transformers_ignores_are_refused():
+    with pytest.raises(TypeError, match="unexpected argument 'label_smoothing'"):
+        tiny()(tokens(), labels=tokens(), label_smoothing=0.1)
 
 
 # --- inputs -----------------------------------------------------------------------------------------------------------
@@ -302,6 +307,6 @@ def test_activation_checkpointing_can_be_turned_off_again():
     name = "activation_checkpointing"
     name = name if hasattr(model, f"{name}_enable") else "gradient_checkpointing"
     getattr(model, f"{name}_enable")()
-    assert model(tokens(), use_cache=True).past_key_values is None
+    assert cache_of(model(tokens(), use_cache=True)) is None
     getattr(model, f"{name}_disable")()
-    assert model(tokens(), use_cache=True).past_key_values is not None
+    assert cache_of(model(tokens(), use_cache=True)) is not None

@@ -9,7 +9,7 @@ import warnings
 
 import pytest
 import torch
-from tiny_models import gradients, one_thread, padded, pair, tokens  # noqa: F401 - a fixture for all
+from tiny_models import cache_of, given, gradients, one_thread, padded, pair, tokens  # noqa: F401 - a fixture for all
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
@@ -135,8 +135,8 @@ def test_pieces_after_a_cache(geometry, attn_implementation, dtype, padding):
             piece = {name: value[:, past : past + size] for name, value in batch.items()}
             if "attention_mask" in batch:
                 piece["attention_mask"] = batch["attention_mask"][:, : past + size]
-            outs = [model(**piece, past_key_values=cache) for model, cache in zip(models, caches, strict=True)]
-            caches = [out.past_key_values for out in outs]
+            outs = [model(**piece, **given(cache)) for model, cache in zip(models, caches, strict=True)]
+            caches = [cache_of(out) for out in outs]
             here = real[:, past : past + size]
             assert_same(outs[0].logits[here], outs[1].logits[here], attn_implementation, dtype)
             if dtype == torch.float32:

@@ -5,10 +5,12 @@ import logging
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import one_thread, tiny, tokens  # noqa: F401 - a fixture for all
+from tiny_models import cache_of, given, one_thread, tiny, tokens  # noqa: F401 - a fixture for all
 from transformers.cache_utils import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
+from gpt2_scratch.pretrained_gpt2_scratch import ATTENTION_ARGUMENTS
 
 
 def test_sequence_longer_than_the_positions_is_refused():
@@ -25,9 +27,9 @@ def test_sequence_longer_than_the_positions_is_refused():
 def test_cache_that_grows_past_the_positions_is_refused(static):
     model = tiny()
     cache = StaticCache(config=model.config, max_cache_len=64) if static else None
-    cache = model(tokens(1, 48), past_key_values=cache, use_cache=True).past_key_values
+    cache = cache_of(model(tokens(1, 48), **given(cache), use_cache=True))
     with pytest.raises(ValueError, match="sequence of 49 tokens exceeds n_positions=48"):
-        model(tokens(1, 1), past_key_values=cache)
+        model(tokens(1, 1), **given(cache))
 
 
 def test_packed_documents_may_be_longer_in_all_than_the_positions():
@@ -41,8 +43,49 @@ def test_both_or_no_inputs_and_inputs_of_other_variants_are_refused():
         model()
     with pytest.raises(ValueError, match="found both"):
         model(tokens(), inputs_embeds=torch.zeros(2, 20, 32))
-    with pytest.raises(ValueError, match="expected no token_type_ids"):
-        model(tokens(), token_type_ids=tokens())
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["labelz", "past_key_value", "cache_params", "flubber", "sliding_window", "seq_idx", "pixel_values"],
+)
+@pytest.mark.parametrize("value", [torch.ones(2, 20), True, None], ids=["tensor", "flag", "None"])
+def test_arguments_that_nothing_reads_are_refused_by_name(argument, value):
+    for model in (tiny(), tiny().transformer):
+        with pytest.raises(TypeError, match=f"got an unexpected argument '{argument}'"):
+            model(tokens(), **{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["token_type_ids", "encoder_hidden_states", "encoder_attention_mask"])
+def test_arguments_of_the_official_class_that_we_lack_are_refused_unless_none(argument):
+    model = tiny()
+    with pytest.raises(TypeError, match=f"does not implement {argument}; use transformers.GPT2LMHeadModel"):
+        model(tokens(), **{argument: tokens()})
+    assert torch.equal(model(tokens(), **{argument: None}).logits, model(tokens()).logits)
+
+
+def test_labels_for_the_model_without_a_head_are_refused():
+    with pytest.raises(TypeError, match="got an unexpected argument 'labels'"):
+        tiny().transformer(tokens(), labels=tokens())
+
+
+def test_arguments_of_attention_implementations_reach_them():
+    received = {}
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        received.update(kwargs)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    model = tiny()
+    ALL_ATTENTION_FUNCTIONS["recording"] = attend
+    model.config._attn_implementation = "recording"
+    try:
+        model(tokens(), **dict.fromkeys(ATTENTION_ARGUMENTS, 7))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["recording"]
+    assert dict.fromkeys(ATTENTION_ARGUMENTS, 7).items() <= received.items()
+    assert received["scaling"] == 8**-0.5
+    assert received["dropout"] == 0.0
 
 
 def test_inputs_of_other_dimensions_are_refused_with_the_expected_ones():
@@ -75,12 +118,12 @@ def test_positions_without_an_embedding_are_refused(bad):
 
 def test_cache_is_not_forgotten_by_activation_checkpointing():
     model = tiny()
-    cache = model(tokens(), use_cache=True).past_key_values
+    cache = cache_of(model(tokens(), use_cache=True))
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-    with pytest.raises(ValueError, match="expected no past_key_values with activation checkpointing in training"):
-        model.train()(tokens(), past_key_values=cache)
-    assert model.eval()(tokens(1, 1).expand(2, 1), past_key_values=cache).past_key_values.get_seq_length() == 21
+    with pytest.raises(ValueError, match="expected no cache with activation checkpointing in training"):
+        model.train()(tokens(), **given(cache))
+    assert cache_of(model.eval()(tokens(1, 1).expand(2, 1), **given(cache))).get_seq_length() == 21
 
 
 def change_weights(folder, change):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
+from tiny_models import cache_of, given, one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
 from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
@@ -48,7 +48,7 @@ def test_scores_hidden_states_and_attentions_of_generation_equal_the_official_on
     for name in ("hidden_states", "attentions"):
         for one, other in zip(ours[name], official[name], strict=True):
             assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    assert ours.past_key_values.get_seq_length() == ours.sequences.shape[1] - 1
+    assert cache_of(ours).get_seq_length() == ours.sequences.shape[1] - 1
 
 
 def test_batch_with_left_padding_generates_what_each_prompt_does_alone():
@@ -109,7 +109,7 @@ def test_generation_continues_from_a_cache():
     first = model.generate(input_ids, max_new_tokens=5, pad_token_id=96, do_sample=False, return_dict_in_generate=True)
     rest = model.generate(
         first.sequences,
-        past_key_values=first.past_key_values,
+        **given(cache_of(first)),
         max_new_tokens=whole.shape[1] - 25,
         pad_token_id=96,
         do_sample=False,
@@ -119,11 +119,11 @@ def test_generation_continues_from_a_cache():
 
 def test_cache_has_the_documented_shape_and_can_be_cropped_and_reordered():
     model, input_ids = tiny(), tokens()
-    cache = model(input_ids, past_key_values=DynamicCache(config=model.config)).past_key_values
+    cache = cache_of(model(input_ids, **given(DynamicCache(config=model.config))))
     assert len(cache) == 3
     assert cache.layers[0].keys.shape == cache.layers[0].values.shape == (2, 4, 20, 8)
     cache.crop(-8)
-    after = model(input_ids[:, 12:], past_key_values=cache).logits
+    after = model(input_ids[:, 12:], **given(cache)).logits
     torch.testing.assert_close(after, model(input_ids).logits[:, 12:], rtol=1e-4, atol=1e-4)
     cache.reorder_cache(torch.tensor([1, 1]))
     assert torch.equal(cache.layers[2].keys[0], cache.layers[2].keys[1])

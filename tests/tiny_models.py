@@ -5,6 +5,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from gpt2_scratch.pretrained_gpt2_scratch import CACHE_NAME
 
 TINY = {
     "vocab_size": 97,
@@ -45,6 +46,16 @@ def pair(attn_implementation="eager", **overrides):
     official = GPT2LMHeadModel(config).eval()
     official.load_state_dict(ours.state_dict())
     return ours, official
+
+
+def given(cache):
+    """The argument that hands a cache to a forward, by its name in this version of transformers."""
+    return {CACHE_NAME: cache}
+
+
+def cache_of(output):
+    """The cache that a forward returned."""
+    return getattr(output, CACHE_NAME)
 
 
 def tokens(batch=2, seq=20, seed=1):
