@@ -33,17 +33,17 @@ import torch
 # Before benchmarks/, which Python put first and whose evaluation.py is not the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from gpt2_scratch_errors import InputError, run_command
-from training.batch import plan_batch
-from training.data.corpora import open_corpus
-from training.data.corpus import INSTALLED_DOCS, Document
-from training.data.growing import TrainingShards
-from training.data.loader import TrainingWindows, training_batches
-from training.data.producer import batches
-from training.data.shards import Shard, ShardFolder
-from training.data.tokenizer import load_tokenizer
-from training.data.workers import EncodeDocuments, Workers, usable_cpus
-from training.speed import PEAKS, flops_per_token
+from common.cli_errors import InputError, run_command
+from training.data.loading.loader import TrainingWindows, training_batches
+from training.data.loading.training_shards import TrainingShards
+from training.data.producing.producer import batches
+from training.data.producing.workers import EncodeDocuments, Workers, usable_cpus
+from training.data.shards.shard_files import Shard, ShardFolder
+from training.data.sources.base import INSTALLED_DOCS, Document
+from training.data.sources.open_corpus import open_corpus
+from training.data.tokenization.tokenizer import load_tokenizer
+from training.monitoring.throughput import PEAKS, flops_per_token
+from training.step.batch_plan import plan_batch
 
 _SEQ_LEN = 1024
 _TOKENS_PER_SHARD = 100_000_000

@@ -26,10 +26,10 @@ import torch
 # The folder of a script comes first on the path, and there this file's name hides the package.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
-from evaluation.encoder import HubEncoder  # noqa: E402
-from evaluation.items import Item, Request  # noqa: E402
-from evaluation.scoring import score  # noqa: E402
-from evaluation.tasks import task_named  # noqa: E402
+from evaluation.scoring.scorer import score  # noqa: E402
+from evaluation.scoring.tokenizer_adapter import HubEncoder  # noqa: E402
+from evaluation.tasks.registry import task_named  # noqa: E402
+from evaluation.tasks.task_types import Item, Request  # noqa: E402
 
 _PARTS = {
     "prefixes": {"cbt_cn": 4, "hellaswag:harness": 100},
@@ -44,7 +44,7 @@ def gpt2_tokenizer(data_dir: Path) -> Any:
     """GPT-2's tokenizer as transformers loads it, from tiktoken's files."""
     from transformers import AutoTokenizer
 
-    from training.data.tokenizer import load_tokenizer
+    from training.data.tokenization.tokenizer import load_tokenizer
 
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(data_dir / "tiktoken_cache"))
     with tempfile.TemporaryDirectory() as folder:

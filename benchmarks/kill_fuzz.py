@@ -29,7 +29,7 @@ def main() -> None:
     from killing import KillFuzz
     from small_corpora import write_corpus
 
-    from training.data.producer import produce
+    from training.data.producing.producer import produce
     from training.recipe import Recipe
 
     with tempfile.TemporaryDirectory() as name:

@@ -37,14 +37,14 @@ from transformers.utils import logging as transformers_logging
 # Before benchmarks/, which Python put first and whose evaluation.py is not the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.build import build_accelerator, build_model
-from training.data.beside import ProducerBeside
-from training.data.loader import TrainingWindows, training_batches
-from training.data.producer import produce
+from training.data.loading.loader import TrainingWindows, training_batches
+from training.data.producing.background_producer import ProducerBeside
+from training.data.producing.producer import produce
 from training.loop import Run
-from training.optimizer import build_optimizer
-from training.plan import Plan, plan_run
+from training.optim.optimizer import build_optimizer
 from training.recipe import QUICKSTART, Recipe, load_recipe
+from training.setup.build import build_accelerator, build_model
+from training.setup.plan import Plan, plan_run
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS_IN_A_CHUNK = 5

@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.items import Task
-from evaluation.tasks import default_protocols, task_named
-from gpt2_scratch_errors import CommandParser, InputError, run_command
+from common.cli_errors import CommandParser, InputError, run_command
+from evaluation.tasks.registry import default_protocols, task_named
+from evaluation.tasks.task_types import Task
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CHART_FORMATS = ("png", "svg", "pdf")
@@ -24,16 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(sys.argv[1:] if arguments is None else arguments)
     # torch and transformers take seconds to import: a mistake on the command line is told before that.
     if options.list:
-        from evaluation.report import protocol_list
+        from evaluation.results.report import protocol_list
 
         print(protocol_list())
     elif options.compare:
-        from evaluation.compare import comparison_table
-        from evaluation.results import read_results
+        from evaluation.results.compare import comparison_table
+        from evaluation.results.results_file import read_results
 
         print(comparison_table(*(read_results(path) for path in options.compare)))
     else:
-        from evaluation.command import evaluate_model
+        from evaluation.evaluate_model import evaluate_model
 
         evaluate_model(options)
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
-from gpt2_scratch_errors import CommandParser, InputError, run_command
+from common.cli_errors import CommandParser, InputError, run_command
 
 from . import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
 from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
-from gpt2_scratch_errors import CommandParser, InputError, run_command
+from common.cli_errors import CommandParser, InputError, run_command
 
 # What transformers raises for folders whose config, weights or tokenizer cannot be used.
 UNREADABLE = (

@@ -8,15 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from small_corpora import WORDS, write_corpus
+from support.small_corpora import WORDS, write_corpus
 
 from training.recipe import Recipe
 
 if TYPE_CHECKING:
-    from loopback_hub import LoopbackHub
-
-ROOT = Path(__file__).parent.parent
-SHARED_DATA = Path(os.environ.get("GPT2_SHARED_DATA", ROOT.parent / "shared" / "data"))
+    from support.loopback_hub import LoopbackHub
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -55,7 +52,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shard_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete shard folder of that corpus: a validation shard and several training shards."""
-    from training.data.producer import produce
+    from training.data.producing.producer import produce
 
     folder = tmp_path_factory.mktemp("shards") / "data"
     produce(
@@ -79,7 +76,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved tokenizer of 300 ids."""
-    from training.data.tokenizer import train_bpe
+    from training.data.tokenization.tokenizer import train_bpe
 
     folder = tmp_path_factory.mktemp("tokenizer")
     train_bpe([" ".join(WORDS)] * 9, 300).save(folder)
@@ -146,7 +143,7 @@ def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         PartialState._reset_state()
 
     # One thread: on shared cores two of them wait for each other longer than these models compute.
-    monkeypatch.setattr("training.build.use_all_cores", lambda: torch.set_num_threads(1))
+    monkeypatch.setattr("training.setup.build.use_all_cores", lambda: torch.set_num_threads(1))
     forget()
     yield
     forget()
@@ -157,8 +154,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["LoopbackHu
     """A Hub on this machine, with users, that the client of this process talks to."""
     # Not above: the Hub's client reads at its import whether it may go online.
     import huggingface_hub
-    from hub_client import ACCOUNTS, turn_to
-    from loopback_hub import LoopbackHub, serving
+    from support.hub_client import ACCOUNTS, turn_to
+    from support.loopback_hub import LoopbackHub, serving
 
     hub = LoopbackHub(accounts=ACCOUNTS)
     turn_to(hub, monkeypatch, tmp_path / "hub-cache")
@@ -173,7 +170,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     import huggingface_hub
     import huggingface_hub.utils._http as client
 
-    monkeypatch.setattr("training.hub.publishing.FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr("training.hub.publisher.FIRST_PAUSE_SECONDS", 0.05)
     real = client._http_backoff_base
     monkeypatch.setattr(
         client,

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
-ROOT = Path(__file__).parent.parent
-SOURCES = sorted(path for name in ("gpt2_scratch", "evaluation", "training") for path in (ROOT / name).rglob("*.py"))
+SOURCES = sorted(
+    path for name in ("common", "gpt2_scratch", "evaluation", "training") for path in (ROOT / name).rglob("*.py")
+)
 
 
 def imports(path: Path) -> set[str]:
@@ -25,7 +27,12 @@ def imports(path: Path) -> set[str]:
 
 
 def test_imports_point_one_way() -> None:
-    allowed = {"gpt2_scratch": set(), "evaluation": {"gpt2_scratch"}, "training": {"gpt2_scratch", "evaluation"}}
+    allowed = {
+        "common": set(),
+        "gpt2_scratch": {"common"},
+        "evaluation": {"common", "gpt2_scratch"},
+        "training": {"common", "gpt2_scratch", "evaluation"},
+    }
     for path in SOURCES:
         package = path.relative_to(ROOT).parts[0]
         used = {name.split(".")[0] for name in imports(path)} & set(allowed)

@@ -17,8 +17,24 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from gpt2_scratch_errors import InputError
-from training.build import (
+from common.cli_errors import InputError
+from common.rate_limited_log import AtMostEvery
+from training.checkpoints.checkpoint_folder import copy_model, load_checkpoint, publish, remove_leftovers, skeleton_of
+from training.checkpoints.checkpoint_writer import Saving
+from training.checkpoints.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
+from training.checkpoints.signals import Agreement, LeaveAsked, SignalWatch
+from training.data.loading.loader import TrainingWindows, training_batches
+from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, ProducerBeside
+from training.hub.card import RunFacts, earlier_card, write_model_card
+from training.hub.publisher import Publishing, still_to_push
+from training.hub.run_facts import note_start, run_facts
+from training.monitoring.monitor import Watch
+from training.monitoring.profiling import NoTrace, StepTrace, TraceOf
+from training.monitoring.run_summary import device_name, summary_text
+from training.optim.schedule import learning_rate_at
+from training.recipe import Recipe, profiled_steps
+from training.setup.batch_size_finder import fitted
+from training.setup.build import (
     PROCESS_TIMEOUT,
     build_accelerator,
     build_model,
@@ -26,27 +42,11 @@ from training.build import (
     prepare,
     refuse_too_many_processes,
 )
-from training.checkpoint import copy_model, load_checkpoint, publish, remove_leftovers, skeleton_of
-from training.data.beside import SECONDS_BETWEEN_LINES, ProducerBeside
-from training.data.loader import TrainingWindows, training_batches
-from training.data.reporting import AtMostEvery
-from training.documents import attention_for
-from training.fitting import fitted
-from training.guard import Guard, Verdict
-from training.hub.card import RunFacts, earlier_card, write_model_card
-from training.hub.facts import note_start, run_facts
-from training.hub.publishing import Publishing, still_to_push
-from training.launching import continue_command, launch_words, longer_command
-from training.plan import Plan, plan_run
-from training.preemption import Agreement, LeaveAsked, SignalWatch
-from training.profiling import NoTrace, StepTrace, TraceOf
-from training.recipe import Recipe, profiled_steps
-from training.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
-from training.saving import Saving
-from training.schedule import learning_rate_at
-from training.step import train_step
-from training.summary import device_name, summary_text
-from training.watching import Watch
+from training.setup.launch_command import continue_command, launch_words, longer_command
+from training.setup.plan import Plan, plan_run
+from training.step.document_mask import attention_for
+from training.step.guard import Guard, Verdict
+from training.step.train_step import train_step
 
 
 def train(recipe: Recipe) -> None:

@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gpt2_scratch_errors import CommandParser, InputError, run_command
+from common.cli_errors import CommandParser, InputError, run_command
 
 if TYPE_CHECKING:
-    from training.data.shards import ShardFolder
+    from training.data.shards.shard_files import ShardFolder
 
 # The worker processes import this module: what is heavy is imported where it is used.
 
@@ -87,7 +87,7 @@ def _end_with_standard_input() -> None:
 def prepare(arguments: argparse.Namespace) -> None:
     """Fill the folder and say what came of it; or tell what is in one."""
     if arguments.inspect is not None:
-        from training.data.inspection import inspect
+        from training.data.shards.inspection import inspect
 
         for line in inspect(arguments.inspect, tokenizer=arguments.tokenizer, verify=arguments.verify):
             print(line)
@@ -96,7 +96,7 @@ def prepare(arguments: argparse.Namespace) -> None:
         raise InputError("--verify goes with --inspect DIR")
     if arguments.output is None:
         raise InputError("expected the folder to fill, found no --output")
-    from training.data.producer import produce
+    from training.data.producing.producer import produce
 
     started = time.perf_counter()
     folder = produce(
@@ -117,7 +117,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 def summary(folder: "ShardFolder", elapsed_seconds: float) -> str:
     """Return what a folder that `produce` has completed holds, in a line."""
-    from training.data.tokenizer import Tokenizer
+    from training.data.tokenization.tokenizer import Tokenizer
 
     manifest = folder.manifest
     assert manifest is not None

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
-from evaluation.atomic import write_whole
-from evaluation.tasks import task_named
-from gpt2_scratch_errors import InputError
+from common.atomic_files import write_whole
+from common.cli_errors import InputError
+from evaluation.tasks.registry import task_named
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"

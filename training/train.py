@@ -15,7 +15,7 @@ if __name__ == "__main__":
     # Python put training/ first; the project's root belongs there, so that nothing here can shadow a library's module.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from gpt2_scratch_errors import CommandParser, InputError, run_command
+from common.cli_errors import CommandParser, InputError, run_command
 from training.recipe import QUICKSTART, Recipe, field_types, load_recipe, nearest
 
 
@@ -69,7 +69,7 @@ def main() -> None:
     command = parse_command(sys.argv[1:])
     # torch and transformers take seconds to import: a mistake in the recipe is told before that.
     if command.preflight:
-        from training.preflight import preflight
+        from training.setup.preflight import preflight
 
         preflight(command.recipe, price_per_gpu_hour=command.price_per_gpu_hour)
     else:

@@ -1,6 +1,6 @@
 """`python -m training.hub`."""
 
-from gpt2_scratch_errors import run_command
+from common.cli_errors import run_command
 from training.hub.command import main
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from evaluation.references import VALIDATION_LOSS, Reference
-from training.data.corpus import DEFAULT_HUB_CONFIG, HUB_CORPORA
-from training.data.reporting import spelled
+from common.rate_limited_log import spelled
+from evaluation.results.references import VALIDATION_LOSS, Reference
+from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA
 from training.hub.card_merging import merged, section
 from training.hub.costs import running_costs
+from training.monitoring.samples import TEMPERATURE, TOP_K
 from training.recipe import Recipe
-from training.sampling import TEMPERATURE, TOP_K
 
 PLACE = "path/to/this/folder"  # until the model has an id
 LOCAL_FILES = "local files"  # whose they are and where they lie is nobody's business

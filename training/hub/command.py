@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpt2_scratch_errors import CommandParser, InputError
+from common.cli_errors import CommandParser, InputError
 
 _WAY_OUT = "and run the same command again"
 
@@ -70,7 +70,7 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state:
     model, step = find_model(folder)
     _refuse_broken(model)
     state = _checkpoint_of(folder, model, step) if with_state else None
-    from training.hub.publishing import remember_push
+    from training.hub.publisher import remember_push
     from training.hub.repository import NATIVE, claim, has_branch, push_folder, refused_in_one_line
     from training.hub.staging import stage
 
@@ -106,7 +106,7 @@ def find_model(folder: Path) -> tuple[Path, int | None]:
     Raises:
         InputError: there is none.
     """
-    from training.checkpoint import checkpoints
+    from training.checkpoints.checkpoint_folder import checkpoints
 
     if not folder.is_dir():
         raise InputError(f"expected a run or a model folder, found no folder {folder}; check the path")
@@ -132,7 +132,7 @@ def find_model(folder: Path) -> tuple[Path, int | None]:
 
 def _checkpoint_of(folder: Path, model: Path, step: int | None) -> Path:
     """The checkpoint that a model is of: the folder itself, or the run's newest, which `find_model` compared."""
-    from training.checkpoint import checkpoints
+    from training.checkpoints.checkpoint_folder import checkpoints
 
     if step is None:
         raise InputError(
@@ -143,7 +143,7 @@ def _checkpoint_of(folder: Path, model: Path, step: int | None) -> Path:
 
 
 def _step_of(folder: Path) -> int | None:
-    from training.checkpoint import TrainerState
+    from training.checkpoints.checkpoint_folder import TrainerState
 
     return TrainerState.read(folder).step if (folder / "training_state").is_dir() else None
 
@@ -167,7 +167,7 @@ def _write_card(staged: Path, run: Path, step: int) -> None:
 
     import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
     from training.hub.card import earlier_card, write_model_card
-    from training.hub.facts import count_parameters, run_facts
+    from training.hub.run_facts import count_parameters, run_facts
     from training.recipe import load_recipe
 
     recipe = load_recipe(run / "recipe.yaml")

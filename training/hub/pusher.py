@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from training.data.reporting import spelled
+from common.rate_limited_log import spelled
 
 FIRST_PAUSE_SECONDS = 5.0
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from gpt2_scratch_errors import InputError
-from training.data.patience import network_errors, passes
+from common.cli_errors import InputError
+from common.hub_retry import network_errors, passes
 from training.hub.card import PLACE
 from training.hub.card_merging import generated_text, merged, stamped, was_edited
 from training.hub.staging import LAST_CHECKPOINT

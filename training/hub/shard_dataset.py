@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluation.atomic import file_sha256
-from gpt2_scratch_errors import InputError
-from training.data.beginning import TOKENIZER_FILES
-from training.data.corpus import HUB_CORPORA
-from training.data.manifest import MANIFEST_NAME
-from training.data.shards import Shard, ShardFolder, foreign_split
+from common.atomic_files import file_sha256
+from common.cli_errors import InputError
+from training.data.shards.folder_setup import TOKENIZER_FILES
+from training.data.shards.manifest import MANIFEST_NAME
+from training.data.shards.shard_files import Shard, ShardFolder, foreign_split
+from training.data.sources.base import HUB_CORPORA
 from training.hub.card import ENGLISH_CORPORA
 from training.hub.card_merging import section, stamped
 from training.hub.repository import claim, refused_in_one_line, with_text_of_the_hub

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from training.checksums import renew_checksums
+from training.checkpoints.checksums import renew_checksums
 
 LAST_CHECKPOINT = "last-checkpoint"
 

@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from evaluation.standard_errors import accuracy_standard_error, wilson_interval
+from evaluation.results.standard_errors import accuracy_standard_error, wilson_interval
 
 _DESCRIPTION = """The share of predictions that equal their reference.
 

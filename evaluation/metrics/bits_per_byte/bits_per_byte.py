@@ -6,7 +6,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from evaluation.standard_errors import Z, ratio_of_sums
+from evaluation.results.standard_errors import Z, ratio_of_sums
 
 _DESCRIPTION = """The negative log-likelihood for each byte of text, in bits: what models of any tokenizer share.
 

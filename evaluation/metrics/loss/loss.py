@@ -5,7 +5,7 @@ from typing import Any
 import datasets
 import evaluate
 
-from evaluation.standard_errors import Z, ratio_of_sums
+from evaluation.results.standard_errors import Z, ratio_of_sums
 
 _DESCRIPTION = """The negative log-likelihood for each token, or whatever else is counted, in nats.
 

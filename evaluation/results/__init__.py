@@ -1,0 +1,1 @@
+"""Metrics, standard errors, cached items, reports, comparisons and published references."""

@@ -1,0 +1,1 @@
+"""Log-likelihoods of continuations under any causal language model."""

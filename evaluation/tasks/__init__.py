@@ -1,0 +1,1 @@
+"""Benchmarks: HellaSwag, LAMBADA, CBT, WikiText and validation shards, and their registry."""

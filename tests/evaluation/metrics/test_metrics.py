@@ -1,0 +1,129 @@
+"""Metric modules, loaded by path as anybody would, and what they rest on."""
+
+import math
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from common.cli_errors import InputError
+from evaluation.results.metric_values import METRICS, _module, measure
+from evaluation.results.standard_errors import ratio_of_sums, wilson_interval
+from evaluation.tasks.registry import task_named, tasks
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cache_of_its_own(tmp_path_factory):
+    """evaluate copies a module into a cache before it imports it."""
+    from evaluate import config
+
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(config, "HF_MODULES_CACHE", str(folder / "modules"))
+        patch.setattr(config, "HF_METRICS_CACHE", folder / "metrics")
+        yield
+
+
+def compute(metric, predictions, references):
+    import evaluate
+
+    return evaluate.load(str(METRICS / metric)).compute(predictions=predictions, references=references)
+
+
+def test_accuracy_with_its_error_and_interval():
+    found = compute("accuracy", [0, 1, 2, 3, 0, 0, 0, 0, 0, 0], [0, 1, 2, 0, 1, 1, 1, 1, 1, 1])
+    assert found["accuracy"] == 0.3
+    assert found["stderr"] == pytest.approx(math.sqrt(0.3 * 0.7 / 9))
+    # Wilson's interval for 3 of 10, from tables.
+    assert found["interval"] == pytest.approx([0.10779, 0.60322], abs=1e-5)
+
+
+def test_accuracy_takes_texts_and_truth_values_too():
+    assert compute("accuracy", ["shard", "Shard"], ["shard", "shard"])["accuracy"] == 0.5
+    assert compute("accuracy", [True, False], [True, True])["accuracy"] == 0.5
+
+
+def test_accuracy_of_a_single_item_has_no_error_and_an_interval():
+    found = compute("accuracy", [1], [1])
+    assert found["stderr"] is None
+    assert found["interval"] == pytest.approx([0.20655, 1.0], abs=1e-5)
+
+
+def test_losses_weigh_items_by_what_they_count():
+    # Two items: 2 nats on one token, 1 nat on three; 3 nats on 4 tokens.
+    assert compute("loss", [-2.0, -1.0], [1, 3])["loss"] == pytest.approx(0.75)
+    assert compute("perplexity", [-2.0, -1.0], [1, 3])["perplexity"] == pytest.approx(math.exp(0.75))
+    assert compute("bits_per_byte", [-2.0, -1.0], [1, 3])["bits_per_byte"] == pytest.approx(0.75 / math.log(2))
+
+
+def test_errors_of_losses_agree_with_a_bootstrap():
+    rng = random.Random(0)
+    counts = [rng.randint(5, 50) for _ in range(400)]
+    nats = [-count * rng.gauss(3.0, 0.5) for count in counts]
+    drawn = []
+    for _ in range(1_000):
+        places = rng.choices(range(400), k=400)
+        drawn.append(math.exp(-sum(nats[p] for p in places) / sum(counts[p] for p in places)))
+    mean = sum(drawn) / len(drawn)
+    bootstrap = math.sqrt(sum((value - mean) ** 2 for value in drawn) / (len(drawn) - 1))
+    # A standard deviation from 1,000 draws is known to about 2 %.
+    assert compute("perplexity", nats, counts)["stderr"] == pytest.approx(bootstrap, rel=0.08)
+
+
+def test_a_perplexity_beyond_a_float_is_infinite():
+    assert compute("perplexity", [-1e6, -1e6], [1, 1])["perplexity"] == math.inf
+
+
+def test_intervals_stay_between_nothing_and_all():
+    assert wilson_interval(0, 5)[0] == 0.0
+    assert wilson_interval(5, 5)[1] == 1.0
+    assert ratio_of_sums([1.0], [2]) == (0.5, None)
+    with pytest.raises(ValueError, match="counts above 0"):
+        ratio_of_sums([1.0], [0])
+
+
+def test_every_figure_of_every_task_has_its_metric_module():
+    for task in tasks().values():
+        for figure in task.figures:
+            assert (METRICS / figure.metric / f"{figure.metric}.py").is_file(), figure
+
+
+def test_figures_come_from_the_records_entries():
+    records = [
+        {"gold": True, "prediction": True, "log_likelihood": -1.0, "words": 1},
+        {"gold": True, "prediction": False, "log_likelihood": -3.0, "words": 1},
+    ]
+    found = measure(task_named("lambada"), records)
+    assert list(found) == ["acc", "ppl"]
+    assert (found["acc"].value, found["ppl"].value) == (0.5, pytest.approx(math.exp(2.0)))
+    with pytest.raises(InputError, match="wikitext2:paper with words, found none in 1 of them; raise the limit"):
+        measure(task_named("wikitext2"), [{"log_likelihood": -1.0, "words": 0, "tokens": 4}])
+
+
+def test_a_cache_that_cannot_be_written_is_told_in_one_line(tmp_path, monkeypatch):
+    from evaluate import config
+
+    (tmp_path / "a-file").write_text("")
+    monkeypatch.setattr(config, "HF_MODULES_CACHE", str(tmp_path / "a-file" / "modules"))
+    _module.cache_clear()
+    with pytest.raises(InputError, match="environment variable HF_HOME"):
+        _module("accuracy")
+
+
+def test_modules_load_anywhere_and_write_to_the_cache_only(tmp_path):
+    program = (
+        "import evaluate\n"
+        f"module = evaluate.load({str(METRICS / 'accuracy')!r}, keep_in_memory=True)\n"
+        "print(module.compute(predictions=[1, 0], references=[1, 1])['accuracy'])\n"
+    )
+    work = tmp_path / "work"
+    work.mkdir()
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(METRICS.parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=work, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "0.5\n"
+    assert not list(work.iterdir())

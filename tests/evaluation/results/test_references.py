@@ -1,0 +1,63 @@
+"""Published figures: each under the protocol that it was measured by."""
+
+import pytest
+
+from evaluation.results.references import PUBLISHED, SIZES, VALIDATION_LOSS, one_per_size, published
+from evaluation.tasks.registry import tasks
+
+NO_TASKS_OF_OURS = {"wikitext103:paper", "openwebtext:training"}
+
+
+@pytest.mark.parametrize(
+    ("task", "figure", "values"),
+    [
+        ("hellaswag:harness", "acc", {"124M": 0.2892, "1.5B": 0.4004}),
+        ("hellaswag:harness", "acc_norm", {"124M": 0.3114, "1.5B": 0.5089}),
+        ("hellaswag:completion", "acc_norm", {"124M": 0.2955, "355M": 0.3752, "774M": 0.4320, "1.5B": 0.4893}),
+        ("lambada:harness", "ppl", {"124M": 40.06, "1.5B": 10.63}),
+        ("lambada:last_token", "acc", {"124M": 0.4689}),
+        ("lambada:stop_word_filter", "acc", {"124M": 0.4599, "355M": 0.5548, "774M": 0.6012, "1.5B": 0.6324}),
+        ("lambada:word", "acc", {"124M": 0.2606, "355M": 0.3776, "774M": 0.4058, "1.5B": 0.4469}),
+        ("cbt_cn:paper", "acc", {"124M": 0.8765, "355M": 0.9235, "774M": 0.9345, "1.5B": 0.9330}),
+        ("cbt_ne:paper", "acc", {"124M": 0.834, "355M": 0.871, "774M": 0.880, "1.5B": 0.8905}),
+        ("wikitext2:paper", "word_ppl", {"124M": 29.41, "355M": 22.76, "774M": 19.93, "1.5B": 18.34}),
+    ],
+)
+def test_published_figures(task, figure, values):
+    assert {size: each.value for size, each in one_per_size(published(task, figure)).items()} == values
+
+
+def test_a_figure_stands_under_one_protocol_only():
+    assert published("lambada:word", "ppl") == []
+    assert published("cbt_cn:sentence", "acc") == []
+    assert published("cbt_ne:full_sequence", "acc") == []
+    assert published("hellaswag", "acc_norm") == []
+    assert published("lambada:stop_word_filter", "ppl") == []  # by construction that of harness, not the paper's
+
+
+def test_figures_of_other_questions_say_so():
+    sources = {each.source for kind in ("cn", "ne") for each in published(f"cbt_{kind}:paper", "acc")}
+    assert all("validation questions" in source for source in sources)
+
+
+def test_every_reference_names_a_task_and_a_figure_that_exist():
+    known = tasks()
+    for reference in PUBLISHED:
+        assert reference.source
+        assert reference.size in SIZES
+        if reference.task not in NO_TASKS_OF_OURS:
+            assert reference.figure in {figure.name for figure in known[reference.task].figures}, reference
+
+
+def test_accuracies_are_fractions_and_larger_models_are_better():
+    for task in {reference.task for reference in PUBLISHED}:
+        for figure in ("acc", "acc_norm"):
+            assert all(0 < reference.value < 1 for reference in published(task, figure))
+        for figure in ("ppl", "word_ppl", "loss"):
+            values = [reference.value for reference in published(task, figure)]
+            assert values == sorted(values, reverse=True)
+
+
+def test_losses_are_kept_by_corpus():
+    assert VALIDATION_LOSS["fineweb-edu"][0].value == 3.2924
+    assert [each.value for each in VALIDATION_LOSS["Skylion007/openwebtext"]] == [3.12, 2.84, 2.67, 2.54]

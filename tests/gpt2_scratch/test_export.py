@@ -1,0 +1,273 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.model_folders import SIZES, change_config, contents, export, refusal, save, scratch  # noqa: F401 - a fixture
+from support.paths import ROOT
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from common.cli_errors import run_command
+from gpt2_scratch import (
+    GPT2ScratchConfig,
+    GPT2ScratchForCausalLM,
+    GPT2ScratchForSequenceClassification,
+    GPT2ScratchModel,
+)
+
+
+def test_round_trip_from_ours_returns_every_byte_but_the_cards(scratch, tmp_path):
+    export(scratch, tmp_path / "native", "gpt2")
+    export(tmp_path / "native", tmp_path / "again", "gpt2_scratch")
+    before, after = contents(scratch), contents(tmp_path / "again")
+    assert before.keys() == after.keys()
+    assert "tokenizer.json" in before
+    assert [name for name in before if before[name] != after[name]] == ["README.md"]
+
+
+@pytest.mark.parametrize("tie_word_embeddings", [True, False])
+def test_round_trip_from_an_official_folder_returns_every_byte(tmp_path, tie_word_embeddings):
+    official = GPT2LMHeadModel(GPT2Config(**SIZES, tie_word_embeddings=tie_word_embeddings))
+    official.save_pretrained(tmp_path / "native")
+    export(tmp_path / "native", tmp_path / "ours", "gpt2_scratch")
+    export(tmp_path / "ours", tmp_path / "again", "gpt2")
+    assert contents(tmp_path / "native") == contents(tmp_path / "again")
+    loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in official.state_dict().items())
+    assert ("lm_head.weight" in load_file(tmp_path / "again" / "model.safetensors")) is not tie_word_embeddings
+
+
+def test_native_folder_is_what_the_official_class_would_write(scratch, tmp_path):
+    export(scratch, tmp_path / "native", "gpt2")
+    GPT2LMHeadModel.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "official")
+    native, official = contents(tmp_path / "native"), contents(tmp_path / "official")
+    assert native["model.safetensors"] == official["model.safetensors"]
+    assert json.loads(native["config.json"]).items() <= json.loads(official["config.json"]).items()
+
+
+def test_native_folder_holds_no_trace_of_us(scratch, tmp_path, capsys):
+    export(scratch, tmp_path / "native", "gpt2")
+    assert "model_type gpt2, GPT2LMHeadModel, 21,432 parameters" in capsys.readouterr().out
+    names = {path.name for path in (tmp_path / "native").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md", "curves.png"} < names
+    assert not any(name.endswith(".py") for name in names)
+    assert "training_state" not in names
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
+    assert "auto_map" not in config
+    card = (tmp_path / "native" / "README.md").read_text()
+    assert 'from_pretrained("path/to/this/folder")' in card
+    assert "scratch" not in card
+    assert "trust" not in card
+
+
+NATIVE = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, pipeline
+torch.set_num_threads(1)
+model = GPT2LMHeadModel.from_pretrained("native").eval()
+assert type(AutoModelForCausalLM.from_pretrained("native")) is GPT2LMHeadModel
+torch.save(model(torch.arange(20).view(1, 20)).logits, "logits.pt")
+writer = pipeline("text-generation", "native")
+assert writer.model.generation_config.temperature == 0.7
+print(writer("Once upon", max_new_tokens=4)[0]["generated_text"][:9])
+assert "gpt2_scratch" not in sys.modules
+"""
+
+
+def test_native_folder_loads_in_a_process_that_has_never_heard_of_us(scratch, tmp_path):
+    export(scratch, tmp_path / "native", "gpt2")
+    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", NATIVE], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "Once upon\n"
+    expected = GPT2ScratchForCausalLM.from_pretrained(scratch)(torch.arange(20).view(1, 20)).logits
+    # Both take sdpa; this process may have two threads, which sum in another order.
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dtype_casts_every_weight_and_says_so_in_the_config(scratch, tmp_path):
+    export(scratch, tmp_path / "half", "gpt2", "--dtype", "bfloat16")
+    before, after = load_file(scratch / "model.safetensors"), load_file(tmp_path / "half" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], weight.bfloat16()) for name, weight in before.items())
+    assert GPT2LMHeadModel.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+    export(tmp_path / "half", tmp_path / "ours", "gpt2_scratch")
+    assert GPT2ScratchForCausalLM.from_pretrained(tmp_path / "ours").dtype == torch.bfloat16
+
+
+def test_dtype_of_the_weights_already_there_changes_no_byte(scratch, tmp_path):
+    export(scratch, tmp_path / "same", "gpt2_scratch", "--dtype", "float32")
+    assert contents(tmp_path / "same") | {"README.md": b""} == contents(scratch) | {"README.md": b""}
+
+
+def test_dtype_that_cannot_hold_a_weight_is_refused(tmp_path, capsys):
+    model = GPT2ScratchForCausalLM(GPT2ScratchConfig(**SIZES))
+    model.transformer.wte.weight.data[3, 4] = 1e6
+    model.save_pretrained(tmp_path / "model")
+    message = refusal(capsys, tmp_path / "model", tmp_path / "half", "gpt2", "--dtype", "float16")
+    assert "found 1e+06 in transformer.wte.weight; use --dtype bfloat16" in message
+
+
+@pytest.mark.parametrize("dtype", [(), ("--dtype", "bfloat16")])
+def test_sharded_weights_stay_sharded(tmp_path, dtype):
+    model = save(GPT2ScratchForCausalLM, tmp_path / "model", {"max_shard_size": "30KB"})
+    export(tmp_path / "model", tmp_path / "native", "gpt2", *dtype)
+    assert len(list((tmp_path / "native").glob("model-*.safetensors"))) > 2
+    loaded = GPT2LMHeadModel.from_pretrained(tmp_path / "native").state_dict()
+    expected = model.to(torch.bfloat16 if dtype else torch.float32).state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+    if not dtype:
+        weights = {name: content for name, content in contents(tmp_path / "model").items() if "safetensors" in name}
+        assert weights.items() <= contents(tmp_path / "native").items()
+    index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 21_432 * (2 if dtype else 4)
+
+
+def test_older_spelling_of_the_official_checkpoints_is_understood_and_kept(tmp_path):
+    GPT2LMHeadModel(GPT2Config(**SIZES)).save_pretrained(tmp_path / "native")
+    path = tmp_path / "native" / "model.safetensors"
+    weights = {name.removeprefix("transformer."): weight for name, weight in load_file(path).items()}
+    save_file(weights | {"h.0.attn.bias": torch.ones(1, 1, 32, 32)}, path, metadata={"format": "pt"})
+    export(tmp_path / "native", tmp_path / "ours", "gpt2_scratch")
+    assert (tmp_path / "ours" / "model.safetensors").read_bytes() == path.read_bytes()
+    loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
+    assert all(torch.equal(loaded[f"transformer.{name}"], weight) for name, weight in weights.items())
+
+
+@pytest.mark.parametrize(
+    ("model_class", "official"),
+    [(GPT2ScratchModel, "GPT2Model"), (GPT2ScratchForSequenceClassification, "GPT2ForSequenceClassification")],
+)
+def test_other_heads_keep_theirs(tmp_path, model_class, official):
+    save(model_class, tmp_path / "model", num_labels=5)
+    export(tmp_path / "model", tmp_path / "native", "gpt2")
+    assert json.loads((tmp_path / "native" / "config.json").read_text())["architectures"] == [official]
+    export(tmp_path / "native", tmp_path / "again", "gpt2_scratch")
+    assert contents(tmp_path / "model") == contents(tmp_path / "again")
+
+
+def test_existing_output_is_refused_and_untouched(scratch, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "thesis.txt").write_text("years of work")
+    assert f"{tmp_path / 'there'} exists" in refusal(capsys, scratch, tmp_path / "there")
+    assert contents(tmp_path / "there") == {"thesis.txt": b"years of work"}
+
+
+def test_interrupted_export_leaves_no_folder_and_may_be_repeated(scratch, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gpt2_scratch.export.write_config", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            export(scratch, tmp_path / "native", "gpt2")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / ".unfinished-native").mkdir()  # as a kill leaves it
+    (tmp_path / ".unfinished-native" / "half.safetensors").touch()
+    export(scratch, tmp_path / "native", "gpt2")
+    assert [path.name for path in tmp_path.iterdir()] == ["native"]
+    assert "half.safetensors" not in contents(tmp_path / "native")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama"}, "expected model_type gpt2 or gpt2_scratch in .* found 'llama'"),
+        ({"model_type": None}, "found None"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "expected scale_attn_by_inverse_layer_idx=False, found True"),
+        ({"reorder_and_upcast_attn": True}, "expected reorder_and_upcast_attn=False"),
+        ({"add_cross_attention": True}, "expected add_cross_attention=False"),
+        ({"n_head": 5}, "n_embd=24 and n_head=5"),
+        ({"n_layer": "two"}, "n_layer"),
+        ({"architectures": ["GPT2DoubleHeadsModel"]}, "found GPT2DoubleHeadsModel"),
+        ({"n_layer": 3}, r"without h.2.attn.c_attn.bias, .* \(12 such weights\)"),
+        ({"n_layer": 1}, r"with h.1.attn.c_attn.bias, .* \(12 such weights\)"),
+        ({"n_positions": 48}, r"wpe.weight of shape \(48, 24\) by config.json, found \(32, 24\)"),
+        ({"tie_word_embeddings": False}, r"without lm_head.weight \(1 such weights\)"),
+    ],
+)
+def test_config_of_another_model_is_refused(scratch, tmp_path, capsys, changes, message):
+    shutil.copytree(scratch, tmp_path / "model")
+    change_config(tmp_path / "model", **changes)
+    found = refusal(capsys, tmp_path / "model", tmp_path / "native")
+    assert re.search(message, found), found
+
+
+def break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def remove_config(folder):
+    (folder / "config.json").unlink()
+
+
+def remove_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def pickle_weights(folder):
+    remove_weights(folder)
+    (folder / "pytorch_model.bin").touch()
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def lose_a_shard(folder):
+    remove_weights(folder)
+    index = {"metadata": {}, "weight_map": {"transformer.wte.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_config, "expected JSON in"),
+        (remove_config, "found no config.json in"),
+        (remove_weights, "found no weights"),
+        (pickle_weights, "found pytorch_model.bin; load the model with use_safetensors=False"),
+        (cut_weights, "expected safetensors in"),
+        (lose_a_shard, "expected the shard model-00001-of-00002.safetensors beside"),
+    ],
+)
+def test_damaged_folder_is_refused(scratch, tmp_path, capsys, damage, message):
+    shutil.copytree(scratch, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert message in refusal(capsys, tmp_path / "model", tmp_path / "native")
+
+
+def test_model_that_is_nowhere_is_refused(tmp_path, capsys):
+    for name in (str(tmp_path / "nothing"), "nobody/nothing", "a bad name"):
+        assert f"expected --model to be a folder or Hub id, found '{name}'" in refusal(
+            capsys, name, tmp_path / "native"
+        )
+
+
+def test_folder_that_cannot_be_written_is_refused(scratch, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit):
+        run_command(lambda: export(scratch, tmp_path / "file" / "native", "gpt2"))
+    assert f"expected to write {tmp_path / 'file' / 'native'}" in capsys.readouterr().err
+
+
+def test_command_line_prints_one_line(scratch, tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "gpt2_scratch.export", "--model", scratch, "--output", "native", "--format", "gpt2"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "wrote native: model_type gpt2, GPT2LMHeadModel, 21,432 parameters\n"

@@ -1,0 +1,105 @@
+"""Model folders and paths that cannot be exported are refused in one line, and odd ones that can are not."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.model_folders import SIZES, change_config, export, refusal, save, scratch  # noqa: F401 - a fixture
+
+from common.cli_errors import run_command
+from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation_function": "gelu_nwe"}, "did you mean 'gelu_new'"),
+        ({"rotary_dim": 64}, "found 'rotary_dim'"),
+        ({"dtype": "floaty"}, "floaty"),
+        ({"id2label": "cat"}, "expected a GPT-2 as we implement it"),
+        ({"architectures": "GPT2LMHeadModel"}, "architectures|found 'GPT2LMHeadModel'"),
+        ({"architectures": [["GPT2LMHeadModel"]]}, "architectures|found .'GPT2LMHeadModel'."),
+        ({"quantization_config": {"quant_method": "gptq"}}, "found a quantization_config"),
+    ],
+)
+def test_config_that_describes_no_model_is_refused(scratch, tmp_path, capsys, changes, message):
+    shutil.copytree(scratch, tmp_path / "model")
+    change_config(tmp_path / "model", **changes)
+    found = refusal(capsys, tmp_path / "model", tmp_path / "native")
+    assert re.search(message, found), found
+
+
+def make_config_a_folder(folder):
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+
+
+def change_weights(folder, **changes):
+    path = folder / "model.safetensors"
+    save_file(load_file(path) | changes, path, metadata={"format": "pt"})
+
+
+def repeat_a_weight(folder):
+    change_weights(folder, **{"ln_f.bias": torch.ones(24)})
+
+
+def quantise_a_weight(folder):
+    change_weights(folder, **{"transformer.ln_f.bias": torch.ones(24, dtype=torch.int8)})
+
+
+def number_a_shard(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"transformer.wte.weight": 1}}')
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (make_config_a_folder, "Is a directory"),
+        (repeat_a_weight, "ln_f.bias twice"),
+        (quantise_a_weight, "found I8 in transformer.ln_f.bias"),
+        (number_a_shard, "expected the shard 1 beside"),
+    ],
+)
+def test_folder_that_is_no_whole_model_is_refused(scratch, tmp_path, capsys, damage, message):
+    shutil.copytree(scratch, tmp_path / "model")
+    damage(tmp_path / "model")
+    assert message in refusal(capsys, tmp_path / "model", tmp_path / "native")
+
+
+def test_path_with_a_nul_is_refused(scratch, tmp_path, capsys):
+    assert "with a NUL in it" in refusal(capsys, scratch, tmp_path / "na\0tive")
+
+
+def test_failed_export_removes_the_parents_that_it_made(tmp_path, capsys):
+    model = GPT2ScratchForCausalLM(GPT2ScratchConfig(**SIZES))
+    model.transformer.wte.weight.data[3, 4] = 1e6
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(SystemExit):
+        run_command(lambda: export(tmp_path / "model", tmp_path / "a" / "b" / "half", "gpt2", "--dtype", "float16"))
+    assert "expected numbers that torch.float16 can hold" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    export(tmp_path / "model", tmp_path / "a" / "b" / "whole", "gpt2")
+    assert (tmp_path / "a" / "b" / "whole" / "config.json").exists()
+
+
+def test_attention_that_is_not_installed_here_is_no_obstacle(scratch, tmp_path):
+    shutil.copytree(scratch, tmp_path / "model")
+    change_config(tmp_path / "model", attn_implementation="flash_attention_2")
+    export(tmp_path / "model", tmp_path / "native", "gpt2")
+    config = json.loads((tmp_path / "native" / "config.json").read_text())
+    assert config["attn_implementation"] == "flash_attention_2"
+
+
+def test_card_that_is_not_utf8_and_index_without_metadata_are_carried(tmp_path):
+    save(GPT2ScratchForCausalLM, tmp_path / "model", {"max_shard_size": "30KB"})
+    (tmp_path / "model" / "README.md").write_bytes(b"caf\xe9, trust_remote_code=True\n")
+    path = tmp_path / "model" / "model.safetensors.index.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metadata": None}))
+    export(tmp_path / "model", tmp_path / "native", "gpt2", "--dtype", "bfloat16")
+    assert (tmp_path / "native" / "README.md").read_bytes() == b"caf\xe9\n"
+    index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
+    assert index["metadata"] == {"total_size": 21_432 * 2}

@@ -1,0 +1,256 @@
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.paths import ROOT
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from common.cli_errors import run_command
+from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from gpt2_scratch.generate import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A saved model of random weights with a byte-level tokenizer."""
+    path = tmp_path_factory.mktemp("generate") / "model"
+    vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary | {"<|endoftext|>": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end).save_pretrained(path)
+    torch.manual_seed(0)
+    config = GPT2ScratchConfig(
+        vocab_size=257, n_positions=64, n_embd=32, n_layer=2, n_head=2, bos_token_id=256, eos_token_id=256
+    )
+    GPT2ScratchForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def generate(capfdbinary, *arguments):
+    """What a command line prints: bytes, because random weights do not write UTF-8."""
+    main([str(argument) for argument in ("--device", "cpu", *arguments)])
+    captured = capfdbinary.readouterr()
+    return captured.out, captured.err.decode()
+
+
+def refusal(capsys, *arguments):
+    """The message with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: main([str(argument) for argument in arguments]))
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    return captured.err
+
+
+def test_text_begins_with_the_prompt_and_speed_goes_to_standard_error(folder, capfdbinary):
+    out, err = generate(capfdbinary, "--model", folder, "--prompt", "Once upon", "--max_new_tokens", 8)
+    assert out.startswith(b"Once upon")
+    assert "8 tokens in " in err
+    assert "tokens/s" in err
+    assert len(err.splitlines()) == 1
+
+
+def test_same_seed_gives_the_same_text_and_another_seed_another(folder, capfdbinary):
+    texts = [
+        generate(capfdbinary, "--model", folder, "--prompt", "a", "--max_new_tokens", 20, "--seed", seed)[0]
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_temperature_zero_is_greedy(folder, capfdbinary):
+    texts = {
+        generate(capfdbinary, "--model", folder, "--prompt", "a", "--temperature", 0, "--seed", seed)[0]
+        for seed in (1, 2)
+    }
+    assert len(texts) == 1
+
+
+def test_samples_differ_and_the_second_is_that_of_the_next_seed(folder, capfdbinary):
+    options = ("--model", folder, "--prompt", "a", "--max_new_tokens", 20)
+    both, _ = generate(capfdbinary, *options, "--num_samples", 2, "--seed", 5)
+    second, _ = generate(capfdbinary, *options, "--seed", 6)
+    head, first_text, second_text = both.partition(b"--- sample 2 of 2\n")[0], *both.split(b"--- sample 2 of 2\n")
+    assert head.startswith(b"--- sample 1 of 2\n")
+    assert second_text == second != first_text
+
+
+def test_prompt_comes_from_standard_input_when_not_given(folder, capfdbinary, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("From a pipe\n"))
+    out, _ = generate(capfdbinary, "--model", folder, "--max_new_tokens", 2)
+    assert out.startswith(b"From a pipe")
+
+
+def test_empty_prompt_starts_from_end_of_text(folder, capfdbinary):
+    out, err = generate(capfdbinary, "--model", folder, "--prompt", "", "--max_new_tokens", 5)
+    assert b"endoftext" not in out
+    assert "5 tokens" in err
+
+
+def test_generation_stops_at_the_last_position(folder, capfdbinary):
+    _, err = generate(capfdbinary, "--model", folder, "--prompt", "a" * 60, "--max_new_tokens", 500)
+    assert "4 tokens" in err
+    assert "stopped at n_positions=64" in err
+
+
+def test_prompt_longer_than_the_model_is_refused(folder, capsys):
+    message = refusal(capsys, "--model", folder, "--prompt", "a" * 70, "--device", "cpu")
+    assert "positions (64), found 70; shorten the prompt" in message
+
+
+def test_missing_folder_is_refused(tmp_path, capsys):
+    message = refusal(capsys, "--model", tmp_path / "nothing", "--prompt", "a")
+    assert "found no folder" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_folder_without_a_model_is_refused(tmp_path, capsys):
+    message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
+    assert "found no causal language model in" in message
+    assert len(message.splitlines()) == 1
+
+
+def test_folder_without_a_tokenizer_is_refused(folder, tmp_path, capsys):
+    GPT2ScratchForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    capsys.readouterr()
+    message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
+    assert "found no tokenizer in" in message
+    assert len(message.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--max_new_tokens", 0),
+        ("--num_samples", 0),
+        ("--temperature", -1),
+        ("--temperature", "nan"),
+        ("--temperature", "1e-300"),
+        ("--top_k", -1),
+        ("--top_p", 0),
+        ("--top_p", 1.5),
+        ("--seed", -1),
+        ("--device", "toaster"),
+        ("--device", "meta"),
+    ],
+)
+def test_bad_value_is_refused_before_anything_is_loaded(flag, value, capsys):
+    assert f"error: expected {flag} to be" in refusal(capsys, "--model", "no/model", "--prompt", "a", flag, value)
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def lose_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    del weights["transformer.ln_f.bias"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def shrink_the_vocabulary(folder):
+    model = GPT2ScratchForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(50, mean_resizing=False)
+    model.config.bos_token_id = model.config.eos_token_id = 1
+    model.save_pretrained(folder)
+
+
+def misfit(folder):
+    change_config(folder, n_positions=48)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt2_scratch"])
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut_weights, "found no causal language model in"),
+        (lambda folder: change_config(folder, n_layer="two"), "'n_layer': .*expected int, got str"),
+        (lambda folder: change_config(folder, dtype="floaty"), "floaty"),
+        (lambda folder: change_config(folder, attn_implementation="flash_attention_2"), "(?i)flash"),
+        (misfit, r"found none that fit transformer.wpe.weight \(1 such weights\)"),
+        (lose_a_weight, r"found none that fit transformer.ln_f.bias \(1 such weights\)|found 1 missing"),
+        (shrink_the_vocabulary, "ids below the model's vocabulary of 50, found"),
+    ],
+)
+def test_folder_that_cannot_be_used_is_refused_in_one_line(folder, tmp_path, capsys, model_type, damage, message):
+    if "flash" in message and torch.cuda.is_available():
+        pytest.skip("what a machine with a GPU does depends on the packages on it")
+    shutil.copytree(folder, tmp_path / "model")
+    damage(tmp_path / "model")
+    change_config(tmp_path / "model", model_type=model_type, auto_map={})
+    capsys.readouterr()
+    found = refusal(capsys, "--model", tmp_path / "model", "--prompt", "a", "--device", "cpu")
+    assert len(found.splitlines()) == 1, found
+    assert re.search(message, found), found
+
+
+def test_beams_of_the_generation_config_are_not_asked_for(folder, tmp_path, capfdbinary):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_beams": 4, "num_return_sequences": 2}))
+    out, _ = generate(capfdbinary, "--model", tmp_path / "model", "--prompt", "Once", "--max_new_tokens", 3)
+    assert out.startswith(b"Once")
+
+
+def test_prompt_that_is_not_text_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), encoding="utf-8"))
+    for prompt in ([], ["--prompt", "caf\udce9"]):
+        message = refusal(capsys, "--model", "no/model", *prompt)
+        assert "expected a prompt in UTF-8" in message
+        assert len(message.splitlines()) == 1
+
+
+def test_closed_standard_input_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "found that it is closed; pass --prompt" in refusal(capsys, "--model", "x")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
+def test_output_that_takes_no_more_is_told_in_one_line(folder):
+    command = [
+        sys.executable,
+        "-m",
+        "gpt2_scratch.generate",
+        "--model",
+        str(folder),
+        "--prompt",
+        "x",
+        "--device",
+        "cpu",
+    ]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: expected standard output to take the text, found No space left on device")
+    assert done.stderr.count("\n") == 1
+
+
+def test_reader_that_has_read_enough_ends_the_text_in_silence(folder):
+    command = [sys.executable, "-m", "gpt2_scratch.generate", "--model", folder, "--prompt", "Once upon a time"]
+    process = subprocess.Popen(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.communicate()[1] == b""
+    assert process.returncode == 1

@@ -1,0 +1,228 @@
+"""What a person can get wrong, and what the model says then."""
+
+import logging
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny_models import cache_of, given, one_thread, tiny, tokens  # noqa: F401 - a fixture for all
+from transformers.cache_utils import StaticCache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
+from gpt2_scratch.pretrained_gpt2_scratch import ATTENTION_ARGUMENTS
+
+
+def test_sequence_longer_than_the_positions_is_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="sequence of 1,400 tokens exceeds n_positions=48; shorten it"):
+        model(tokens(1, 1400))
+    with pytest.raises(ValueError, match="sequence of 1,400 tokens"):
+        model(inputs_embeds=torch.zeros(1, 1400, 32))
+    with pytest.raises(ValueError, match="sequence of 49 tokens"):
+        model(tokens(1, 49), position_ids=torch.arange(49).unsqueeze(0))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_cache_that_grows_past_the_positions_is_refused(static):
+    model = tiny()
+    cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+    cache = cache_of(model(tokens(1, 48), **given(cache), use_cache=True))
+    with pytest.raises(ValueError, match="sequence of 49 tokens exceeds n_positions=48"):
+        model(tokens(1, 1), **given(cache))
+
+
+def test_packed_documents_may_be_longer_in_all_than_the_positions():
+    packed = {"input_ids": tokens(1, 90), "position_ids": torch.arange(90).unsqueeze(0) % 45}
+    assert tiny()(**packed, use_cache=False).logits.shape == (1, 90, 97)
+
+
+def test_both_or_no_inputs_and_inputs_of_other_variants_are_refused():
+    model = tiny()
+    with pytest.raises(ValueError, match="found neither"):
+        model()
+    with pytest.raises(ValueError, match="found both"):
+        model(tokens(), inputs_embeds=torch.zeros(2, 20, 32))
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["labelz", "past_key_value", "cache_params", "flubber", "sliding_window", "seq_idx", "pixel_values"],
+)
+@pytest.mark.parametrize("value", [torch.ones(2, 20), True, None], ids=["tensor", "flag", "None"])
+def test_arguments_that_nothing_reads_are_refused_by_name(argument, value):
+    for model in (tiny(), tiny().transformer):
+        with pytest.raises(TypeError, match=f"got an unexpected argument '{argument}'"):
+            model(tokens(), **{argument: value})
+
+
+@pytest.mark.parametrize("argument", ["token_type_ids", "encoder_hidden_states", "encoder_attention_mask"])
+def test_arguments_of_the_official_class_that_we_lack_are_refused_unless_none(argument):
+    model = tiny()
+    with pytest.raises(TypeError, match=f"does not implement {argument}; use transformers.GPT2LMHeadModel"):
+        model(tokens(), **{argument: tokens()})
+    assert torch.equal(model(tokens(), **{argument: None}).logits, model(tokens()).logits)
+
+
+def test_labels_for_the_model_without_a_head_are_refused():
+    with pytest.raises(TypeError, match="got an unexpected argument 'labels'"):
+        tiny().transformer(tokens(), labels=tokens())
+
+
+def test_arguments_of_attention_implementations_reach_them():
+    received = {}
+
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        received.update(kwargs)
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    model = tiny()
+    ALL_ATTENTION_FUNCTIONS["recording"] = attend
+    model.config._attn_implementation = "recording"
+    try:
+        model(tokens(), **dict.fromkeys(ATTENTION_ARGUMENTS, 7))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["recording"]
+    assert dict.fromkeys(ATTENTION_ARGUMENTS, 7).items() <= received.items()
+    assert received["scaling"] == 8**-0.5
+    assert received["dropout"] == 0.0
+
+
+def test_inputs_of_other_dimensions_are_refused_with_the_expected_ones():
+    model = tiny()
+    for shape in ((20,), (1, 1, 20)):
+        with pytest.raises(ValueError, match=r"expected input_ids of shape \(batch, seq\), found \(.*20.*\)"):
+            model(tokens(1).view(shape))
+    with pytest.raises(ValueError, match=r"expected inputs_embeds of shape \(batch, seq, n_embd\), found \(20, 32\)"):
+        model(inputs_embeds=torch.zeros(20, 32))
+
+
+@pytest.mark.parametrize("bad", [97, -1, 50256])
+def test_ids_outside_the_vocabulary_are_refused(bad):
+    model, input_ids = tiny(), tokens()
+    input_ids[1, 3] = bad
+    with pytest.raises(ValueError, match=f"expected input_ids from 0 to 96, found {bad:,}; check the tokenizer"):
+        model(input_ids)
+    for labels in ({"labels": input_ids}, {"shift_labels": input_ids}):
+        with pytest.raises(ValueError, match=f"expected labels from 0 to 96, found {bad:,}"):
+            model(tokens(), **labels)
+
+
+@pytest.mark.parametrize("bad", [48, -1])
+def test_positions_without_an_embedding_are_refused(bad):
+    position_ids = torch.arange(20).unsqueeze(0)
+    position_ids[0, 5] = bad
+    with pytest.raises(ValueError, match=f"expected position_ids from 0 to 47, found {bad}"):
+        tiny()(tokens(), position_ids=position_ids)
+
+
+def test_cache_is_not_forgotten_by_activation_checkpointing():
+    model = tiny()
+    cache = cache_of(model(tokens(), use_cache=True))
+    name = "activation_checkpointing_enable"
+    getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
+    with pytest.raises(ValueError, match="expected no cache with activation checkpointing in training"):
+        model.train()(tokens(), **given(cache))
+    assert cache_of(model.eval()(tokens(1, 1).expand(2, 1), **given(cache))).get_seq_length() == 21
+
+
+def change_weights(folder, change):
+    """Rewrite the weights of a folder as `change` turns their dictionary."""
+    path = folder / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("model_class", [GPT2ScratchForCausalLM, GPT2ScratchModel])
+def test_checkpoint_of_another_shape_is_refused_with_the_weight_and_both_shapes_and_no_other_report(
+    tmp_path, model_class, caplog, monkeypatch
+):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    tiny().save_pretrained(tmp_path)
+    name = "transformer.h.1.mlp.c_fc.weight"
+    change_weights(tmp_path, lambda weights: weights | {name: torch.zeros(32, 64)})
+    with pytest.raises(ValueError, match=r"expected .*h.1.mlp.c_fc.weight of shape \(32, 128\), found \(32, 64\), in"):
+        model_class.from_pretrained(tmp_path)
+    assert caplog.text == ""
+    model_class.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
+    assert "LOAD REPORT" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "model_class", [GPT2ScratchForCausalLM, GPT2ScratchModel, GPT2ScratchForSequenceClassification]
+)
+def test_missing_weights_are_an_error(tmp_path, model_class):
+    tiny().save_pretrained(tmp_path)
+    missing = {"transformer.ln_f.bias", "transformer.h.2.attn.c_proj.weight"}
+    change_weights(tmp_path, lambda weights: {k: v for k, v in weights.items() if k not in missing})
+    with pytest.raises(ValueError, match=r"found 2 missing: .*h.2.attn.c_proj.weight, .*ln_f.bias; take a complete"):
+        model_class.from_pretrained(tmp_path)
+
+
+def test_missing_head_of_an_untied_model_is_an_error(tmp_path):
+    tiny(tie_word_embeddings=False).save_pretrained(tmp_path)
+    change_weights(tmp_path, lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"})
+    with pytest.raises(ValueError, match=r"found 1 missing: lm_head.weight"):
+        GPT2ScratchForCausalLM.from_pretrained(tmp_path)
+
+
+def test_new_classification_head_is_announced(tmp_path, caplog, monkeypatch):
+    tiny().save_pretrained(tmp_path)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "transformers"):
+        GPT2ScratchForSequenceClassification.from_pretrained(tmp_path)
+    assert {line.split()[0] for line in caplog.text.splitlines() if "| MISSING" in line} == {"score.weight"}
+
+
+def test_mask_buffers_of_old_checkpoints_are_ignored_in_silence(tmp_path, caplog, monkeypatch):
+    tiny().save_pretrained(tmp_path)
+    buffers = {
+        f"transformer.h.{i}.attn.{name}": torch.ones(1, 1, 4, 4) for i in range(3) for name in ("bias", "masked_bias")
+    }
+    change_weights(tmp_path, lambda weights: weights | buffers)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "transformers"):
+        GPT2ScratchForCausalLM.from_pretrained(tmp_path)
+    assert caplog.text == ""
+    change_weights(tmp_path, lambda weights: weights | {"transformer.h.9.attn.c_attn.bias": torch.ones(1)})
+    change_weights(tmp_path, lambda weights: weights | {"transformer.h.0.cattn.bias": torch.ones(1)})
+    change_weights(tmp_path, lambda weights: weights | {"transformer.h.0.attn.biases": torch.ones(1)})
+    with caplog.at_level(logging.WARNING, "transformers"):
+        GPT2ScratchForCausalLM.from_pretrained(tmp_path)
+    # The report folds numbers of layers together.
+    for name in ("c_attn.bias", "cattn.bias", "attn.biases"):
+        assert name in caplog.text
+
+
+def test_pickled_weights_are_read_only_when_asked_for(tmp_path):
+    model = tiny()
+    model.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"found only pytorch_model.bin, a pickle"):
+        GPT2ScratchForCausalLM.from_pretrained(tmp_path)
+    loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path, use_safetensors=False, attn_implementation="eager")
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+
+
+def test_pickle_that_would_run_code_is_not_run(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"transformer.wte.weight": Bomb(tmp_path / "exploded")}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(Exception, match=r"(?i)weights.only"):
+        GPT2ScratchForCausalLM.from_pretrained(tmp_path, use_safetensors=False)
+    assert not (tmp_path / "exploded").exists()
+
+
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return type(self.path).touch, (self.path,)
+
+
+def test_folder_that_does_not_exist_is_refused(tmp_path):
+    with pytest.raises(OSError, match="nothing"):
+        GPT2ScratchForCausalLM.from_pretrained(tmp_path / "nothing")

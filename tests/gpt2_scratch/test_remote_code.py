@@ -1,0 +1,103 @@
+"""A saved folder under the Auto classes, in a new process: with the project installed, and without it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.paths import ROOT
+from support.tiny_models import one_thread, tiny  # noqa: F401 - a fixture for all
+
+from gpt2_scratch import GPT2ScratchForSequenceClassification
+
+INSTALLED = "import gpt2_scratch"
+# Even an editable installation in this environment cannot be imported then.
+NOT_INSTALLED = 'import sys; sys.modules["gpt2_scratch"] = None'
+LOAD = """
+import sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+torch.set_num_threads(1)
+
+config = AutoConfig.from_pretrained("model", **options)
+model = AutoModelForCausalLM.from_pretrained("model", attn_implementation="eager", **options).eval()
+base = AutoModel.from_pretrained("model", attn_implementation="eager", **options).eval()
+classifier = AutoModelForSequenceClassification.from_pretrained("classifier", **options).eval()
+names = [type(one).__name__ for one in (config, model, base, classifier)]
+classes = ["GPT2ScratchConfig", "GPT2ScratchForCausalLM", "GPT2ScratchModel", "GPT2ScratchForSequenceClassification"]
+assert names == classes, names
+assert model.lm_head.weight is model.transformer.wte.weight
+assert type(AutoModelForCausalLM.from_config(config, **options)) is type(model)
+
+input_ids = torch.arange(20).view(1, 20)
+out = model(input_ids, output_hidden_states=True)
+assert torch.equal(base(input_ids).last_hidden_state, out.hidden_states[-1])
+assert model.generate(input_ids, max_new_tokens=3, pad_token_id=96).shape == (1, 23)
+torch.save([out.logits, classifier(input_ids).logits], "logits.pt")
+
+model.save_pretrained("model-again")
+classifier.save_pretrained("classifier-again")
+base.save_pretrained("base-again")
+AutoModelForCausalLM.from_pretrained("model-again", **options)
+AutoModel.from_pretrained("base-again", **options)
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a causal language model and a classifier, and both models."""
+    path = tmp_path_factory.mktemp("remote")
+    model = tiny()
+    model.save_pretrained(path / "model")
+    classifier = GPT2ScratchForSequenceClassification.from_pretrained(path / "model", num_labels=3).eval()
+    classifier.save_pretrained(path / "classifier")
+    return path, model, classifier
+
+
+def run(folder, script, **environment):
+    """Run a script offline, away from the project's folder."""
+    (folder / "load.py").write_text(script)
+    # A script's folder, not the working directory, is on the path: gpt2_scratch is not imported by accident.
+    return subprocess.run(
+        [sys.executable, "load.py"],
+        cwd=folder,
+        env={"PATH": os.environ["PATH"], "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("code", ["installed", "not installed"])
+def test_auto_classes_load_a_saved_folder_and_saving_it_again_gives_the_same_bytes(saved, code):
+    folder, model, classifier = saved
+    if code == "installed":
+        result = run(folder, INSTALLED + "\noptions = {}" + LOAD, PYTHONPATH=str(ROOT))
+    else:
+        result = run(folder, NOT_INSTALLED + "\noptions = dict(trust_remote_code=True)" + LOAD)
+    assert result.returncode == 0, result.stderr
+    logits, scores = torch.load(folder / "logits.pt")
+    input_ids = torch.arange(20).view(1, 20)
+    assert torch.equal(logits, model(input_ids).logits)
+    assert torch.equal(scores, classifier(input_ids).logits)
+    for name in ("model", "classifier"):
+        before, after = ({path.name: path for path in (folder / part).iterdir()} for part in (name, f"{name}-again"))
+        assert before.keys() == after.keys()
+        for file, path in before.items():
+            assert path.read_bytes() == after[file].read_bytes(), (name, file)
+
+
+def test_code_of_a_folder_is_not_run_without_trust(saved):
+    script = f"{NOT_INSTALLED}\nfrom transformers import AutoModelForCausalLM\n"
+    script += 'AutoModelForCausalLM.from_pretrained("model", trust_remote_code=False)'
+    result = run(saved[0], script)
+    assert result.returncode != 0
+    assert "contains custom code which must be executed" in result.stderr
+
+
+def test_folder_carries_nothing_but_its_own_code(saved):
+    sources = {path.name for path in (saved[0] / "model").glob("*.py")}
+    imported = {"modeling_gpt2_scratch.py", "configuration_gpt2_scratch.py", "pretrained_gpt2_scratch.py"}
+    assert sources == imported | {"linear_cross_entropy.py"}
+    for name in sources:
+        assert (saved[0] / "model" / name).read_bytes() == (ROOT / "gpt2_scratch" / name).read_bytes()

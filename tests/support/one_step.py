@@ -1,0 +1,160 @@
+"""One optimizer step and one validation of a tiny model, on however many processes and passes: what must be the same.
+
+As a program, for `accelerate launch`: `one_step.py FOLDER PER_DEVICE …` leaves a file of results for each batch size.
+"""
+
+import itertools
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from support.tiny_models import tiny
+from training.checkpoints.state_snapshot import bare_model
+from training.data.loading.loader import IGNORED
+from training.recipe import Recipe
+from training.setup.build import build_accelerator, prepare
+from training.step.batch_plan import plan_batch
+from training.step.guard import Guard, Verdict
+from training.step.train_step import train_step, validation_loss
+
+SEQUENCES, SEQ_LEN, VALIDATION_SEQUENCES = 8, 20, 7
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        output_dir="unused",
+        data_dir="unused",
+        corpus="unused",
+        seq_len=SEQ_LEN,
+        max_steps=1,
+        mixed_precision="no",
+        # A key's bias has no gradient but rounding, of which AdamW's usual epsilon would make whole steps.
+        adam_epsilon=1e-2,
+    )
+
+
+def tokens(count: int, seed: int) -> Tensor:
+    return torch.randint(0, 96, (count, SEQ_LEN + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
+    """Loss, gradient norm, weights after the step, and validation loss, whole and on the host."""
+    plan = plan_batch(
+        tokens_per_step=SEQUENCES * SEQ_LEN,
+        seq_len=SEQ_LEN,
+        per_device=per_device,
+        num_processes=accelerator.num_processes,
+    )
+    rank = accelerator.process_index
+    model, optimizer = prepare(accelerator, tiny().train(), recipe())
+    ids = tokens(SEQUENCES, seed=1)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for micro_step in range(plan.accumulation_steps):
+            part = ids[list(plan.samples(0, micro_step, rank))]
+            yield part[:, :-1], part[:, 1:]
+
+    loss, norm = train_step(
+        accelerator,
+        model,
+        optimizer,
+        batches(),
+        accumulation_steps=plan.accumulation_steps,
+        learning_rate=1e-2,
+        max_grad_norm=0.5,
+    )[:2]
+    scored, count = validation_loss(accelerator, model, _ragged(per_device, rank, accelerator.num_processes))
+    whole = get_model_state_dict(
+        bare_model(accelerator, model), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+    )
+    results = {name: tensor.clone() for name, tensor in whole.items()}
+    results["loss"] = loss
+    results["norm"] = norm
+    results["validation"] = torch.tensor([scored, count], dtype=torch.float64)
+    return results
+
+
+def skipped_steps(accelerator: Accelerator) -> dict[str, Tensor]:
+    """Whether a loss that is NaN in the last process only leaves every process's weights, moments and counters alone.
+
+    The first of three steps is an ordinary one, the second has that loss, and the third is an ordinary one again.
+    """
+    model, optimizer = prepare(accelerator, tiny().train(), recipe())
+    found: list[Verdict] = []
+    guard = Guard(accelerator.device, threshold=0.0, window=2, skip_spikes=False, on_verdict=found.append)
+    broken = accelerator.process_index == accelerator.num_processes - 1
+
+    def spoil(module: nn.Module, inputs: object, outputs: Any) -> None:
+        if broken and step == 2:
+            outputs["loss"] = outputs.loss * torch.nan
+
+    bare_model(accelerator, model).register_forward_hook(spoil)
+    states = []
+    for step in (1, 2, 3):
+        ids = tokens(2, seed=accelerator.process_index + 2 * step)
+        train_step(
+            accelerator,
+            model,
+            optimizer,
+            iter([(ids[:, :-1], ids[:, 1:])]),
+            accumulation_steps=1,
+            learning_rate=1e-2,
+            max_grad_norm=0.5,
+            judge=partial(guard.judge, step),
+        )
+        states.append([*_local_state(model, optimizer)])
+    guard.look_at_all()
+    same = [all(map(torch.equal, left, right)) for left, right in itertools.pairwise(states)]
+    told = [verdict.step for verdict in found] == [2] and guard.skipped_in_a_row == 0
+    return {
+        name: accelerator.reduce(torch.tensor(float(value)), reduction="mean")
+        for name, value in {"left_alone": same[0], "moved_on": not same[1], "told": told}.items()
+    }
+
+
+def _local_state(model: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
+    moments = (tensor for state in optimizer.state.values() for tensor in state.values())
+    for tensor in itertools.chain(model.parameters(), moments):
+        yield (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def _ragged(batch_size: int, rank: int, num_processes: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Validation sequences of all lengths, in batches of one shape; ranks get unequal numbers of targets."""
+    ids = tokens(VALIDATION_SEQUENCES, seed=2)
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    for row in range(VALIDATION_SEQUENCES):
+        targets[row, 2 * row + 3 :] = IGNORED
+    per_round = batch_size * num_processes
+    for first in range(rank * batch_size, -(-VALIDATION_SEQUENCES // per_round) * per_round, per_round):
+        missing = batch_size - len(inputs[first : first + batch_size])
+        yield (
+            torch.cat([inputs[first : first + batch_size], torch.zeros(missing, SEQ_LEN, dtype=torch.int64)]),
+            torch.cat([targets[first : first + batch_size], torch.full((missing, SEQ_LEN), IGNORED)]),
+        )
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2:]]
+    accelerator = build_accelerator(recipe())
+    for size in sizes:
+        results = one_step(accelerator, size)
+        if accelerator.is_main_process:
+            assert accelerator.num_processes == 2
+            results["sharded"] = torch.tensor(accelerator.is_fsdp2)
+            save_file(results, folder / f"{size}.safetensors")
+        accelerator.free_memory()
+    results = skipped_steps(accelerator)
+    if accelerator.is_main_process:
+        save_file(results, folder / "skipped.safetensors")
+    accelerator.end_training()

@@ -1,0 +1,98 @@
+"""Runs of one or several processes that can be killed or told to leave, and that start in a fraction of a second.
+
+Importing torch and transformers takes seconds; here one process imports them, and all others are forked from it
+(`multiprocessing`'s forkserver). They take part in a run as `torchrun`'s processes do.
+"""
+
+import datetime
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["training.loop", "gpt2_scratch", "matplotlib.pyplot", "training.monitoring.plots"])
+
+
+class ProcessesOfARun:
+    """The processes of one start of a run, in the order of their ranks.
+
+    Args:
+        recipe: path of the recipe's YAML file; several, one for each process, make each a machine of its own.
+        number: of processes.
+        printed: file that everything printed is appended to.
+        timeout_seconds: how long processes may keep each other waiting; as in training when None.
+    """
+
+    def __init__(
+        self, recipe: Path | list[Path], number: int, printed: Path, *, timeout_seconds: float | None = None
+    ) -> None:
+        self.printed = printed
+        port = _free_port()
+        recipes = recipe if isinstance(recipe, list) else [recipe] * number
+        self.processes: list[ForkServerProcess] = []
+        for rank, path in enumerate(recipes):
+            local = ("0", "1") if isinstance(recipe, list) else (str(rank), str(number))
+            place = {"RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            place |= {"LOCAL_RANK": local[0], "LOCAL_WORLD_SIZE": local[1], "ACCELERATE_USE_CPU": "true"}
+            arguments = (str(path), place if number > 1 else {}, str(printed), timeout_seconds)
+            self.processes.append(_CONTEXT.Process(target=_train, args=arguments))
+        for process in self.processes:
+            process.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether any process is still there."""
+        return any(process.is_alive() for process in self.processes)
+
+    def send(self, number: int, *ranks: int) -> None:
+        """Send a signal to some processes, or to all."""
+        for rank in ranks or range(len(self.processes)):
+            pid = self.processes[rank].pid
+            if pid is not None and self.processes[rank].is_alive():
+                os.kill(pid, number)
+
+    def kill(self) -> None:
+        """Kill whatever is left."""
+        self.send(signal.SIGKILL)
+        self.wait()
+
+    def wait(self, timeout: float = 120.0) -> list[int | None]:
+        """Wait for all processes, and return their exit codes; as from a shell, 143 for one that SIGTERM ended."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        if self.alive:
+            self.send(signal.SIGKILL)
+            raise TimeoutError(f"the run did not end in {timeout} s; it printed:\n{self.printed.read_text()}")
+        return [process.exitcode for process in self.processes]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _train(recipe: str, place: dict[str, str], printed: str, timeout_seconds: float | None) -> None:
+    descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.environ |= place
+    import torch
+
+    from common.cli_errors import run_command
+    from training.loop import train
+    from training.recipe import load_recipe
+    from training.setup import build
+
+    if timeout_seconds is not None:
+        build.PROCESS_TIMEOUT = datetime.timedelta(seconds=timeout_seconds)
+    # Always as many, because sums round by the number of threads; one, because these models are tiny.
+    build.use_all_cores = lambda: torch.set_num_threads(1)
+    run_command(lambda: train(load_recipe(Path(recipe))))

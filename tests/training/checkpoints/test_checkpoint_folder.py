@@ -1,0 +1,347 @@
+"""Checkpoints: what is written and when, what a full disk may do, and that damage is found and named."""
+
+import dataclasses
+import errno
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from common.cli_errors import InputError
+from training.checkpoints import checkpoint_folder as checkpoint_module
+from training.checkpoints import checkpoint_writer as saving_module
+from training.checkpoints.checkpoint_folder import checkpoint_folder, checkpoints, remove_old_checkpoints
+from training.checkpoints.checkpoint_writer import Saving
+from training.checkpoints.resume import find_resume_point
+from training.checkpoints.state_snapshot import HostMemory
+from training.loop import Run, train
+from training.monitoring.run_log import read_metrics
+from training.recipe import Recipe
+
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def run_of(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir)
+
+
+def names_in(recipe: Recipe) -> set[str]:
+    return {path.name for path in (run_of(recipe) / "checkpoints").iterdir()}
+
+
+def state_of(checkpoint: Path) -> Path:
+    return checkpoint / "training_state"
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_a_bit(path: Path, place: int = -1) -> None:
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+DAMAGE: list[tuple[Callable[[Path], object], str]] = [
+    (lambda c: truncate(c / "model.safetensors"), "is damaged: model.safetensors is not what was written"),
+    (lambda c: flip_a_bit(c / "model.safetensors"), "is damaged: model.safetensors is not what was written"),
+    (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
+    (lambda c: (c / "config.json").unlink(), "config.json is missing"),
+    (lambda c: flip_a_bit(c / "tokenizer.json"), "tokenizer.json is not what was written"),
+    (lambda c: flip_a_bit(state_of(c) / "optimizer.safetensors"), "state/optimizer.safetensors is not what was"),
+    (lambda c: flip_a_bit(state_of(c) / "rng_state_0.safetensors"), "state/rng_state_0.safetensors is not what was"),
+    (lambda c: (state_of(c) / "rng_state_0.safetensors").unlink(), "state/rng_state_0.safetensors is missing"),
+    (lambda c: (state_of(c) / "loop_state.safetensors").unlink(), "state/loop_state.safetensors is missing"),
+    (lambda c: (state_of(c) / "SHA256SUMS").unlink(), "state/SHA256SUMS is missing"),
+    (lambda c: (state_of(c) / "SHA256SUMS").write_text(""), "state/SHA256SUMS has a line that is no checksum"),
+    (lambda c: (state_of(c) / "SHA256SUMS").write_text("x\n"), "state/SHA256SUMS has a line that is no checksum"),
+    (lambda c: (state_of(c) / "trainer_state.json").write_text("{"), "trainer_state.json is broken"),
+    (lambda c: (state_of(c) / "trainer_state.json").write_text("[]"), "trainer_state.json is broken"),
+    (lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": 9'), "trainer_state.json is not what"),
+    (lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": ""'), "trainer_state.json is broken"),
+    (
+        lambda c: replace(state_of(c) / "trainer_state.json", 'version": 1', 'version": 2'),
+        "is of a newer format: expected format_version 1, found 2; go on with the version of this project that wrote",
+    ),
+    (
+        lambda c: (state_of(c) / "trainer_state.json").write_text("{}"),
+        "is of another format: expected format_version 1, found None",
+    ),
+]
+
+
+def test_every_damage_is_named_with_the_checkpoint_to_take_instead(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe(max_steps=8)
+    train(recipe)
+    shutil.copytree(run_of(recipe) / "checkpoints", tmp_path / "good")
+    for break_it, message in DAMAGE:
+        shutil.rmtree(run_of(recipe) / "checkpoints")
+        shutil.copytree(tmp_path / "good", run_of(recipe) / "checkpoints")
+        break_it(run_of(recipe) / "checkpoints" / "step-000008")
+        with pytest.raises(InputError) as caught:
+            find_resume_point(recipe)
+        told = str(caught.value)
+        assert message in told
+        assert "\n" not in told
+        older = run_of(recipe) / "checkpoints" / "step-000004"
+        assert "format" in told or told.endswith(f"go on from the one before: --resume_from_checkpoint {older}")
+    flip_a_bit(older / "model.safetensors")
+    flip_a_bit(run_of(recipe) / "checkpoints" / "step-000008" / "config.json")
+    replace(
+        state_of(run_of(recipe) / "checkpoints" / "step-000008") / "trainer_state.json", "{}", '{"format_version": 1}'
+    )
+    with pytest.raises(InputError, match="there is no older one that is whole: choose another output_dir"):
+        find_resume_point(recipe)
+
+
+def test_a_run_goes_on_from_the_older_checkpoint_that_the_message_names(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=8)
+    train(recipe)
+    flip_a_bit(run_of(recipe) / "checkpoints" / "step-000008" / "model.safetensors")
+    before = read_metrics(run_of(recipe))
+    with pytest.raises(InputError) as caught:
+        train(recipe)
+    train(dataclasses.replace(recipe, resume_from_checkpoint=str(caught.value).split()[-1]))
+    assert [line.get("val_loss") for line in read_metrics(run_of(recipe))] == [line.get("val_loss") for line in before]
+
+
+def test_sha256sum_reads_the_checksums(tiny_recipe: Make) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("sha256sum is not installed")
+    recipe = tiny_recipe(max_steps=1)
+    train(recipe)
+    folder = checkpoints(run_of(recipe))[-1]
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "training_state/SHA256SUMS"], cwd=folder, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    checked = {line.removesuffix(": OK") for line in done.stdout.splitlines()}
+    assert checked == files - {"training_state/SHA256SUMS"}
+
+
+def test_a_checkpoint_is_the_same_whether_it_is_written_beside_training_or_not(
+    tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = tiny_recipe(output_dir=str(tmp_path / "beside"), dropout=0.1, save_total_limit=None, save_steps=1)
+    waiting = dataclasses.replace(beside, output_dir=str(tmp_path / "waiting"), async_save=False)
+    train(beside)
+    assert "checkpoint saved; training stood still for 0." in capsys.readouterr().out
+    train(waiting)
+    pairs = list(zip(checkpoints(run_of(beside)), checkpoints(run_of(waiting)), strict=True))
+    assert len(pairs) == 12
+    for ours, theirs in pairs:
+        for file in (
+            "model.safetensors",
+            "training_state/optimizer.safetensors",
+            "training_state/rng_state_0.safetensors",
+        ):
+            assert (ours / file).read_bytes() == (theirs / file).read_bytes(), (ours.name, file)
+
+
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_file = checkpoint_module.save_file
+
+    def full_at_step_8(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if "step-000008" in str(path) and path.name == "rng_state_0.safetensors":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint_module, "save_file", full_at_step_8)
+    recipe = tiny_recipe(save_total_limit=None)
+    train(recipe)
+    assert names_in(recipe) == {"step-000004", "step-000012"}
+    newest = checkpoint_folder(run_of(recipe), 4)
+    line = (
+        f"step 8  checkpoint could not be written (No space left on device); training goes on, the newest is {newest}"
+    )
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_costs_nothing_that_was_saved(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = tiny_recipe()
+    train(dataclasses.replace(recipe, max_steps=4))
+    monkeypatch.setattr(checkpoint_module, "save_file", full)
+    with pytest.raises(InputError, match=r"the last checkpoint of .* could not be written; make room .*step-000004$"):
+        train(recipe)
+    assert names_in(recipe) == {"step-000004"}
+    monkeypatch.undo()
+    train(recipe)
+    assert [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line] == list(range(1, 13))
+
+
+def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tiny_recipe(max_steps=8)
+    publish = checkpoint_module.publish
+
+    def die_at_step_8(unfinished: Path, target: Path) -> None:
+        if target.name == "step-000008":
+            raise KeyboardInterrupt
+        publish(unfinished, target)
+
+    monkeypatch.setattr(checkpoint_module, "publish", die_at_step_8)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe)
+    run = Path(recipe.output_dir)
+    assert [path.name for path in checkpoints(run)] == ["step-000004"]
+    monkeypatch.undo()
+    train(recipe)
+    assert [path.name for path in checkpoints(run)] == ["step-000004", "step-000008"]
+    assert not list((run / "checkpoints").glob(".*"))
+
+
+def test_a_run_that_was_killed_while_its_last_save_cleaned_up_leaves_nothing_of_it(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=8)
+    train(recipe)
+    run = Path(recipe.output_dir)
+    (run / "checkpoints" / "step-000004").rename(run / "checkpoints" / ".removed-step-000004")
+    (run / "model").rename(run / ".replaced-model")
+    (run / ".unfinished-model").mkdir()
+    train(recipe)
+    assert (run / "model" / "model.safetensors").is_file()
+    left = [*run.glob(".*"), *(run / "checkpoints").glob(".*")]
+    assert not [path for path in left if path.is_dir()]
+
+
+def test_no_room_for_the_model_folder_is_one_line_and_the_next_start_writes_it(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(checkpoint: Path, folder: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = tiny_recipe(max_steps=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.copy_model", full)
+        with pytest.raises(
+            InputError, match=r"model could not be written \(No space left on device\); make room"
+        ) as told:
+            train(recipe)
+    assert "\n" not in str(told.value)
+    train(recipe)
+    assert (run_of(recipe) / "model" / "model.safetensors").is_file()
+
+
+def test_two_checkpoints_are_never_written_at_once(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, at_it, most = saving_module.write_checkpoint, [0], [0]
+
+    def slow(*args: object, **kwargs: object) -> Path:
+        assert threading.current_thread() is not threading.main_thread()
+        at_it[0] += 1
+        most[0] = max(most[0], at_it[0])
+        time.sleep(0.05)
+        try:
+            return write(*args, **kwargs)  # type: ignore[arg-type]
+        finally:
+            at_it[0] -= 1
+
+    monkeypatch.setattr(saving_module, "write_checkpoint", slow)
+    recipe = tiny_recipe(save_steps=1, save_total_limit=None)
+    train(recipe)
+    assert most == [1]
+    assert len(checkpoints(run_of(recipe))) == 12
+
+
+def test_the_clock_asks_for_checkpoints_too(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(save_steps=0, save_minutes=1e-9, save_total_limit=None, max_steps=4)
+    train(recipe)
+    assert names_in(recipe) == {f"step-00000{step}" for step in (1, 2, 3, 4)}
+
+
+def test_removal_keeps_the_newest_and_those_at_round_steps(tmp_path: Path) -> None:
+    for step in range(100, 1100, 100):
+        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+    remove_old_checkpoints(tmp_path, keep=None, keep_every=400)
+    assert len(checkpoints(tmp_path)) == 10
+    remove_old_checkpoints(tmp_path, keep=2, keep_every=400)
+    assert [path.name[-4:] for path in checkpoints(tmp_path)] == ["0400", "0800", "0900", "1000"]
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-001000"]
+
+
+def test_others_hear_of_a_checkpoint_when_it_is_whole(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = []
+    init = Saving.__init__
+
+    def listening(self: Saving, *args: object, **kwargs: object) -> None:
+        init(self, *args, **kwargs)  # type: ignore[arg-type]
+        self.on_saved.append(lambda folder, step: heard.append((step, find_resume_point(recipe) == folder)))
+
+    monkeypatch.setattr(Saving, "__init__", listening)
+    recipe = tiny_recipe()
+    train(recipe)
+    assert heard == [(4, True), (8, True), (12, True)]
+
+
+def test_what_the_loop_remembers_is_saved_and_comes_back(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    take_steps = Run.take_steps
+
+    def counting(self: Run) -> None:
+        seen.append({name: tensor.clone() for name, tensor in self.loop_state.items()})
+        self.loop_state["starts"] += 1
+        take_steps(self)
+
+    def remembering(*args: object, loop_state: dict[str, torch.Tensor], **kwargs: object) -> None:
+        loop_state["starts"] = torch.zeros(3)
+        load(*args, loop_state=loop_state, **kwargs)  # type: ignore[arg-type]
+
+    recipe = tiny_recipe(max_steps=2)
+    train(recipe)
+    stored = load_file(state_of(checkpoints(run_of(recipe))[-1]) / "loop_state.safetensors")
+    assert isinstance(stored, dict)
+    load = checkpoint_module.load_checkpoint
+    monkeypatch.setattr("training.loop.load_checkpoint", remembering)
+    monkeypatch.setattr(Run, "take_steps", counting)
+    train(dataclasses.replace(recipe, max_steps=3))
+    train(dataclasses.replace(recipe, max_steps=4))
+    assert [state["starts"].tolist() for state in seen] == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_host_memory_holds_copies_and_is_used_again() -> None:
+    memory, weights = HostMemory(), [torch.arange(3.0), torch.ones(3), torch.ones(2)]
+    memory.begin()
+    first = [memory.copy(tensor) for tensor in weights]
+    assert all(torch.equal(*pair) for pair in zip(first, weights, strict=True))
+    weights[0] += 1
+    assert first[0].tolist() == [0, 1, 2]
+    memory.begin()
+    again = [memory.copy(tensor) for tensor in weights]
+    assert [tensor.data_ptr() for tensor in again] == [tensor.data_ptr() for tensor in first]
+    assert again[0].tolist() == [1, 2, 3]
+
+
+def test_memory_made_beside_the_first_steps_is_what_a_snapshot_takes() -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    memory = HostMemory()
+    memory.make_for(model, optimizer, torch.device("cpu"))
+    memory.begin()
+    made = {tensor.data_ptr() for tensors in memory._tensors.values() for tensor in tensors}
+    needed = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+    assert {memory.copy(tensor.detach()).data_ptr() for tensor in needed} == made

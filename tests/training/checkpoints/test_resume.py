@@ -1,0 +1,311 @@
+"""Going on: what a kill, a mistake or an older checkpoint may do to a run, and what they may not."""
+
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.paths import ROOT
+
+from common.cli_errors import InputError
+from training.checkpoints.checkpoint_folder import checkpoints
+from training.loop import train
+from training.monitoring.run_log import read_metrics
+from training.recipe import Recipe
+from training.train import parse_command
+
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def run_of(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir)
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def started(recipe: Recipe) -> "subprocess.Popen[bytes]":
+    """Train in a process of its own, which can be killed; its threads, and so its rounding, are always the same."""
+    path = run_of(recipe).with_suffix(".yaml")
+    recipe.save(path)
+    command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(path)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(tiny_recipe: Make, tmp_path: Path) -> None:
+    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), max_steps=60, save_steps=3, eval_steps=20, dropout=0.1)
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    kills = 0
+    for steps in (7, 20, 41):
+        with started(broken) as process:
+            deadline = time.monotonic() + 60
+            while not any(line["step"] >= steps for line in read_metrics(run_of(broken))):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.002)
+            process.kill()
+        kills += process.returncode == -signal.SIGKILL
+    assert kills == 3
+    for recipe in (whole, broken):
+        with started(recipe) as process:
+            _, complaints = process.communicate(timeout=120)
+        assert process.returncode == 0, complaints
+    ours, theirs = (load_file(run_of(recipe) / "model" / "model.safetensors") for recipe in (broken, whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    told = [
+        [(line["step"], line.get("train_loss"), line.get("val_loss")) for line in read_metrics(run_of(recipe))]
+        for recipe in (broken, whole)
+    ]
+    assert told[0] == told[1]
+
+
+def test_going_on_from_an_older_checkpoint_sets_the_other_branch_aside(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(save_total_limit=None)  # checkpoints 4, 8, 12
+    train(recipe)
+    older = run_of(recipe) / "checkpoints" / "step-000004"
+    again = dataclasses.replace(recipe, resume_from_checkpoint=str(older), save_total_limit=2, seed=recipe.seed)
+    train(again)
+    names = {path.name for path in (run_of(recipe) / "checkpoints").iterdir()}
+    assert names == {"abandoned-step-000008", "abandoned-step-000012", "step-000008", "step-000012"}
+    steps = [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line]
+    assert steps == list(range(1, 13))
+    # What was set aside before is nobody's to remove, and it is told where it is.
+    train(dataclasses.replace(again, resume_from_checkpoint=str(run_of(recipe) / "checkpoints" / "step-000008")))
+    names = {path.name for path in (run_of(recipe) / "checkpoints").iterdir()}
+    assert names >= {"abandoned-step-000008", "abandoned-step-000012", "abandoned-2-step-000012"}
+    assert "abandoned-2-step-000012; remove them when you like" in (run_of(recipe) / "train.log").read_text()
+
+
+def learning_rates(run: Path) -> dict[int, float]:
+    return {line["step"]: line["learning_rate"] for line in read_metrics(run) if "learning_rate" in line}
+
+
+def test_a_decay_branches_from_any_checkpoint_of_a_stable_run(
+    tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk = tiny_recipe(
+        output_dir=str(tmp_path / "a"),
+        lr_scheduler_type="warmup_stable_decay",
+        learning_rate=1.0,
+        min_learning_rate_ratio=0.1,
+        max_skipped_steps=99,
+        decay_steps=2,
+        max_steps=10,
+        save_total_limit=None,
+    )
+    train(trunk)
+    before = everything_in(tmp_path / "a")
+    start = tmp_path / "a" / "checkpoints" / "step-000004"
+    arguments = ["--config", str(tmp_path / "a" / "recipe.yaml"), "--resume_from_checkpoint", str(start)]
+    arguments += ["--output_dir", str(tmp_path / "a-decayed"), "--max_steps", "8", "--decay_steps", "4"]
+    branch = parse_command(arguments).recipe
+    train(branch)
+    assert everything_in(tmp_path / "a") == before
+    # The decay's table is in test_schedule; lines are named after the steps that are done.
+    expected = {5: 1.0, 6: 0.55, 7: 0.3636039, 8: 0.2205771}
+    assert learning_rates(tmp_path / "a-decayed") == pytest.approx(expected, abs=1e-7)
+    assert [rate for step, rate in learning_rates(tmp_path / "a").items() if step > 2] == pytest.approx(
+        [1.0] * 7 + [0.3636039], abs=1e-7
+    )
+    # Given again, the command goes on with the branch: here it is complete.
+    capsys.readouterr()
+    train(branch)
+    assert "is complete: 8 of 8 steps" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "a-decayed" / "model")
+    shutil.rmtree(tmp_path / "a-decayed" / "checkpoints" / "step-000008")
+    train(dataclasses.replace(branch, save_steps=1, max_steps=6))
+    train(dataclasses.replace(branch, save_steps=1, max_steps=7))
+    assert "going on from " + str(tmp_path / "a-decayed" / "checkpoints" / "step-000006") in capsys.readouterr().out
+
+
+def test_a_finished_run_with_a_new_end_takes_the_longer_runs_rates(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4, lr_scheduler_type="linear", warmup_steps=0, learning_rate=1e-3)
+    train(recipe)
+    train(dataclasses.replace(recipe, max_steps=8))
+    # Down to a tenth over 4 steps, then what 8 steps have from their middle on: it jumps up.
+    expected = {1: 10.0, 2: 7.75, 3: 5.5, 4: 3.25, 5: 5.5, 6: 4.375, 7: 3.25, 8: 2.125}
+    found = {step: 1e4 * rate for step, rate in learning_rates(run_of(recipe)).items()}
+    assert found == pytest.approx(expected)
+
+
+def test_a_model_of_before_the_extension_does_not_pass_for_the_end(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4)
+    train(recipe)
+    shutil.copytree(run_of(recipe) / "model", run_of(recipe).parent / "old")
+    longer = dataclasses.replace(recipe, max_steps=8)
+    train(longer)
+    # As if the run had died between its last checkpoint and its model.
+    shutil.rmtree(run_of(recipe) / "model")
+    shutil.copytree(run_of(recipe).parent / "old", run_of(recipe) / "model")
+    train(longer)
+    newest = checkpoints(run_of(recipe))[-1] / "model.safetensors"
+    assert (run_of(recipe) / "model" / "model.safetensors").read_bytes() == newest.read_bytes()
+
+
+def test_an_end_moved_to_the_checkpoint_is_validated_there(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(eval_steps=6, save_steps=8, save_total_limit=None)
+    train(recipe)
+    shutil.rmtree(run_of(recipe) / "model")
+    shutil.rmtree(run_of(recipe) / "checkpoints" / "step-000012")
+    train(dataclasses.replace(recipe, max_steps=8))
+    # The validation of step 6 is not the end's.
+    assert [line["step"] for line in read_metrics(run_of(recipe)) if "val_loss" in line] == [6, 8]
+
+
+def test_an_end_before_the_checkpoint_is_refused(tiny_recipe: Make) -> None:
+    train(tiny_recipe(max_steps=4))
+    with pytest.raises(InputError, match="step-000004 is 4 steps long, and the run was asked to end after 2"):
+        train(tiny_recipe(max_steps=2))
+
+
+@pytest.mark.parametrize("has_checkpoint", [True, False])
+def test_another_run_is_refused_with_or_without_checkpoints(has_checkpoint: bool, tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4)
+    train(recipe)
+    if not has_checkpoint:
+        shutil.rmtree(run_of(recipe) / "checkpoints")
+        shutil.rmtree(run_of(recipe) / "model")
+    before = everything_in(run_of(recipe))
+    with pytest.raises(InputError, match="n_layer: 2 → 1"):
+        train(dataclasses.replace(recipe, n_layer=1))
+    with pytest.raises(InputError, match="resume_from_checkpoint is none"):
+        train(dataclasses.replace(recipe, resume_from_checkpoint="none"))
+    assert everything_in(run_of(recipe)) == before
+
+
+def test_a_refused_start_writes_nothing(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4)
+    train(recipe)
+    before = everything_in(run_of(recipe))
+    with pytest.raises(InputError, match="cannot build the model"):
+        train(dataclasses.replace(recipe, max_steps=8, attn_implementation="flash_attention_2"))
+    assert everything_in(run_of(recipe)) == before
+
+
+def test_two_runs_do_not_write_one_folder(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4)
+    train(recipe)
+    descriptor = os.open(run_of(recipe), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is being written by another run"):
+            train(dataclasses.replace(recipe, max_steps=8))
+    finally:
+        os.close(descriptor)
+    train(dataclasses.replace(recipe, max_steps=8))
+
+
+def test_data_inside_the_output_folder_is_refused(tiny_recipe: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="choose folders side by side"):
+        train(tiny_recipe(data_dir=str(tmp_path / "run" / "data")))
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "file/below"])
+def test_an_output_folder_that_cannot_be_written_is_refused(place: str, tiny_recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="cannot be written"):
+        train(tiny_recipe(output_dir=str(tmp_path / place)))
+
+
+def test_lines_that_somebody_spoilt_do_not_keep_a_run_from_going_on(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4)
+    train(recipe)
+    with (run_of(recipe) / "metrics.jsonl").open("a") as file:
+        file.write("not json\n[1]\n")
+    with (run_of(recipe) / "log.txt").open("a") as file:
+        file.write("\nnot a step\n")
+    train(dataclasses.replace(recipe, max_steps=6))
+    assert [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=8, save_steps=4)
+    train(dataclasses.replace(recipe, max_steps=4))
+    with pytest.raises(InputError, match=r"validation loss is no finite number; lower .*step-000004, and"):
+        train(dataclasses.replace(recipe, learning_rate=1e30))
+    assert [path.name for path in checkpoints(run_of(recipe))] == ["step-000004"]
+
+
+def test_a_prompt_longer_than_the_model_is_cut(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=2, sample_prompts=["The model keeps its own place. " * 40])
+    train(recipe)
+    assert (run_of(recipe) / "model" / "README.md").is_file()
+
+
+def test_a_tokenizer_that_is_not_the_shards_is_refused(tiny_recipe: Make, shard_folder: Path, tmp_path: Path) -> None:
+    from training.data.tokenization.tokenizer import train_bpe
+
+    shutil.copytree(shard_folder, tmp_path / "data")
+    train_bpe(["another text, " * 9 + "with other merges " * 9] * 4, 260).save(tmp_path / "data")
+    with pytest.raises(InputError, match=r"tokenizer.json is another tokenizer than the shards were made with"):
+        train(tiny_recipe(data_dir=str(tmp_path / "data")))
+
+
+def test_ids_outside_the_vocabulary_in_validation_are_refused(
+    tiny_recipe: Make, shard_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shard_folder, tmp_path / "data")
+    shard = next((tmp_path / "data").glob("*_val_*.npy"))
+    ids = np.load(shard)
+    ids[100] = 60_000
+    np.save(shard, ids)
+    with pytest.raises(InputError, match=r"expected ids below the vocabulary size 300 in .*_val_.* found 60,000"):
+        train(tiny_recipe(data_dir=str(tmp_path / "data")))
+    assert not run_of(tiny_recipe()).exists()
+
+
+def test_what_is_told_of_a_model_is_the_models_own_shape(
+    tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_recipe(max_steps=1))
+    capsys.readouterr()
+    other = tiny_recipe(
+        output_dir=str(tmp_path / "other"), init_from=str(tmp_path / "run" / "model"), n_layer=7, max_steps=1
+    )
+    train(other)
+    assert "2 layers, width 32" in capsys.readouterr().out
+    assert "2 layers, 2 heads" in (run_of(other) / "model" / "README.md").read_text()
+
+
+def test_the_three_commands_work_as_printed(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny_recipe(max_steps=2, sample_prompts=['I\'m "$HOME"'])
+    train(recipe)
+    lines = capsys.readouterr().out.split("To try next:\n")[1].strip().splitlines()
+    assert len(lines) == 3
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    for line in lines:
+        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+        assert done.returncode == 0, (line, done.stderr)
+    assert "is complete: 4 steps" in done.stdout.replace("The run is complete", "is complete")
+    assert json.loads((run_of(recipe) / "checkpoints/step-000004/training_state/trainer_state.json").read_text())
+
+
+def test_files_of_a_model_folder_can_be_read_by_others(tiny_recipe: Make) -> None:
+    train(tiny_recipe(max_steps=1))
+    model = run_of(tiny_recipe()) / "model"
+    assert (model / "model.safetensors").stat().st_mode == (model / "config.json").stat().st_mode
+
+
+def test_an_output_folder_with_other_files_is_refused(tiny_recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear reader")
+    with pytest.raises(InputError, match="holds files but no run of ours"):
+        train(tiny_recipe(output_dir=str(tmp_path / "mine")))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError, match="is a file, expected a folder"):
+        train(tiny_recipe(output_dir=str(tmp_path / "file")))
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]

@@ -1,0 +1,155 @@
+"""A folder that grows: the order stays, batches go on, checkpoints agree."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from support.growing_folder import GrowingFolder, restore
+
+from common.cli_errors import InputError
+from training.checkpoints.checkpoint_folder import TrainerState
+from training.data.loading.loader import TrainingWindows, training_batches
+from training.data.loading.training_shards import TrainingShards
+from training.data.shards.shard_files import ShardFolder
+from training.recipe import Recipe
+from training.setup.plan import refuse_other_data
+from training.step.batch_plan import plan_batch
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def growing(shard_folder: Path, tmp_path: Path) -> GrowingFolder:
+    return GrowingFolder(shard_folder, tmp_path / "growing")
+
+
+def test_growing_folder_and_finished_folder_give_the_same_order(growing: GrowingFolder, shard_folder: Path) -> None:
+    finished = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
+    shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
+    assert len(growing.whole.shards) > 3
+    sample, number = 0, 2
+    windows = []
+    while sample < 3 * finished.order.windows_in_epoch(0):
+        if not shards.holds(sample):
+            number += 1
+            restore(growing, shard_folder, number)
+            assert shards.holds(sample)
+        windows.append(shards.locate(sample))
+        sample += 1
+    assert windows == [finished.locate(sample) for sample in range(len(windows))]
+    assert number == len(growing.whole.shards)
+    assert {window.epoch for window in windows} >= {0, 1, 2}
+
+
+def test_second_epoch_waits_for_the_whole_folder(growing: GrowingFolder, shard_folder: Path) -> None:
+    shards = TrainingShards(growing.show(3), seq_len=32, seed=5)
+    first_of_epoch_1 = shards.order.windows_in_epoch(0)
+    assert shards.holds(first_of_epoch_1 - 1)
+    assert not shards.holds(first_of_epoch_1)
+    # Every shard is there now, but nothing says yet that no other will come.
+    growing.whole = dataclasses.replace(growing.whole, shards=growing.whole.shards[:3])
+    restore(growing, shard_folder, 3)
+    assert shards.holds(first_of_epoch_1)
+    assert shards.locate(first_of_epoch_1).epoch == 1
+
+
+def first_tokens(batches: Iterator, steps: int) -> list[list[int]]:
+    return [next(batches)[0][:, :3].flatten().tolist() for _ in range(steps)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_go_on_into_shards_that_come_later(workers: int, growing: GrowingFolder, shard_folder: Path) -> None:
+    plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=16, num_processes=1)
+    finished = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
+    steps = 2 * finished.order.windows_in_epoch(0) // 16
+    whole = training_batches(TrainingWindows(finished, 300), plan, rank=0, first_step=0, end_step=steps)
+    expected = first_tokens(whole, steps)
+
+    shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
+    waited: list[int] = []
+
+    def on_wait(step: int) -> None:
+        waited.append(step)
+        restore(growing, shard_folder, len(shards.shards) + 2)
+
+    batches = training_batches(
+        TrainingWindows(shards, 300), plan, rank=0, first_step=0, end_step=steps, num_workers=workers, on_wait=on_wait
+    )
+    assert first_tokens(batches, steps) == expected
+    assert list(batches) == []
+    assert waited
+
+
+def test_all_ranks_wait_for_a_step_whose_last_sample_is_not_there(growing: GrowingFolder) -> None:
+    class StopError(Exception):
+        pass
+
+    def on_wait(step: int) -> None:
+        raise StopError(step)
+
+    shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
+    plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=4, num_processes=2)
+    whole_steps = shards.order.windows_in_epoch(0) // 16
+    for rank in range(2):
+        batches = training_batches(
+            TrainingWindows(shards, 300), plan, rank=rank, first_step=0, end_step=10**6, on_wait=on_wait
+        )
+        for _ in range(whole_steps * plan.accumulation_steps):
+            next(batches)
+        with pytest.raises(StopError, match=str(whole_steps)):
+            next(batches)
+
+
+def test_node_with_all_shards_waits_for_one_that_has_fewer(growing: GrowingFolder, shard_folder: Path) -> None:
+    plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=16, num_processes=1)
+    elsewhere, waited, asked = [3 * 16], [], []
+
+    def on_wait(step: int) -> None:
+        waited.append(step)
+        if len(waited) == 2:
+            elsewhere[0] = 8 * 16
+
+    def least(number: int) -> int:
+        asked.append(number)
+        return min(number, elsewhere[0])
+
+    shards = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
+    batches = training_batches(
+        TrainingWindows(shards, 300), plan, rank=0, first_step=0, end_step=8, on_wait=on_wait, least=least
+    )
+    assert len(list(batches)) == 8
+    assert waited == [3, 3]
+    assert len(asked) == 4  # at the start, and at the step that the other node lacks: no exchange at every step
+
+
+# Going on from a checkpoint
+
+
+def test_checkpoint_goes_on_over_a_folder_that_has_grown_or_is_behind(
+    growing: GrowingFolder, tiny_recipe: Make
+) -> None:
+    from training.data.tokenization.tokenizer import Tokenizer
+    from training.setup.plan import shard_identities
+
+    tokenizer, recipe = Tokenizer.load(growing.path), tiny_recipe()
+    two, three = growing.show(3), shard_identities(growing.show(3))
+    assert len(three) == 3
+
+    def state(shards: list[str], tokens: int) -> TrainerState:
+        return TrainerState(1, tokens, tokenizer.fingerprint, shards, recipe.to_dict(), 1)
+
+    refuse_other_data(state(three, 300), two, tokenizer, recipe)
+    refuse_other_data(state(three[:2], 300), two, tokenizer, recipe)  # it has grown
+    refuse_other_data(state([*three, "later"], 300), two, tokenizer, recipe)  # it was made again, and is behind
+    with pytest.raises(
+        InputError, match=r"other shards than the checkpoint's run \(the validation shard had sha256 other"
+    ):
+        refuse_other_data(state(["other", *three[1:]], 300), two, tokenizer, recipe)
+    with pytest.raises(InputError, match="other shards"):  # its second epoch had these shards only
+        refuse_other_data(state(three[:2], 10_000), two, tokenizer, recipe)
+    complete = growing.show(3, complete=True)
+    with pytest.raises(InputError, match=r"other shards .*\(3 training shards then, 2 now\)"):
+        refuse_other_data(state([*three, "later"], 300), complete, tokenizer, recipe)
+    with pytest.raises(InputError, match="another tokenizer"):
+        refuse_other_data(dataclasses.replace(state(three, 1), tokenizer_fingerprint="x"), two, tokenizer, recipe)

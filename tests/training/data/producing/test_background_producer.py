@@ -1,0 +1,428 @@
+"""Training while the corpus is still being tokenised: what it begins with, what it survives, what it leaves behind."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.growing_folder import GrowingFolder, restore
+from support.paths import ROOT
+
+from common.cli_errors import InputError
+from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
+from training.data.loading.training_shards import TrainingShards
+from training.data.producing.background_producer import ProducerBeside, producer_command
+from training.data.producing.producer import produce
+from training.data.shards.manifest import Manifest
+from training.data.shards.shard_files import ShardFolder
+from training.data.tokenization.tokenizer import train_bpe
+from training.loop import train
+from training.monitoring.run_log import RunLog, read_metrics
+from training.recipe import Recipe
+from training.setup.plan import preprocessing_workers
+
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Tiny matrices on several threads spend their time waiting for each other when the cores are busy.
+    monkeypatch.setattr("training.setup.build.use_all_cores", lambda: torch.set_num_threads(1))
+
+
+def processes_that_name(text: str) -> list[int]:
+    """Living processes whose command line holds `text`, this one left out."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            command, state = (folder / "cmdline").read_bytes(), (folder / "stat").read_text().rpartition(")")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        if text.encode() in command and state[0] != "Z" and int(folder.name) != os.getpid():
+            found.append(int(folder.name))
+    return found
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def growing(shard_folder: Path, tmp_path: Path) -> GrowingFolder:
+    return GrowingFolder(shard_folder, tmp_path / "growing")
+
+
+# The process beside training
+
+
+def script(tmp_path: Path, text: str) -> list[str]:
+    path = tmp_path / "stand_in.py"
+    path.write_text("import os, pathlib, sys, time\n" + text)
+    return [sys.executable, str(path)]
+
+
+def test_producer_that_dies_is_told_with_its_error_and_started_again(tmp_path: Path) -> None:
+    command = script(
+        tmp_path,
+        f"""
+marker = pathlib.Path({str(tmp_path / "tries")!r})
+tries = len(marker.read_text()) if marker.exists() else 0
+marker.write_text("x" * (tries + 1))
+if tries < 2:
+    print("Traceback (most recent call last):", file=sys.stderr)
+    sys.exit("error: the disk is full")
+""",
+    )
+    lines: list[str] = []
+    with ProducerBeside(lines.append) as producer:
+        producer.training_begins()
+        producer.start(command)
+        wait_until(lambda: (tmp_path / "tries").exists() and len((tmp_path / "tries").read_text()) == 3)
+        producer.check()
+    assert lines == [
+        f"The producer of shards died: the disk is full; training goes on with the shards there are; "
+        f"it starts again in {seconds} s"
+        for seconds in (1, 2)
+    ]
+
+
+def test_mistake_before_the_first_shard_ends_the_wait(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with ProducerBeside(lines.append) as producer:
+        producer.start(script(tmp_path, "print('error: no such corpus', file=sys.stderr); sys.exit(2)"))
+
+        def refused() -> bool:
+            try:
+                producer.check()
+            except InputError as error:
+                return str(error) == "no such corpus"
+            return False
+
+        wait_until(refused)
+    assert lines == []
+
+
+def test_producer_that_failed_just_before_training_begins_is_told_and_started_again(tmp_path: Path) -> None:
+    marker = tmp_path / "tries"
+    code = f"marker = pathlib.Path({str(marker)!r}); tries = marker.exists(); marker.touch()\n"
+    lines: list[str] = []
+    with ProducerBeside(lines.append) as producer:
+        producer.start(
+            script(tmp_path, code + "if not tries: sys.exit(print('error: bad', file=sys.stderr) or 2)\nprint('well')")
+        )
+        wait_until(lambda: producer.hopeless)
+        producer.training_begins()
+        wait_until(lambda: len(lines) == 2)
+    died = "The producer of shards died: bad; training goes on with the shards there are; it starts again in 1 s"
+    assert lines == [died, "well"]
+
+
+def test_killed_producer_is_started_again_and_named_as_killed(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with ProducerBeside(lines.append) as producer:
+        producer.training_begins()
+        producer.start(script(tmp_path, "print('a warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"))
+        wait_until(lambda: lines)
+    assert "died: killed by SIGKILL; training goes on" in lines[0]
+
+
+def test_a_minute_holds_one_line_of_the_producer(tmp_path: Path) -> None:
+    lines: list[str] = []
+    marker = tmp_path / "done"
+    with ProducerBeside(lines.append) as producer:
+        producer.training_begins()
+        producer.start(script(tmp_path, f"print('first'); print('second'); pathlib.Path({str(marker)!r}).touch()"))
+        wait_until(marker.exists)
+    assert lines == ["first"]
+
+
+def test_producer_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.data.producing.background_producer._SECONDS_TO_END", 0.5)
+    marker = tmp_path / "started"
+    code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(marker)!r}).touch()"
+    with ProducerBeside() as producer:
+        producer.start(script(tmp_path, code + "; time.sleep(60)"))
+        wait_until(marker.exists)
+    assert threading.active_count() == 1 or not any(thread.name == "producer" for thread in threading.enumerate())
+
+
+def slow_corpus(path: Path) -> Path:
+    """A corpus that takes the producer some seconds."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("to", "ken", "win", "shard", "ba") for b in ("s", "dow", "ch", "ing", "er")]
+    with path.open("w") as file:
+        for _ in range(20_000):
+            file.write(json.dumps({"text": " ".join(rng.choices(words, k=200))}) + "\n")
+    return path
+
+
+@pytest.fixture
+def slow_command(tmp_path: Path) -> list[str]:
+    train_bpe(["token window shard batch"] * 9, 260).save(tmp_path / "tokenizer")
+    corpus = slow_corpus(tmp_path / "c.jsonl")
+    flags = ["--corpus", str(corpus), "--tokenizer", str(tmp_path / "tokenizer"), "--num_workers", "1"]
+    return producer_command(tmp_path / "out", [*flags, "--shard_tokens", "50000", "--val_tokens", "5000"])
+
+
+@on_linux
+def test_producer_ends_with_training_and_leaves_whole_shards_only(tmp_path: Path, slow_command: list[str]) -> None:
+    with ProducerBeside(lambda line: None) as producer:
+        producer.start(slow_command)
+        wait_until(lambda: (manifest := Manifest.read(tmp_path / "out")) and len(manifest.shards) > 1)
+    assert processes_that_name(str(tmp_path)) == []
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest is not None
+    assert not manifest.complete
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files == {"manifest.json", "tokenizer.json", "tokenizer_config.json", *(s.file for s in manifest.shards)}
+
+
+@on_linux
+def test_producer_ends_when_training_is_killed(tmp_path: Path, slow_command: list[str]) -> None:
+    program = f"""
+import sys, time
+from training.data.producing.background_producer import ProducerBeside
+with ProducerBeside() as producer:
+    producer.start({slow_command!r})
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.DEVNULL)
+    try:
+        wait_until(lambda: (manifest := Manifest.read(tmp_path / "out")) and manifest.shards)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    wait_until(lambda: not processes_that_name(str(tmp_path / "out")), 20)
+    assert not (tmp_path / "out" / ".producer.lock").exists()  # it had the time to clean up
+
+
+def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(tmp_path: Path, text_file: Path) -> None:
+    settings = {"corpus": str(text_file), "tokenizer": "train:300", "shard_tokens": 9_000, "val_tokens": 2_000}
+    lines: list[str] = []
+    folders: list[ShardFolder] = []
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    command = producer_command(tmp_path / "out", [*flags, "--num_workers", "0"])
+    with ProducerBeside(lambda line: None) as producer:
+        producer.start(command)
+        wait_until((tmp_path / "out" / ".producer.lock").exists)
+        folders.append(produce(tmp_path / "out", **settings, num_workers=0, wait=True, report=lines.append))
+    assert folders[0].complete
+    assert any("another process fills" in line for line in lines) or len(lines) <= 1
+
+
+def test_cores_that_training_leaves_free_tokenise(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.setup.plan.usable_cpus", lambda: 64)
+    assert preprocessing_workers(tiny_recipe(dataloader_num_workers=2), 8) == 64 - 24
+    assert preprocessing_workers(tiny_recipe(preprocessing_num_workers=3), 8) == 3
+    monkeypatch.setattr("training.setup.plan.usable_cpus", lambda: 2)
+    assert preprocessing_workers(tiny_recipe(), 8) == 2
+    monkeypatch.setattr("training.setup.plan.usable_cpus", lambda: 1)
+    assert preprocessing_workers(tiny_recipe(), 8) == 1
+
+
+# Whole runs
+
+
+def test_run_over_a_folder_that_is_not_there_equals_one_over_ready_shards(tiny_recipe: Make, tmp_path: Path) -> None:
+    ready = tiny_recipe(output_dir=str(tmp_path / "ready"))
+    train(ready)
+    beside = tiny_recipe(output_dir=str(tmp_path / "beside"), data_dir=str(tmp_path / "data"))
+    train(beside)
+    assert [line["train_loss"] for line in read_metrics(Path(beside.output_dir)) if "train_loss" in line] == [
+        line["train_loss"] for line in read_metrics(Path(ready.output_dir)) if "train_loss" in line
+    ]
+    assert not any(thread.name == "producer" for thread in threading.enumerate())
+
+
+def test_run_dry_waits_with_a_message_and_goes_on(
+    tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The producer is away (another node holds the lock): training takes what is there, waits, and takes the rest."""
+    import fcntl
+
+    growing.show(2)
+    recipe = tiny_recipe(data_dir=str(growing.path), max_steps=60, save_steps=20, eval_steps=0, sample_steps=0)
+    ready = tiny_recipe(output_dir=str(tmp_path / "ready"), max_steps=60, save_steps=0, eval_steps=0, sample_steps=0)
+    whole_steps = TrainingShards(ShardFolder.open(growing.path), seq_len=32, seed=0).order.windows_in_epoch(0) // 8
+    assert whole_steps < 60
+    seen: list[int] = []
+
+    def another_node() -> None:
+        wait_until(lambda: len(read_metrics(Path(recipe.output_dir))) >= whole_steps)
+        time.sleep(0.7)
+        seen.append(len(read_metrics(Path(recipe.output_dir))))
+        restore(growing, shard_folder, len(growing.whole.shards))
+
+    with (growing.path / ".producer.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        thread = threading.Thread(target=another_node)
+        thread.start()
+        train(recipe)
+        thread.join()
+    assert seen == [whole_steps]
+    line = f"step {whole_steps + 1} waits for the corpus: 1 training shards are here, and the next is not ready yet\n"
+    assert line in capsys.readouterr().out
+    state = TrainerState.read(checkpoints(Path(recipe.output_dir))[0])
+    assert len(state.shards) in (2, len(growing.whole.shards))
+    train(ready)
+    assert [line["train_loss"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line] == [
+        line["train_loss"] for line in read_metrics(Path(ready.output_dir)) if "train_loss" in line
+    ]
+
+
+@pytest.mark.parametrize("shards", [3, 2], ids=["complete", "begun"])
+def test_folder_prepared_with_a_limit_of_tokens_is_trained_on(
+    shards: int, tiny_recipe: Make, text_file: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(data_dir=str(tmp_path / "whole"), max_steps=3, eval_steps=0, sample_steps=0, save_steps=0)
+    sizes = {"shard_tokens": 9_000, "val_tokens": 2_000, "max_tokens": 12_000, "num_workers": 0}
+    produce(tmp_path / "whole", corpus=str(text_file), tokenizer=recipe.tokenizer, report=lambda line: None, **sizes)
+    folder = GrowingFolder(tmp_path / "whole", tmp_path / "data")
+    steps = 2 if folder.show(shards, complete=shards == 3).complete else 40  # the first shard has 35
+    train(dataclasses.replace(recipe, data_dir=str(folder.path), max_steps=steps))
+    manifest = Manifest.read(folder.path)
+    assert manifest == folder.whole
+
+
+def test_run_dry_names_what_its_producer_died_of(
+    tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    growing.show(2)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "what the folder was not begun with"}\n')
+    recipe = tiny_recipe(data_dir=str(growing.path), corpus=str(tmp_path / "corpus.jsonl"), max_steps=40)
+    recipe = dataclasses.replace(recipe, eval_steps=0, sample_steps=0, save_steps=0)
+    log = Path(recipe.output_dir) / "train.log"
+
+    def mend() -> None:
+        wait_until(lambda: log.exists() and "waits for the corpus" in log.read_text())
+        restore(growing, shard_folder, len(growing.whole.shards))
+
+    thread = threading.Thread(target=mend)
+    thread.start()
+    train(recipe)
+    thread.join()
+    waiting = next(line for line in capsys.readouterr().out.splitlines() if "waits for the corpus" in line)
+    assert "and the next is not ready yet; their producer died: expected the corpus that" in waiting
+
+
+def test_producer_has_ended_before_the_log_it_speaks_to_is_closed(
+    tiny_recipe: Make, growing: GrowingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    growing.show(2)
+    (tmp_path / "corpus.jsonl").write_text('{"text": "what the folder was not begun with"}\n')
+    alive = {}
+
+    def noting(method: Callable[..., None], when: str) -> Callable[..., None]:
+        def noted(log: RunLog) -> None:
+            alive[when] = "producer" in [thread.name for thread in threading.enumerate()]
+            method(log)
+
+        return noted
+
+    monkeypatch.setattr(RunLog, "advance", noting(RunLog.advance, "in a step"))
+    monkeypatch.setattr(RunLog, "close", noting(RunLog.close, "at the end"))
+    train(tiny_recipe(data_dir=str(growing.path), corpus=str(tmp_path / "corpus.jsonl"), max_steps=2, eval_steps=0))
+    assert alive == {"in a step": True, "at the end": False}
+
+
+def test_length_in_epochs_needs_the_whole_folder(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe(data_dir=str(tmp_path / "data"), max_steps=None, num_train_epochs=0.1, eval_steps=0)
+    train(recipe)
+    folder = ShardFolder.open(tmp_path / "data")
+    assert folder.complete
+    steps = len([line for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line])
+    windows = TrainingShards(folder, seq_len=32, seed=0).order.windows_in_epoch(0)
+    assert steps == int(0.1 * windows) * 32 // 256
+
+
+def test_corpus_that_cannot_be_read_ends_the_run_with_the_producers_line(tiny_recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"texts": "no such field"}\n')
+    recipe = tiny_recipe(data_dir=str(tmp_path / "data"), corpus=str(tmp_path / "c.jsonl"), tokenizer="train:300")
+    with pytest.raises(InputError, match=r"^expected the field 'text' in .*did you mean texts"):
+        train(recipe)
+    assert not Path(recipe.output_dir).exists()
+    assert not (tmp_path / "data").exists()
+
+
+@on_linux
+def test_producer_killed_under_a_run_is_started_again_and_the_run_goes_on(
+    tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_bpe(["token window shard batch"] * 9, 260).save(tmp_path / "tokenizer")
+    data = tmp_path / "data"
+    recipe = tiny_recipe(
+        data_dir=str(data),
+        corpus=str(slow_corpus(tmp_path / "c.jsonl")),
+        tokenizer=str(tmp_path / "tokenizer"),
+        shard_tokens=20_000,
+        max_steps=250,  # through three shards
+        eval_steps=0,
+        sample_steps=0,
+        save_steps=0,
+        preprocessing_num_workers=0,
+    )
+    at_the_kill: list[int] = []
+
+    def kill() -> None:
+        wait_until(lambda: len(read_metrics(Path(recipe.output_dir))) > 3)
+        for process in processes_that_name(str(data)):
+            os.kill(process, signal.SIGKILL)
+        manifest = Manifest.read(data)
+        assert manifest is not None
+        at_the_kill.append(len(manifest.shards))
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    train(recipe)
+    thread.join()
+    assert at_the_kill
+    assert "The producer of shards died: killed by SIGKILL; training goes on" in capsys.readouterr().out
+    losses = [line["train_loss"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line]
+    assert len(losses) == 250
+    assert processes_that_name(str(data)) == []
+
+
+@on_linux
+def test_two_processes_of_a_node_start_one_producer(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe(output_dir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"), max_steps=3, eval_steps=0)
+    recipe.save(tmp_path / "recipe.yaml")
+    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--main_process_port", "0"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
+    command += [str(ROOT / "training" / "train.py"), "--config", str(tmp_path / "recipe.yaml")]
+    producers: set[int] = set()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None:
+            for found in processes_that_name(str(tmp_path / "data")):
+                try:
+                    if b"training.prepare" in Path(f"/proc/{found}/cmdline").read_bytes():
+                        # A process that has been forked, and is not yet another program, looks like its parent.
+                        producers.add(os.getsid(found))
+                except (FileNotFoundError, ProcessLookupError):
+                    continue
+            time.sleep(0.05)
+        assert process.stderr is not None
+        assert process.returncode == 0, process.stderr.read()
+    assert len(producers) == 1
+    alone = dataclasses.replace(recipe, output_dir=str(tmp_path / "alone"))
+    train(alone)
+    for path in (recipe, alone):
+        assert len(read_metrics(Path(path.output_dir))) == 4
+    for two, one in zip(read_metrics(tmp_path / "run"), read_metrics(tmp_path / "alone"), strict=True):
+        key = "train_loss" if "train_loss" in one else "val_loss"
+        assert two[key] == pytest.approx(one[key], abs=1e-5)

@@ -1,0 +1,49 @@
+import subprocess
+import sys
+
+import pytest
+from support.paths import ROOT
+
+from training import prepare
+from training.data.shards.shard_files import ShardFolder
+
+
+def _run(monkeypatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["prepare", *map(str, arguments)])
+    prepare.main()
+
+
+def test_command_fills_a_folder_and_says_what_came_of_it(tmp_path, monkeypatch, capsys):
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("A window of tokens begins where the last one ended. " * 400)
+    flags = ["--corpus", corpus, "--output", tmp_path / "out", "--tokenizer", "train:280", "--num_workers", 0]
+    _run(monkeypatch, *flags, "--shard_tokens", 1000, "--val_tokens", 100)
+    folder = ShardFolder.open(tmp_path / "out")
+    assert folder.complete
+    out = capsys.readouterr().out
+    assert f"{len(folder.shards)} shards, 1 documents, {folder.manifest.tokens:,} tokens of bpe-280" in out
+    assert "bytes a token" in out
+
+
+def test_validation_is_as_long_as_a_shard_unless_told(tmp_path, monkeypatch):
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("A window of tokens begins where the last one ended. " * 400)
+    flags = ["--corpus", corpus, "--output", tmp_path / "out", "--tokenizer", "train:280", "--num_workers", 0]
+    _run(monkeypatch, *flags, "--shard_tokens", 700)
+    assert ShardFolder.open(tmp_path / "out").val_shard.tokens == 700
+
+
+def test_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        _run(monkeypatch, "--corpus", "nowhere", "--output", tmp_path / "out")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: expected a corpus, found 'nowhere'")
+
+
+def test_help_imports_nothing_heavy():
+    program = (
+        "import sys, training.prepare as p; p.build_parser().format_help(); "
+        "print([m for m in ('torch', 'transformers', 'datasets', 'pyarrow', 'numpy') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

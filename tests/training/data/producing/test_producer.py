@@ -1,0 +1,330 @@
+"""The producer: bytes that depend on corpus and tokenizer alone, and going on where it was ended."""
+
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from support.paths import ROOT
+from support.small_corpora import WORDS, folder_bytes, write_corpus
+
+from common.atomic_files import UNFINISHED_SUFFIX
+from common.cli_errors import InputError
+from training.data.producing import producer
+from training.data.producing.producer import produce
+from training.data.shards.manifest import Manifest
+from training.data.shards.shard_files import ShardFolder, ShardWriter
+from training.data.sources.files import FileCorpus
+from training.data.tokenization.tokenizer import Tokenizer
+from training.data.tokenization.tokenizer_training import train_tokenizer
+
+
+def _ids(folder: ShardFolder) -> np.ndarray:
+    return np.concatenate([shard.read() for shard in folder.shards])
+
+
+def test_shards_hold_each_document_behind_an_end_of_text_in_order(tmp_path, corpus, tokenizer_folder, settings):
+    folder = produce(tmp_path / "out", **settings)
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    expected = []
+    for line in corpus.read_text().splitlines():
+        expected += [tokenizer.end_of_text_id, *tokenizer.encode(json.loads(line)["text"])]
+    assert _ids(folder).tolist() == expected
+    assert folder.val_shard.tokens == 1_500
+    assert {shard.tokens for shard in folder.train_shards[:-1]} == {5_000}
+    assert folder.manifest.documents == 400
+    assert Tokenizer.load(folder.path).fingerprint == tokenizer.fingerprint
+    assert sorted(path.name for path in folder.path.iterdir()) == sorted(
+        [*(shard.path.name for shard in folder.shards), "manifest.json", "tokenizer.json", "tokenizer_config.json"]
+    )
+
+
+def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 3_000)  # many batches
+    for workers in (0, 1, 2, 4):
+        produce(tmp_path / str(workers), **{**settings, "num_workers": workers})
+    assert (
+        folder_bytes(tmp_path / "0")
+        == folder_bytes(tmp_path / "1")
+        == folder_bytes(tmp_path / "2")
+        == folder_bytes(tmp_path / "4")
+    )
+
+
+def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, settings, tokenizer_folder):
+    path = write_corpus(tmp_path / "c.jsonl", 100)
+    settings = {**settings, "corpus": str(path)}
+    produce(tmp_path / "out", **settings)
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    write_corpus(path, 101)  # another revision
+    assert produce(tmp_path / "out", **settings).complete
+    path.unlink()
+    assert produce(tmp_path / "out", **settings).complete
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"shard_tokens": 6_000}, "shard_tokens 5000 instead of 6000"),
+        ({"val_tokens": 1_000}, "val_tokens 1500 instead of 1000"),
+        ({"corpus": "installed-docs"}, "corpus c instead of installed-docs"),
+        ({"text_field": "body"}, "text_field text instead of body"),
+        ({"tokenizer": "train:400"}, "tokenizer bpe-300 instead of train:400"),
+        ({"tokenizer": "gpt2"}, "tokenizer bpe-300 instead of gpt2"),
+    ],
+)
+def test_folder_made_with_other_settings_is_refused_with_the_difference(tmp_path, settings, change, found):
+    produce(tmp_path, **settings)
+    before = folder_bytes(tmp_path)
+    with pytest.raises(InputError, match=f"{found}; ask for the same, give another folder, or delete this one"):
+        produce(tmp_path, **{**settings, **change})
+    assert folder_bytes(tmp_path) == before
+
+
+def test_folder_cut_at_max_tokens_serves_less_and_not_more(tmp_path, settings):
+    folder = produce(tmp_path, **settings, max_tokens=7_000)
+    assert sum(shard.tokens for shard in folder.train_shards) == 7_000
+    assert produce(tmp_path, **settings, max_tokens=6_000).complete
+    for more in (None, 8_000):
+        with pytest.raises(InputError, match=f"max_tokens 7000 instead of {more}"):
+            produce(tmp_path, **settings, max_tokens=more)
+
+
+class _KilledError(Exception):
+    pass
+
+
+def _interrupt_after(monkeypatch, shards: int) -> None:
+    """Make the producer die when it has written so many shards, leaving what a kill would leave."""
+    real = ShardWriter._write_shard
+
+    def write_shard(self) -> None:
+        if len(self.manifest.shards) == shards:
+            (self._folder / f"c_train_{shards:06d}.npy{UNFINISHED_SUFFIX}").write_bytes(b"half")
+            (self._folder / f"c_train_{shards:06d}.npy").write_bytes(b"whole, but the manifest does not know it")
+            raise _KilledError
+        real(self)
+
+    monkeypatch.setattr(ShardWriter, "_write_shard", write_shard)
+    monkeypatch.setattr(producer, "tidied", contextlib.nullcontext)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_interrupted_producer_goes_on_to_the_same_bytes(tmp_path, settings, monkeypatch, shards):
+    produce(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, shards)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    assert len(ShardFolder.open(tmp_path / "out").shards) == shards
+    produce(tmp_path / "out", **settings)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_document_longer_than_shards_is_taken_up_in_its_middle(tmp_path, settings, monkeypatch):
+    path = tmp_path / "c.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=20_000)))
+    settings = {**settings, "corpus": str(path)}
+    produce(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 3)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    produce(tmp_path / "out", **settings)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_incomplete_folder_is_not_continued_with_a_changed_corpus(tmp_path, settings, monkeypatch):
+    path = write_corpus(tmp_path / "c.jsonl", 200)
+    settings = {**settings, "corpus": str(path)}
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 2)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    write_corpus(path, 200, seed=1)
+    with pytest.raises(InputError, match="'c' has changed since; delete the folder"):
+        produce(tmp_path / "out", **settings)
+    monkeypatch.setattr(FileCorpus, "revision", Manifest.read(tmp_path / "out").corpus_revision)
+    with pytest.raises(InputError, match="found another; the corpus has changed"):
+        produce(tmp_path / "out", **settings)
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.parquet", "c"])
+def test_producer_goes_on_without_reading_what_is_behind_it(tmp_path, settings, monkeypatch, name):
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS, k=rng.choice([1, 5, 40, 300]))) for _ in range(400)]
+    path = tmp_path / name
+    if name == "c.parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), path, row_group_size=10)
+    elif name == "c.jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    else:
+        path.mkdir()
+        for number, text in enumerate(texts):
+            (path / f"{number:03d}.txt").write_text(text)
+    monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 2_000)
+    settings = {**settings, "corpus": str(path)}
+    whole = produce(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 4)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.resume.document < manifest.documents <= manifest.resume.document + 30
+
+    read, real = [], FileCorpus._read
+
+    def spy(self, start):
+        for document in real(self, start):
+            read.append(document)
+            yield document
+
+    monkeypatch.setattr(FileCorpus, "_read", spy)
+    produce(tmp_path / "out", **settings)
+    assert len(read) == 400 - manifest.resume.document
+    assert folder_bytes(tmp_path / "out") == folder_bytes(whole.path)
+
+
+@pytest.mark.parametrize("max_tokens", [None, 21_000])
+def test_documents_that_are_not_utf8_are_counted_once_whatever_happens(tmp_path, settings, monkeypatch, max_tokens):
+    path = tmp_path / "c.jsonl"
+    with path.open("wb") as file:
+        for number in range(300):
+            word = b"caf\xe9" if number % 7 == 0 else b"window"
+            file.write(b'{"text": "' + b" ".join([word] * 40) + b'"}\n')
+    settings = {**settings, "corpus": str(path), "max_tokens": max_tokens}
+    lines: list[str] = []
+    for number, characters in enumerate((3_000, 1_000_000)):
+        monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", characters)
+        produce(tmp_path / str(number), **{**settings, "num_workers": number, "report": lines.append})
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 3)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    folder = produce(tmp_path / "out", **settings)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "0") == folder_bytes(tmp_path / "1")
+    begun = folder.manifest.documents
+    assert (begun == 300) == (max_tokens is None)
+    assert folder.manifest.replaced_documents == len(range(0, begun, 7))
+    assert f"{folder.manifest.replaced_documents:,} documents held bytes that are not UTF-8" in lines[-1]
+
+
+def test_document_of_ten_megabytes_is_a_document_like_any_other(tmp_path, settings):
+    path = tmp_path / "c.jsonl"
+    long = " ".join(random.Random(0).choices(WORDS, k=1_750_000))
+    assert len(long.encode()) > 10_000_000
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("before", long, "x" * 200_000, "after")))
+    settings = {**settings, "corpus": str(path), "shard_tokens": 1_000_000, "num_workers": 1}
+    folder = produce(tmp_path / "out", **settings)
+    tokenizer = Tokenizer.load(folder.path)
+    assert folder.manifest.documents == 4
+    ids = _ids(folder)
+    assert tokenizer.decode(ids[-6:].tolist()).endswith("after")
+    start, end = np.flatnonzero(ids == tokenizer.end_of_text_id)[1:3]
+    assert tokenizer.decode(ids[start + 1 : end].tolist()) == long
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_killed_producer_leaves_no_process_and_ends_with_the_same_bytes(tmp_path, settings):
+    path = write_corpus(tmp_path / "c.jsonl", 4_000)
+    settings = {**settings, "corpus": str(path), "shard_tokens": 20_000}
+    produce(tmp_path / "whole", **settings)
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "training.prepare", "--output", str(out), "--num_workers", "1"]
+    for name in ("corpus", "tokenizer", "shard_tokens", "val_tokens"):
+        command += [f"--{name}", str(settings[name])]
+    killed_with = []
+    for wanted in (0, 1, 4):  # shards on disk at which it is killed
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        try:
+            while process.poll() is None:
+                manifest = Manifest.read(out)
+                if manifest is not None and len(manifest.shards) >= wanted and (children := _children(process.pid)):
+                    break
+                time.sleep(0.002)
+            else:
+                pytest.fail(f"ended by itself with {process.returncode}")
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        killed_with.append(len(Manifest.read(out).shards))
+        deadline = time.monotonic() + 20
+        while any(map(_is_alive, children)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not any(map(_is_alive, children))
+    assert not Manifest.read(out).complete, killed_with
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
+
+
+# A tokenizer trained on the corpus
+
+
+def test_trained_tokenizer_is_saved_and_never_saw_validation(tmp_path, settings):
+    path = tmp_path / "c.jsonl"
+    rng = random.Random(0)
+    with path.open("w") as file:
+        for i in range(300):
+            words = ["xylophone"] * 30 if i < 20 else rng.choices(WORDS, k=60)
+            file.write(json.dumps({"text": " ".join(words)}) + "\n")
+    folder = produce(tmp_path / "out", **{**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 500})
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert folder.manifest.vocab_size == tokenizer.vocab_size == 290
+    assert folder.manifest.tokenizer == "bpe-290"
+    assert "xylophone" in tokenizer.decode(folder.val_shard.read().tolist())
+    assert not any("xyl" in tokenizer.decode([i]) for i in range(290))
+
+
+def test_more_is_set_aside_when_validation_turns_out_longer(tmp_path, settings, monkeypatch):
+    monkeypatch.setattr("training.data.tokenization.tokenizer_training._RESERVED_CHARACTERS_PER_TOKEN", 1)
+    lines: list[str] = []
+    produce(tmp_path / "out", **{**settings, "tokenizer": "train:300", "report": lines.append})
+    assert len([line for line in lines if "training a vocabulary" in line]) > 1
+
+
+def test_one_document_can_be_cut_between_validation_and_tokenizer_training(tmp_path, settings):
+    path = tmp_path / "c.txt"
+    path.write_text("xylophone " * 400 + " ".join(WORDS * 300))
+    settings = {**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 600, "shard_tokens": 1000}
+    produce(tmp_path / "out", **settings)
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert not any("xylo" in tokenizer.decode([i]) for i in range(290))
+
+
+def test_interrupted_producer_keeps_the_tokenizer_that_it_trained(tmp_path, settings, monkeypatch):
+    settings = {**settings, "tokenizer": "train:300"}
+    produce(tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 2)
+        with pytest.raises(_KilledError):
+            produce(tmp_path / "out", **settings)
+    monkeypatch.setattr(producer, "train_tokenizer", None)  # training again would fail
+    produce(tmp_path / "out", **settings)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+
+
+def test_corpus_that_validation_uses_up_trains_no_tokenizer(tmp_path, corpus, settings):
+    from training.data.sources.open_corpus import open_corpus
+
+    with pytest.raises(InputError, match="found nothing behind them to train a tokenizer on"):
+        train_tokenizer(open_corpus(str(corpus)), 300, val_tokens=1_000_000, report=lambda line: None)

@@ -1,0 +1,135 @@
+"""`python -m training.prepare --inspect DIR`: what is told about a folder, and what is found out."""
+
+import dataclasses
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.paths import ROOT
+
+from training import prepare
+from training.data.shards.manifest import Manifest
+from training.data.shards.shard_files import ShardFolder
+
+
+@pytest.fixture
+def folder(shard_folder: Path, tmp_path: Path) -> Path:
+    shutil.copytree(shard_folder, tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    def run(*flags: object, exit_code: int | None = None) -> str:
+        monkeypatch.setattr(sys, "argv", ["prepare", *map(str, flags)])
+        if exit_code is None:
+            prepare.main()
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as caught:
+            prepare.main()
+        assert caught.value.code == exit_code
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("verify", [(), ("--verify",)])
+def test_folder_is_told_with_its_shards_tokenizer_and_first_lines(
+    verify: tuple[str, ...], folder: Path, told: Callable[..., str]
+) -> None:
+    out = told("--inspect", folder, *verify)
+    opened = ShardFolder.open(folder)
+    assert opened.manifest is not None
+    assert f"{folder}: complete" in out
+    assert "tokenizer: bpe-300 with 300 ids as uint16" in out
+    for shard in opened.shards:
+        line = next(line for line in out.splitlines() if line.startswith(shard.path.name))
+        columns = line.split()
+        assert columns[1:4] == [shard.split, f"{shard.tokens:,}", f"{shard.documents:,}"]
+        assert line.endswith("sha256 and ids") == bool(verify)
+    assert f"{opened.manifest.tokens:,}" in out
+    assert out.count("  | ") >= 2
+    assert any(subject in out for subject in ("The model", "A shard", "The loader", "Every token"))
+
+
+def test_growing_folder_says_that_it_is_not_complete(folder: Path, told: Callable[..., str]) -> None:
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    dataclasses.replace(manifest, shards=manifest.shards[:2], complete=False, replaced_documents=3).write(folder)
+    out = told("--inspect", folder, "--verify")
+    assert "not complete" in out
+    assert "documents with bytes that were no UTF-8: 3" in out
+    assert out.count(".npy") == 2
+
+
+def test_changed_byte_is_found_by_verify_alone(folder: Path, told: Callable[..., str]) -> None:
+    shard = ShardFolder.open(folder).train_shards[1].path
+    content = bytearray(shard.read_bytes())
+    content[-2] ^= 1
+    shard.write_bytes(content)
+    told("--inspect", folder)
+    error = told("--inspect", folder, "--verify", exit_code=2)
+    assert error.startswith(f"error: expected {shard} with the sha256 that the manifest says, found other bytes")
+
+
+def test_folder_of_another_program_is_told_with_a_tokenizer_that_is_named(
+    shard_folder: Path, tmp_path: Path, told: Callable[..., str]
+) -> None:
+    ids = ShardFolder.open(shard_folder).val_shard.read()
+    for split in ("val", "train"):
+        np.save(tmp_path / f"edufineweb_{split}_000000.npy", ids)
+    out = told("--inspect", tmp_path, "--tokenizer", shard_folder)
+    assert "shards of another program, without a manifest" in out
+    assert "not counted" in out
+    begun = np.count_nonzero(ids == 299)
+    verified = told("--inspect", tmp_path, "--tokenizer", shard_folder, "--verify")
+    assert f"{begun:,}  ids" in verified
+    assert f"{2 * begun:,}" in verified
+
+
+def test_ids_of_another_tokenizer_are_told_and_refused_by_verify(
+    shard_folder: Path, tmp_path: Path, told: Callable[..., str]
+) -> None:
+    for split in ("val", "train"):
+        np.save(tmp_path / f"x_{split}_000000.npy", np.full(50, 40_000, dtype="<u2"))
+    assert "ids up to 40,000: not of bpe-300" in told("--inspect", tmp_path, "--tokenizer", shard_folder)
+    error = told("--inspect", tmp_path, "--tokenizer", shard_folder, "--verify", exit_code=2)
+    assert "expected ids below the vocabulary size 300" in error
+
+
+def test_folder_whose_tokenizer_was_exchanged_is_refused(
+    folder: Path, tmp_path: Path, told: Callable[..., str]
+) -> None:
+    from training.data.tokenization.tokenizer import train_bpe
+
+    train_bpe(["another text, another tokenizer"] * 9, 270).save(folder)
+    assert "were made with, found bpe-270" in told("--inspect", folder, exit_code=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (("--inspect", "nowhere"), "error: expected shards"),
+        (("--corpus", "installed-docs"), "error: expected the folder to fill, found no --output"),
+        (("--corpus", "installed-docs", "--output", "x", "--verify"), "error: --verify goes with --inspect DIR"),
+        ((), "one of the arguments --corpus --inspect is required"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_one_line(
+    flags: tuple[str, ...], error: str, told: Callable[..., str]
+) -> None:
+    assert error in told(*flags, exit_code=2)
+
+
+def test_a_reader_who_has_seen_enough_is_no_error(folder: Path) -> None:
+    command = [sys.executable, "-u", "-m", "training.prepare", "--inspect", str(folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == b""

@@ -1,0 +1,279 @@
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.atomic_files import UNFINISHED_SUFFIX
+from common.cli_errors import InputError
+from training.data.shards.manifest import Manifest
+from training.data.shards.shard_files import ShardFolder, ShardWriter, holds_foreign_shards
+
+END = 300  # of text
+MANIFEST = Manifest(
+    corpus="c",
+    corpus_config=None,
+    corpus_revision="r",
+    text_field="text",
+    tokenizer="bpe-301",
+    tokenizer_fingerprint="f",
+    vocab_size=301,
+    end_of_text_id=END,
+    dtype="uint16",
+    shard_tokens=10,
+    val_tokens=4,
+    max_tokens=None,
+)
+
+
+def _fill(folder: Path, ids, manifest: Manifest = MANIFEST) -> ShardFolder:
+    writer = ShardWriter(folder, manifest)
+    writer.add(np.array(ids))
+    writer.finish()
+    return ShardFolder.open(folder)
+
+
+def test_shards_have_their_names_sizes_and_ids(tmp_path):
+    folder = _fill(tmp_path, range(27))
+    names = [(shard.path.name, shard.split, shard.tokens) for shard in folder.shards]
+    assert names == [
+        ("c_val_000000.npy", "val", 4),
+        ("c_train_000001.npy", "train", 10),
+        ("c_train_000002.npy", "train", 10),
+        ("c_train_000003.npy", "train", 3),
+    ]
+    assert np.concatenate([shard.read() for shard in folder.shards]).tolist() == list(range(27))
+    assert np.load(folder.train_shards[0].path).dtype == np.dtype("<u2")
+    assert folder.complete
+    assert folder.val_shard.tokens == 4
+
+
+def test_ids_are_read_only(tmp_path):
+    ids = _fill(tmp_path, range(27)).val_shard.read()
+    with pytest.raises(ValueError, match="read-only"):
+        ids[0] = 1
+
+
+def test_large_vocabulary_is_written_as_uint32(tmp_path):
+    manifest = replace(MANIFEST, dtype="uint32", vocab_size=100_000, end_of_text_id=99_999)
+    folder = _fill(tmp_path, [99_999, 70_000, 1, 2, 3, 4], manifest)
+    assert folder.val_shard.read().tolist() == [99_999, 70_000, 1, 2]
+    assert folder.val_shard.read().dtype == np.dtype("<u4")
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.integers(0, 25), min_size=1, max_size=8))
+def test_shards_do_not_depend_on_how_ids_arrive(tmp_path_factory, sizes):
+    ids = np.arange(sum(sizes) + 6) % 301
+    whole, pieces = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("pieces")
+    _fill(whole, ids)
+    writer = ShardWriter(pieces, MANIFEST)
+    for piece in np.split(ids, np.cumsum(sizes)):
+        writer.add(piece)
+    writer.finish()
+    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in pieces.iterdir()}
+
+
+def test_manifest_counts_documents_and_hashes_files(tmp_path):
+    folder = _fill(tmp_path, [END, 1, END, 2, 3, 4, END, 5, 6])
+    assert [shard.documents for shard in folder.shards] == [2, 1]
+    assert folder.manifest.documents == 3
+    assert folder.manifest.tokens == 9
+    for shard in folder.shards:
+        assert shard.sha256 == hashlib.sha256(shard.path.read_bytes()).hexdigest()
+
+
+def test_writer_stops_at_max_tokens_of_training(tmp_path):
+    manifest = replace(MANIFEST, max_tokens=13)
+    writer = ShardWriter(tmp_path, manifest)
+    assert not writer.full
+    writer.add(np.arange(100))
+    assert writer.full
+    writer.finish()
+    assert [shard.tokens for shard in ShardFolder.open(tmp_path).shards] == [4, 10, 3]
+
+
+@pytest.mark.parametrize("tokens", [0, 3, 4, 5])
+def test_corpus_too_small_is_refused_and_leaves_no_shard(tmp_path, tokens):
+    writer = ShardWriter(tmp_path, MANIFEST)
+    writer.add(np.arange(tokens))
+    with pytest.raises(InputError, match=f"at least 6 tokens.*found {tokens}"):
+        writer.finish()
+    assert not list(tmp_path.glob("*.npy*"))
+
+
+def test_folder_being_filled_shows_its_whole_shards(tmp_path):
+    writer = ShardWriter(tmp_path, MANIFEST)
+    MANIFEST.write(tmp_path)
+    with pytest.raises(InputError, match=r"validation shard.*found none yet"):
+        ShardFolder.open(tmp_path).val_shard  # noqa: B018
+    writer.add(np.arange(20))
+    folder = ShardFolder.open(tmp_path)
+    assert not folder.complete
+    assert [shard.tokens for shard in folder.shards] == [4, 10]
+    assert not list(tmp_path.glob(f"*{UNFINISHED_SUFFIX}"))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [
+        (_cut, "expected 10 tokens .as its header says.*found room for 8"),
+        (lambda path: path.unlink(), "no file that can be read"),
+        (lambda path: path.write_bytes(b""), "another file"),
+        (lambda path: path.write_bytes(b"not numpy at all"), "another file"),
+        (lambda path: np.save(path, np.zeros(7, "<u2")), "10 tokens of uint16 .as manifest.json.*found 7"),
+        (lambda path: np.save(path, np.zeros(10, "<u4")), "found 10 of uint32"),
+        (lambda path: np.save(path, np.zeros((2, 5), "<u2")), r"shape \(2, 5\)"),
+        (lambda path: np.save(path, np.zeros(10, "<f4")), "float32"),
+    ],
+)
+def test_damaged_shard_is_refused_with_its_name_and_the_way_out(tmp_path, damage, found):
+    damage(_fill(tmp_path, range(27)).shards[1].path)
+    with pytest.raises(InputError, match=found) as caught:
+        ShardFolder.open(tmp_path)
+    assert "c_train_000001.npy" in str(caught.value)
+    assert "training.prepare again" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda data: data.update(format_version=2), "expected format_version 1 in .*found 2"),
+        (lambda data: data.pop("format_version"), "found None"),
+        (lambda data: data.pop("dtype"), "other keys"),
+        (lambda data: data["shards"][0].pop("tokens"), "other keys"),
+        (lambda data: data.update(dtype="float7"), "found dtype float7"),
+        (lambda data: data.update(dtype=7), "found dtype 7"),
+        (lambda data: data.update(vocab_size="301"), "found vocab_size '301'"),
+        (lambda data: data.update(vocab_size=12), "found end_of_text_id 300 of a vocabulary of 12"),
+        (lambda data: data.update(complete="no"), "found complete 'no'"),
+        (lambda data: data.update(replaced_documents=None), "found replaced_documents None"),
+        (lambda data: data.update(shard_tokens=0), "found shards without tokens"),
+        (lambda data: data.update(shards={}), "found other than a list of shards"),
+        (lambda data: data["shards"].append(data["shards"][1]), "not each a file of their own"),
+        (lambda data: data["shards"][1].update(file="../c_train_000001.npy"), "not each a file of their own"),
+        (lambda data: data["shards"][1].update(file="c\0.npy"), "not each a file of their own"),
+        (lambda data: data["shards"][1].update(file="\ud800.npy"), "not each a file of their own"),
+        (lambda data: data["shards"][1].update(file=3), "found file 3"),
+        (lambda data: data["shards"][1].update(documents=-5), "a shard without tokens, or with fewer documents"),
+        (lambda data: data["shards"][1].update(tokens=0), "a shard without tokens"),
+        (lambda data: data["shards"].__delitem__(slice(1, None)), "found no training shard, and all are there"),
+        (lambda data: data["shards"][1].update(tokens="10"), "found tokens '10'"),
+        (lambda data: data["shards"][1].update(documents=None), "found documents None"),
+        (lambda data: data["shards"][1].update(split="test"), "found split 'test'"),
+        (lambda data: data["shards"][0].update(split="train"), "another order than validation, training"),
+        (lambda data: data.update(resume=5), "other keys"),
+        (lambda data: data.update(resume={"document": 1}), "other keys"),
+        (lambda data: data.update(resume={"document": -1, "place": 0}), "found document -1 to go on from"),
+    ],
+)
+def test_manifest_of_another_format_is_refused(tmp_path, change, found):
+    _fill(tmp_path, range(27))
+    path = tmp_path / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError, match=found):
+        ShardFolder.open(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+def test_broken_manifest_is_one_clear_line(tmp_path, content):
+    _fill(tmp_path, range(27))
+    (tmp_path / "manifest.json").write_bytes(content)
+    with pytest.raises(InputError, match="delete the folder and prepare it again") as caught:
+        ShardFolder.open(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# What other programs write
+
+
+def _bin(path: Path, ids, magic: int = 20240520, version: int = 1, claimed: int | None = None) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(ids) if claimed is None else claimed
+    path.write_bytes(header.tobytes() + np.array(ids, dtype="<u2").tobytes())
+
+
+def test_build_nanogpt_folder_opens(tmp_path):
+    np.save(tmp_path / "edufineweb_val_000000", np.arange(9, dtype=np.uint16))
+    np.save(tmp_path / "edufineweb_train_000002", np.arange(5, dtype=np.uint16))
+    np.save(tmp_path / "edufineweb_train_000001", np.arange(7, dtype=np.uint16))
+    folder = ShardFolder.open(tmp_path)
+    assert holds_foreign_shards(tmp_path)
+    assert (folder.manifest, folder.complete) == (None, True)
+    assert [shard.tokens for shard in folder.train_shards] == [7, 5]
+    assert folder.val_shard.read().tolist() == list(range(9))
+    assert folder.val_shard.documents is None
+
+
+@pytest.mark.parametrize("names", [("fineweb_val_000000", "fineweb_train_000001"), ("tiny_val", "tiny_train")])
+def test_llmc_bin_folder_opens(tmp_path, names):
+    _bin(tmp_path / f"{names[0]}.bin", [50256, 1, 2])
+    _bin(tmp_path / f"{names[1]}.bin", [50256, 3, 4, 5])
+    folder = ShardFolder.open(tmp_path)
+    assert folder.val_shard.read().tolist() == [50256, 1, 2]
+    assert folder.train_shards[0].read().tolist() == [50256, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"magic": 20240801}, "found magic 20240801"),
+        ({"version": 7}, "version 7"),
+        ({"claimed": 5}, "expected 5 tokens .as its header says. in .*found room for 3"),
+        ({"claimed": 2}, "expected 2 tokens"),
+    ],
+)
+def test_other_bin_files_are_refused(tmp_path, arguments, found):
+    _bin(tmp_path / "c_val_000000.bin", [1, 2, 3], **arguments)
+    with pytest.raises(InputError, match=found):
+        ShardFolder.open(tmp_path)
+
+
+def test_bin_without_header_is_refused(tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"\x01\x00" * 40)
+    with pytest.raises(InputError, match="magic"):
+        ShardFolder.open(tmp_path)
+
+
+def test_ids_are_checked_against_a_vocabulary(tmp_path):
+    np.save(tmp_path / "c_val_000000", np.array([1, 2], dtype=np.uint16))
+    np.save(tmp_path / "c_train_000001", np.array([1, 50256, 2], dtype=np.uint16))
+    folder = ShardFolder.open(tmp_path)
+    folder.check_ids(50257)
+    folder.check_ids(3, [folder.val_shard])
+    with pytest.raises(InputError, match=r"below the vocabulary size 4,096 in .*c_train_000001.*found 50,256"):
+        folder.check_ids(4096)
+
+
+def test_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(InputError, match="found no such folder; make them"):
+        ShardFolder.open(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="found a folder without any"):
+        ShardFolder.open(tmp_path)
+    assert not holds_foreign_shards(tmp_path)
+
+
+def test_folder_with_both_kinds_is_refused(tmp_path):
+    np.save(tmp_path / "c_val_000000", np.array([1, 2], dtype=np.uint16))
+    _bin(tmp_path / "c_train_000001.bin", [1])
+    with pytest.raises(InputError, match=re.escape("both .npy and .bin")):
+        ShardFolder.open(tmp_path)
+
+
+def test_folder_without_validation_is_refused_when_it_is_needed(tmp_path):
+    np.save(tmp_path / "c_train_000001", np.array([1, 2], dtype=np.uint16))
+    folder = ShardFolder.open(tmp_path)
+    with pytest.raises(InputError, match="expected a validation shard"):
+        folder.val_shard  # noqa: B018

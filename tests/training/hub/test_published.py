@@ -1,0 +1,177 @@
+"""What was pushed, loaded in clean processes: with our code, without it, as plain GPT-2, and as a base to train on."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.hub_client import ACCOUNTS, TOKEN, turn_to
+from support.loopback_hub import LoopbackHub, serving
+from support.loopback_writing import metadata_errors
+from support.paths import ROOT
+
+from common.cli_errors import InputError
+from gpt2_scratch import GPT2ScratchForCausalLM
+from gpt2_scratch.generate import main as generate
+from training.hub.command import main
+from training.loop import train
+
+# How the client itself sends large files where there is no Xet.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def hub_of_a_run(
+    tiny_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_accelerator: None
+) -> Iterator[tuple[LoopbackHub, Any]]:
+    """A Hub that a run was pushed to while it trained, and by hand afterwards as a native GPT-2."""
+    hub = LoopbackHub(accounts=ACCOUNTS)
+    turn_to(hub, monkeypatch, tmp_path / "cache")
+    with serving(hub):
+        recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", hub_private_repo=True)
+        train(recipe)
+        yield hub, recipe
+
+
+def clean_process(hub: LoopbackHub, tmp_path: Path, *command: str, project: bool) -> str:
+    environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    environment["PYTHONPATH"] = str(ROOT) if project else ""
+    environment["OMP_NUM_THREADS"] = "1"
+    (tmp_path / "away").mkdir(exist_ok=True)
+    done = subprocess.run(
+        [sys.executable, *command], cwd=tmp_path / "away", env=environment, text=True, capture_output=True, timeout=200
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert TOKEN not in done.stdout + done.stderr
+    return done.stdout
+
+
+SNIPPET = """
+import re, sys
+sys.modules["gpt2_scratch"] = None
+from huggingface_hub import hf_hub_download
+card = open(hf_hub_download("me/tiny", "README.md", revision=sys.argv[1])).read()
+exec(re.search("```python\\n(.*?)```", card, re.DOTALL)[1])
+"""
+
+LOGITS = """
+import sys
+{first}
+import json, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+torch.set_num_threads(1)
+found = {{}}
+for name, options in {loads}.items():
+    model = AutoModelForCausalLM.from_pretrained("me/tiny", **options).eval()
+    ids = AutoTokenizer.from_pretrained("me/tiny", **options)("The model", return_tensors="pt")["input_ids"]
+    found[name] = [type(model).__name__, ids.tolist(), model(ids).logits[0, -1].tolist()]
+print(json.dumps(found))
+"""
+
+
+def test_what_is_published_loads_four_ways(hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path) -> None:
+    hub, recipe = hub_of_a_run
+    main(["push", recipe.output_dir, "--repo_id", "me/tiny", "--native"])
+    folder = Path(recipe.output_dir) / "model"
+    model = GPT2ScratchForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+
+    installed = LOGITS.format(first="import gpt2_scratch", loads={"ours": {}})
+    alone = LOGITS.format(
+        first='sys.modules["gpt2_scratch"] = None',
+        loads={"remote code": {"trust_remote_code": True}, "native": {"revision": "native"}},
+    )
+    found = json.loads(clean_process(hub, tmp_path, "-c", installed, project=True).splitlines()[-1])
+    found |= json.loads(clean_process(hub, tmp_path, "-c", alone, project=False).splitlines()[-1])
+    assert {name: kind for name, (kind, _, _) in found.items()} == {
+        **{"ours": "GPT2ScratchForCausalLM", "remote code": "GPT2ScratchForCausalLM"},
+        "native": "GPT2LMHeadModel",
+    }
+    for _, ids, logits in found.values():
+        expected = model(torch.tensor(ids)).logits[0, -1]
+        # The same operations, but for another order of sums in the attention of one of them.
+        torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=0)
+
+    for revision in ("main", "native"):  # as the card says it
+        assert "The" in clean_process(hub, tmp_path, "-c", SNIPPET, revision, project=False)
+
+    # And as a base to continue from.
+    flags = ["--init_from", "me/tiny", "--push_to_hub", "false", "--output_dir", str(tmp_path / "continued")]
+    command = [str(ROOT / "training" / "train.py"), "--config", str(Path(recipe.output_dir) / "recipe.yaml"), *flags]
+    clean_process(hub, tmp_path, *command, "--max_steps", "2", "--learning_rate", "1e-5", project=True)
+    lines = [json.loads(line) for line in (tmp_path / "continued" / "metrics.jsonl").read_text().splitlines()]
+    before = [json.loads(line) for line in (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()]
+    last = [line["val_loss"] for line in before if "val_loss" in line][-1]
+    again = [line["val_loss"] for line in lines if "val_loss" in line][-1]
+    assert abs(again - last) < 0.05  # two tiny steps away, where a fresh model is nats away
+    card = (tmp_path / "continued" / "model" / "README.md").read_text()
+    assert "base_model: me/tiny" in card
+
+
+def test_nothing_private_is_in_what_was_pushed(hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path) -> None:
+    hub, recipe = hub_of_a_run
+    main(["push", recipe.output_dir, "--repo_id", "me/tiny", "--native"])
+    there = hub.model("me/tiny")
+    secrets = [str(tmp_path), str(Path.home()), TOKEN, recipe.data_dir, recipe.corpus, str(ROOT), "/tmp/"]
+    for revision in ("main", "native"):
+        for name, content in there.files(revision).items():
+            for secret in secrets:
+                assert secret.encode() not in content, (revision, name, secret)
+    card = there.files()["README.md"].decode()
+    assert not metadata_errors({"content": card})
+    assert 'from_pretrained("me/tiny", trust_remote_code=True)' in card
+    assert '`revision="native"`' in card
+    native = there.files("native")["README.md"].decode()
+    assert 'from_pretrained("me/tiny", revision="native")' in native
+    assert not [name for name in there.files("native") if name.endswith(".py")]
+    assert there.files("native")["model.safetensors"] == there.files()["model.safetensors"]
+
+
+def test_a_run_that_was_stopped_is_pushed_and_read_by_its_newest_checkpoint(
+    hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    hub, recipe = hub_of_a_run
+    run = Path(recipe.output_dir)
+    (run / "model").rename(tmp_path / "model-elsewhere")
+    main(["push", str(run / "checkpoints" / "step-000012"), "--repo_id", "me/one-checkpoint"])
+    assert "12 steps of 256 tokens" in hub.model("me/one-checkpoint").files()["README.md"].decode()
+    assert not [name for name in hub.model("me/one-checkpoint").files() if "training_state" in name]
+    main(["push", str(run), "--repo_id", "me/one-checkpoint", "--checkpoint"])
+    assert "last-checkpoint/training_state/trainer_state.json" in hub.model("me/one-checkpoint").files()
+    main(["push", str(run), "--repo_id", "me/again"])
+    there = hub.model("me/again")
+    assert set(there.tags) == {"step-000012"}
+    card = there.files()["README.md"].decode()
+    assert "12 steps of 256 tokens" in card
+    assert not [name for name in there.files() if "training_state" in name]
+    generate(["--model", str(run), "--prompt", "The", "--max_new_tokens", "4", "--device", "cpu"])
+    captured = capfdbinary.readouterr()
+    assert b"The" in captured.out
+    assert b"tokens/s" in captured.err
+
+
+def test_a_folder_that_is_no_whole_model_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
+    def refused(match: str) -> None:
+        with pytest.raises(InputError, match=match):
+            main(["push", str(tmp_path / "folder"), "--repo_id", "me/x"])
+
+    refused("expected a run or a model folder, found no folder")
+    (tmp_path / "folder").mkdir()
+    refused(r"found neither config.json nor checkpoints")
+    (tmp_path / "folder" / "config.json").write_text('{"model_type": "bert"}')
+    refused(r"expected model_type gpt2 or gpt2_scratch")
+    GPT2ScratchForCausalLM.config_class(n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "folder")
+    refused(r"expected model.safetensors")
+    with pytest.raises(InputError, match="repo_id"):
+        main(["push", str(tmp_path / "folder")])
+    assert not hub.requests
+
+
+def test_a_run_without_a_checkpoint_cannot_generate(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("output_dir: x\n")
+    with pytest.raises(InputError, match="found no checkpoint yet"):
+        generate(["--model", str(tmp_path), "--prompt", "x"])

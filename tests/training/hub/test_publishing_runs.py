@@ -1,0 +1,345 @@
+"""A run that pushes while it trains: the real client against a server on this machine."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.hub_client import TOKEN
+from support.loopback_hub import LoopbackHub
+from support.paths import ROOT
+
+from common.cli_errors import InputError
+from training.checkpoints.checkpoint_folder import checkpoints, step_of
+from training.hub import command
+from training.hub import publisher as publishing
+from training.hub.publisher import Publishing, claim_repository, remember_push
+from training.hub.pusher import Pusher
+from training.loop import train
+from training.recipe import Recipe
+
+# How the client itself sends large files where there is no Xet.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    pytest.mark.usefixtures("impatient"),
+]
+
+Make = Callable[..., Recipe]
+
+
+def published(make: Make, **changes: Any) -> tuple[Recipe, str]:
+    recipe = make(**{"push_to_hub": True, "hub_model_id": "me/tiny", **changes})
+    train(recipe)
+    return recipe, (Path(recipe.output_dir) / "train.log").read_text()
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_every_checkpoint_is_pushed_while_training_and_the_model_at_the_end(
+    hub: LoopbackHub, tiny_recipe: Make
+) -> None:
+    recipe, log = published(tiny_recipe)
+    there = hub.model("me/tiny")
+    assert there.tags["step-000012"] == there.branches["main"]
+    assert re.search(r"step 12 is on the Hub: me/tiny, tag step-000012", log)
+    files = there.files()
+    local = {p.name: p.read_bytes() for p in (Path(recipe.output_dir) / "model").iterdir() if p.is_file()}
+    assert {name for name in files if name != ".gitattributes"} == set(local)
+    assert files["model.safetensors"] == local["model.safetensors"]
+    assert not (Path(recipe.output_dir) / ".pushing").exists()
+    assert not [name for name in files if "training_state" in name or "optimizer" in name]
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_strategy_end_pushes_once(hub: LoopbackHub, tiny_recipe: Make) -> None:
+    published(tiny_recipe, hub_strategy="end", hub_private_repo=True)
+    assert hub.model("me/tiny").messages == ["Step 12"]
+    assert hub.model("me/tiny").private
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_strategy_checkpoint_pushes_what_another_machine_goes_on_from(
+    hub: LoopbackHub,
+    tiny_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, _ = published(tiny_recipe, hub_strategy="checkpoint", max_steps=8)
+    files = hub.model("me/tiny").files()
+    state = json.loads(files["last-checkpoint/training_state/trainer_state.json"])
+    assert state["step"] == 8
+    for name, content in files.items():
+        for secret in (str(tmp_path).encode(), TOKEN.encode(), recipe.data_dir.encode(), b"/home/", b"/root/"):
+            assert secret not in content, (name, secret)
+    for name, content in files.items():
+        if name.startswith("last-checkpoint/"):
+            path = tmp_path / "elsewhere" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for forget in (lambda: AcceleratorState._reset_state(True), GradientState._reset_state, PartialState._reset_state):
+        forget()
+    resumed = tiny_recipe(
+        output_dir=str(tmp_path / "resumed"),
+        resume_from_checkpoint=str(tmp_path / "elsewhere" / "last-checkpoint"),
+        max_steps=10,
+    )
+    train(resumed)
+    assert "going on from" in (tmp_path / "resumed" / "train.log").read_text()
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+@pytest.mark.parametrize("trouble", [401, "cut", "hang"])
+def test_an_outage_changes_nothing_of_the_training(
+    hub: LoopbackHub,
+    tiny_recipe: Make,
+    trouble: int | str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(publishing, "LAST_PUSH_SECONDS", 1.0)
+    started = threading.Event()
+
+    def out(method: str, path: str, number: int) -> int | str | None:
+        if started.is_set() or "/preupload/" in path or "/tree/" in path:
+            started.set()
+            return trouble
+        return None
+
+    hub.trouble = out
+    recipe, log = published(tiny_recipe)
+    command_line = f"python -m training.hub push {recipe.output_dir} --repo_id me/tiny"
+    assert command_line in log
+    if trouble != "hang":
+        assert re.search(r"step \d+ is not on the Hub yet: \w+", log)
+    assert TOKEN not in log
+    capsys.readouterr()
+    train(recipe)  # it is complete, says what is left to do, and needs no Hub for that
+    assert command_line in capsys.readouterr().out
+    hub.trouble = lambda method, path, number: None
+    hub.released.set()
+    for thread in threading.enumerate():  # in a run of its own it would have ended with the process
+        if thread.name == "pusher":
+            thread.join(30)
+    command.main(["push", recipe.output_dir, "--repo_id", "me/tiny"])
+    weights = (Path(recipe.output_dir) / "model" / "model.safetensors").read_bytes()
+    assert hub.model("me/tiny").files("step-000012")["model.safetensors"] == weights
+    capsys.readouterr()
+    train(recipe)
+    assert "training.hub" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_does_not_wait_for_a_hub_that_is_down(
+    hub: LoopbackHub, tiny_recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.trouble = lambda method, path, number: "down"
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny")
+    with pytest.raises(InputError, match="wait for it, or train with push_to_hub: false"):
+        claim_repository(recipe, goes_on=False)
+    assert claim_repository(recipe, goes_on=True) == "me/tiny"
+    assert capsys.readouterr().out.startswith("training goes on without the Hub: expected the Hub at http")
+    unnamed = tiny_recipe(push_to_hub=True)
+    assert claim_repository(unnamed, goes_on=True) is None
+    Path(unnamed.output_dir).mkdir()
+    remember_push(Path(unnamed.output_dir), "me/run", 4)
+    assert claim_repository(unnamed, goes_on=True) == "me/run"
+    hub.trouble = lambda method, path, number: 403
+    with pytest.raises(InputError, match="may write to"):
+        claim_repository(recipe, goes_on=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_hub_that_comes_back_gets_the_newest(hub: LoopbackHub, tiny_recipe: Make) -> None:
+    refused = []
+
+    def at_first(method: str, path: str, number: int) -> int | None:
+        if "/commit/" in path and len(refused) < 2:
+            refused.append(path)
+            return 500
+        return None
+
+    hub.trouble = at_first
+    _, log = published(tiny_recipe)
+    assert "is not on the Hub yet" in log
+    assert "step 12 is on the Hub" in log
+    assert len(refused) == 2
+
+
+def test_a_run_that_may_not_push_does_not_start(hub: LoopbackHub, tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="them/gpt2")
+    with pytest.raises(InputError, match="push_to_hub: false and push the run later"):
+        train(recipe)
+    assert not Path(recipe.output_dir).exists()
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_hub_that_asks_to_wait_an_hour_is_heard_and_the_end_of_the_run_does_not_wait_for_that(
+    hub: LoopbackHub, tiny_recipe: Make
+) -> None:
+    limited: list[str] = []
+
+    def once(method: str, path: str, number: int) -> tuple[int, dict[str, str]] | None:
+        if "/tree/" in path and not limited:
+            limited.append(path)
+            return 429, {"Retry_After": "3600"}
+        return None
+
+    hub.trouble = once
+    _, log = published(tiny_recipe)
+    assert re.search(r"step 4 is not on the Hub yet: HfHubHTTPError: .*429.*, next try in 60 min", log)
+    assert "step 12 is on the Hub" in log
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_a_push_that_cannot_be_made_ready_is_told_and_training_goes_on(
+    hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publishing, "stage", broken)
+    recipe, log = published(tiny_recipe)
+    assert "step 4 is not pushed: OSError: [Errno 28] No space left on device" in log
+    assert "step 12 is not pushed" in log
+    assert f"python -m training.hub push {recipe.output_dir} --repo_id me/tiny" in log
+    assert not hub.model("me/tiny").messages
+
+
+def test_a_card_that_cannot_be_written_does_not_end_training(hub: LoopbackHub, tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny")
+    checkpoint = Path(recipe.output_dir) / "checkpoints" / "step-000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    lines: list[str] = []
+
+    def broken(folder: Path, step: int) -> None:
+        raise InputError("expected results, found none")
+
+    behind = Publishing(recipe, "me/tiny", say=lines.append, write_card=broken)
+    behind.on_saved(checkpoint, 4)
+    behind.close()
+    assert lines == ["step 4 is not pushed: InputError: expected results, found none"]
+
+
+def test_a_run_that_leaves_says_that_its_last_checkpoint_is_not_there_yet(hub: LoopbackHub, tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny")
+    checkpoint = Path(recipe.output_dir) / "checkpoints" / "step-000004"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    lines: list[str] = []
+    hub.trouble = lambda method, path, number: "hang"
+    behind = Publishing(recipe, "me/tiny", say=lines.append, write_card=lambda folder, step: None)
+    behind.on_saved(checkpoint, 4)
+    behind.close()
+    assert lines == ["the newest checkpoint is not on the Hub yet; it goes there when the run goes on"]
+
+
+def test_ctrl_c_in_the_last_push_says_what_is_left_to_do(
+    hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def interrupted(self: Pusher, seconds: float) -> bool:
+        raise KeyboardInterrupt
+
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", hub_strategy="checkpoint")
+    (Path(recipe.output_dir) / "model").mkdir(parents=True)
+    lines: list[str] = []
+    behind = Publishing(recipe, "me/tiny", say=lines.append, write_card=lambda folder, step: None)
+    hub.trouble = lambda method, path, number: "down"
+    with monkeypatch.context() as patch:
+        patch.setattr(Pusher, "close", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            behind.finish(Path(recipe.output_dir) / "model", 12, None)
+    behind.close()
+    assert lines[-1].endswith(f"training.hub push {recipe.output_dir} --repo_id me/tiny --checkpoint")
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    ["checkpoint", pytest.param("every_save", marks=pytest.mark.slow), pytest.param("end", marks=pytest.mark.slow)],
+)
+def test_of_two_processes_the_first_pushes_and_both_go_on_with_training(
+    hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path, strategy: str
+) -> None:
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/two", hub_strategy=strategy, max_steps=8)
+    recipe.save(tmp_path / "recipe.yaml")
+    done = launched_on_two(tmp_path / "recipe.yaml", hub, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    there = hub.model("me/two")
+    assert there.messages == (["Step 8"] if strategy == "end" else ["Step 4", "Step 8"])
+    assert set(there.tags) == {"step-000008"} | (set() if strategy == "end" else {"step-000004"})
+    names = set(there.files("step-000008"))
+    states = {f"last-checkpoint/training_state/rng_state_{rank}.safetensors" for rank in range(2)}
+    assert (states <= names) == (strategy == "checkpoint")
+    # The token is nowhere in the run, and this machine nowhere in what was pushed.
+    assert TOKEN not in done.stdout + done.stderr
+    for path in Path(recipe.output_dir).rglob("*"):
+        assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
+    for name, content in there.files().items():
+        for secret in (str(tmp_path), TOKEN, str(Path.home()), str(ROOT), recipe.data_dir, "/tmp/"):
+            assert secret.encode() not in content, (name, secret)
+
+
+def test_two_processes_that_may_not_push_do_not_start_and_say_so_once(
+    hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path
+) -> None:
+    tiny_recipe(push_to_hub=True, hub_model_id="them/gpt2").save(tmp_path / "recipe.yaml")
+    done = launched_on_two(tmp_path / "recipe.yaml", hub, tmp_path)
+    assert done.returncode != 0
+    # The launcher's report ends with the line as well, indented.
+    assert len(re.findall("^error: expected a repository that you may write to", done.stderr, re.MULTILINE)) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_while_a_file_goes_up_and_hangs_ends_the_process(
+    hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path
+) -> None:
+    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", max_steps=100_000, eval_steps=0, sample_steps=0)
+    recipe.save(tmp_path / "recipe.yaml")
+    hangs = hub.hang_uploads()
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(tmp_path / "recipe.yaml")],
+        cwd=ROOT,
+        env=environment_with(hub, tmp_path),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        assert hangs.wait(120)
+        run.send_signal(signal.SIGTERM)
+        printed, _ = run.communicate(timeout=60)
+    finally:
+        run.kill()
+        run.wait()
+    assert run.returncode == 128 + signal.SIGTERM, printed
+    assert "the newest checkpoint is not on the Hub yet; it goes there when the run goes on" in printed
+    assert f"SIGTERM: stopped after step {step_of(checkpoints(Path(recipe.output_dir))[-1]):,} of 100,000" in printed
+    assert not hub.model("me/tiny").messages
+
+
+def environment_with(hub: LoopbackHub, tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that pushes to a Hub of this machine."""
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **hub.environment, **home}
+
+
+def launched_on_two(recipe: Path, hub: LoopbackHub, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
+    """`accelerate launch` of two CPU processes, with a Hub of this machine."""
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
+    return subprocess.run(
+        [*launcher, str(ROOT / "training" / "train.py"), "--config", str(recipe)],
+        cwd=ROOT,
+        env=environment_with(hub, tmp_path),
+        text=True,
+        capture_output=True,
+        timeout=200,
+    )

@@ -1,0 +1,166 @@
+"""Shards as a dataset on the Hub: pushed, interrupted, and trained from somewhere else."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.loopback_hub import LoopbackHub
+from support.loopback_repository import Repository
+from support.loopback_writing import metadata_errors
+
+from common.cli_errors import InputError
+from training.data.producing.producer import produce
+from training.data.shards.manifest import Manifest
+from training.data.shards.shard_files import ShardFolder
+from training.hub.command import main
+from training.hub.shard_dataset import dataset_card
+
+# How the client itself sends large files where there is no Xet.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def shards(shard_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shard_folder, tmp_path / "shards"))
+
+
+def push(folder: Path) -> None:
+    main(["push-shards", str(folder), "--repo_id", "me/shards"])
+
+
+def names_of(folder: Path) -> set[str]:
+    return {shard.path.name for shard in ShardFolder.open(folder).shards}
+
+
+def test_shards_come_back_as_they_were_with_their_tokenizer(
+    hub: LoopbackHub, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(shards)
+    assert "every hash compared" in capsys.readouterr().out
+    there = hub.repositories["dataset", "me/shards"]
+    assert len(there.messages) == 1
+    assert set(there.files()) == names_of(shards) | {
+        *(".gitattributes", "README.md", "manifest.json", "tokenizer.json", "tokenizer_config.json")
+    }
+    assert not metadata_errors({"content": there.files()["README.md"].decode()})
+    assert not [name for name, content in there.files().items() if str(tmp_path).encode() in content]
+
+    settings: dict[str, Any] = {"shard_tokens": 9_000, "val_tokens": 2_000, "num_workers": 0}
+    folder = produce(
+        tmp_path / "elsewhere", corpus="me/shards", tokenizer="me/shards", report=lambda line: None, **settings
+    )
+    assert names_of(folder.path) == names_of(shards)
+    for name in names_of(shards):
+        assert (folder.path / name).read_bytes() == (shards / name).read_bytes()
+    before, after = Manifest.read(shards), Manifest.read(folder.path)
+    assert before is not None
+    assert after is not None
+    assert after.complete
+    assert after.tokenizer_fingerprint == before.tokenizer_fingerprint
+
+
+def test_a_push_that_broke_goes_on_behind_the_shards_that_are_there(hub: LoopbackHub, shards: Path) -> None:
+    uploads: list[str] = []
+
+    def trouble(method: str, path: str, number: int) -> int | None:
+        if "/lfs/upload/" in path:
+            uploads.append(path)
+            return 403 if len(uploads) == 3 else None
+        return None
+
+    hub.trouble = trouble
+    with pytest.raises(InputError, match=r"refuses me/shards \(403\).*what is there is not sent twice"):
+        push(shards)
+    assert not hub.repositories["dataset", "me/shards"].messages  # nobody sees a part of it
+    push(shards)
+    assert len(uploads) == len(set(uploads)) + 1 == len(names_of(shards)) + 1
+    uploads.clear()
+    push(shards)
+    assert not uploads
+    assert len(hub.repositories["dataset", "me/shards"].messages) == 1
+
+
+def test_a_shard_that_is_not_what_the_manifest_says_is_not_pushed(hub: LoopbackHub, shards: Path) -> None:
+    victim = ShardFolder.open(shards).train_shards[1].path
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(bytes(content))
+    with pytest.raises(InputError, match=r"as the manifest says, found another hash"):
+        push(shards)
+    assert not hub.repositories["dataset", "me/shards"].messages
+
+
+def test_a_shard_that_changed_on_its_way_is_refused(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
+    push(shards)
+    files = hub.repositories["dataset", "me/shards"].files()
+    name = ShardFolder.open(shards).train_shards[0].path.name
+    right, wrong = files[name], files[name][:-1] + bytes([files[name][-1] ^ 1])
+
+    def changed(method: str, path: str, number: int) -> None:
+        files[name] = wrong if method in ("GET", "HEAD") and "/resolve/" in path else right
+
+    hub.trouble = changed
+    with pytest.raises(InputError, match=r"expected .* as the Hub has it, found another hash"):
+        produce(
+            tmp_path / "elsewhere",
+            corpus="me/shards",
+            tokenizer=str(shards),
+            shard_tokens=9_000,
+            val_tokens=2_000,
+            num_workers=0,
+            report=lambda line: None,
+        )
+
+
+def test_what_cannot_be_pushed_is_refused(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="expected shards"):
+        push(tmp_path / "nothing")
+    hub.repositories["dataset", "them/shards"] = Repository()
+    with pytest.raises(InputError, match=r"refuses them/shards \(403\)"):
+        main(["push-shards", str(shards), "--repo_id", "them/shards"])
+    manifest = Manifest.read(shards)
+    assert manifest is not None
+    from dataclasses import replace
+
+    replace(manifest, complete=False).write(shards)
+    with pytest.raises(InputError, match="still being filled"):
+        push(shards)
+
+
+def test_shards_of_another_folder_that_was_pushed_there_go(hub: LoopbackHub, shards: Path) -> None:
+    push(shards)
+    there = hub.repositories["dataset", "me/shards"]
+    old = {"old_val_000000.npy": b"x", "old_train_000001.npy": b"x", "notes.md": b"mine"}
+    there.commit("main", {**there.files(), **old}, "another folder")
+    push(shards)
+    assert set(there.files()) & set(old) == {"notes.md"}
+    assert names_of(shards) <= set(there.files())
+
+
+def test_the_card_of_another_programs_shards_claims_nothing_that_they_are_not(tmp_path: Path) -> None:
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = 20240520, 1, 100
+    for name in ("x_val_000000.bin", "x_train_000001.bin"):
+        (tmp_path / name).write_bytes(header.tobytes() + np.arange(100, dtype="<u2").tobytes())
+    card = dataset_card(ShardFolder.open(tmp_path), "me/shards")
+    assert "| tokens | 200 |" in card
+    assert not [word for word in ("manifest", "numpy", "language", "size_categories", "documents") if word in card]
+    assert not metadata_errors({"content": card})
+
+
+def test_a_dataset_card_edited_on_the_hub_is_kept(hub: LoopbackHub, shards: Path) -> None:
+    push(shards)
+    there = hub.repositories["dataset", "me/shards"]
+    card = there.files()["README.md"].decode()
+    there.commit("main", {**there.files(), "README.md": f"{card}\nCollected by hand.\n".encode()}, "by hand")
+    push(shards)
+    assert "Collected by hand." in there.files()["README.md"].decode()
+
+
+def test_a_tokenizer_that_is_nowhere_is_told(hub: LoopbackHub, tmp_path: Path) -> None:
+    from training.data.tokenization.tokenizer import load_tokenizer
+
+    with pytest.raises(InputError, match=r"found no folder me/nothing, and on the Hub RepositoryNotFoundError"):
+        load_tokenizer("me/nothing")

@@ -1,0 +1,153 @@
+"""Tasks while training goes on: what is recorded, that nothing else changes, and what is told before the first step."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.launching import launched
+from support.small_tasks import write_tasks
+
+from common.cli_errors import InputError
+from evaluation.run import main
+from evaluation.scoring.forward_passes import ForwardPasses
+from training.checkpoints.checkpoint_folder import checkpoints
+from training.hub.run_facts import task_scores
+from training.loop import train
+from training.monitoring.run_log import read_metrics
+from training.monitoring.task_evaluation import latest_results
+from training.recipe import Recipe
+
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tasks(tmp_path_factory.mktemp("tasks"), count=6)
+
+
+def judged(recipe: Recipe, data: Path, **changes: object) -> Recipe:
+    values = {
+        "eval_tasks": ["hellaswag", "hellaswag:harness", "lambada:word"],
+        "eval_task_steps": 4,
+        "eval_task_limit": 5,
+        "eval_data_dir": str(data),
+        "n_positions": 96,
+    }
+    return dataclasses.replace(recipe, **{**values, **changes})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def test_tasks_are_recorded_and_change_nothing_else(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
+    plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=6, dropout=0.1, n_positions=96)
+    with_tasks = judged(plain, data, output_dir=str(tmp_path / "judged"))
+    train(plain)
+    train(with_tasks)
+    run = Path(with_tasks.output_dir)
+    assert files(run) == files(Path(plain.output_dir))  # weights, optimizer and random numbers of every checkpoint
+
+    lines = [line for line in read_metrics(run) if "hellaswag_acc_norm" in line]
+    assert [(line["step"], line["tokens"]) for line in lines] == [(4, 1024), (6, 1536)]
+    names = ("hellaswag_acc_norm", "hellaswag_acc", "hellaswag_harness_acc_norm", "hellaswag_harness_acc")
+    assert set(lines[0]) == {"step", "tokens", *names, "lambada_word_acc"}
+    assert f"4 hella {lines[0]['hellaswag_acc_norm']:.4f}\n" in (run / "log.txt").read_text()
+
+    results = json.loads((run / "eval_results.json").read_text())
+    assert (results["step"], results["limit"], results["data_dir"]) == (6, 5, None)
+    harness = results["tasks"]["hellaswag:harness"]
+    assert (harness["protocol"], harness["items"]) == ("harness", 5)
+    assert harness["figures"]["acc_norm"]["value"] == lines[1]["hellaswag_harness_acc_norm"]
+    card = (run / "model" / "README.md").read_text()
+    assert "HellaSwag: acc_norm, protocol `harness`, first 5 items, after step 6" in card
+    assert not any(score.references for score in task_scores(run, 6))  # OpenAI's are of all items
+    (run / "eval_results.json").write_text(json.dumps({**results, "limit": None}))
+    assert "0.3114" in str([score.references for score in task_scores(run, 6)])
+
+    # The command judges the model that the run has left alike.
+    places = ["--model", str(run / "model"), "--data_dir", str(data), "--output", str(tmp_path / "r.json")]
+    main([*places, "--limit", "5", "--tasks", *with_tasks.eval_tasks])
+    by_command = json.loads((tmp_path / "r.json").read_text())["tasks"]
+    assert {name: task["figures"] for name, task in by_command.items()} == {
+        name: task["figures"] for name, task in results["tasks"].items()
+    }
+
+
+def test_a_full_disk_does_not_end_training(
+    tiny_recipe: Make, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(path: Path, write: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("evaluation.results.results_file.write_whole", full)
+    recipe = judged(tiny_recipe(max_steps=2), data, eval_tasks=["lambada"], eval_task_steps=2)
+    train(recipe)
+    run = Path(recipe.output_dir)
+    assert "eval_results.json (No space left on device): free some space; training goes on" in capsys.readouterr().out
+    assert not (run / "eval_results.json").exists()
+    assert [line["step"] for line in read_metrics(run) if "lambada_acc" in line] == [2]
+    assert (run / "model" / "model.safetensors").is_file()
+
+
+def test_tasks_are_broken_off_by_a_signal_and_made_up_for_by_the_next_start(
+    tiny_recipe: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = judged(tiny_recipe(max_steps=6, eval_steps=0), data, eval_tasks=["hellaswag"])
+    run, forward, passes = Path(recipe.output_dir), ForwardPasses.shared, []
+
+    def with_signal(self: ForwardPasses, *args: object) -> object:
+        passes.append(len(checkpoints(run)))
+        os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.scoring.scorer._TOKENS_PER_BATCH", 1)  # an item at a time
+        patch.setattr(ForwardPasses, "shared", with_signal)
+        with pytest.raises(SystemExit):
+            train(recipe)
+    assert len(passes) == 1
+    assert [path.name for path in checkpoints(run)] == ["step-000004"]
+    assert not [line for line in read_metrics(run) if "hellaswag_acc" in line]
+    train(recipe)
+    assert [line["step"] for line in read_metrics(run) if "hellaswag_acc" in line] == [4, 6]
+
+
+def test_processes_that_share_the_weights_judge_together(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
+    one = judged(tiny_recipe(output_dir=str(tmp_path / "one"), max_steps=4, per_device_train_batch_size=2), data)
+    two = dataclasses.replace(one, output_dir=str(tmp_path / "two"), eval_task_steps=2)
+    train(one)
+    launched(two, "fsdp2_8xa100")
+    expected, found = (latest_results(Path(recipe.output_dir), up_to=4) for recipe in (one, two))
+    assert expected is not None
+    assert found is not None
+    assert found.processes == 2
+    # Weights differ by rounding, which no argmax of so few items stands on.
+    assert [task.figures for task in found.tasks] == [task.figures for task in expected.tasks]
+
+
+def test_mistakes_are_told_before_anything_is_written(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="recipe key eval_tasks: expected a task, found 'hellaswg'; did you mean"):
+        tiny_recipe(eval_tasks=["hellaswg"])
+    recipe = judged(tiny_recipe(), data, eval_data_dir=str(tmp_path / "empty"))
+    with pytest.raises(InputError, match=r"eval_tasks: expected hellaswag_val\.jsonl .* leave out eval_data_dir"):
+        train(recipe)
+    cut = write_tasks(tmp_path / "cut")
+    (cut / "lambada_test.jsonl").write_text('{"text": "a b"}\n{"te')
+    with pytest.raises(InputError, match=r"in line 2 of .*lambada_test\.jsonl"):
+        train(judged(tiny_recipe(), data, eval_tasks=["lambada"], eval_data_dir=str(cut)))
+    with pytest.raises(InputError, match="recipe key eval_task_limit"):
+        tiny_recipe(eval_task_limit=0)
+    assert not Path(recipe.output_dir).exists()
+
+
+def test_the_card_has_no_results_of_a_later_step(tmp_path: Path) -> None:
+    assert task_scores(tmp_path, 5) == []
+    assert latest_results(tmp_path, up_to=5) is None

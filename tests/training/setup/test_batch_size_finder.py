@@ -1,0 +1,190 @@
+"""The number of sequences that fit: found by trying, the same on all ranks, with nothing disturbed."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny_models import one_thread, tiny  # noqa: F401
+
+from common.cli_errors import InputError
+from gpt2_scratch import GPT2ScratchConfig
+from training import loop
+from training.loop import train
+from training.monitoring.run_log import read_metrics
+from training.recipe import Recipe
+from training.setup import batch_size_finder as fitting
+from training.setup.batch_size_finder import divisors, fitted
+from training.setup.build import build_accelerator
+from training.setup.memory_estimate import expected_activations, expected_memory, expected_parameters
+from training.step.batch_plan import plan_batch
+
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+class OutOfMemoryAbove:
+    """Counts what is tried, and fails as CUDA does for more sequences than fit."""
+
+    def __init__(self, sequences: int) -> None:
+        self.sequences = sequences
+        self.tried: list[int] = []
+
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        batch = len(kwargs["input_ids"])
+        self.tried.append(batch)
+        if batch > self.sequences:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def model_with_room_for(sequences: int) -> tuple[Any, OutOfMemoryAbove]:
+    model, room = tiny(resid_pdrop=0.1), OutOfMemoryAbove(sequences)
+    model.register_forward_pre_hook(room, with_kwargs=True)
+    return model, room
+
+
+@pytest.mark.parametrize(("room", "found"), [(100, 24), (24, 24), (23, 12), (11, 8), (7, 6), (5, 4), (1, 1)])
+def test_the_largest_divisor_that_fits_is_found(room: int, found: int, tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(tokens_per_step=24 * 32, per_device_train_batch_size="auto")
+    plan = plan_batch(tokens_per_step=recipe.tokens_per_step, seq_len=32, per_device=1, num_processes=1)
+    model, counter = model_with_room_for(room)
+    result = fitted(plan, build_accelerator(recipe), model, recipe)
+    assert (result.per_device, result.tokens_per_step) == (found, plan.tokens_per_step)
+    assert result.per_device * result.accumulation_steps == 24
+    # From the top, twice the one that fits: the second pass stands beside the first one's gradients.
+    assert counter.tried == [size for size in reversed(divisors(24)) if size >= found] + [found]
+
+
+def test_a_model_of_which_nothing_fits_is_one_line(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(per_device_train_batch_size="auto")
+    plan = plan_batch(tokens_per_step=256, seq_len=32, per_device=1, num_processes=1)
+    with pytest.raises(
+        InputError, match="not even one sequence of seq_len=32 fits into the memory of cpu; train a sma"
+    ):
+        fitted(plan, build_accelerator(recipe), model_with_room_for(0)[0], recipe)
+
+
+def test_another_error_is_not_taken_for_want_of_memory(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(per_device_train_batch_size="auto")
+    plan = plan_batch(tokens_per_step=256, seq_len=32, per_device=1, num_processes=1)
+    model = tiny()
+    del model.lm_head
+    with pytest.raises(AttributeError):
+        fitted(plan, build_accelerator(recipe), model, recipe)
+
+
+def test_all_ranks_take_the_smallest(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(per_device_train_batch_size="auto")
+    accelerator = build_accelerator(recipe)
+    monkeypatch.setattr(accelerator, "gather", lambda found: torch.cat([found, torch.tensor([2, 8])]))
+    plan = plan_batch(tokens_per_step=8 * 32 * 3, seq_len=32, per_device=1, num_processes=3)
+    assert fitted(plan, accelerator, tiny(), recipe).per_device == 2
+
+
+def test_the_search_leaves_weights_and_random_state_alone(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(per_device_train_batch_size="auto")
+    plan = plan_batch(tokens_per_step=256, seq_len=32, per_device=1, num_processes=1)
+    model, _ = model_with_room_for(3)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state, training = torch.get_rng_state(), model.training
+    fitted(plan, build_accelerator(recipe), model, recipe)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training == training
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_cpu_is_asked_for_no_more_than_keeps_it_busy(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tiny_recipe(tokens_per_step=64 * 32, per_device_train_batch_size="auto")
+    plan = plan_batch(tokens_per_step=64 * 32, seq_len=32, per_device=1, num_processes=1)
+    monkeypatch.setattr(fitting, "_CPU_TOKENS", 20 * 32)
+    assert fitted(plan, build_accelerator(recipe), tiny(), recipe).per_device == 16
+    room = expected_memory(tiny().config, recipe, sequences=7).total
+    monkeypatch.setattr(fitting, "available_memory", lambda device, processes: 2 * room)
+    assert fitted(plan, build_accelerator(recipe), tiny(), recipe).per_device == 4
+
+
+def test_a_run_with_auto_sees_the_samples_of_any_other(
+    tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=6)
+    train(plain)
+    auto = dataclasses.replace(plain, output_dir=str(tmp_path / "auto"), per_device_train_batch_size="auto")
+    train(dataclasses.replace(auto, max_steps=4, lr_scheduler_type="constant"))
+    found = []
+
+    def half(*arguments: Any) -> Any:  # after a resume, less fits
+        found.append(dataclasses.replace(fitted(*arguments), per_device=2))
+        return found[-1]
+
+    monkeypatch.setattr(loop, "fitted", half)
+    train(dataclasses.replace(auto, lr_scheduler_type="constant"))
+    assert found[0].accumulation_steps == 4
+    log = (tmp_path / "auto" / "train.log").read_text()
+    assert "= 8 × 32 × 1 process × 1 accumulated" in log  # all that a step has
+    assert "= 2 × 32 × 1 process × 4 accumulated" in log
+    again = dataclasses.replace(plain, output_dir=str(tmp_path / "again"), lr_scheduler_type="constant")
+    train(again)
+    expected = [line["train_loss"] for line in read_metrics(tmp_path / "again") if "train_loss" in line]
+    losses = [line["train_loss"] for line in read_metrics(tmp_path / "auto") if "train_loss" in line]
+    # Sums in another order, enlarged by AdamW where a gradient is almost 0.
+    assert losses == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.fixture
+def saved_by_a_block() -> Callable[..., int]:
+    """Bytes that one block more keeps for the backward pass."""
+
+    def measured(bf16: bool, **config: Any) -> int:
+        totals = []
+        for n_layer in (1, 2):
+            model = tiny(n_layer=n_layer, n_embd=64, activation_function="gelu_pytorch_tanh", **config).train()
+            weights = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+            kept: dict[int, torch.Tensor] = {}
+
+            def keep(tensor: torch.Tensor, kept: dict[int, torch.Tensor] = kept) -> torch.Tensor:
+                kept[tensor.untyped_storage().data_ptr()] = tensor
+                return tensor
+
+            ids = torch.zeros(4, 48, dtype=torch.int64)
+            keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16), keeping:
+                model(ids, shift_labels=ids, use_cache=False)
+            totals.append(sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights))
+        return totals[1] - totals[0]
+
+    return measured
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_expected_activations_are_those_that_a_block_keeps(
+    bf16: bool, attention: str, saved_by_a_block: Callable[..., int]
+) -> None:
+    copies = 12 * 64 * 64 * 2 if bf16 else 0  # of the block's weights, which autocast keeps
+    expected = expected_activations(
+        4 * 48, 64, size=2 if bf16 else 4, attention_scores=4 * 48 if attention == "eager" else 0
+    )
+    # Means, variances and the like are left out.
+    assert saved_by_a_block(bf16, attn_implementation=attention) - copies == pytest.approx(expected, rel=0.03)
+
+
+def test_gpt2_124m_takes_what_a_hand_counts(tiny_recipe: Make) -> None:
+    config = GPT2ScratchConfig()
+    recipe = tiny_recipe(seq_len=1024, tokens_per_step=524_288)
+    assert expected_parameters(config) == 124_439_808
+    one, two = (expected_memory(config, recipe, sequences=sequences, bf16=True) for sequences in (1, 2))
+    assert (one.weights, one.gradients, one.optimizer) == (497_759_232, 497_759_232, 995_518_464)
+    # 36 bytes for each number of the stream in a block, and 8 at its end.
+    assert two.activations - one.activations == 1024 * 768 * (36 * 12 + 8)
+    shared = expected_memory(config, recipe, sequences=1, num_processes=8, sharded=True, bf16=True)
+    assert shared.optimizer == 995_518_464 // 8
+
+
+def test_the_expected_parameters_are_a_models_own() -> None:
+    for changes in ({}, {"n_layer": 1, "n_inner": 24}):
+        model = tiny(**changes)
+        assert expected_parameters(model.config) == model.num_parameters()

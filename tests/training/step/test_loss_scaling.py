@@ -1,0 +1,71 @@
+"""Every split of a batch into processes and accumulation steps is the same step, under DDP and FSDP2."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.one_step import SEQUENCES, VALIDATION_SEQUENCES, one_step, recipe
+from support.paths import ROOT
+from support.tiny_models import one_thread  # noqa: F401
+from torch import Tensor
+
+from training.setup.build import build_accelerator
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def assert_same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for name, tensor in expected.items():
+        # Sums in another order: fp32 rounding.
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+@pytest.fixture(scope="module")
+def one_pass() -> dict[str, Tensor]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    return one_step(build_accelerator(recipe()), SEQUENCES)
+
+
+def test_the_step_is_that_of_the_plain_loss_over_all_tokens(one_pass: dict[str, Tensor]) -> None:
+    import torch.nn.functional as F
+    from support.one_step import tokens
+    from support.tiny_models import tiny
+
+    ids = tokens(SEQUENCES, seed=1)
+    model = tiny().train()
+    loss = F.cross_entropy(model(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss.backward()
+    torch.testing.assert_close(one_pass["loss"], loss.detach())
+    norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
+    assert norm > 0.5  # so that clipping has something to do
+    torch.testing.assert_close(one_pass["norm"], norm)
+    assert one_pass["validation"][1] == sum(2 * row + 3 for row in range(VALIDATION_SEQUENCES))
+
+
+@pytest.mark.parametrize("per_device", [4, 2, 1])
+def test_accumulation_makes_no_difference(per_device: int, one_pass: dict[str, Tensor]) -> None:
+    assert_same_step(one_step(build_accelerator(recipe()), per_device), one_pass)
+
+
+@pytest.mark.parametrize("config", ["cpu_2_processes", "fsdp2_8xa100"])
+def test_two_processes_make_no_difference(config: str, one_pass: dict[str, Tensor], tmp_path: Path) -> None:
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "2"]
+    command += ["--mixed_precision", "no", "--main_process_port", "0"]
+    command += ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
+    command += [ROOT / "tests" / "one_step.py", tmp_path, "4", "2", "1"]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **hidden})
+    assert done.returncode == 0, done.stderr
+    for per_device in (4, 2, 1):
+        found = load_file(tmp_path / f"{per_device}.safetensors")
+        assert found["sharded"].item() == (config == "fsdp2_8xa100")
+        assert_same_step(found, one_pass)
+    # A loss that is no number in one process only: all of them skip the update.
+    skipped = load_file(tmp_path / "skipped.safetensors")
+    assert {name: tensor.item() for name, tensor in skipped.items()} == {"left_alone": 1, "moved_on": 1, "told": 1}

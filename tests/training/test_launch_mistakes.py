@@ -1,0 +1,186 @@
+"""What can go wrong between `accelerate launch` and the first step, each told in one line."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from support.paths import ROOT
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+from common.cli_errors import InputError
+from common.hub_retry import cache_refusal
+from training.data.producing.background_producer import ProducerBeside
+from training.loop import train
+from training.recipe import Recipe
+from training.setup import build
+from training.setup.build import build_accelerator, build_model, refuse_too_many_processes
+from training.setup.preflight import preflight
+
+MISTAKE = "from common.cli_errors import *\ndef main(): raise InputError('no')\nrun_command(main)"
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.fixture
+def process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes this process one of several, as a launcher would."""
+
+    def be(rank: int, of: int, port: int = 1) -> None:
+        values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}
+        for name, value in {**values, "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": 1}.items():
+            monkeypatch.setenv(name, str(value))
+
+    return be
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        (1, "expected a GPU for each of 64 processes on this machine, found 1 GPU; launch with --num_processes 1, or"),
+        (4, "found 4 GPUs; launch with --num_processes 4, or another file of accelerate_configs/"),
+        (0, r"found no GPU to use and \d+ CPU cores; launch with --num_processes 1, or another"),
+    ],
+)
+def test_more_processes_than_gpus_are_refused_before_anything_starts(
+    gpus: int,
+    message: str,
+    process: Callable[..., None],
+    tiny_recipe: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    process(0, of=64)
+    monkeypatch.setattr(build, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
+    for start in (train, preflight):
+        with pytest.raises(InputError, match=message):
+            start(tiny_recipe(data_dir=str(tmp_path / "absent")))
+    assert list(tmp_path.iterdir()) == []
+    process(0, of=max(1, gpus))
+    refuse_too_many_processes()
+
+
+def test_processes_that_are_told_to_take_the_cpu_need_no_gpu(
+    process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    process(0, of=2)
+    with pytest.raises(InputError, match="found 1 GPU;"):
+        refuse_too_many_processes()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    refuse_too_many_processes()
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name)
+    assert build_accelerator(tiny_recipe()).device.type == "cpu"
+
+
+def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes(tmp_path: Path) -> None:
+    command, pipe = [sys.executable, "-c", MISTAKE], subprocess.PIPE
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
+    with subprocess.Popen(command, stderr=pipe, env={**environment, "LOCAL_RANK": "1"}) as second:
+        with pytest.raises(subprocess.TimeoutExpired):
+            second.wait(4)
+        first = subprocess.run(command, stderr=pipe, env={**environment, "LOCAL_RANK": "0"}, timeout=60)
+        assert (first.returncode, first.stderr) == (2, b"error: no\n")
+        # The launcher's report ends with it too.
+        assert ProcessFailure(0, 1, 2, environment["TORCHELASTIC_ERROR_FILE"]).message == "error: no"
+        second.terminate()  # as the launcher does when the first has ended
+        assert second.communicate() == (None, b"")
+
+
+def test_ctrl_c_while_a_mistake_waits_for_the_first_process_is_no_traceback() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1"}
+    # Ctrl-C as on a terminal: a program that is started in the background is told to ignore it.
+    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    mistake = MISTAKE.replace("raise", "print(flush=True); raise")
+    command, pipe = [sys.executable, "-c", f"{heeding}\n{mistake}"], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) as second:
+        assert second.stdout is not None
+        second.stdout.readline()
+        time.sleep(0.2)
+        second.send_signal(signal.SIGINT)
+        assert second.communicate(timeout=30)[1] == b""
+        assert second.returncode == 130
+
+
+def test_helpers_of_a_run_do_not_report_to_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    producer = ProducerBeside()
+    producer.say = lambda line: None
+    assert producer._run([sys.executable, "-c", MISTAKE]) == (2, "no")
+    assert not (tmp_path / "error.json").exists()
+
+
+def test_a_port_in_use_is_one_line(
+    process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PROCESS_TIMEOUT", timedelta(seconds=1))
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
+        process(0, of=2, port=taken.getsockname()[1])
+        with pytest.raises(InputError, match=r"process 0 of 2 did not .*in use\); start every .* is free") as told:
+            build_accelerator(tiny_recipe())
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_machine_that_never_comes_is_one_line(
+    rank: int, process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(build, "PROCESS_TIMEOUT", timedelta(seconds=1))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    process(rank, of=2, port=port)
+    with pytest.raises(InputError, match=rf"process {rank} of 2 .* at 127.0.0.1:{port} \(.*imed out") as told:
+        build_accelerator(tiny_recipe())
+    assert "\n" not in str(told.value)
+
+
+def test_a_cache_of_the_hub_that_cannot_be_written_is_one_line(tiny_recipe: Make, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    tiny_recipe(corpus="roneneldan/TinyStories", data_dir=str(tmp_path / "data"), preprocessing_num_workers=0).save(
+        tmp_path / "r.yaml"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "training" / "train.py", "--config", tmp_path / "r.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_HOME": str(tmp_path / "file"), "HF_HUB_OFFLINE": "0"},
+    )
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("error: the cache of the Hub cannot be used (")
+    assert "let HF_HOME name a folder" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_the_cache_is_told_from_one_of_the_runs_folders(
+    tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    full = OSError(28, "No space left on device", str(tmp_path / "cache" / "hub" / "x"))
+    assert "No space left on device); free space, or let HF_HOME" in str(cache_refusal(full))
+    assert cache_refusal(OSError(28, "No space left on device", str(tmp_path / "data" / "x"))) is None
+    assert cache_refusal(ValueError()) is None
+
+    from gpt2_scratch import GPT2ScratchForCausalLM
+
+    def raising(*arguments: object, **settings: object) -> None:
+        raise full
+
+    monkeypatch.setattr(GPT2ScratchForCausalLM, "from_pretrained", raising)
+    from training.setup.preflight import _Ids
+
+    with pytest.raises(InputError, match="cache of the Hub cannot be used"):
+        build_model(tiny_recipe(init_from="openai-community/gpt2"), _Ids(300, 299))

@@ -1,0 +1,191 @@
+"""Recipes: read, checked, refused."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support.paths import ROOT
+
+from common.cli_errors import InputError
+from training.recipe import QUICKSTART, RECIPES, Recipe, load_recipe
+from training.train import parse_command
+
+MINIMAL = {"output_dir": "out", "data_dir": "data", "corpus": "fineweb", "max_steps": 10}
+
+
+def write(path: Path, **values: Any) -> Path:
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_of_ours_loads_and_is_saved_to_an_equal_one(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path)
+    recipe.save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_the_fineweb_recipe_has_the_classic_settings() -> None:
+    recipe = load_recipe(RECIPES / "gpt2-124m-fineweb-edu.yaml")
+    assert recipe.tokens_per_step == 524_288
+    assert (recipe.learning_rate, recipe.warmup_steps, recipe.max_steps) == (6e-4, 715, 19_073)
+    assert (recipe.lr_scheduler_type, recipe.min_learning_rate_ratio, recipe.weight_decay) == ("cosine", 0.1, 0.1)
+    assert (recipe.n_layer, recipe.n_head, recipe.n_embd, recipe.seq_len) == (12, 12, 768, 1024)
+
+
+def test_every_key_has_a_line_of_documentation() -> None:
+    assert all(len(key.metadata["help"]) > 5 for key in dataclasses.fields(Recipe))
+
+
+def test_values_are_read_as_they_look(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    # YAML 1.1 reads 6e-4 as a string, `no` as False and 1_000 as a number.
+    path.write_text(
+        "output_dir: 1234\ndata_dir: d\ncorpus: c\nlearning_rate: 6e-4\nmixed_precision: no\n"
+        "max_tokens: 1_000_000\nval_tokens: null\nweight_decay: 0\nshard_tokens: 1e6\n"
+    )
+    recipe = load_recipe(path)
+    assert (recipe.output_dir, recipe.learning_rate, recipe.mixed_precision) == ("1234", 6e-4, "no")
+    assert (recipe.max_tokens, recipe.val_tokens, recipe.shard_tokens) == (1_000_000, None, 1_000_000)
+    assert isinstance(recipe.weight_decay, float)
+
+
+def test_flags_go_before_the_file_and_a_length_replaces_the_files_length(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", **MINIMAL)
+    recipe = parse_command(
+        ["--config", str(path), "--max_tokens", "5e6", "--compile", "true", "--sample_prompts", "a b", "c"]
+    ).recipe
+    assert (recipe.max_steps, recipe.max_tokens, recipe.compile) == (None, 5_000_000, True)
+    assert recipe.sample_prompts == ["a b", "c"]
+
+
+def test_without_config_the_quickstart_recipe_is_trained() -> None:
+    command = parse_command([])
+    assert (command.recipe, command.preflight) == (load_recipe(QUICKSTART), False)
+
+
+def test_a_batch_size_is_a_number_or_auto(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", **MINIMAL)
+    for given, read in (("auto", "auto"), ("16", 16)):
+        recipe = load_recipe(path, {"per_device_train_batch_size": given})
+        assert recipe.per_device_train_batch_size == read
+        recipe.save(tmp_path / "again.yaml")
+        assert load_recipe(tmp_path / "again.yaml") == recipe
+    for wrong in ("atuo", "0", "1.5"):
+        with pytest.raises(InputError, match=r"per_device_train_batch_size: expected .*(auto|whole number)"):
+            load_recipe(path, {"per_device_train_batch_size": wrong})
+
+
+def test_a_price_without_preflight_is_refused() -> None:
+    with pytest.raises(InputError, match="add --preflight, or leave it out"):
+        parse_command(["--price_per_gpu_hour", "1.79"])
+    with pytest.raises(InputError, match="did you mean preflight"):
+        parse_command(["--prefligth"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"learning_rte": 1e-3}, "unknown recipe key 'learning_rte' in .*; did you mean learning_rate?"),
+        ({"zzz": 1}, r"unknown recipe key 'zzz' in .*yaml$"),
+        ({"n_layer": "many"}, "n_layer: expected a whole number, found 'many'"),
+        ({"n_layer": 2.5}, "n_layer: expected a whole number, found 2.5"),
+        ({"n_layer": True}, "n_layer: expected a whole number, found True"),
+        ({"learning_rate": "fast"}, "learning_rate: expected a number, found 'fast'"),
+        ({"learning_rate": 0}, "learning_rate: expected more than 0, found 0.0"),
+        ({"learning_rate": ".nan"}, "learning_rate: expected a number"),
+        ({"compile": "maybe"}, "compile: expected true or false, found 'maybe'"),
+        (
+            {"lr_scheduler_type": "cosin"},
+            "lr_scheduler_type: expected one of cosine, linear, .*, found 'cosin'",
+        ),
+        ({"sample_prompts": "one"}, "sample_prompts: expected a list of strings, found 'one'"),
+        ({"dropout": 1.0}, "dropout: expected at least 0 and less than 1, found 1.0"),
+        ({"max_steps": None}, "length is one of max_steps, num_train_epochs, max_tokens; found none of them"),
+        ({"max_tokens": 5}, "found max_steps and max_tokens; give one"),
+        ({"max_steps": 0}, "max_steps: expected more than 0, or left out, found 0"),
+        ({"seq_len": 64, "n_positions": 32}, "seq_len=64 exceeds n_positions=32; shorten the windows"),
+        ({"n_embd": 100, "n_head": 12}, "n_embd=100 does not divide into n_head=12 heads"),
+        ({"corpus": None}, "corpus: expected a string, found None"),
+        ({"decay_steps": 5}, "decay_steps is 5, but lr_scheduler_type cosine decays all the way"),
+        ({"decay_steps": 0, "lr_scheduler_type": "warmup_stable_decay"}, "decay_steps: expected more than 0"),
+        ({"profile_steps": "12-10"}, "profile_steps: expected FIRST-LAST, such as 10-12, found 12-10"),
+        ({"profile_steps": "0"}, "profile_steps: expected FIRST-LAST, such as 10-12, found 0"),
+        ({"spike_window": 1}, "spike_window: expected at least 2"),
+        ({"max_skipped_steps": 0}, "max_skipped_steps: expected at least 1"),
+    ],
+)
+def test_bad_recipes_are_refused_in_one_line(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", **{**MINIMAL, **change})
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_without_a_needed_key_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", max_steps=10, corpus="fineweb")
+    with pytest.raises(InputError, match="lacks output_dir, data_dir; add the key, or give it as a flag"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1, 2", r"is not YAML \(line \d\)"),
+        ("- a\n- b\n", "holds no keys"),
+        ("", "holds no keys"),
+        ("\xff\xfe", None),
+    ],
+)
+def test_files_that_are_no_recipe_are_refused(text: str, message: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(InputError, match=message):
+        load_recipe(path)
+
+
+def test_a_recipe_that_is_not_there_is_refused_with_those_that_are(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no recipe at .*; the project's own are .*quickstart.yaml"):
+        load_recipe(tmp_path / "nowhere.yaml")
+
+
+def test_differences_name_only_what_makes_another_run() -> None:
+    recipe = Recipe(**MINIMAL)
+    other = dataclasses.replace(recipe, n_layer=6, seed=1, eval_steps=7, output_dir="elsewhere", max_steps=99)
+    assert other.differences_from(recipe.to_dict()) == ["seed: 1337 → 1", "n_layer: 12 → 6"]
+
+
+def run_train(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "training/train.py", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_an_unknown_flag_is_one_line_on_standard_error() -> None:
+    done = run_train("--learning_rat", "1")
+    assert done.returncode == 2
+    assert done.stderr == "error: unknown flag --learning_rat; did you mean learning_rate?\n"
+
+
+def test_help_shows_every_key_without_importing_torch() -> None:
+    code = """
+import sys
+sys.argv = ["train.py", "--help"]
+from training.train import main
+try:
+    main()
+except SystemExit:
+    pass
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert all(f"--{key.name}" in done.stdout for key in dataclasses.fields(Recipe))

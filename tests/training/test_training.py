@@ -1,0 +1,350 @@
+"""Whole runs on a tiny model: what they leave, and how they go on."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from support.paths import ROOT
+
+from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
+from training.loop import train
+from training.monitoring.run_log import read_metrics
+from training.recipe import Recipe
+from training.setup import build
+
+Make = Callable[..., Recipe]
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def launched(recipe: Recipe, path: Path, *, processes: int = 1) -> "subprocess.CompletedProcess[str]":
+    """Train in new processes, as a user does."""
+    recipe.save(path)
+    config = "cpu.yaml" if processes == 1 else "cpu_2_processes.yaml"
+    command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet"]
+    command += ["--config_file", ROOT / "accelerate_configs" / config, "--main_process_port", "0"]
+    command += [ROOT / "training" / "train.py", "--config", path]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def optimizer_state(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "training_state" / "optimizer.safetensors")
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def losses(recipe: Recipe) -> dict[tuple[int, str], float]:
+    return {
+        (line["step"], name): line[name]
+        for line in read_metrics(Path(recipe.output_dir))
+        for name in ("train_loss", "val_loss")
+        if name in line
+    }
+
+
+def test_a_run_leaves_what_the_design_promises(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny_recipe(save_total_limit=2)
+    train(recipe)
+    run = Path(recipe.output_dir)
+    assert {path.name for path in run.iterdir()} == {
+        *("recipe.yaml", "metrics.jsonl", "log.txt", "train.log", "samples.txt", "curves.png", "checkpoints", "model"),
+        ".starts.jsonl",
+    }
+    assert [path.name for path in checkpoints(run)] == ["step-000008", "step-000012"]
+    assert {path.name for path in (run / "model").iterdir()} == {
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        *("README.md", "curves.png", "modeling_gpt2_scratch.py", "configuration_gpt2_scratch.py"),
+        *("linear_cross_entropy.py", "pretrained_gpt2_scratch.py"),
+    }
+    assert Recipe(**yaml.safe_load((run / "recipe.yaml").read_text())) == recipe
+    metrics = read_metrics(run)
+    trained = [line for line in metrics if "train_loss" in line]
+    assert [line["step"] for line in trained] == list(range(1, 13))
+    assert [line["tokens"] for line in trained] == [256 * step for step in range(1, 13)]
+    assert set(trained[0]) == {
+        *("step", "tokens", "train_loss", "smoothed_loss", "learning_rate", "grad_norm"),
+        *("tokens_per_second", "mfu", "memory_gib"),
+    }
+    assert all(0 < line["mfu"] <= 1 and line["memory_gib"] > 0 for line in trained)
+    samples = (run / "samples.txt").read_text()
+    assert samples.startswith("step 6\n\n  | The model")
+    assert samples.count("\nstep 12\n\n  | The model") == 1
+    assert trained[-1]["train_loss"] < trained[0]["train_loss"] - 0.5
+    assert [line["step"] for line in metrics if "val_loss" in line] == [6, 12]
+    state = TrainerState.read(checkpoints(run)[-1])
+    assert (state.step, state.tokens, state.num_processes) == (12, 12 * 256, 1)
+    printed = capsys.readouterr().out
+    assert printed in (run / "train.log").read_text() + "\n"
+    for part in ("nats per token", "bits per byte", "by gzip -9", "To try next", str(run / "model")):
+        assert part in printed
+
+
+def test_a_warm_up_longer_than_the_run_is_told(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny_recipe(max_steps=2, warmup_steps=2, eval_steps=0))
+    assert "the learning rate still rises at the end: 2 warmup_steps of 2 steps" in capsys.readouterr().out
+
+
+def test_a_peak_that_training_surpasses_is_measured_again(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(mixed_precision: str, *, again: bool = False) -> float:
+        return 1e15 if again else 1.0
+
+    monkeypatch.setattr("training.monitoring.monitor.measured_peak_flops", measured)
+    recipe = tiny_recipe(max_steps=3, eval_steps=0)
+    train(recipe)
+    assert all(line["mfu"] <= 1 for line in read_metrics(Path(recipe.output_dir)) if "mfu" in line)
+    log = (Path(recipe.output_dir) / "train.log").read_text()
+    assert log.count("MFU is the share of 1,000 TFLOP/s per process, measured again") == 1
+
+
+def test_the_model_folder_loads_through_the_auto_classes(tiny_recipe: Make) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    recipe = tiny_recipe(max_steps=2)
+    train(recipe)
+    folder = str(Path(recipe.output_dir) / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert type(model).__name__ == "GPT2ScratchForCausalLM"
+    assert tokenizer.model_max_length == model.config.n_positions == 32
+    assert tokenizer.eos_token_id == model.config.eos_token_id == model.config.vocab_size - 1
+    # As a user calls it first: the pipeline's own 256 new tokens would not fit 32 positions.
+    text = pipeline("text-generation", model=folder)("The model")[0]["generated_text"]
+    assert text.startswith("The model")
+    assert len(tokenizer.encode(text)) <= 32
+
+
+def test_checkpoints_load_as_model_folders(tiny_recipe: Make) -> None:
+    from transformers import AutoModelForCausalLM
+
+    recipe = tiny_recipe(max_steps=4)
+    train(recipe)
+    run = Path(recipe.output_dir)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints(run)[-1])
+    # The head is tied, so it is not stored twice.
+    stored = weights(run / "model")
+    assert "lm_head.weight" not in stored
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_an_interrupted_run_ends_bit_identical_to_an_unbroken_one(stop: int, tiny_recipe: Make, tmp_path: Path) -> None:
+    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1, save_total_limit=None)
+    train(whole)
+    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    # What a run looks like that was killed behind a checkpoint: later lines of the log are there already.
+    run = Path(broken.output_dir)
+    (run / "checkpoints").mkdir(parents=True)
+    Path(tmp_path / "whole" / "checkpoints" / f"step-{stop:06d}").rename(run / "checkpoints" / f"step-{stop:06d}")
+    for name in ("metrics.jsonl", "log.txt", "recipe.yaml"):
+        (run / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    train(broken)
+    assert_same(weights(run / "model"), weights(tmp_path / "whole" / "model"))
+    assert_same(optimizer_state(checkpoints(run)[-1]), optimizer_state(checkpoints(tmp_path / "whole")[-1]))
+    assert losses(broken) == losses(whole)
+    steps = [line["step"] for line in read_metrics(run) if "train_loss" in line]
+    assert steps == list(range(1, 13))
+
+
+def test_accumulation_gives_the_same_weights_as_one_large_batch(tiny_recipe: Make, tmp_path: Path) -> None:
+    large = tiny_recipe(output_dir=str(tmp_path / "large"), per_device_train_batch_size=8, max_steps=4)
+    small = tiny_recipe(output_dir=str(tmp_path / "small"), per_device_train_batch_size=1, max_steps=4)
+    train(large)
+    train(small)
+    # Same sums in another order: fp32 rounding, enlarged by AdamW's division where a gradient is almost 0.
+    for key, loss in losses(large).items():
+        assert losses(small)[key] == pytest.approx(loss, abs=1e-5), key
+
+
+def test_two_processes_equal_one(tiny_recipe: Make, tmp_path: Path) -> None:
+    one = tiny_recipe(output_dir=str(tmp_path / "one"), max_steps=6)
+    two = dataclasses.replace(one, output_dir=str(tmp_path / "two"))
+    train(one)
+    done = launched(two, tmp_path / "two.yaml", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes × 1 accumulated" in done.stdout
+    for key, loss in losses(one).items():
+        # The mean of two halves instead of one sum: fp32 rounding.
+        assert losses(two)[key] == pytest.approx(loss, abs=1e-5), key
+    assert {path.name for path in (checkpoints(Path(two.output_dir))[-1] / "training_state").iterdir()} == {
+        *("SHA256SUMS", "trainer_state.json", "optimizer.safetensors", "loop_state.safetensors"),
+        *("rng_state_0.safetensors", "rng_state_1.safetensors"),
+    }
+
+
+def test_a_run_of_two_processes_goes_on_with_one_over_the_same_samples(tiny_recipe: Make, tmp_path: Path) -> None:
+    whole = tiny_recipe(output_dir=str(tmp_path / "whole"))
+    train(whole)
+    parted = dataclasses.replace(whole, output_dir=str(tmp_path / "parted"))
+    # The same schedule, stopped by a kill after step 8: its later checkpoint and lines are taken away.
+    assert launched(parted, tmp_path / "parted.yaml", processes=2).returncode == 0
+    run = Path(parted.output_dir)
+    newest = checkpoints(run)[-1]
+    newest.rename(tmp_path / "taken")
+    train(parted)
+    for key, loss in losses(whole).items():
+        assert losses(parted)[key] == pytest.approx(loss, abs=1e-5), key
+
+
+def test_a_second_start_says_that_the_run_is_complete(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny_recipe(max_steps=2)
+    train(recipe)
+    model = Path(recipe.output_dir) / "model" / "model.safetensors"
+    before = (model.stat().st_mtime_ns, read_metrics(Path(recipe.output_dir)))
+    capsys.readouterr()
+    train(recipe)
+    printed = capsys.readouterr().out
+    assert "is complete: 2 of 2 steps" in printed
+    assert "--max_steps 4" in printed
+    assert (model.stat().st_mtime_ns, read_metrics(Path(recipe.output_dir))) == before
+
+
+def test_a_complete_run_goes_on_to_a_new_end(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=2)
+    train(recipe)
+    train(dataclasses.replace(recipe, max_steps=5))
+    assert [line["step"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_killed_before_it_wrote_its_model_only_finishes(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4)
+    train(recipe)
+    run = Path(recipe.output_dir)
+    before = weights(run / "model")
+    (run / "model").rename(run.parent / "taken")
+    metrics = read_metrics(run)
+    train(recipe)
+    assert_same(weights(run / "model"), before)
+    assert read_metrics(run) == metrics
+
+
+def test_weights_of_an_earlier_model_are_where_training_starts(tiny_recipe: Make, tmp_path: Path) -> None:
+    first = tiny_recipe(output_dir=str(tmp_path / "first"), max_steps=8)
+    train(first)
+    second = tiny_recipe(
+        output_dir=str(tmp_path / "second"),
+        init_from=str(tmp_path / "first" / "model"),
+        max_steps=1,
+        learning_rate=1e-9,
+    )
+    train(second)
+    before, after = losses(first)[8, "val_loss"], losses(second)[1, "val_loss"]
+    assert after == pytest.approx(before, abs=1e-4)
+
+
+def test_metrics_reach_tensorboard(tiny_recipe: Make) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = tiny_recipe(max_steps=2, report_to=["tensorboard"])
+    train(recipe)
+    events = list((Path(recipe.output_dir) / "gpt2-scratch").rglob("events.out.*"))
+    assert any(b"train_loss" in path.read_bytes() for path in events)
+
+
+def test_a_truncated_shard_is_one_line_and_no_traceback(tiny_recipe: Make, tmp_path: Path) -> None:
+    import shutil
+
+    recipe = tiny_recipe()
+    data = tmp_path / "data"
+    shutil.copytree(recipe.data_dir, data)
+    shard = sorted(data.glob("*_train_*.npy"))[0]
+    shard.write_bytes(shard.read_bytes()[:-10])
+    done = launched(dataclasses.replace(recipe, data_dir=str(data)), tmp_path / "r.yaml")
+    assert done.returncode != 0
+    assert done.stderr.startswith("error: ")
+    assert shard.name in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not Path(recipe.output_dir).exists()
+
+
+def test_ready_shards_without_a_manifest_are_trained_on(tiny_recipe: Make, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, size in (("x_val_000000", 500), ("x_train_000001", 3000)):
+        np.save(tmp_path / f"{name}.npy", rng.integers(0, 300, size).astype("<u2"))
+    source = tiny_recipe().data_dir
+    train(tiny_recipe(data_dir=str(tmp_path), tokenizer=source, max_steps=2))
+    run = Path(tiny_recipe().output_dir)
+    assert TrainerState.read(checkpoints(run)[-1]).shards == ["500 tokens", "3000 tokens"]
+
+
+def test_training_on_ready_shards_imports_neither_datasets_nor_evaluate(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe(max_steps=1)
+    recipe.save(tmp_path / "r.yaml")
+    code = f"""
+import sys
+sys.modules["datasets"] = sys.modules["evaluate"] = None
+from pathlib import Path
+from training.loop import train
+from training.recipe import load_recipe
+train(load_recipe(Path({str(tmp_path / "r.yaml")!r})))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "no"), ({}, "no")],
+)
+def test_cpus_take_bf16_only_where_they_multiply_it(
+    capabilities: dict[str, bool], expected: str, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert build.resolve_mixed_precision(tiny_recipe(mixed_precision="auto")) == expected
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert build.resolve_mixed_precision(tiny_recipe(mixed_precision="auto")) == "bf16"
+    assert build.resolve_mixed_precision(tiny_recipe(mixed_precision="no")) == "no"
+
+
+def test_bf16_trains_to_nearly_the_same_loss(tiny_recipe: Make, tmp_path: Path) -> None:
+    full = tiny_recipe(output_dir=str(tmp_path / "full"))
+    half = tiny_recipe(output_dir=str(tmp_path / "half"), mixed_precision="bf16")
+    train(full)
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)  # the precision is part of it
+    train(half)
+    # bf16 keeps 8 bits of mantissa: a relative error near 0.4 % in each product, far less in the mean.
+    assert losses(half)[12, "val_loss"] == pytest.approx(losses(full)[12, "val_loss"], rel=0.01)
+    assert weights(Path(half.output_dir) / "model")["transformer.wte.weight"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("knob", ["activation_checkpointing", "compile"])
+def test_knobs_of_speed_and_memory_leave_the_losses_alone(knob: str, tiny_recipe: Make, tmp_path: Path) -> None:
+    plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=4, eval_steps=2, sample_steps=2)
+    train(plain)
+    changed = dataclasses.replace(plain, output_dir=str(tmp_path / "changed"), **{knob: True})
+    train(changed)
+    for key, loss in losses(plain).items():
+        # The compiler fuses operations, which rounds otherwise.
+        assert losses(changed)[key] == pytest.approx(loss, abs=1e-5), key
+    saved = weights(Path(changed.output_dir) / "model")
+    assert saved.keys() == weights(Path(plain.output_dir) / "model").keys()  # no `_orig_mod.`
+
+
+def test_the_card_names_no_path_of_the_machine(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe(max_steps=1)
+    train(recipe)
+    card = (Path(recipe.output_dir) / "model" / "README.md").read_text()
+    assert "pipeline_tag: text-generation" in card
+    for secret in (str(tmp_path), str(Path(recipe.data_dir).parent), str(Path(recipe.corpus).parent)):
+        assert secret not in card
+    assert json.dumps(str(tmp_path)) not in (Path(recipe.output_dir) / "model" / "config.json").read_text()

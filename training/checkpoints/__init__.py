@@ -1,0 +1,1 @@
+"""Checkpoint folders: format, writer, resume, checksums, signals."""

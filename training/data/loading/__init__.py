@@ -1,0 +1,1 @@
+"""From shards to batches: data order, loader, shards that are still being written."""

@@ -1,0 +1,1 @@
+"""Shard folders: format, manifest, reader, writer, inspection."""

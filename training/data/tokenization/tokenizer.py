@@ -1,0 +1,327 @@
+"""Text to token ids and back: GPT-2's byte-level BPE, or one of the same kind trained on the corpus.
+
+Two libraries share the work. `tiktoken` encodes, because it is several times faster; `tokenizer.json` is what the rest
+of the ecosystem loads. Both must give the same ids. tiktoken merges the adjacent pair whose union has the lowest rank,
+in whatever way it splits; `tokenizers` follows a list of merges. For a vocabulary that BPE training made the two agree
+when the list holds, for each token, the one split by which its bytes arise from tokens of lower rank: inside a span
+that nothing crosses, the order of merges is determined, so no other split of that token is ever met.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tiktoken
+
+from common.cli_errors import InputError
+from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding
+
+END_OF_TEXT = "<|endoftext|>"
+
+_GPT2_FINGERPRINT = "51d32a77888dd9f57aec65782b437014a7f0bc1afbc94624d0fe3e27b5002601"
+
+SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+
+
+class Tokenizer:
+    """A byte-level BPE with GPT-2's pre-tokenisation.
+
+    Args:
+        ranks: token bytes -> id; a lower id merges first.
+        special_tokens: text -> id; must hold `<|endoftext|>`.
+    """
+
+    def __init__(self, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> None:
+        self.ranks = dict(ranks)
+        self.special_tokens = dict(special_tokens)
+        self.vocab_size: int = len(self.ranks) + len(self.special_tokens)
+        self.end_of_text_id: int = self.special_tokens[END_OF_TEXT]
+        self.beginning: tuple[int, ...] = ()  # as the saved tokenizer's own call: it puts nothing before a text
+        self.fingerprint: str = _fingerprint(self.ranks, self.special_tokens)
+        self.name: str = "gpt2" if self.fingerprint == _GPT2_FINGERPRINT else f"bpe-{self.vocab_size}"
+        self.bpe = BytePairEncoding(self.name, self.ranks, self.special_tokens)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of `text` as plain text: a literal `<|endoftext|>` in it is not the special token."""
+        return self.bpe.encode(text).tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids`, with U+FFFD where they do not form valid UTF-8."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Return the exact bytes of `ids`."""
+        return self.bpe.decode_bytes(ids)
+
+    def token_byte_lengths(self) -> np.ndarray:
+        """Return how many bytes of text each id stands for, (vocab_size,), 0 for special tokens."""
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, rank in self.ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
+    def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` loads.
+
+        Args:
+            folder: made if absent.
+            model_max_length: the longest sequence of the model that the tokenizer belongs to, in tokens.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Written by us: the library's own error of a full disk is a bare Exception.
+        backend = _backend(self.ranks, self.special_tokens).to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(backend, encoding="utf-8")
+        config: dict[str, Any] = {
+            "add_prefix_space": False,
+            "bos_token": END_OF_TEXT,
+            "clean_up_tokenization_spaces": False,
+            "eos_token": END_OF_TEXT,
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "unk_token": END_OF_TEXT,
+        }
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Tokenizer":
+        """Read a folder's `tokenizer.json`, ours or anybody's, provided that it is byte-level BPE like GPT-2's.
+
+        Raises:
+            InputError: the file is absent, broken, or describes another kind of tokenizer.
+        """
+        path = Path(folder) / "tokenizer.json"
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"expected a folder with a tokenizer.json, found none that can be read at {path} ({error.strerror}); "
+                "give 'gpt2', 'train:4096', or the folder of a saved tokenizer"
+            ) from None
+        except UnicodeDecodeError:
+            raise _not_usable(path, "it is not UTF-8 text") from None
+        try:
+            return cls(*_parse(json.loads(text), path))
+        except json.JSONDecodeError as error:
+            raise _not_usable(path, f"it is not JSON ({error})") from None
+
+
+def load_tokenizer(spec: str) -> Tokenizer:
+    """Return the tokenizer that `spec` names: "gpt2", a folder with a `tokenizer.json`, or a Hub dataset with one.
+
+    Raises:
+        InputError: there is no such tokenizer, or its files are neither cached nor to be had.
+    """
+    if spec == "gpt2":
+        return _load_gpt2()
+    if parse_train_spec(spec) is not None:
+        raise InputError(f"expected a tokenizer that exists, found '{spec}'; only preparing a corpus trains one")
+    if spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not Path(spec).exists():
+        return _load_from_hub(spec)
+    return Tokenizer.load(spec)
+
+
+def _load_from_hub(repo_id: str) -> Tokenizer:
+    """Return the tokenizer that lies beside the shards of a dataset."""
+    from huggingface_hub import snapshot_download
+
+    from common.hub_retry import network_errors
+
+    try:
+        files = ["tokenizer.json", "tokenizer_config.json"]
+        folder = snapshot_download(repo_id, repo_type="dataset", allow_patterns=files)
+    except network_errors() as error:
+        raise InputError(
+            "expected the tokenizer gpt2, a folder with tokenizer.json or a dataset of the Hub with one, found no "
+            f"folder {repo_id}, and on the Hub {type(error).__name__}; check the path"
+        ) from None
+    return Tokenizer.load(folder)
+
+
+def parse_train_spec(spec: str) -> int | None:
+    """Return the vocabulary size in "train:4096", or None when `spec` does not ask for training.
+
+    Raises:
+        InputError: it does, with a size that is no number or too small.
+    """
+    kind, _, size = spec.partition(":")
+    if kind != "train":
+        return None
+    if not (size.isascii() and size.isdigit()):
+        raise InputError(f"expected a vocabulary size as in 'train:4096', found '{spec}'")
+    return _checked_size(int(size))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Train a byte-level BPE: 256 bytes first, then the merges, `<|endoftext|>` last with id `vocab_size - 1`.
+
+    Args:
+        texts: read once.
+        vocab_size: tokens in all; at least 257.
+
+    Raises:
+        InputError: the vocabulary is too small to hold all bytes, or the texts too small to fill it.
+    """
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    _checked_size(vocab_size)
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,  # a token met once teaches nothing
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    ranks = {_to_bytes(token): rank for token, rank in backend.get_vocab().items()}
+    if len(ranks) < vocab_size - 1:
+        raise InputError(
+            f"expected text enough for a vocabulary of {vocab_size:,} tokens, found that it gives {len(ranks) + 1:,}; "
+            f"ask for at most that many, or give a larger corpus"
+        )
+    return Tokenizer(ranks, {END_OF_TEXT: vocab_size - 1})
+
+
+def _load_gpt2() -> Tokenizer:
+    way_out = (
+        "connect once, or point TIKTOKEN_CACHE_DIR at a folder where tiktoken has kept them, or train one (train:4096)"
+    )
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # requests' errors are OSErrors
+        raise InputError(
+            f"expected GPT-2's vocabulary in tiktoken's cache or from the network, found neither "
+            f"({type(error).__name__}); {way_out}"
+        ) from None
+    except ValueError as error:
+        raise InputError(
+            f"expected OpenAI's GPT-2 vocabulary, found other bytes ({' '.join(str(error).split())[:120]}); {way_out}"
+        ) from None
+    return Tokenizer(encoding._mergeable_ranks, encoding._special_tokens)
+
+
+def _checked_size(vocab_size: int) -> int:
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise InputError(
+            f"expected a vocabulary of at least {SMALLEST_VOCABULARY} tokens (256 bytes and the end of text), "
+            f"found {vocab_size:,}; 4096 is a good size for a small corpus"
+        )
+    return vocab_size
+
+
+def _fingerprint(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
+    """Return a sha256 of all that decides ids, whatever library or version spells it."""
+    digest = hashlib.sha256(GPT2_PATTERN.encode())
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        digest.update(f"\n{rank} {token.hex()}".encode())
+    for text, rank in sorted(special_tokens.items(), key=lambda item: item[1]):
+        digest.update(f"\n{rank} special {text.encode().hex()}".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _byte_to_character() -> dict[int, str]:
+    """Return GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py, `bytes_to_unicode`)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in table:
+            table[byte] = chr(256 + len(table) - len(printable))
+    return table
+
+
+@functools.cache
+def _character_to_byte() -> dict[str, int]:
+    return {character: byte for byte, character in _byte_to_character().items()}
+
+
+def _to_text(token: bytes) -> str:
+    table = _byte_to_character()
+    return "".join(table[byte] for byte in token)
+
+
+def _to_bytes(token: str) -> bytes:
+    table = _character_to_byte()
+    return bytes(table[character] for character in token)
+
+
+def _split(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """Return the two tokens that merge into `token`: what its bytes become when only lower ranks may merge."""
+    limit = ranks[token]
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pair_ranks = [ranks.get(parts[i] + parts[i + 1], limit) for i in range(len(parts) - 1)]
+        lowest = min(pair_ranks)
+        if lowest >= limit:
+            break
+        i = pair_ranks.index(lowest)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    if len(parts) != 2:
+        raise InputError(
+            f"expected a vocabulary from BPE training, found the token {token!r}, which no merge of two others gives"
+        )
+    return parts[0], parts[1]
+
+
+def _backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> Any:
+    """Return the `tokenizers.Tokenizer` that gives the same ids."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Backend
+
+    in_order = sorted(ranks, key=ranks.__getitem__)
+    merges = [_split(token, ranks) for token in in_order if len(token) > 1]
+    vocab = {_to_text(token): rank for token, rank in ranks.items()}
+    # Special tokens stand in the vocabulary too, as in the official file: added tokens could not choose their ids.
+    vocab.update(special_tokens)
+    backend = Backend(models.BPE(vocab, [(_to_text(left), _to_text(right)) for left, right in merges]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in special_tokens])
+    return backend
+
+
+def _not_usable(path: Path, found: str) -> InputError:
+    return InputError(
+        f"expected a byte-level BPE tokenizer like GPT-2's in {path}, found that {found}; "
+        "give 'gpt2', 'train:4096', or the folder of a tokenizer of this kind"
+    )
+
+
+def _parse(data: Any, path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+    """Return ranks and special tokens of a `tokenizer.json`."""
+    model = data.get("model") if isinstance(data, dict) else None
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
+        raise _not_usable(path, "it has no BPE model")
+    pre_tokenizer = data.get("pre_tokenizer") or {}
+    if pre_tokenizer.get("type") != "ByteLevel" or not pre_tokenizer.get("use_regex", True):
+        raise _not_usable(path, "its pre-tokenisation is another one")
+    if pre_tokenizer.get("add_prefix_space") or data.get("normalizer"):
+        raise _not_usable(path, "it changes the text before it encodes")
+
+    special_tokens = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
+    if END_OF_TEXT not in special_tokens:
+        raise _not_usable(path, f"it has no {END_OF_TEXT}")
+    try:
+        ranks = {_to_bytes(token): rank for token, rank in model["vocab"].items() if token not in special_tokens}
+    except KeyError as error:
+        raise _not_usable(path, f"a token holds the character {error}, which stands for no byte") from None
+    if sorted([*ranks.values(), *special_tokens.values()]) != list(range(len(ranks) + len(special_tokens))):
+        raise _not_usable(path, "its ids have gaps or repetitions")
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise _not_usable(path, "some bytes have no token")
+
+    merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+    merged_ids = [model["vocab"].get("".join(merge), -1) for merge in merges]
+    expected_ids = sorted(rank for token, rank in ranks.items() if len(token) > 1)
+    if merged_ids != expected_ids:
+        raise _not_usable(path, "its ids do not follow the order of its merges")
+    return ranks, special_tokens

@@ -1,0 +1,1 @@
+"""What a run reports: log, progress bar, throughput, plots, trackers, samples, task scores."""

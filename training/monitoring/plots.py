@@ -1,0 +1,241 @@
+"""Curves of runs against the tokens they saw, drawn from their metrics.jsonl.
+
+    python -m training.plots runs/quickstart                              draws its curves.png anew
+    python -m training.plots runs/a runs/b --output compare.png           lays runs over each other
+
+Training draws its own picture this way too, in a process beside it: matplotlib would hold all processes up for a while.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from common.atomic_files import write_whole
+from common.cli_errors import InputError
+from evaluation.results.references import VALIDATION_LOSS, Reference, one_per_size, published
+from training.monitoring.run_log import read_metrics
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_SMOOTHED_SHARE = 1 / 150  # of the curve of the training loss goes into a point, to either side
+_POINTS_THAT_SHOW_ALONE = 40  # fewer are marked one by one: a line through a single point is invisible
+_BEGINNING = 0.03  # share of a run whose high losses may lie above the picture
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What is drawn of a run.
+
+    Attributes:
+        name: of the run's folder.
+        metrics: the lines of its metrics.jsonl.
+        corpus: GPT-2's own loss is drawn where it was published for this corpus …
+        gpt2_tokens: … and the run uses GPT-2's tokenizer, without which losses per token cannot be compared.
+    """
+
+    name: str
+    metrics: list[dict[str, Any]]
+    corpus: str = ""
+    gpt2_tokens: bool = False
+
+    @classmethod
+    def of(cls, folder: Path) -> "Curves":
+        """The curves of the run in a folder.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        if not (folder / "recipe.yaml").is_file():
+            raise InputError(
+                f"{folder} holds no run: expected recipe.yaml and metrics.jsonl in it; name a folder such as "
+                "runs/quickstart"
+            )
+        try:
+            recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+            corpus, tokenizer = str(recipe.get("corpus")), recipe.get("tokenizer")
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
+            raise InputError(f"{folder / 'recipe.yaml'} cannot be read as a recipe; is the run whole?") from None
+        name = folder.name or folder.resolve().name
+        return cls(name, read_metrics(folder), corpus, tokenizer == "gpt2")
+
+    def column(self, key: str) -> tuple[list[float], list[float]]:
+        """The tokens and the values of all lines that have this key."""
+        lines = [line for line in self.metrics if key in line and "tokens" in line]
+        return [line["tokens"] for line in lines], [line[key] for line in lines]
+
+
+def smoothed(values: Sequence[float], half_width: int) -> list[float]:
+    """The mean of each value and `half_width` neighbours on either side.
+
+    Unlike the average of the past that the bar shows, it does not lag behind a falling loss: near the beginning, where
+    it falls most, as many neighbours are taken from the right as there are on the left. Values that are not finite are
+    left out; the mean of nothing else is NaN.
+    """
+    losses = np.asarray(values, dtype=np.float64)
+    finite = np.isfinite(losses)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(finite)])
+    place = np.arange(len(losses))
+    reach = np.minimum(half_width, place)
+    first, end = place - reach, np.minimum(place + reach + 1, len(losses))
+    with np.errstate(invalid="ignore"):
+        return ((sums[end] - sums[first]) / (counts[end] - counts[first])).tolist()
+
+
+def loss_limits(columns: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float] | None:
+    """Lowest and highest loss that the picture shows; None where it can show them all.
+
+    The first steps of a run lose ten nats and more, and what it learns after them would be a line at the bottom. A loss
+    that is high later on is never left out.
+
+    Arguments:
+        columns: tokens and training losses of each run.
+    """
+    last = max((tokens[-1] for tokens, _ in columns if tokens), default=0.0)
+    if sum(len(losses) for _, losses in columns) < _POINTS_THAT_SHOW_ALONE:
+        return None
+    shown = [
+        loss
+        for tokens, losses in columns
+        for at, loss in zip(tokens, losses, strict=True)
+        if at >= _BEGINNING * last and math.isfinite(loss)
+    ]
+    if not shown:
+        return None
+    margin = 0.05 * (max(shown) - min(shown)) or 0.1
+    return min(shown) - margin, max(shown) + margin
+
+
+def plot_curves(path: Path, runs: Sequence[Curves]) -> None:
+    """Draw one run, or several over each other, and write the picture whole or not at all.
+
+    Training and validation loss, learning rate, the gradient's norm before clipping, HellaSwag where it was measured.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
+
+    has_tasks = any(run.column("hellaswag_acc_norm")[0] for run in runs)
+    beside = ["learning rate", "gradient norm", *(["HellaSwag accuracy"] if has_tasks else [])]
+    figure = Figure(figsize=(11, 5.5), dpi=110, layout="constrained")
+    grid = figure.add_gridspec(len(beside), 2, width_ratios=(1.8, 1))
+    loss = figure.add_subplot(grid[:, 0])
+    panels = dict(zip(beside, (figure.add_subplot(grid[row, 1]) for row in range(len(beside))), strict=True))
+    _draw_losses(loss, runs)
+    _draw_small(panels["learning rate"], runs, "learning_rate")
+    _draw_small(panels["gradient norm"], runs, "grad_norm")
+    if _all_positive(runs, "grad_norm"):
+        panels["gradient norm"].set_yscale("log")
+        panels["gradient norm"].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panels["gradient norm"].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panels["gradient norm"].yaxis.set_minor_formatter(NullFormatter())
+    if has_tasks:
+        _draw_hellaswag(panels["HellaSwag accuracy"], runs)
+    loss.set(ylabel="loss (nats per token)", xlabel="tokens", title=runs[0].name if len(runs) == 1 else "")
+    end = max((line.get("tokens", 0) for run in runs for line in run.metrics), default=0)
+    for title, axes in [("", loss), *panels.items()]:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.grid(alpha=0.2)
+        if end:
+            axes.set_xlim(0, 1.02 * end)
+        else:
+            axes.set(xticks=[], yticks=[])
+        if title:
+            axes.set_title(title, fontsize=9)
+            axes.tick_params(labelsize=8)
+    list(panels.values())[-1].set_xlabel("tokens", fontsize=9)
+    write_whole(path, FigureCanvasAgg(figure).print_png)
+
+
+def _draw_losses(axes: "Axes", runs: Sequence[Curves]) -> None:
+    alone = len(runs) == 1
+    broken: list[float] = []
+    for index, run in enumerate(runs):
+        colour = f"C{index % 10}"
+        tokens, losses = run.column("train_loss")
+        broken += [at for at, loss in zip(tokens, losses, strict=True) if not math.isfinite(loss)]
+        if losses:
+            if alone:
+                axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8, marker=_marker(losses), markersize=3)
+            curve = smoothed(losses, round(_SMOOTHED_SHARE * len(losses)))
+            label = "training" if alone else None if run.column("val_loss")[0] else f"{run.name} (training)"
+            axes.plot(tokens, curve, color=colour, alpha=1.0 if alone else 0.5, linewidth=1.2, label=label)
+        tokens, losses = run.column("val_loss")
+        if losses:
+            axes.plot(
+                tokens,
+                losses,
+                color="C1" if alone else colour,
+                marker="o",
+                markersize=3,
+                label=f"{'validation' if alone else run.name} ({losses[-1]:.3f})",
+            )
+    if broken:  # a line would only have a gap there
+        axes.plot(
+            broken,
+            [0.02] * len(broken),
+            "x",
+            color="tab:red",
+            transform=axes.get_xaxis_transform(),
+            label=f"loss not finite ({len(broken)} logged step{'s' if len(broken) > 1 else ''})",
+        )
+    comparable = all(run.gpt2_tokens and run.corpus == runs[0].corpus for run in runs)
+    references = VALIDATION_LOSS.get(runs[0].corpus, ()) if comparable else ()
+    for reference in references:
+        _draw_reference(axes, reference, above=False)
+    limits = loss_limits([run.column("train_loss") for run in runs])
+    if limits is not None:
+        axes.set_ylim(min([limits[0], *(reference.value - 0.1 for reference in references)]), limits[1])
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="upper right" if limits is not None else "best", title=None if alone else "validation")
+    elif not any(run.metrics for run in runs):
+        axes.text(0.5, 0.5, "nothing is recorded yet", ha="center", color="tab:gray", transform=axes.transAxes)
+
+
+def _draw_small(axes: "Axes", runs: Sequence[Curves], key: str) -> None:
+    for index, run in enumerate(runs):
+        tokens, values = run.column(key)
+        axes.plot(tokens, values, color=f"C{index % 10}", linewidth=1, marker=_marker(values), markersize=3)
+
+
+def _draw_hellaswag(axes: "Axes", runs: Sequence[Curves]) -> None:
+    """Accuracies, with GPT-2's sizes up to the first that is still ahead."""
+    best = 0.0
+    for index, run in enumerate(runs):
+        tokens, values = run.column("hellaswag_acc_norm")
+        best = max([best, *(value for value in values if math.isfinite(value))])
+        axes.plot(tokens, values, color="C1" if len(runs) == 1 else f"C{index % 10}", marker="o", markersize=3)
+    for reference in one_per_size(published("hellaswag:completion", "acc_norm")).values():
+        _draw_reference(axes, reference, above=True)
+        if reference.value > best:
+            break
+    axes.margins(y=0.2)
+
+
+def _draw_reference(axes: "Axes", reference: Reference, *, above: bool) -> None:
+    """A line at a published figure; its words at the left, on the side where no run begins."""
+    axes.axhline(reference.value, color="tab:gray", linestyle="--", linewidth=1)
+    axes.annotate(
+        f"OpenAI GPT-2 {reference.size}: {reference.value:.4g}",
+        (0.01, reference.value),
+        xycoords=("axes fraction", "data"),
+        ha="left",
+        va="bottom" if above else "top",
+        fontsize=7 if above else 8,
+        color="tab:gray",
+    )
+
+
+def _marker(values: Sequence[float]) -> str | None:
+    return "o" if len(values) < _POINTS_THAT_SHOW_ALONE else None
+
+
+def _all_positive(runs: Sequence[Curves], key: str) -> bool:
+    values = [value for run in runs for value in run.column(key)[1] if math.isfinite(value)]
+    return bool(values) and min(values) > 0

@@ -1,0 +1,90 @@
+"""Trackers that get the metrics too: TensorBoard, Weights & Biases and Trackio, through accelerate.
+
+A run that goes on from a checkpoint goes on in the same run of its tracker. TensorBoard drops what was written behind
+the checkpoint; Weights & Biases keeps what it has of a step, which is the same; Trackio shows such steps twice.
+"""
+
+import secrets
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import is_tensorboard_available, is_trackio_available, is_wandb_available
+
+from common.cli_errors import InputError
+from training.recipe import Recipe
+from training.setup.plan import Plan
+
+PROJECT = "gpt2-scratch"
+_AVAILABLE = {
+    "tensorboard": is_tensorboard_available,
+    "wandb": is_wandb_available,
+    "trackio": is_trackio_available,
+}
+
+
+def chosen_trackers(recipe: Recipe) -> list[str]:
+    """The trackers that `report_to` names; "all" are those that are installed.
+
+    Raises:
+        InputError: one of them is not installed.
+    """
+    if "all" in recipe.report_to:
+        return [name for name in _AVAILABLE if _AVAILABLE[name]()]
+    chosen: list[str] = [name for name in _AVAILABLE if name in recipe.report_to]
+    missing = [name for name in chosen if not _AVAILABLE[name]()]
+    if missing:
+        raise InputError(
+            f"report_to names {' and '.join(missing)}, not installed here; "
+            f"pip install -c constraints.txt -e '.[{','.join(missing)}]'"
+        )
+    return chosen
+
+
+def start_trackers(accelerator: Accelerator, plan: Plan) -> None:
+    """Begin a run in each tracker that the recipe names, or go on in the one of an earlier start.
+
+    Raises:
+        InputError: Weights & Biases does not let us in.
+    """
+    names = chosen_trackers(plan.recipe)
+    if not names:
+        return
+    options: dict[str, dict[str, Any]] = {"tensorboard": {}, "wandb": {}, "trackio": {}}
+    if plan.first_step:
+        options["tensorboard"] = {"purge_step": plan.first_step + 1}
+    refusals: tuple[type[Exception], ...] = ()
+    if accelerator.is_main_process and {"wandb", "trackio"} & set(names):
+        name = _name_of_run(plan.output_dir)
+        # "allow": the run of this name, or a new one where nobody knows it yet.
+        options["wandb"] = {"id": name, "name": name, "dir": str(plan.output_dir), "resume": "allow"}
+        options["trackio"] = {"name": name, "resume": "allow"}
+    if "wandb" in names:
+        import wandb
+
+        refusals = (wandb.errors.Error,)
+    # Told once: TensorBoard makes another run of them each time.
+    settings = None if plan.first_step else _settings(plan.recipe)
+    try:
+        accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
+    except refusals as error:
+        raise InputError(
+            f"Weights & Biases does not start: {str(error).strip().splitlines()[0]}; "
+            "`wandb login` first, or keep the run on this machine with WANDB_MODE=offline"
+        ) from None
+
+
+def _settings(recipe: Recipe) -> dict[str, bool | int | float | str]:
+    """The recipe in the types that every tracker takes."""
+    return {
+        key: value if isinstance(value, bool | int | float | str) else str(value)
+        for key, value in recipe.to_dict().items()
+    }
+
+
+def _name_of_run(output_dir: Path) -> str:
+    """The run's name in its trackers: its folder's, and something that another machine's run of that name has not."""
+    path = output_dir / "tracker_run.txt"
+    if not path.exists():
+        path.write_text(f"{output_dir.name}-{secrets.token_hex(4)}\n", encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()

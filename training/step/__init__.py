@@ -1,0 +1,1 @@
+"""One optimizer step: forward and backward, batch arithmetic, document mask, guard against bad updates."""
