@@ -1,1 +1,1 @@
-"""What every package needs, and nothing of the domain: command-line errors, atomic files, Hub retries, logs. Cheap to import."""
+"""What every package needs: command-line errors, atomic files, Hub retries, logs. Cheap to import."""
