@@ -4,7 +4,7 @@ import filecmp
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from training.data.producing.background_producer import ProducerBeside, producer
 from training.data.producing.workers import usable_cpus
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_files import ShardFolder, holds_foreign_shards
-from training.data.shards.shard_spec import ShardRequest
+from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.open_corpus import open_corpus
 from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.hub.publisher import claim_repository
@@ -201,7 +201,8 @@ def open_data(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> t
         machines.wait_for(lambda: True, producer)
         return opened
     begun = Manifest.read(path)
-    request = ShardRequest(
+    spec = ShardSpec(
+        folder=path,
         corpus=recipe.corpus,
         corpus_config=recipe.corpus_config,
         text_field=recipe.text_field,
@@ -211,11 +212,11 @@ def open_data(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> t
         # No recipe says it, since it limits the folder and not the run: whoever prepared the folder has chosen.
         max_tokens=None if begun is None else begun.max_tokens,
     )
-    manifest = request.manifest_in(path)
+    manifest = spec.read_manifest()
     if (manifest is None or not manifest.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
         open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # refuses what is not there
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        producer.start(producer_command(path, [*request.flags(), "--num_workers", str(workers)]))
+        producer.start(producer_command(path, [*_flags(spec), "--num_workers", str(workers)]))
     all_of_them = recipe.num_train_epochs is not None  # their number gives epochs their length
     machines.wait_for(lambda: _can_begin(Manifest.read(path), all_of_them=all_of_them), producer)
     folder, tokenizer = ShardFolder.open(path), Tokenizer.load(path)
@@ -225,6 +226,12 @@ def open_data(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> t
             "put the right one there, or prepare the corpus again"
         )
     return folder, tokenizer
+
+
+def _flags(spec: ShardSpec) -> list[str]:
+    """The spec as flags of `python -m training.prepare`, without `--output`."""
+    given = {name: value for name, value in asdict(spec).items() if value is not None and name != "folder"}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
 def _open_foreign_shards(path: Path, recipe: Recipe) -> tuple[ShardFolder, Tokenizer]:

@@ -24,7 +24,7 @@ from training.data.shards.folder_lock import locked
 from training.data.shards.folder_setup import begin_folder, take_up_folder, tidied
 from training.data.shards.manifest import Manifest, ResumePoint
 from training.data.shards.shard_files import ShardFolder, ShardWriter, require_space
-from training.data.shards.shard_spec import ShardRequest
+from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.base import Corpus, Document, Place
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.sources.open_corpus import open_corpus
@@ -72,7 +72,8 @@ def produce(
     if num_workers is not None and num_workers < 0:
         raise InputError(f"expected num_workers of at least 0, found {num_workers}")
     output = Path(output)
-    request = ShardRequest(
+    spec = ShardSpec(
+        folder=output,
         corpus=corpus,
         corpus_config=corpus_config,
         text_field=text_field,
@@ -81,13 +82,11 @@ def produce(
         val_tokens=val_tokens,
         max_tokens=max_tokens,
     )
-    if request.manifest_in(output) is not None:
+    if spec.read_manifest() is not None:
         folder = ShardFolder.open(output)
         if folder.complete:
             return folder
-    source = open_corpus(
-        request.corpus, request.corpus_config, text_field=text_field, num_workers=num_workers, report=report
-    )
+    source = open_corpus(spec.corpus, spec.corpus_config, text_field=text_field, num_workers=num_workers, report=report)
     waiting_line = AtMostEvery(SECONDS_BETWEEN_WAITING_LINES, report)
 
     def waiting() -> None:
@@ -95,8 +94,8 @@ def produce(
 
     try:
         with locked(output, on_wait=waiting if wait else None):
-            if not (isinstance(source, HubCorpus) and download_ready_shards(output, source, request, report)):
-                _fill(output, source, request, num_workers, report)
+            if not (isinstance(source, HubCorpus) and download_ready_shards(output, source, spec, report)):
+                _fill(output, source, spec, num_workers, report)
     except OSError as error:
         if error.errno not in ABOUT_THE_DISK:
             raise
@@ -108,14 +107,14 @@ def produce(
 
 
 def _fill(
-    output: Path, source: Corpus, request: ShardRequest, num_workers: int | None, report: Callable[[str], None]
+    output: Path, source: Corpus, spec: ShardSpec, num_workers: int | None, report: Callable[[str], None]
 ) -> None:
     """Put the shards of the corpus's documents into `output`."""
     with tidied(output):
-        manifest = request.manifest_in(output)  # another producer may have been at it until we had the lock
+        manifest = spec.read_manifest()  # another producer may have been at it until we had the lock
         if manifest is None:
-            tokenizer = _tokenizer_for(source, request, report)
-            manifest = begin_folder(output, source, request, tokenizer)
+            tokenizer = _tokenizer_for(source, spec, report)
+            manifest = begin_folder(output, source, spec, tokenizer)
         elif manifest.complete:
             return
         else:
@@ -144,11 +143,11 @@ def _fill(
             report(f"{replaced:,} documents held bytes that are not UTF-8; U+FFFD stands for these now")
 
 
-def _tokenizer_for(source: Corpus, request: ShardRequest, report: Callable[[str], None]) -> Tokenizer:
-    vocab_size = parse_train_spec(request.tokenizer)
+def _tokenizer_for(source: Corpus, spec: ShardSpec, report: Callable[[str], None]) -> Tokenizer:
+    vocab_size = parse_train_spec(spec.tokenizer)
     if vocab_size is None:
-        return load_tokenizer(request.tokenizer)
-    return train_tokenizer(source, vocab_size, val_tokens=request.val_tokens, report=report)
+        return load_tokenizer(spec.tokenizer)
+    return train_tokenizer(source, vocab_size, val_tokens=spec.val_tokens, report=report)
 
 
 def _look_at_the_disk(output: Path, source: Corpus, manifest: Manifest) -> None:

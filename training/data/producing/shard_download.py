@@ -17,23 +17,21 @@ from common.rate_limited_log import Progress
 from training.data.shards.folder_setup import begin_folder, take_up_folder, tidied
 from training.data.shards.manifest import Manifest, ShardRecord
 from training.data.shards.shard_files import Shard, ShardFolder, foreign_split, require_space
-from training.data.shards.shard_spec import ShardRequest
+from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 
 _DOWNLOADS = ".downloads"
 
 
-def download_ready_shards(
-    output: Path, source: HubCorpus, request: ShardRequest, report: Callable[[str], None]
-) -> bool:
+def download_ready_shards(output: Path, source: HubCorpus, spec: ShardSpec, report: Callable[[str], None]) -> bool:
     """Fill `output` with the repository's shards; return False where it holds none, but text.
 
     Raises:
         InputError: the shards are not what the tokenizer makes, or the Hub refuses them.
         OSError: the disk is full.
     """
-    begun = request.manifest_in(output)
+    begun = spec.read_manifest()
     if begun is not None and begun.complete:
         return True
     if begun is not None:
@@ -41,9 +39,9 @@ def download_ready_shards(
     names = source.ready_shards()
     if not names:
         return False
-    if parse_train_spec(request.tokenizer) is not None:
+    if parse_train_spec(spec.tokenizer) is not None:
         raise InputError(
-            f"{source.repository} holds ready shards, so tokenizer {request.tokenizer} cannot be trained for them; "
+            f"{source.repository} holds ready shards, so tokenizer {spec.tokenizer} cannot be trained for them; "
             "name the tokenizer that they were made with, such as gpt2"
         )
     from huggingface_hub.utils import disable_progress_bars
@@ -51,7 +49,7 @@ def download_ready_shards(
     disable_progress_bars()
     try:
         with tidied(output):
-            _download(output, source, names, request, report)
+            _download(output, source, names, spec, report)
     finally:
         left = Manifest.read(output)
         if left is None or left.complete:
@@ -60,21 +58,21 @@ def download_ready_shards(
 
 
 def _download(
-    output: Path, source: HubCorpus, names: list[str], request: ShardRequest, report: Callable[[str], None]
+    output: Path, source: HubCorpus, names: list[str], spec: ShardSpec, report: Callable[[str], None]
 ) -> None:
     sizes = source.file_sizes(names)
-    manifest = request.manifest_in(output)
+    manifest = spec.read_manifest()
     if manifest is not None:
         take_up_folder(output, source, manifest)
     done = len(manifest.shards) if manifest else 0
     with Progress(tokens=manifest.tokens if manifest else 0, report=report) as progress:
         for number, name in enumerate(names[done:], start=done):
             left = sum(sizes[name] for name in names[number:])
-            require_space(output, left if request.max_tokens is None else sizes[name])
+            require_space(output, left if spec.max_tokens is None else sizes[name])
             downloaded = source.download(name, output / _DOWNLOADS)
             if manifest is None:
-                tokenizer = load_tokenizer(request.tokenizer)
-                manifest = begin_folder(output, source, request, tokenizer, dtype=_dtype(downloaded, name))
+                tokenizer = load_tokenizer(spec.tokenizer)
+                manifest = begin_folder(output, source, spec, tokenizer, dtype=_dtype(downloaded, name))
             manifest = _add(output, downloaded, name, manifest, source.hashes.get(name))
             progress.update(
                 tokens=manifest.tokens,
@@ -83,7 +81,7 @@ def _download(
                 share=1 - (left - sizes[name]) / sum(sizes.values()),
             )
             trained = sum(shard.tokens for shard in manifest.shards if shard.split == "train")
-            if request.max_tokens is not None and trained >= request.max_tokens:
+            if spec.max_tokens is not None and trained >= spec.max_tokens:
                 break
     assert manifest is not None
     replace(manifest, complete=True).write(output)

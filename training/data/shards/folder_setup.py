@@ -8,7 +8,7 @@ from pathlib import Path
 from common.atomic_files import UNFINISHED_SUFFIX, sync
 from common.cli_errors import InputError
 from training.data.shards.manifest import Manifest, manifest_path
-from training.data.shards.shard_spec import ShardRequest
+from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.base import Corpus
 from training.data.tokenization.tokenizer import Tokenizer
 
@@ -16,30 +16,30 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
 def begin_folder(
-    output: Path, source: Corpus, request: ShardRequest, tokenizer: Tokenizer, *, dtype: str | None = None
+    output: Path, source: Corpus, spec: ShardSpec, tokenizer: Tokenizer, *, dtype: str | None = None
 ) -> Manifest:
     """Put tokenizer and manifest into a new folder, and return the manifest.
 
     Args:
         output: exists already.
         source: what is read.
-        request: what is wanted.
+        spec: what the folder should hold.
         tokenizer: of the shards.
         dtype: of the ids; the smallest that holds the vocabulary when None.
     """
     manifest = Manifest(
         corpus=source.name,
-        corpus_config=request.corpus_config,
+        corpus_config=spec.corpus_config,
         corpus_revision=source.revision,
-        text_field=request.text_field,
+        text_field=spec.text_field,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         end_of_text_id=tokenizer.end_of_text_id,
         dtype=dtype or ("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"),
-        shard_tokens=request.shard_tokens,
-        val_tokens=request.val_tokens,
-        max_tokens=request.max_tokens,
+        shard_tokens=spec.shard_tokens,
+        val_tokens=spec.val_tokens,
+        max_tokens=spec.max_tokens,
     )
     tokenizer.save(output)
     for name in TOKENIZER_FILES:

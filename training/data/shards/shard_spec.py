@@ -1,5 +1,6 @@
-"""What a shard folder is asked to hold, and whether it does."""
+"""Shard folder spec: what a shard folder should hold, and how an existing one differs."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -9,17 +10,28 @@ from training.data.shards.shard_files import holds_foreign_shards
 from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA, corpus_name
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 
-LARGEST_SHARD = 1 << 32  # tokens; a shard is put together in memory
+MAX_SHARD_TOKENS = 1 << 32  # a shard is assembled in memory
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardRequest:
-    """What the folder is to hold; the fields are the flags of `python -m training.prepare`.
+class ShardSpec:
+    """What a shard folder should hold; the fields are the flags of `python -m training.prepare`.
+
+    Attributes:
+        folder: the shard folder, `--output`; it need not exist.
+        corpus: see `open_corpus`.
+        corpus_config: configuration of a Hub dataset.
+        text_field: field or column that holds the text.
+        tokenizer: "gpt2", the folder of a saved tokenizer, or "train:4096" to train one on the corpus.
+        shard_tokens: tokens in each training shard but the last.
+        val_tokens: tokens in the validation shard, which is the beginning of the corpus.
+        max_tokens: training tokens to stop after; None takes the whole corpus.
 
     Raises:
-        InputError: a size that cannot be, or a tokenizer that cannot be trained.
+        InputError: a size is out of range, or the vocabulary size of `train:` is not a number that BPE can reach.
     """
 
+    folder: Path
     corpus: str
     corpus_config: str | None = None
     text_field: str = "text"
@@ -35,20 +47,25 @@ class ShardRequest:
         for name, smallest in (("shard_tokens", 2), ("val_tokens", 1), ("max_tokens", 2)):
             value = getattr(self, name)
             if value is not None and value < smallest:
-                raise InputError(f"expected {name} of at least {smallest}, found {value}")
+                raise InputError(f"{name} must be at least {smallest}, found {value}")
         for name in ("shard_tokens", "val_tokens"):
             value = getattr(self, name)
-            if value > LARGEST_SHARD:
-                raise InputError(f"expected {name} of at most {LARGEST_SHARD:,}, found {value:,}")
+            if value > MAX_SHARD_TOKENS:
+                raise InputError(f"{name} must be at most {MAX_SHARD_TOKENS:,}, found {value:,}")
 
-    def flags(self) -> list[str]:
-        """Return the request as the command line of `python -m training.prepare`, without the output folder."""
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    def to_json(self) -> str:
+        """Return the spec as JSON text; `from_json` reads it."""
+        return json.dumps({**asdict(self), "folder": str(self.folder)})
+
+    @classmethod
+    def from_json(cls, text: str) -> "ShardSpec":
+        """Return the spec that `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "folder": Path(fields["folder"])})
 
     def differences(self, manifest: Manifest) -> list[str]:
-        """Return how the manifest's folder differs, a phrase each."""
-        asked = {
+        """Return how the manifest's folder differs from the spec, one phrase per difference."""
+        wanted = {
             "corpus": corpus_name(self.corpus),
             "corpus_config": self.corpus_config,
             "text_field": self.text_field,
@@ -57,7 +74,7 @@ class ShardRequest:
         }
         found = [
             f"{name} {getattr(manifest, name)} instead of {value}"
-            for name, value in asked.items()
+            for name, value in wanted.items()
             if getattr(manifest, name) != value
         ]
         vocab_size = parse_train_spec(self.tokenizer)
@@ -68,32 +85,33 @@ class ShardRequest:
             same = manifest.tokenizer_fingerprint == load_tokenizer(self.tokenizer).fingerprint
         if not same:
             found.append(f"tokenizer {manifest.tokenizer} instead of {self.tokenizer}")
-        # A complete folder that was cut later, or not at all, has all that is asked for and more.
-        had, wanted = manifest.max_tokens, self.max_tokens
-        enough = had is None or (wanted is not None and wanted <= had)
-        if had != wanted and not (manifest.complete and enough):
-            found.append(f"max_tokens {had} instead of {wanted}")
+        # A complete folder with a higher limit, or none, holds everything the spec wants and more.
+        limit = manifest.max_tokens
+        enough = limit is None or (self.max_tokens is not None and self.max_tokens <= limit)
+        if limit != self.max_tokens and not (manifest.complete and enough):
+            found.append(f"max_tokens {limit} instead of {self.max_tokens}")
         return found
 
-    def manifest_in(self, output: Path) -> Manifest | None:
-        """Return the folder's manifest, None when it has none, after comparing it with what is asked for.
+    def read_manifest(self) -> Manifest | None:
+        """Return the folder's manifest after comparing it with the spec; None where there is no manifest yet.
 
         Raises:
             InputError: the folder holds something else.
         """
-        if output.exists() and not output.is_dir():
-            raise InputError(f"expected a folder to write to, found the file {output}; give another --output")
-        manifest = Manifest.read(output)
+        folder = self.folder
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder} is a file, not a folder; choose another --output")
+        manifest = Manifest.read(folder)
         if manifest is None:
-            if holds_foreign_shards(output):
+            if holds_foreign_shards(folder):
                 raise InputError(
-                    f"expected an empty folder or one of ours, found shards without a manifest in {output}; "
-                    "train on them as they are, or give another --output"
+                    f"{folder} holds shards without a manifest, made by another program; "
+                    "train on them as they are, or choose another --output"
                 )
             return None
         if differences := self.differences(manifest):
             raise InputError(
-                f"expected what was asked for in {output}, found {', '.join(differences)}; "
-                "ask for the same, give another folder, or delete this one"
+                f"{folder} holds other shards than requested: {', '.join(differences)}; "
+                "request the same, choose another folder, or delete this one"
             )
         return manifest

@@ -85,7 +85,7 @@ def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, s
 def test_folder_made_with_other_settings_is_refused_with_the_difference(tmp_path, settings, change, found):
     produce(tmp_path, **settings)
     before = folder_bytes(tmp_path)
-    with pytest.raises(InputError, match=f"{found}; ask for the same, give another folder, or delete this one"):
+    with pytest.raises(InputError, match=f"{found}; request the same, choose another folder, or delete this one"):
         produce(tmp_path, **{**settings, **change})
     assert folder_bytes(tmp_path) == before
 

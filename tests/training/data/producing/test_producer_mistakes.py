@@ -32,11 +32,11 @@ from training.data.shards.shard_files import ShardFolder
         ({"text_field": "body"}, "expected the field 'body'"),
         ({"tokenizer": "nowhere"}, "expected a folder with a tokenizer.json"),
         ({"corpus": "nowhere"}, "expected a corpus, found 'nowhere'"),
-        ({"shard_tokens": 0}, "expected shard_tokens of at least 2, found 0"),
-        ({"val_tokens": 0}, "expected val_tokens of at least 1, found 0"),
-        ({"shard_tokens": 10**15}, "expected shard_tokens of at most 4,294,967,296, found 1,000,000,000,000,000"),
-        ({"val_tokens": 10**15}, "expected val_tokens of at most 4,294,967,296"),
-        ({"max_tokens": -1}, "expected max_tokens of at least 2, found -1"),
+        ({"shard_tokens": 0}, "shard_tokens must be at least 2, found 0"),
+        ({"val_tokens": 0}, "val_tokens must be at least 1, found 0"),
+        ({"shard_tokens": 10**15}, "shard_tokens must be at most 4,294,967,296, found 1,000,000,000,000,000"),
+        ({"val_tokens": 10**15}, "val_tokens must be at most 4,294,967,296"),
+        ({"max_tokens": -1}, "max_tokens must be at least 2, found -1"),
         ({"num_workers": -1}, "expected num_workers of at least 0, found -1"),
     ],
 )
@@ -142,7 +142,7 @@ def test_folder_with_other_files_is_refused(tmp_path, settings):
     (tmp_path / "thesis.md").write_text("mine")
     with pytest.raises(InputError, match="found other files in"):
         produce(tmp_path, **settings)
-    with pytest.raises(InputError, match=r"found the file .*thesis\.md"):
+    with pytest.raises(InputError, match=r"thesis\.md is a file, not a folder"):
         produce(tmp_path / "thesis.md", **settings)
     with pytest.raises(InputError, match="Not a directory"):
         produce(tmp_path / "thesis.md" / "out", **settings)
@@ -151,7 +151,7 @@ def test_folder_with_other_files_is_refused(tmp_path, settings):
 
 def test_folder_with_another_programs_shards_is_refused(tmp_path, settings):
     np.save(tmp_path / "edufineweb_val_000000", np.arange(9, dtype=np.uint16))
-    with pytest.raises(InputError, match="found shards without a manifest"):
+    with pytest.raises(InputError, match="holds shards without a manifest"):
         produce(tmp_path, **settings)
 
 
