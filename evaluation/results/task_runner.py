@@ -4,6 +4,7 @@ The command line and training both go through here. Everything happens on every 
 records are complete on the main process.
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from common.cli_errors import InputError
+from common.progress import Progress
 from evaluation.results.item_cache import FinishedItems, item_key
 from evaluation.results.metric_values import Measured, measure
-from evaluation.results.progress import Progress
+from evaluation.results.running_metric import RunningMetric
 from evaluation.tasks.task_types import Encoder, Item, Task
 
 _T = TypeVar("_T")
@@ -89,10 +91,21 @@ def judge(
     records = agreed(accelerator, lambda: [finished.records.get(key) if finished else None for key in keys])
     missing = [place for place, record in enumerate(records) if record is None]
     place_of = {item.index: place for place, item in enumerate(items)}
-    progress = Progress(task, len(items), enabled=show and accelerator.is_main_process)
+    progress = Progress(
+        total=len(items),
+        description=task.full_name,
+        enabled=show and accelerator.is_main_process,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    running = RunningMetric(task)
+
+    def count(record: dict[str, Any]) -> None:
+        running.add(record)
+        progress.update(status=str(running))
+
     for record in records:
         if record is not None:
-            progress.add(record)
+            count(record)
 
     def recorded(item: Item, answers: Sequence[Any]) -> dict[str, Any]:
         return {**task.predict(item, answers), "data": item.data}
@@ -101,7 +114,7 @@ def judge(
         record = recorded(item, answers)
         if finished is not None:
             finished.add(keys[place_of[item.index]], record)
-        progress.add(record)
+        count(record)
 
     answers = score(
         model,
