@@ -22,6 +22,7 @@ from common.rate_limited_log import AtMostEvery
 from training.checkpoints.checkpoint_folder import copy_model, load_checkpoint, publish, remove_leftovers, skeleton_of
 from training.checkpoints.checkpoint_writer import Saving
 from training.checkpoints.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
+from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Agreement, LeaveAsked, SignalWatch
 from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, ProducerBeside
@@ -39,10 +40,10 @@ from training.setup.build import (
     build_accelerator,
     build_model,
     least_of_all,
+    leave,
     prepare,
     refuse_too_many_processes,
 )
-from training.setup.launch_command import continue_command, launch_words, longer_command
 from training.setup.plan import Plan, plan_run
 from training.step.document_mask import attention_for
 from training.step.guard import Guard, Verdict
@@ -68,7 +69,7 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Pr
     if plan.is_complete:
         if os.environ.get("RANK", "0") == "0":
             print(f"The run in {recipe.output_dir} is complete: {plan.first_step:,} of {plan.total_steps:,} steps.")
-            longer = longer_command(launch_words(), plan.output_dir, plan.total_steps)
+            longer = extend_command(plan.output_dir, plan.total_steps)
             print(f"To go on, give it a new end:\n  {longer}")
             if left := still_to_push(recipe, plan.first_step):
                 print(left)
@@ -115,7 +116,6 @@ class Run:
         self.plan = plan
         self.producer = producer
         self.accelerator = accelerator
-        self.launch = launch_words()  # later the launcher may be gone
         recipe = plan.recipe
         self.config = model.config
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -241,7 +241,7 @@ class Run:
         self.log.say(
             f"{name}: stopped after step {done:,} of {total:,}; the run goes on from "
             f"{self.saving.newest or 'its beginning'} with\n  "
-            + continue_command(self.launch, self.plan.output_dir, self.saving.newest)
+            + resume_command(self.plan.output_dir, self.saving.newest)
         )
         raise SystemExit(128 + number)
 
@@ -362,7 +362,7 @@ class Run:
                 "saved, and only this is left to do"
             ) from None
         prompt = prompts[0] if prompts else ""
-        self.log.say(summary_text(plan.output_dir, facts, prompt=prompt, launch=self.launch))
+        self.log.say(summary_text(plan.output_dir, facts, prompt=prompt))
         if self.publishing is not None:
             self.publishing.finish(model, plan.total_steps, self.saving.newest)
 
@@ -402,3 +402,4 @@ class Run:
             self.publishing.close()
         del self.model, self.optimizer, self.saving, self.watch.model
         self.watch.close()
+        leave(self.accelerator)

@@ -23,8 +23,9 @@ from training.checkpoints.checkpoint_folder import (
     remove_old_checkpoints,
     write_checkpoint,
 )
+from training.checkpoints.data_identity import shard_identities
 from training.checkpoints.state_snapshot import HostMemory, Snapshot, collect_snapshot
-from training.setup.plan import Plan, shard_identities
+from training.setup.plan import Plan
 
 
 class Saving:

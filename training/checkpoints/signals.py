@@ -19,8 +19,6 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from training.setup.launch_command import is_launched
-
 # A launcher of several processes passes on the signal that they have already got from the terminal or the scheduler.
 _SECONDS_OF_AN_ECHO = 1.0
 
@@ -35,7 +33,7 @@ class SignalWatch:
         self._first: int | None = None
         self._first_time = 0.0
         self._process = os.getpid()
-        self._launcher = os.getppid() if is_launched() else None
+        self._launcher = os.getppid() if _is_launched() else None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "SignalWatch":
@@ -74,6 +72,11 @@ class SignalWatch:
 
 
 _FAREWELL = "\n{}: the step is finished and saved, then the run stops; once more to leave at once\n"
+
+
+def _is_launched() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
 
 def _is_one_of_several() -> bool:

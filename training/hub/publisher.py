@@ -11,6 +11,7 @@ from pathlib import Path
 from shlex import quote
 
 from common.atomic_files import write_whole
+from training.checkpoints.resume_command import program
 from training.hub.pusher import FIRST_PAUSE_SECONDS, Pusher
 from training.hub.repository import (
     NATIVE,
@@ -24,7 +25,6 @@ from training.hub.repository import (
 )
 from training.hub.staging import stage
 from training.recipe import Recipe
-from training.setup.launch_command import program
 
 LAST_PUSH_SECONDS = 900.0  # 2 GB at 20 Mbit/s
 

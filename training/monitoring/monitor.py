@@ -28,7 +28,6 @@ from training.monitoring.samples import sample_texts
 from training.monitoring.task_evaluation import RESULTS, columns
 from training.monitoring.throughput import Throughput, flops_per_token, measured_peak_flops, memory_bytes, peak_flops
 from training.monitoring.trackers import start_trackers
-from training.setup.build import leave
 from training.setup.plan import Plan
 from training.step.guard import Verdict
 from training.step.train_step import validation_loss
@@ -341,10 +340,9 @@ class Watch:
             shutil.copyfile(picture, folder / CURVES)
 
     def close(self) -> None:
-        """Close the files, end the trackers, and leave the group of processes."""
+        """Close the files."""
         self._drawing.stop()
         self.log.close()
-        leave(self.accelerator)
 
 
 def _peak_flops(accelerator: Accelerator) -> float | None:

@@ -1,14 +1,13 @@
 """The closing words of a run: what came out, where it is, and what to try next."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
 import torch
 
+from training.checkpoints.resume_command import extend_command, program
 from training.hub.card import RunFacts
-from training.setup.launch_command import longer_command, program
 
 
 def device_name(device: torch.device) -> str:
@@ -19,14 +18,13 @@ def device_name(device: torch.device) -> str:
     return f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
 
 
-def summary_text(output_dir: Path, facts: RunFacts, *, prompt: str, launch: Sequence[str]) -> str:
+def summary_text(output_dir: Path, facts: RunFacts, *, prompt: str) -> str:
     """Where everything is, how good it is, a sample, and three commands that work as printed.
 
     Arguments:
         output_dir: the run's folder.
         facts: what came out.
         prompt: of the first sample.
-        launch: how the run was launched (`launch_words`).
     """
     model = output_dir / "model"
     sample = "\n".join("  | " + line for line in "\n".join(facts.samples[:1]).strip().splitlines())
@@ -52,5 +50,5 @@ The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
 To try next:
   {program("python")} -m gpt2_scratch.generate --model {quote(str(model))} --prompt {quote(prompt)}
   {program("python")} -c {quote(in_python)}
-  {longer_command(launch, output_dir, facts.steps)}
+  {extend_command(output_dir, facts.steps)}
 """

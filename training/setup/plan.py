@@ -12,6 +12,7 @@ from common.atomic_files import file_sha256
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.checksums import state_checksum
+from training.checkpoints.data_identity import refuse_other_data
 from training.checkpoints.resume import find_resume_point, refuse_earlier_end
 from training.data.loading.loader import validation_windows
 from training.data.loading.order import Order
@@ -283,46 +284,3 @@ def total_steps(recipe: Recipe, order: Order | None) -> int:
             "make the run longer or the step smaller"
         )
     return steps
-
-
-def refuse_other_data(state: TrainerState, folder: ShardFolder, tokenizer: Tokenizer, recipe: Recipe) -> None:
-    """Refuse to go on over other data than the checkpoint's run has seen; shards that came later are welcome.
-
-    Raises:
-        InputError: another tokenizer, other shards, or shards that came after an epoch of them was over.
-    """
-    if state.tokenizer_fingerprint != tokenizer.fingerprint:
-        raise InputError(
-            f"data_dir {recipe.data_dir} was made with another tokenizer than the checkpoint's run; "
-            "name that run's data"
-        )
-    seen, found = state.shards, shard_identities(folder)
-    common = min(len(seen), len(found))
-    same = seen[:common] == found[:common] and (len(found) >= len(seen) or not folder.complete)
-    if same and len(found) > len(seen):
-        # Epoch 0 goes through the shards in their order, so more of them change nothing; later epochs had them all.
-        earlier = [shard.tokens for shard in folder.train_shards[: len(seen) - 1]]
-        windows = Order(earlier, seq_len=recipe.seq_len, seed=recipe.seed).windows_in_epoch(0)
-        same = state.tokens <= windows * recipe.seq_len
-    if not same:
-        raise InputError(
-            f"data_dir {recipe.data_dir} holds other shards than the checkpoint's run "
-            f"({_difference_of_shards(seen, found)}); name that run's data"
-        )
-
-
-def _difference_of_shards(seen: list[str], found: list[str]) -> str:
-    for number, (then, now) in enumerate(zip(seen, found, strict=False)):
-        if then != now:
-            which = f"training shard {number}" if number else "the validation shard"
-            return f"{which} had {_spelled(then)}, here it has {_spelled(now)}"
-    return f"{len(seen) - 1} training shards then, {len(found) - 1} now"
-
-
-def _spelled(identity: str) -> str:
-    return identity if identity.endswith("tokens") else f"sha256 {identity[:12]}…"
-
-
-def shard_identities(folder: ShardFolder) -> list[str]:
-    """What a checkpoint remembers of its shards: their hashes, or their sizes where no manifest has any."""
-    return [shard.sha256 or f"{shard.tokens} tokens" for shard in [folder.val_shard, *folder.train_shards]]

@@ -9,11 +9,11 @@ from support.growing_folder import GrowingFolder, restore
 
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import TrainerState
+from training.checkpoints.data_identity import refuse_other_data, shard_identities
 from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.loading.training_shards import TrainingShards
 from training.data.shards.shard_files import ShardFolder
 from training.recipe import Recipe
-from training.setup.plan import refuse_other_data
 from training.step.batch_plan import plan_batch
 
 Make = Callable[..., Recipe]
@@ -130,7 +130,6 @@ def test_checkpoint_goes_on_over_a_folder_that_has_grown_or_is_behind(
     growing: GrowingFolder, tiny_recipe: Make
 ) -> None:
     from training.data.tokenization.tokenizer import Tokenizer
-    from training.setup.plan import shard_identities
 
     tokenizer, recipe = Tokenizer.load(growing.path), tiny_recipe()
     two, three = growing.show(3), shard_identities(growing.show(3))
@@ -143,7 +142,7 @@ def test_checkpoint_goes_on_over_a_folder_that_has_grown_or_is_behind(
     refuse_other_data(state(three[:2], 300), two, tokenizer, recipe)  # it has grown
     refuse_other_data(state([*three, "later"], 300), two, tokenizer, recipe)  # it was made again, and is behind
     with pytest.raises(
-        InputError, match=r"other shards than the checkpoint's run \(the validation shard had sha256 other"
+        InputError, match=r"other shards than the checkpoint's run used \(the validation shard was sha256 other"
     ):
         refuse_other_data(state(["other", *three[1:]], 300), two, tokenizer, recipe)
     with pytest.raises(InputError, match="other shards"):  # its second epoch had these shards only
