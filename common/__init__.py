@@ -1,1 +1,1 @@
-"""What every package needs: command-line errors, atomic files, Hub retries, logs. Cheap to import."""
+"""Code without GPT-2 in it: command-line errors, atomic files, Hub retries, logs. Imports only the standard library."""

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: written under another name, forced to disk, renamed."""
+"""Files that appear complete or not at all: written under a temporary name, synced to disk, renamed."""
 
 import hashlib
 import os
@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-UNFINISHED_SUFFIX = ".unfinished"
+PARTIAL_SUFFIX = ".unfinished"
 
 
 class _HashingStream:
-    """A file open for writing that knows the sha256 of what went into it."""
+    """A binary file, open for writing, that computes the sha256 of what is written to it."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
@@ -21,27 +21,35 @@ class _HashingStream:
         return self._stream.write(data)
 
 
-def write_whole(path: Path, write: Callable[[Any], object]) -> str:
-    """Make `path` of what `write` puts into a stream, whole or not at all, and return its sha256."""
-    unfinished = path.with_name(path.name + UNFINISHED_SUFFIX)
-    with unfinished.open("wb") as file:
+def write_atomically(path: Path, content: str | Callable[[Any], object]) -> str:
+    """Write a file that appears only when it is complete, and return its sha256.
+
+    Arguments:
+        path: the file.
+        content: its text, or a function that writes to the stream it is given.
+    """
+    partial = path.with_name(path.name + PARTIAL_SUFFIX)
+    with partial.open("wb") as file:
         stream = _HashingStream(file)
-        write(stream)
+        if isinstance(content, str):
+            stream.write(content.encode())
+        else:
+            content(stream)
         file.flush()
         os.fsync(file.fileno())
-    unfinished.replace(path)
-    sync(path.parent)
+    partial.replace(path)
+    fsync(path.parent)
     return stream.digest.hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Return the sha256 of a file's bytes."""
+    """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, to disk."""
+def fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""How a person's mistake reaches the person: one line and a non-zero exit code, never a traceback.
+"""User errors on the command line: one line on standard error and exit code 2, never a traceback.
 
-A module of its own beside the packages that use it: importing the package `gpt2_scratch` imports transformers, which
-takes seconds that a mistyped flag, `--help` or a tokenising worker process should not cost.
+This module imports only the standard library, so that `--help`, a mistyped flag or a tokenizer worker does not pay for
+the import of torch and transformers.
 """
 
 import argparse
@@ -14,59 +14,56 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-_LAUNCHERS_REPORT = "TORCHELASTIC_ERROR_FILE"
-_SECONDS_FOR_THE_FIRST_PROCESS = 20.0  # on a busy machine it may come that much later to the same mistake
+_ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
+# Ranks reach the same mistake at different times on a busy machine.
+_SECONDS_FOR_RANK_0 = 20.0
 
 
 class InputError(ValueError):
-    """Something that a person gave cannot be used.
-
-    The message is one line: what was expected, what was found, and the way out.
-    """
+    """An input that cannot be used. The message is one line: what is wrong, and what to do."""
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose complaints are an `InputError`: one line, without the whole usage before it."""
+    """An argument parser that raises `InputError` instead of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Refuse the command line."""
+        """Raise the parser's message as an `InputError`."""
         raise InputError(f"{message}; --help lists the flags")
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main` and turn an `InputError` into one line on standard error and exit code 2.
+    """Run `main`, and turn an `InputError` into one line on standard error and exit code 2.
 
-    Every other exception is a defect of ours and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """
     try:
         main()
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # Most mistakes meet every process, and one line is enough: when the first process tells it and ends, the
-            # launcher ends this one here.
+            # All ranks usually make the same mistake. Rank 0 reports it and exits; then the launcher stops this rank.
             try:
-                time.sleep(_SECONDS_FOR_THE_FIRST_PROCESS)
+                time.sleep(_SECONDS_FOR_RANK_0)
             except KeyboardInterrupt:
                 sys.exit(130)
         print(f"error: {error}", file=sys.stderr)
-        _tell_launcher(f"error: {error}")
+        _report_to_launcher(f"error: {error}")
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read the output has seen enough. Python would complain again at its end, when it flushes it.
+        # The reader, such as `head`, has closed the pipe. Python would fail again when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def environment_of_helpers(**more: str) -> dict[str, str]:
-    """The environment for programs that a process of a run starts: their mistakes are not the run's to its launcher."""
-    return {name: value for name, value in os.environ.items() if name != _LAUNCHERS_REPORT} | more
+def subprocess_environment(**changes: str) -> dict[str, str]:
+    """Return the environment for a subprocess of a rank, whose errors must not reach the launcher as the rank's own."""
+    return {name: value for name, value in os.environ.items() if name != _ERROR_FILE_VARIABLE} | changes
 
 
-def _tell_launcher(message: str) -> None:
-    """Let a launcher of several processes end its own report, which buries our line, with the same words."""
-    report = os.environ.get(_LAUNCHERS_REPORT)
-    if report:
+def _report_to_launcher(message: str) -> None:
+    """Make torchrun's own report, printed after ours, end with the same message."""
+    path = os.environ.get(_ERROR_FILE_VARIABLE)
+    if path:
         with contextlib.suppress(OSError):
-            Path(report).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")
+            Path(path).write_text(json.dumps({"message": message, "timestamp": int(time.time())}), encoding="utf-8")

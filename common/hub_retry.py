@@ -1,4 +1,4 @@
-"""Waiting for the Hub: which errors pass by themselves, and how long to wait for that."""
+"""Retries while the Hugging Face Hub is unavailable: which errors are transient, and how long to wait."""
 
 import errno
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from common.cli_errors import InputError
-from common.rate_limited_log import AtMostEvery, spelled
+from common.durations import format_duration
+from common.rate_limited_log import RateLimitedLog
 
 Result = TypeVar("Result")
 
@@ -17,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 60.0
 _FIRST_DELAY_SECONDS = 1.0
 _LONGEST_DELAY_SECONDS = 60.0
 _LONGEST_OUTAGE_SECONDS = 24 * 3600.0
-ABOUT_THE_DISK = (
+DISK_ERRORS = (
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EFBIG,
@@ -28,29 +29,34 @@ ABOUT_THE_DISK = (
 )
 
 
-def cache_refusal(error: BaseException) -> InputError | None:
-    """Return what to tell of an error of the Hub's cache, which lies elsewhere than a run's folders; else None."""
-    if not (isinstance(error, OSError) and error.errno in ABOUT_THE_DISK and isinstance(error.filename, str)):
+def is_disk_error(error: BaseException) -> bool:
+    """Return whether the disk is full or a path cannot be written."""
+    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+
+
+def hub_cache_error(error: BaseException) -> InputError | None:
+    """Return an `InputError` if `error` is about writing to the Hub's local cache, else None."""
+    if not (isinstance(error, OSError) and is_disk_error(error) and isinstance(error.filename, str)):
         return None
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     if not Path(error.filename).is_relative_to(cache):
         return None
     return InputError(
-        f"the cache of the Hub cannot be used ({error.filename}: {error.strerror}); free space, or let HF_HOME name a "
-        "folder that can be written"
+        f"cannot write to the Hugging Face cache ({error.filename}: {error.strerror}); free space, or set HF_HOME to a "
+        "writable folder"
     )
 
 
 def network_errors() -> tuple[type[BaseException], ...]:
-    """Return what the Hub's clients raise when something is wrong with the network, whichever HTTP library they use."""
+    """Return the exceptions that the Hub's clients raise for network problems, whichever HTTP library they use."""
     from huggingface_hub.errors import HfHubHTTPError
 
     transports = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
     return (OSError, HfHubHTTPError, *transports)
 
 
-def passes(error: BaseException) -> bool:
-    """Return whether the same request may succeed later: 408, 429 and 5xx, time-outs, resets, no connection."""
+def is_transient(error: BaseException) -> bool:
+    """Return whether a retry may succeed: after 408, 429, 5xx, a timeout, a reset or a failed connection."""
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     causes: list[BaseException] = []
@@ -60,76 +66,64 @@ def passes(error: BaseException) -> bool:
         cause = cause.__cause__ or cause.__context__
     if any(isinstance(cause, OfflineModeIsEnabled) or "offline mode" in str(cause).lower() for cause in causes):
         return False
-    if isinstance(error, LocalEntryNotFoundError):  # nothing in the cache, and the Hub could not be asked
-        refusals = [cause for cause in causes[1:] if isinstance(cause, HfHubHTTPError)]
-        return all(map(passes, refusals))
+    if isinstance(error, LocalEntryNotFoundError):  # not in the cache, and the request to the Hub failed
+        return all(is_transient(cause) for cause in causes[1:] if isinstance(cause, HfHubHTTPError))
     if isinstance(error, HfHubHTTPError):
         status = getattr(error.response, "status_code", 0)
         return status in (408, 429) or status >= 500
     if isinstance(error, EntryNotFoundError | FileNotFoundError):
         return False
-    return not (isinstance(error, OSError) and error.errno in ABOUT_THE_DISK)
+    return not is_disk_error(error)
 
 
-class Patience:
-    """Waits between tries, longer each time up to a minute, and for a day in all; tells so once a minute.
+class HubRetry:
+    """Retries with exponential backoff, at most a minute between attempts and a day in all.
 
-    Args:
-        what: is waited for.
-        report: is given the lines.
-        sleep: pauses for some seconds.
-        clock: tells the seconds.
+    Arguments:
+        repository: the repository that is read, for messages.
+        log: receives one line a minute during an outage.
+        advice: what to do when retrying is pointless, for the error message.
     """
 
-    def __init__(
-        self,
-        what: str,
-        report: Callable[[str], None],
-        *,
-        sleep: Callable[[float], None] = time.sleep,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._what = what
-        self._sleep = sleep
-        self._clock = clock
-        self._say = AtMostEvery(_SECONDS_BETWEEN_LINES, report, clock=clock)
-        self.relieved()
+    def __init__(self, repository: str, log: Callable[[str], None], *, advice: str) -> None:
+        self._repository = repository
+        self._advice = advice
+        self._log = RateLimitedLog(_SECONDS_BETWEEN_LINES, log)
+        self.reset()
 
-    def relieved(self) -> None:
-        """Take note that the Hub answers again."""
-        self._since: float | None = None
+    def reset(self) -> None:
+        """Forget the outage: the last request succeeded."""
+        self._outage_began: float | None = None
         self._delay = _FIRST_DELAY_SECONDS
 
     def wait(self, error: BaseException) -> None:
-        """Wait before the next try, after `error`.
+        """Sleep before the next attempt after `error`.
 
         Raises:
-            InputError: the error will not pass by itself, or has not in a day.
-            OSError: the error itself, where it is about the disk.
+            InputError: the error is not transient, or the outage has lasted a day.
+            OSError: `error` itself, if it is about the disk.
         """
-        told = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if isinstance(error, OSError) and error.errno in ABOUT_THE_DISK:
+        if is_disk_error(error):
             raise error
-        now = self._clock()
-        if self._since is None:
-            self._since = now
-        if not passes(error) or now - self._since > _LONGEST_OUTAGE_SECONDS:
-            raise InputError(
-                f"expected to read {self._what} from the Hub, found {told}; run the same command again when that is "
-                "mended: finished shards are kept; --corpus installed-docs or a path needs no network"
-            )
-        self._say(
-            f"{self._what} on the Hub cannot be reached since {spelled(now - self._since)} ({told}); "
-            f"trying again in {self._delay:.0f} s"
+        now = time.monotonic()
+        if self._outage_began is None:
+            self._outage_began = now
+        outage_seconds = now - self._outage_began
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if not is_transient(error) or outage_seconds > _LONGEST_OUTAGE_SECONDS:
+            raise InputError(f"cannot read {self._repository} from the Hub ({reason}); {self._advice}")
+        self._log(
+            f"the Hub has not answered for {format_duration(outage_seconds)} while reading {self._repository} "
+            f"({reason}); retrying in {self._delay:.0f} s"
         )
-        self._sleep(self._delay)
+        time.sleep(self._delay)
         self._delay = min(2 * self._delay, _LONGEST_DELAY_SECONDS)
 
     def call(self, action: Callable[[], Result]) -> Result:
-        """Return what `action` returns, however often it has to be tried.
+        """Return the result of `action`, retried while its errors are transient.
 
         Raises:
-            InputError: its error will not pass by itself, or has not in a day.
+            InputError: the error is not transient, or the outage has lasted a day.
         """
         while True:
             try:
@@ -137,5 +131,5 @@ class Patience:
             except network_errors() as error:
                 self.wait(error)
             else:
-                self.relieved()
+                self.reset()
                 return result

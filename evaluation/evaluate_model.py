@@ -12,7 +12,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from evaluation.results.item_cache import FinishedItems, items_path, model_fingerprint, refuse_another_model
 from evaluation.results.metric_values import load_metrics
@@ -184,7 +184,7 @@ def _write(results: Results, options: argparse.Namespace) -> None:
         if options.output is not None:
             results.write(options.output, with_items=options.save_items)
         if markdown is not None:
-            write_whole(markdown, lambda stream: stream.write(markdown_table(results).encode()))
+            write_atomically(markdown, markdown_table(results))
         if options.plot is not None:
             from evaluation.results.chart import plot_results
 

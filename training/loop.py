@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.cli_errors import InputError
-from common.rate_limited_log import AtMostEvery
+from common.rate_limited_log import RateLimitedLog
 from training.checkpoints.checkpoint_folder import copy_model, load_checkpoint, publish, remove_leftovers, skeleton_of
 from training.checkpoints.checkpoint_writer import Saving
 from training.checkpoints.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
@@ -303,7 +303,7 @@ class Run:
 
     def _training_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         plan, recipe = self.plan, self.plan.recipe
-        say = AtMostEvery(SECONDS_BETWEEN_LINES, self.log.say)
+        say = RateLimitedLog(SECONDS_BETWEEN_LINES, self.log.say)
 
         def waiting(step: int) -> None:
             # Processes that read ahead may wait in the middle of a step.

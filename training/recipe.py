@@ -5,7 +5,6 @@ Every field is a key of `training/recipes/*.yaml` and a flag of `training/train.
 """
 
 import dataclasses
-import difflib
 import re
 import types
 import typing
@@ -16,8 +15,9 @@ from typing import Any, Literal
 
 import yaml
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from common.cli_errors import InputError
+from common.suggestions import did_you_mean
 from evaluation.tasks.registry import task_named
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -236,7 +236,7 @@ class Recipe:
     def save(self, path: Path) -> None:
         """Write the recipe as YAML, which `load_recipe` reads back to an equal one."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        write_whole(path, lambda stream: stream.write(text.encode()))
+        write_atomically(path, text)
 
     def differences_from(self, earlier: Mapping[str, Any]) -> list[str]:
         """What keeps this recipe from going on where a run with the keys `earlier` stopped: `key: then → now`."""
@@ -286,7 +286,7 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     kinds = field_types()
     for key in values:
         if key not in kinds:
-            raise InputError(f"unknown recipe key {key!r} in {path}{nearest(str(key), kinds)}")
+            raise InputError(f"unknown recipe key {key!r} in {path}{did_you_mean(str(key), kinds)}")
     missing = [f.name for f in dataclasses.fields(Recipe) if _is_required(f) and f.name not in values]
     if missing:
         raise InputError(f"recipe {path} lacks {', '.join(missing)}; add the key, or give it as a flag")
@@ -295,12 +295,6 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
 
 def _is_required(key: "dataclasses.Field[Any]") -> bool:
     return key.default is dataclasses.MISSING and key.default_factory is dataclasses.MISSING
-
-
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """`; did you mean …?` with the known name most like `name`, or nothing when none is."""
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
 
 
 def coerce(key: str, kind: Any, value: Any) -> Any:

@@ -16,7 +16,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from common.cli_errors import CommandParser, InputError, run_command
-from training.recipe import QUICKSTART, Recipe, field_types, load_recipe, nearest
+from common.suggestions import did_you_mean
+from training.recipe import QUICKSTART, Recipe, field_types, load_recipe
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def parse_command(arguments: Sequence[str]) -> Command:
     if unknown:
         name = unknown[0].removeprefix("--").split("=")[0]
         flags = ["config", "preflight", "price_per_gpu_hour", *field_types()]
-        raise InputError(f"unknown flag {unknown[0]}{nearest(name, flags)}")
+        raise InputError(f"unknown flag {unknown[0]}{did_you_mean(name, flags)}")
     if price is not None and not preflight:
         raise InputError("price_per_gpu_hour says what a run costs before it starts; add --preflight, or leave it out")
     if price is not None and not 0 <= price < float("inf"):

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from evaluation.results.metric_values import Measured
 from evaluation.results.references import SIZES, one_per_size, published
@@ -45,7 +45,7 @@ def plot_results(path: Path, results: Results) -> None:
     figure.suptitle(f"{_short(results.model)}{limited}, beside OpenAI's GPT-2 where published under the same protocol")
     canvas = FigureCanvasAgg(figure)
     kind = path.suffix.removeprefix(".")
-    write_whole(path, lambda stream: canvas.figure.savefig(stream, format=kind))
+    write_atomically(path, lambda stream: canvas.figure.savefig(stream, format=kind))
 
 
 def _draw(axes: Any, task: str, name: str, measured: Measured) -> None:

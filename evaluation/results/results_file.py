@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from evaluation.results.metric_values import Measured
 from evaluation.results.references import published
@@ -74,7 +74,7 @@ class Results:
     def write(self, path: Path, *, with_items: bool) -> None:
         """Write results.json, whole or not at all; `with_items` keeps the record of every item."""
         text = json.dumps(self.to_json(with_items=with_items), indent=1, ensure_ascii=False, allow_nan=False)
-        write_whole(path, lambda stream: stream.write(text.encode() + b"\n"))
+        write_atomically(path, text + "\n")
 
     def to_json(self, *, with_items: bool) -> dict[str, Any]:
         """Return what results.json holds."""

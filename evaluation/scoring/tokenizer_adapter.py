@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from common.byte_level import unicode_to_bytes
 from common.cli_errors import InputError
 
 
@@ -74,20 +75,6 @@ def _is_byte_level(tokenizer: Any) -> bool:
 
 
 def _character_bytes(token: str) -> bytes:
-    """Return the bytes that a byte-level token spells, a character for each (openai/gpt-2, encoder.py)."""
-    return bytes(_BYTE_OF[character] for character in token)
-
-
-def _byte_of() -> dict[str, int]:
-    """Return the byte that each character stands for: itself where it is printable, else the next one from 256 on."""
-    table, following = {}, 256
-    for byte in range(256):
-        if chr(byte).isprintable() and byte not in (32, 173):
-            table[chr(byte)] = byte
-        else:
-            table[chr(following)] = byte
-            following += 1
-    return table
-
-
-_BYTE_OF = _byte_of()
+    """Return the bytes that a byte-level token spells."""
+    table = unicode_to_bytes()
+    return bytes(table[character] for character in token)

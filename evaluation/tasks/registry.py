@@ -1,9 +1,9 @@
 """The tasks by name: "hellaswag" is a task under its default protocol, "hellaswag:completion" under another."""
 
-import difflib
 import functools
 
 from common.cli_errors import InputError
+from common.suggestions import did_you_mean
 from evaluation.tasks.cbt import cbt_tasks
 from evaluation.tasks.hellaswag import HellaSwagCompletion, HellaSwagHarness
 from evaluation.tasks.lambada import LambadaHarness, LambadaLastToken, LambadaStopWordFilter, LambadaWord
@@ -40,9 +40,7 @@ def task_named(name: str) -> Task:
     if task in defaults:
         protocols = ", ".join(full_name for full_name in known if full_name.startswith(f"{task}:"))
         raise InputError(f"expected a protocol of {task}, found '{name}'; there are {protocols}")
-    nearest = difflib.get_close_matches(task, defaults, 1)
-    meant = f"; did you mean {nearest[0]}?" if nearest else ";"
-    raise InputError(f"expected a task, found '{name}'{meant} there are {', '.join(defaults)}")
+    raise InputError(f"unknown task '{name}'; tasks are {', '.join(defaults)}{did_you_mean(task, defaults)}")
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Outages of the Hub, on a clock of our own: what is waited for, how long, and what is told."""
+"""Hub outages on a fake clock: which errors are retried, how long, and what is logged."""
 
 import importlib
 import importlib.util
@@ -12,12 +12,12 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
 )
-from support.own_clock import Clock
+from support.fake_clock import Clock
 
 from common.cli_errors import InputError
-from common.hub_retry import Patience, passes
+from common.hub_retry import HubRetry, is_transient
 
-# What the Hub's client speaks HTTP with: httpx2 since its release 2.
+# The Hub client's HTTP library: httpx2 since its release 2.
 httpx: Any = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
 
 
@@ -34,8 +34,8 @@ def refusal(status: int, kind: type[HfHubHTTPError] = HfHubHTTPError) -> HfHubHT
     ],
     ids=repr,
 )
-def test_what_passes_by_itself_is_waited_for(error: Exception) -> None:
-    assert passes(error)
+def test_transient_errors_are_retried(error: Exception) -> None:
+    assert is_transient(error)
 
 
 @pytest.mark.parametrize(
@@ -47,45 +47,52 @@ def test_what_passes_by_itself_is_waited_for(error: Exception) -> None:
     ],
     ids=repr,
 )
-def test_what_does_not_pass_by_itself_is_not_waited_for(error: Exception) -> None:
-    assert not passes(error)
+def test_permanent_errors_are_not_retried(error: Exception) -> None:
+    assert not is_transient(error)
 
 
-def test_outage_of_hours_is_waited_for_with_a_line_a_minute() -> None:
-    clock, lines = Clock(), []
-    patience = Patience("org/name", lambda line: lines.append((clock.now, line)), sleep=clock.sleep, clock=clock)
-    tries = iter([refusal(503)] * 500)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("common.hub_retry.time", clock)
+    monkeypatch.setattr("common.rate_limited_log.time", clock)
+    return clock
+
+
+def test_outage_of_hours_is_survived_with_a_line_a_minute(clock: Clock) -> None:
+    lines: list[tuple[float, str]] = []
+    retry = HubRetry("org/name", lambda line: lines.append((clock.now, line)), advice="")
+    errors = iter([refusal(503)] * 500)
 
     def action() -> str:
-        error = next(tries, None)
+        error = next(errors, None)
         if error is not None:
             raise error
         return "at last"
 
-    assert patience.call(action) == "at last"
+    assert retry.call(action) == "at last"
     assert clock.pauses[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
     assert clock.now > 8 * 3600
     assert all(later[0] - earlier[0] >= 60 for earlier, later in itertools.pairwise(lines))
     assert len(lines) > 400
-    assert "org/name on the Hub cannot be reached since 2.0 h (HfHubHTTPError: 503" in " ".join(
+    assert "the Hub has not answered for 2 h 00 min while reading org/name (HfHubHTTPError: 503" in " ".join(
         line for _, line in lines
     )
-    patience.wait(refusal(503))
+    retry.wait(refusal(503))
     assert clock.pauses[-1] == 1  # a new outage begins with short pauses
 
 
-def test_outage_of_more_than_a_day_is_given_up() -> None:
-    clock = Clock()
-    patience = Patience("org/name", lambda line: None, sleep=clock.sleep, clock=clock)
+def test_outage_of_more_than_a_day_is_an_error(clock: Clock) -> None:
+    retry = HubRetry("org/name", lambda line: None, advice="run again")
 
     def action() -> None:
         raise refusal(503)
 
-    with pytest.raises(InputError, match=r"expected to read org/name from the Hub.*finished shards are kept"):
-        patience.call(action)
+    with pytest.raises(InputError, match=r"cannot read org/name from the Hub \(HfHubHTTPError: 503 .*; run again"):
+        retry.call(action)
     assert 24 * 3600 < clock.now < 25 * 3600
 
 
-def test_full_disk_is_not_taken_for_the_network() -> None:
+def test_full_disk_is_not_retried() -> None:
     with pytest.raises(OSError, match="No space left"):
-        Patience("org/name", lambda line: None).wait(OSError(28, "No space left on device"))
+        HubRetry("org/name", lambda line: None, advice="").wait(OSError(28, "No space left on device"))

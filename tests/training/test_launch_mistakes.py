@@ -16,7 +16,7 @@ from support.paths import ROOT
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from common.cli_errors import InputError
-from common.hub_retry import cache_refusal
+from common.hub_retry import hub_cache_error
 from training.data.producing.background_producer import ProducerBeside
 from training.loop import train
 from training.recipe import Recipe
@@ -159,8 +159,8 @@ def test_a_cache_of_the_hub_that_cannot_be_written_is_one_line(tiny_recipe: Make
         env={**os.environ, "HF_HOME": str(tmp_path / "file"), "HF_HUB_OFFLINE": "0"},
     )
     assert done.returncode != 0
-    assert done.stderr.splitlines()[-1].startswith("error: the cache of the Hub cannot be used (")
-    assert "let HF_HOME name a folder" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: cannot write to the Hugging Face cache (")
+    assert "set HF_HOME to a writable folder" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
@@ -170,9 +170,9 @@ def test_an_error_of_the_cache_is_told_from_one_of_the_runs_folders(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     full = OSError(28, "No space left on device", str(tmp_path / "cache" / "hub" / "x"))
-    assert "No space left on device); free space, or let HF_HOME" in str(cache_refusal(full))
-    assert cache_refusal(OSError(28, "No space left on device", str(tmp_path / "data" / "x"))) is None
-    assert cache_refusal(ValueError()) is None
+    assert "No space left on device); free space, or set HF_HOME" in str(hub_cache_error(full))
+    assert hub_cache_error(OSError(28, "No space left on device", str(tmp_path / "data" / "x"))) is None
+    assert hub_cache_error(ValueError()) is None
 
     from gpt2_scratch import GPT2ScratchForCausalLM
 
@@ -182,5 +182,5 @@ def test_an_error_of_the_cache_is_told_from_one_of_the_runs_folders(
     monkeypatch.setattr(GPT2ScratchForCausalLM, "from_pretrained", raising)
     from training.setup.preflight import _Ids
 
-    with pytest.raises(InputError, match="cache of the Hub cannot be used"):
+    with pytest.raises(InputError, match="cannot write to the Hugging Face cache"):
         build_model(tiny_recipe(init_from="openai-community/gpt2"), _Ids(300, 299))

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from common.atomic_files import sync
+from common.atomic_files import fsync
 from common.cli_errors import InputError
 from training.checkpoints.checksums import damage_in, write_checksums
 from training.checkpoints.state_snapshot import Snapshot, bare_model, restore_rng_state
@@ -250,7 +250,7 @@ def publish(unfinished: Path, target: Path) -> None:
     for weights in unfinished.rglob("*.safetensors"):  # written for their owner alone, unlike the files beside them
         weights.chmod((unfinished / "config.json").stat().st_mode)
     for path in [*unfinished.rglob("*"), unfinished]:
-        sync(path)
+        fsync(path)
     if target.exists():
         replaced = target.with_name(f".replaced-{target.name}")
         shutil.rmtree(replaced, ignore_errors=True)
@@ -259,7 +259,7 @@ def publish(unfinished: Path, target: Path) -> None:
         shutil.rmtree(replaced)
     else:
         unfinished.rename(target)
-    sync(target.parent)
+    fsync(target.parent)
 
 
 def _nested(flat: dict[str, torch.Tensor]) -> _Moments:

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
-from common.rate_limited_log import spelled
+from common.durations import format_duration
 from evaluation.results.references import VALIDATION_LOSS, Reference
 from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA
 from training.hub.card_merging import merged, section
@@ -304,8 +304,8 @@ def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
     lines += [f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps", f"- Tokenizer: {_tokenizer(recipe, config)}"]
     if facts.seconds is not None:
         lines.append(
-            f"- Time: {spelled(facts.seconds)} of training steps ({facts.tokens / facts.seconds:,.0f} tokens/s); "
-            "validation, samples and checkpoints come on top"
+            f"- Time: {format_duration(facts.seconds)} of training steps "
+            f"({facts.tokens / facts.seconds:,.0f} tokens/s); validation, samples and checkpoints come on top"
         )
         if not facts.earlier_hardware:
             lines += [f"- {line}" for line in running_costs(facts.device or "", facts.devices, facts.seconds)]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from shlex import quote
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from training.checkpoints.resume_command import program
 from training.hub.pusher import FIRST_PAUSE_SECONDS, Pusher
 from training.hub.repository import (
@@ -71,7 +71,7 @@ def remember_push(output_dir: Path, repo_id: str, step: int) -> None:
     """Note in a run's folder what of it is on the Hub."""
     text = json.dumps({"repo_id": repo_id, "step": step}) + "\n"
     with contextlib.suppress(OSError):  # a full disk: the worst that comes of it is a push too many
-        write_whole(output_dir / _PUSHED, lambda stream: stream.write(text.encode()))
+        write_atomically(output_dir / _PUSHED, text)
 
 
 def still_to_push(recipe: Recipe, step: int) -> str | None:

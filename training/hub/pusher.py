@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from common.rate_limited_log import spelled
+from common.durations import format_duration
 
 FIRST_PAUSE_SECONDS = 5.0
 
@@ -67,7 +67,8 @@ class Pusher:
             self._changed.notify_all()
             if self._busy is not None and (since := time.monotonic() - self._busy[1]) > _SECONDS_BEFORE_IT_IS_SLOW:
                 self._say(
-                    f"step {self._busy[0]:,} is still on its way to the Hub since {spelled(since)}; {step:,} waits"
+                    f"step {self._busy[0]:,} is still on its way to the Hub since "
+                    f"{format_duration(since)}; {step:,} waits"
                 )
         if replaced is not None:
             self._drop(replaced[0])
@@ -129,7 +130,7 @@ class Pusher:
             closing = self._closing
             if closing and (not self._may_pass(error) or time.monotonic() + asked > self._deadline):
                 self._given_up = error
-            later = "" if self._given_up else f", next try in {spelled(pause)}"
+            later = "" if self._given_up else f", next try in {format_duration(pause)}"
             self._say(f"step {step:,} is not on the Hub yet: {self._told(error)}{later}")
             self._changed.notify_all()
             until = time.monotonic() + pause

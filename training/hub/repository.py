@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.cli_errors import InputError
-from common.hub_retry import network_errors, passes
+from common.hub_retry import is_transient, network_errors
 from training.hub.card import PLACE
 from training.hub.card_merging import generated_text, merged, stamped, was_edited
 from training.hub.staging import LAST_CHECKPOINT
@@ -102,7 +102,7 @@ def may_pass(error: BaseException) -> bool:
     """Whether the same push may succeed later with nobody doing anything."""
     cause = http_error(error) or error
     # What is wrong with a file or a card stays wrong.
-    return status_of(error) in _OVERTAKEN or (passes(cause) and not isinstance(cause, ValueError))
+    return status_of(error) in _OVERTAKEN or (is_transient(cause) and not isinstance(cause, ValueError))
 
 
 def asked_to_wait(error: BaseException) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from evaluation.results.references import one_per_size, published
 from training.data.shards.manifest import Manifest
 from training.data.sources.base import HUB_CORPORA, INSTALLED_DOCS, corpus_name
@@ -84,7 +84,7 @@ def note_start(output_dir: Path, step: int, device: str, devices: int) -> None:
     """Note what a run takes its steps on from `step` on; starts whose steps are taken anew are forgotten."""
     lines = [*_starts(output_dir, before=step), {"step": step, "device": device, "devices": devices}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_whole(output_dir / _STARTS, lambda stream: stream.write(text.encode()))
+    write_atomically(output_dir / _STARTS, text)
 
 
 def _starts(output_dir: Path, *, before: int) -> list[dict[str, Any]]:

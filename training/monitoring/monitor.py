@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from common.cli_errors import environment_of_helpers
+from common.cli_errors import subprocess_environment
 from training.checkpoints.state_snapshot import bare_model
 from training.data.loading.loader import validation_batches, validation_windows
 from training.monitoring.bits_per_byte import ScoredText
@@ -51,7 +51,7 @@ class _DrawingBeside:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env=environment_of_helpers(),
+            env=subprocess_environment(),
             start_new_session=True,  # Ctrl-C on the terminal is training's to answer
         )
         os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)  # it gives way to training

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from evaluation.results.references import VALIDATION_LOSS, Reference, one_per_size, published
 from training.monitoring.run_log import read_metrics
@@ -150,7 +150,7 @@ def plot_curves(path: Path, runs: Sequence[Curves]) -> None:
             axes.set_title(title, fontsize=9)
             axes.tick_params(labelsize=8)
     list(panels.values())[-1].set_xlabel("tokens", fontsize=9)
-    write_whole(path, FigureCanvasAgg(figure).print_png)
+    write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
 def _draw_losses(axes: "Axes", runs: Sequence[Curves]) -> None:

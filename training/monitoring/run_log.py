@@ -15,7 +15,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
+from common.durations import format_duration
 
 _UNWRITTEN_BYTES = 1 << 20  # some thousand lines
 
@@ -105,7 +106,7 @@ class RunLog:
             if key == "train_loss":
                 recorded["smoothed_loss"] = self._smoothed.add(value)
         self._record(recorded, {"train": values["train_loss"]})
-        figures, left = _figures(recorded), f"{duration(seconds_left)} left"
+        figures, left = _figures(recorded), f"{format_duration(seconds_left)} left"
         line = f"step {values['step']}/{self._total_steps}  {figures}  {left}"
         if self._bar.disable:
             self.say(line)
@@ -243,23 +244,6 @@ def _is_terminal(stream: TextIO) -> bool:
         return True
 
 
-def duration(seconds: float) -> str:
-    """A time to wait for, as a person says it: `50 s`, `4.2 min`, `1 h 07 min`, `2 d 03 h`."""
-    if not math.isfinite(seconds):
-        return "unknown time"
-    if seconds < 99.5:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return f"{seconds / 60:.1f} min"
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes < 24 * 60 else _days(minutes)
-
-
-def _days(minutes: int) -> str:
-    hours = round(minutes / 60)
-    return f"{hours // 24} d {hours % 24:02d} h"
-
-
 def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
     """samples.txt opened for appending without the samples behind `last_step`, and the last step that has some."""
     kept: list[str] = []
@@ -273,7 +257,7 @@ def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
             last = step if keep else last
         kept += [line] if keep else []
     if path.exists():
-        write_whole(path, lambda stream: stream.write("".join(kept).encode()))
+        write_atomically(path, "".join(kept))
     return _appending(path), last
 
 
@@ -294,7 +278,7 @@ def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> Text
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if _is_readable(line, step_of) and step_of(line) <= last_step]
         if len(kept) < len(lines):
-            write_whole(path, lambda stream: stream.write("".join(kept).encode()))
+            write_atomically(path, "".join(kept))
     return _appending(path)
 
 

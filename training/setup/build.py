@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from common.cli_errors import InputError
-from common.hub_retry import cache_refusal
+from common.hub_retry import hub_cache_error
 from training.data.producing.workers import usable_cpus
 from training.monitoring.trackers import chosen_trackers
 from training.optim.optimizer import build_optimizer
@@ -166,7 +166,7 @@ def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = No
             model = GPT2ScratchForCausalLM(config)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         # from_pretrained explains what it misses in its first line; the rest is advice on other models.
-        refusal = cache_refusal(error)
+        refusal = hub_cache_error(error)
         raise refusal or InputError(f"cannot build the model: {str(error).strip().splitlines()[0]}") from error
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(

@@ -21,13 +21,13 @@ from torch.optim import Optimizer
 from transformers.utils import logging as transformers_logging
 
 from common.cli_errors import InputError
+from common.durations import format_duration
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.resume import find_resume_point, refuse_earlier_end
 from training.data.loading.order import Order
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_files import ShardFolder, holds_foreign_shards
 from training.data.tokenization.tokenizer import Tokenizer, parse_train_spec
-from training.monitoring.run_log import duration
 from training.monitoring.run_summary import device_name
 from training.recipe import Recipe
 from training.setup.batch_size_finder import fitted
@@ -253,4 +253,4 @@ def _gib(count: int) -> str:
 
 
 def _spelled_hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours:.4f} hours ({duration(3600 * hours)})"
+    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours:.4f} hours ({format_duration(3600 * hours)})"

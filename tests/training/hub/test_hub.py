@@ -15,12 +15,11 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+from support.fake_clock import Clock
 from support.loopback_hub import COMMIT, LoopbackHub, serving
-from support.own_clock import Clock
 from support.paths import ROOT
 
 from common.cli_errors import InputError
-from common.hub_retry import Patience
 from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_files import ShardFolder
@@ -241,7 +240,7 @@ def test_ready_shards_of_another_tokenizer_are_refused(tmp_path: Path, prepare: 
 def test_dataset_that_is_not_there_is_one_line(tmp_path: Path, prepare: Callable[..., Any]) -> None:
     with serving(LoopbackHub({})) as hub:
         told = finished(prepare(hub, "org/corpus"), exit_code=2)
-    assert told.startswith("error: expected to read org/corpus from the Hub, found RepositoryNotFoundError")
+    assert told.startswith("error: cannot read org/corpus from the Hub (RepositoryNotFoundError")
     assert len(told.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
@@ -265,10 +264,15 @@ def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubCorpus:
     return hub_corpus("org/rows")
 
 
-def hub_corpus(repository: str, config: str | None = None, clock: Clock | None = None) -> HubCorpus:
-    clock = clock or Clock()
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("common.hub_retry.time", clock)
+    return clock
+
+
+def hub_corpus(repository: str, config: str | None = None) -> HubCorpus:
     corpus = HubCorpus(repository, config, name="rows", text_field="text", report=lambda line: None)
-    corpus.patience = Patience(repository, lambda line: None, sleep=clock.sleep, clock=clock)
     corpus.revision = COMMIT
     return corpus
 
@@ -286,10 +290,10 @@ def test_stream_goes_on_from_the_places_that_it_names(rows: HubCorpus) -> None:
 
 @pytest.mark.parametrize("lost_at", [3, 1003, 2500])
 def test_stream_that_is_lost_goes_on_with_the_next_row(
-    rows: HubCorpus, lost_at: int, monkeypatch: pytest.MonkeyPatch
+    rows: HubCorpus, lost_at: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = list(rows.documents())
-    real, clock = HubCorpus._rows, Clock()
+    real = HubCorpus._rows
     losses, delivered = [lost_at, lost_at, lost_at + 700], [0]
 
     def losing(self: HubCorpus, state: Any, *, skipped: int) -> Any:
@@ -301,7 +305,7 @@ def test_stream_that_is_lost_goes_on_with_the_next_row(
             yield row
 
     monkeypatch.setattr(HubCorpus, "_rows", losing)
-    corpus = hub_corpus("org/rows", clock=clock)
+    corpus = hub_corpus("org/rows")
     assert list(corpus.documents()) == expected
     assert clock.pauses == [1, 2, 1]  # two tries for one row, then a loss of its own
 
@@ -323,15 +327,16 @@ def test_invalid_utf8_in_a_dataset_is_replaced_and_told(rows: HubCorpus, tmp_pat
 
 
 @pytest.mark.parametrize("damage", ["in its middle", "at its end"])
-def test_broken_file_of_a_dataset_is_refused_after_a_few_tries(rows: HubCorpus, damage: str, tmp_path: Path) -> None:
+def test_broken_file_of_a_dataset_is_refused_after_a_few_tries(
+    rows: HubCorpus, damage: str, clock: Clock, tmp_path: Path
+) -> None:
     path = tmp_path / "rows.parquet"
     content = bytearray(path.read_bytes())
     if damage == "in its middle":
         middle = slice(len(content) // 2, len(content) // 2 + 200)
         content[middle] = bytes(byte ^ 0x5A for byte in content[middle])
     path.write_bytes(content if damage == "in its middle" else content[: len(content) * 2 // 3])
-    clock = Clock()
-    corpus = hub_corpus("org/rows", clock=clock)
+    corpus = hub_corpus("org/rows")
     with pytest.raises(InputError, match=r"expected whole files in org/rows, found one broken at row [\d,]+ \("):
         list(corpus.documents())
     assert clock.pauses == [1, 2, 4, 8]
@@ -364,7 +369,7 @@ def test_names_of_hub_corpora(corpus: str, repository: str, config: str | None) 
 
 
 def test_without_permission_to_go_online_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"from the Hub, found OfflineModeIsEnabled"):
+    with pytest.raises(InputError, match=r"from the Hub \(OfflineModeIsEnabled"):
         list(open_corpus("fineweb-edu").documents())
 
 

@@ -194,7 +194,7 @@ def test_a_hub_that_asks_to_wait_an_hour_is_heard_and_the_end_of_the_run_does_no
 
     hub.trouble = once
     _, log = published(tiny_recipe)
-    assert re.search(r"step 4 is not on the Hub yet: HfHubHTTPError: .*429.*, next try in 60 min", log)
+    assert re.search(r"step 4 is not on the Hub yet: HfHubHTTPError: .*429.*, next try in 1 h 00 min", log)
     assert "step 12 is on the Hub" in log
 
 

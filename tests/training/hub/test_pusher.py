@@ -83,7 +83,7 @@ def test_the_pause_is_as_long_as_the_hub_asks_for(taker: Taker) -> None:
     behind.submit(A, 1)
     while not taker.lines:
         time.sleep(0.01)
-    assert taker.lines == ["step 1 is not on the Hub yet: limited, next try in 60 min"]  # an hour at most
+    assert taker.lines == ["step 1 is not on the Hub yet: limited, next try in 1 h 00 min"]  # an hour at most
     assert behind.close(20)
     assert taker.pushed == [(A, 1)]
 

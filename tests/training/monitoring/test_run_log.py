@@ -8,7 +8,7 @@ from typing import Any, TextIO
 
 import pytest
 
-from training.monitoring.run_log import RunLog, Smoothed, duration, read_metrics
+from training.monitoring.run_log import RunLog, Smoothed, read_metrics
 
 
 def training_line(step: int, loss: float = 3.0) -> dict[str, Any]:
@@ -167,18 +167,6 @@ def test_samples_that_a_crash_tore_are_dropped(tmp_path: Path) -> None:
     log.close()
     assert (tmp_path / "samples.txt").read_text().startswith("step 5\n\n  | One\n\nstep 10\n")
     assert not (tmp_path / "samples.txt").read_text().endswith("step ")
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(7.6, "8 s"), (99.4, "99 s"), (150, "2.5 min"), (3599, "1 h 00 min"), (6060, "1 h 41 min"), (183600, "2 d 03 h")],
-)
-def test_times_are_said_as_a_person_says_them(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
-
-
-def test_a_time_that_nobody_knows_is_no_number() -> None:
-    assert duration(float("nan")) == "unknown time"
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_full_disk_does_not_end_training(
     def full(path: Path, write: object) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("evaluation.results.results_file.write_whole", full)
+    monkeypatch.setattr("evaluation.results.results_file.write_atomically", full)
     recipe = judged(tiny_recipe(max_steps=2), data, eval_tasks=["lambada"], eval_task_steps=2)
     train(recipe)
     run = Path(recipe.output_dir)
@@ -134,7 +134,7 @@ def test_processes_that_share_the_weights_judge_together(tiny_recipe: Make, data
 
 
 def test_mistakes_are_told_before_anything_is_written(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="recipe key eval_tasks: expected a task, found 'hellaswg'; did you mean"):
+    with pytest.raises(InputError, match=r"recipe key eval_tasks: unknown task 'hellaswg'; .* did you mean"):
         tiny_recipe(eval_tasks=["hellaswg"])
     recipe = judged(tiny_recipe(), data, eval_data_dir=str(tmp_path / "empty"))
     with pytest.raises(InputError, match=r"eval_tasks: expected hellaswag_val\.jsonl .* leave out eval_data_dir"):

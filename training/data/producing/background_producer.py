@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
-from common.cli_errors import InputError, environment_of_helpers
-from common.rate_limited_log import AtMostEvery
+from common.cli_errors import InputError, subprocess_environment
+from common.rate_limited_log import RateLimitedLog
 
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -44,7 +44,7 @@ class ProducerBeside:
 
     def __init__(self, say: Callable[[str], None] = print) -> None:
         self.say = say
-        self._pass_on = AtMostEvery(SECONDS_BETWEEN_LINES, lambda line: self.say(line))
+        self._pass_on = RateLimitedLog(SECONDS_BETWEEN_LINES, lambda line: self.say(line))
         self._stopping = threading.Event()
         self._training = False
         self._hopeless: str | None = None
@@ -139,7 +139,7 @@ class ProducerBeside:
                 stderr=errors,
                 text=True,
                 errors="replace",
-                env=environment_of_helpers(PYTHONPATH=os.pathsep.join(paths), PYTHONUNBUFFERED="1"),
+                env=subprocess_environment(PYTHONPATH=os.pathsep.join(paths), PYTHONUNBUFFERED="1"),
                 start_new_session=True,  # Ctrl-C is training's, which then ends the producer
             ) as process,
         ):

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from common.cli_errors import InputError
-from common.hub_retry import ABOUT_THE_DISK, cache_refusal
-from common.rate_limited_log import AtMostEvery, Progress
+from common.hub_retry import DISK_ERRORS, hub_cache_error
+from common.rate_limited_log import RateLimitedLog
+from training.data.producing.progress import Progress
 from training.data.producing.shard_download import download_ready_shards
 from training.data.producing.workers import EncodeDocuments, map_in_order
 from training.data.shards.folder_lock import locked
@@ -87,7 +88,7 @@ def produce(
         if folder.complete:
             return folder
     source = open_corpus(spec.corpus, spec.corpus_config, text_field=text_field, num_workers=num_workers, report=report)
-    waiting_line = AtMostEvery(SECONDS_BETWEEN_WAITING_LINES, report)
+    waiting_line = RateLimitedLog(SECONDS_BETWEEN_WAITING_LINES, report)
 
     def waiting() -> None:
         waiting_line(f"another process fills {output}; waiting until it has")
@@ -97,9 +98,9 @@ def produce(
             if not (isinstance(source, HubCorpus) and download_ready_shards(output, source, spec, report)):
                 _fill(output, source, spec, num_workers, report)
     except OSError as error:
-        if error.errno not in ABOUT_THE_DISK:
+        if error.errno not in DISK_ERRORS:
             raise
-        raise cache_refusal(error) or InputError(
+        raise hub_cache_error(error) or InputError(
             f"expected to write {output}, found: {error.strerror}; free space or choose another folder, "
             "and run again: finished shards are kept"
         ) from None

@@ -11,9 +11,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from common.atomic_files import file_sha256, sync
+from common.atomic_files import file_sha256, fsync
 from common.cli_errors import InputError
-from common.rate_limited_log import Progress
+from training.data.producing.progress import Progress
 from training.data.shards.folder_setup import begin_folder, take_up_folder, tidied
 from training.data.shards.manifest import Manifest, ShardRecord
 from training.data.shards.shard_files import Shard, ShardFolder, foreign_split, require_space
@@ -109,9 +109,9 @@ def _add(output: Path, downloaded: Path, name: str, manifest: Manifest, sha256: 
     ShardFolder(output, (shard,), None).check_ids(manifest.vocab_size)
     documents = int(np.count_nonzero(ids == manifest.end_of_text_id))
     record = ShardRecord(PurePosixPath(name).name, split, len(ids), documents, digest)
-    sync(downloaded)
+    fsync(downloaded)
     downloaded.replace(output / record.file)
-    sync(output)
+    fsync(output)
     manifest = replace(manifest, shards=(*manifest.shards, record))
     manifest.write(output)
     return manifest

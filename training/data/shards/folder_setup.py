@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.atomic_files import UNFINISHED_SUFFIX, sync
+from common.atomic_files import PARTIAL_SUFFIX, fsync
 from common.cli_errors import InputError
 from training.data.shards.manifest import Manifest, manifest_path
 from training.data.shards.shard_spec import ShardSpec
@@ -43,8 +43,8 @@ def begin_folder(
     )
     tokenizer.save(output)
     for name in TOKENIZER_FILES:
-        sync(output / name)
-    sync(output)
+        fsync(output / name)
+    fsync(output)
     manifest.write(output)
     return manifest
 
@@ -90,7 +90,7 @@ def tidied(output: Path) -> Iterator[None]:
 
 def remove_unfinished(output: Path, manifest: Manifest | None) -> None:
     """Remove what a producer that was killed left: files that are not whole, and a shard not yet in the manifest."""
-    for path in output.glob(f"*{UNFINISHED_SUFFIX}"):
+    for path in output.glob(f"*{PARTIAL_SUFFIX}"):
         path.unlink()
     if manifest is not None:
         ours = re.compile(re.escape(manifest.corpus) + r"_(val|train)_\d{6}\.npy")

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 
 MANIFEST_NAME = "manifest.json"
@@ -85,7 +85,7 @@ class Manifest:
     def write(self, folder: Path) -> None:
         """Put the manifest into `folder`, whole or not at all."""
         text = json.dumps(asdict(self), indent=2) + "\n"
-        write_whole(folder / MANIFEST_NAME, lambda stream: stream.write(text.encode()))
+        write_atomically(folder / MANIFEST_NAME, text)
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":

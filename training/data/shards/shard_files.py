@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from common.atomic_files import write_whole
+from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from training.data.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord, Split
 
@@ -254,7 +254,7 @@ class ShardWriter:
         split: Split = "train" if self.manifest.shards else "val"
         file = f"{self.manifest.corpus}_{split}_{len(self.manifest.shards):06d}.npy"
         require_space(self._folder, ids.nbytes)
-        digest = write_whole(
+        digest = write_atomically(
             self._folder / file, lambda stream: np.lib.format.write_array(cast(Any, stream), ids, allow_pickle=False)
         )
         documents = int(np.count_nonzero(ids == self.manifest.end_of_text_id))

@@ -4,7 +4,6 @@ Three kinds: documentation strings of the installed packages (no download), file
 Files and the Hub are streamed: memory holds a row group or a line, except that a text file is one document.
 """
 
-import difflib
 import functools
 import re
 from abc import ABC, abstractmethod
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli_errors import InputError
+from common.suggestions import did_you_mean
 from training.data.sources.installed_docs import gather_docstrings, installed_revision, package_roots
 
 INSTALLED_DOCS = "installed-docs"
@@ -161,11 +161,10 @@ def text_of(row: Any, text_field: str, place: str) -> str:
 
 def no_field(text_field: str, fields: list[str], place: str) -> InputError:
     """Return the error that names the fields there are."""
-    nearest = difflib.get_close_matches(text_field, fields, n=1)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
     there = ", ".join(fields) or "no field at all"
     return InputError(
-        f"expected the field '{text_field}' in {place}, found {there}; {hint}name the field with --text_field"
+        f"expected the field '{text_field}' in {place}, found {there}; name the field with --text_field"
+        f"{did_you_mean(text_field, fields)}"
     )
 
 

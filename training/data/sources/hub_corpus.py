@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from common.cli_errors import InputError
-from common.hub_retry import Patience, network_errors
+from common.hub_retry import HubRetry, network_errors
 from training.data.shards.shard_files import foreign_split
 from training.data.sources.base import Corpus, Document, Place, no_field, one_line, text_of
 from training.data.sources.files import texts_of
@@ -39,7 +39,12 @@ class HubCorpus(Corpus):
     ) -> None:
         self.name = name
         self.repository = repository
-        self.patience = Patience(repository, report)
+        self.retry = HubRetry(
+            repository,
+            report,
+            advice="fix this and run the same command again, finished shards are kept; --corpus installed-docs or a "
+            "path needs no network",
+        )
         self._config = config
         self._text_field = text_field
         self._rows_in_all: int | None = None
@@ -68,7 +73,7 @@ class HubCorpus(Corpus):
         """
         import huggingface_hub
 
-        names = self.patience.call(
+        names = self.retry.call(
             lambda: huggingface_hub.HfApi().list_repo_files(
                 self.repository, repo_type="dataset", revision=self.revision
             )
@@ -95,7 +100,7 @@ class HubCorpus(Corpus):
         """Return the bytes of each of the repository's files."""
         import huggingface_hub
 
-        found = self.patience.call(
+        found = self.retry.call(
             lambda: huggingface_hub.HfApi().get_paths_info(
                 self.repository, names, repo_type="dataset", revision=self.revision
             )
@@ -109,7 +114,7 @@ class HubCorpus(Corpus):
         import huggingface_hub
 
         return Path(
-            self.patience.call(
+            self.retry.call(
                 lambda: huggingface_hub.hf_hub_download(
                     self.repository, name, repo_type="dataset", revision=self.revision, local_dir=folder
                 )
@@ -123,7 +128,7 @@ class HubCorpus(Corpus):
         """Return the commit that `main` stands for."""
         import huggingface_hub
 
-        info = self.patience.call(lambda: huggingface_hub.HfApi().dataset_info(self.repository, expand=["sha"]))
+        info = self.retry.call(lambda: huggingface_hub.HfApi().dataset_info(self.repository, expand=["sha"]))
         return str(info.sha)
 
     def _read(self, start: Place | None) -> Iterator[Document]:
@@ -135,7 +140,7 @@ class HubCorpus(Corpus):
         while True:
             try:
                 for row, state in self._rows(place["state"], skipped=number - place["row"]):
-                    self.patience.relieved()
+                    self.retry.reset()
                     if state is not None:
                         place = {"row": number, "state": state}
                     number += 1
@@ -150,7 +155,7 @@ class HubCorpus(Corpus):
                             f"expected whole files in {self.repository}, found one broken at row {number + 1:,} "
                             f"({one_line(error)}); tell its authors, and give another --corpus"
                         ) from None
-                self.patience.wait(error)
+                self.retry.wait(error)
 
     def _text(self, row: "pyarrow.Table", number: int) -> tuple[str, bool]:
         """Return the text of a table of one row, and whether bytes in it were replaced."""

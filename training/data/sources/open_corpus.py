@@ -1,11 +1,11 @@
 """Which corpus is meant by what a person writes: a name, a path, or a dataset of the Hub."""
 
-import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 from common.cli_errors import InputError
+from common.suggestions import did_you_mean
 from training.data.sources.base import (
     DEFAULT_HUB_CONFIG,
     FILE_ENDINGS,
@@ -61,11 +61,9 @@ def open_corpus(
         return InstalledDocs(num_workers=num_workers)
     if not exists:
         known = [INSTALLED_DOCS, *HUB_CORPORA]
-        nearest = difflib.get_close_matches(corpus, known, n=1)
-        hint = f"did you mean {nearest[0]}? " if nearest else ""
         raise InputError(
             f"expected a corpus, found '{corpus}', which is neither a name nor a file or folder that exists; "
-            f"{hint}give {', '.join(known)}, a path, or a dataset of the Hub as owner/name"
+            f"give {', '.join(known)}, a path, or a dataset of the Hub as owner/name{did_you_mean(corpus, known)}"
         )
     return FileCorpus(path, text_field)
 

@@ -7,7 +7,6 @@ when the list holds, for each token, the one split by which its bytes arise from
 that nothing crosses, the order of merges is determined, so no other split of that token is ever met.
 """
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 
+from common.byte_level import bytes_to_unicode, unicode_to_bytes
 from common.cli_errors import InputError
 from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding
 
@@ -227,29 +227,13 @@ def _fingerprint(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) 
     return digest.hexdigest()
 
 
-@functools.cache
-def _byte_to_character() -> dict[int, str]:
-    """Return GPT-2's printable stand-in for each byte (openai/gpt-2, encoder.py, `bytes_to_unicode`)."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table = {byte: chr(byte) for byte in printable}
-    for byte in range(256):
-        if byte not in table:
-            table[byte] = chr(256 + len(table) - len(printable))
-    return table
-
-
-@functools.cache
-def _character_to_byte() -> dict[str, int]:
-    return {character: byte for byte, character in _byte_to_character().items()}
-
-
 def _to_text(token: bytes) -> str:
-    table = _byte_to_character()
+    table = bytes_to_unicode()
     return "".join(table[byte] for byte in token)
 
 
 def _to_bytes(token: str) -> bytes:
-    table = _character_to_byte()
+    table = unicode_to_bytes()
     return bytes(table[character] for character in token)
 
 

@@ -16,7 +16,7 @@ import pytest
 from support.paths import ROOT
 from support.small_corpora import WORDS, folder_bytes, write_corpus
 
-from common.atomic_files import UNFINISHED_SUFFIX
+from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
 from training.data.producing import producer
 from training.data.producing.producer import produce
@@ -109,7 +109,7 @@ def _interrupt_after(monkeypatch, shards: int) -> None:
 
     def write_shard(self) -> None:
         if len(self.manifest.shards) == shards:
-            (self._folder / f"c_train_{shards:06d}.npy{UNFINISHED_SUFFIX}").write_bytes(b"half")
+            (self._folder / f"c_train_{shards:06d}.npy{PARTIAL_SUFFIX}").write_bytes(b"half")
             (self._folder / f"c_train_{shards:06d}.npy").write_bytes(b"whole, but the manifest does not know it")
             raise _KilledError
         real(self)

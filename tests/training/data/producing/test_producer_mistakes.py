@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from support.small_corpora import folder_bytes
 
-from common import rate_limited_log as reporting
-from common.atomic_files import UNFINISHED_SUFFIX
+from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
-from training.data.producing import producer
+from training.data.producing import producer, progress
 from training.data.producing.producer import produce
 from training.data.producing.workers import map_in_order
 from training.data.shards.folder_lock import LOCK_NAME
@@ -65,7 +64,7 @@ def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, set
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(InputError, match=r"No space left on device; free space.*finished shards are kept"):
             produce(tmp_path / "out", **settings)
-    assert not list((tmp_path / "out").glob(f"*{UNFINISHED_SUFFIX}"))
+    assert not list((tmp_path / "out").glob(f"*{PARTIAL_SUFFIX}"))
     assert ShardFolder.open(tmp_path / "out").shards
     produce(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
@@ -99,7 +98,7 @@ def test_disk_that_gets_full_is_noticed_before_the_shard_that_does_not_fit(tmp_p
 
 
 def test_time_left_is_told_where_the_end_is_known(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(reporting, "SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
     monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 10_000)
     for number, limit in enumerate((None, 20_000)):
         lines: list[str] = []
@@ -156,7 +155,7 @@ def test_folder_with_another_programs_shards_is_refused(tmp_path, settings):
 
 
 def test_progress_is_told_by_lines_where_there_is_no_terminal(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(reporting, "SECONDS_BETWEEN_REPORTS", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
     lines: list[str] = []
     produce(tmp_path / "out", **{**settings, "report": lines.append})
     assert "tokens at" in lines[-1]
@@ -167,12 +166,12 @@ def test_rate_on_a_terminal_is_that_of_the_whole_run(monkeypatch):
     seconds = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: seconds[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with reporting.Progress(tokens=1000, report=lambda line: None) as progress:
+    with progress.Progress(tokens=1000, report=lambda line: None) as shown:
         for second in range(1, 11):  # ten tokens a second, and a thousand in the last one
             seconds[0] += 1
             tokens = 1000 + 10 * second + (1000 if second == 10 else 0)
-            progress.update(tokens=tokens, documents=1, shards=1, share=None)
-        assert "110 tokens/s" in str(progress._bar)
+            shown.update(tokens=tokens, documents=1, shards=1, share=None)
+        assert "110 tokens/s" in str(shown._bar)
 
 
 def _end(item: int) -> int:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.atomic_files import UNFINISHED_SUFFIX
+from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_files import ShardFolder, ShardWriter, holds_foreign_shards
@@ -116,7 +116,7 @@ def test_folder_being_filled_shows_its_whole_shards(tmp_path):
     folder = ShardFolder.open(tmp_path)
     assert not folder.complete
     assert [shard.tokens for shard in folder.shards] == [4, 10]
-    assert not list(tmp_path.glob(f"*{UNFINISHED_SUFFIX}"))
+    assert not list(tmp_path.glob(f"*{PARTIAL_SUFFIX}"))
 
 
 def _cut(path: Path) -> None:

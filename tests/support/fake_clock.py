@@ -1,4 +1,4 @@
-"""A clock that goes on only when somebody sleeps."""
+"""A fake `time` module whose clock advances only during `sleep`."""
 
 
 class Clock:
@@ -10,5 +10,5 @@ class Clock:
         self.pauses.append(seconds)
         self.now += seconds
 
-    def __call__(self) -> float:
+    def monotonic(self) -> float:
         return self.now

@@ -1,0 +1,20 @@
+"""The printable characters that byte-level BPE writes its tokens in."""
+
+import functools
+
+
+@functools.cache
+def bytes_to_unicode() -> dict[int, str]:
+    """Return a printable character for every byte (openai/gpt-2, encoder.py).
+
+    transformers has the same function, in a module that takes seconds to import.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + n) for n, byte in enumerate(others)}
+
+
+@functools.cache
+def unicode_to_bytes() -> dict[str, int]:
+    """Return the inverse of `bytes_to_unicode`."""
+    return {character: byte for byte, character in bytes_to_unicode().items()}

@@ -1,0 +1,28 @@
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from common.atomic_files import PARTIAL_SUFFIX, file_sha256, write_atomically
+
+
+def test_text_and_streams_are_written_with_their_sha256(tmp_path: Path) -> None:
+    for content in ("tëxt", lambda stream: stream.write("tëxt".encode())):
+        path = tmp_path / "file"
+        digest = write_atomically(path, content)
+        assert path.read_text(encoding="utf-8") == "tëxt"
+        assert digest == file_sha256(path) == hashlib.sha256("tëxt".encode()).hexdigest()
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_failed_write_leaves_the_old_file_and_a_partial_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def fail(stream: object) -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert (tmp_path / f"file{PARTIAL_SUFFIX}").exists()
