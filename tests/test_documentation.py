@@ -1,0 +1,181 @@
+"""Every command in README and docs runs as printed, or says why it cannot be run here and has flags that exist.
+
+Commands that train or tokenize get smaller numbers: the same flags, on a corpus of a few kilobytes.
+"""
+
+import functools
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.paths import ROOT
+from support.small_corpora import write_corpus
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"(?:<!-- not run in tests: (?P<reason>[^\n]+) -->\n)?```bash\n(?P<commands>.*?)```", re.DOTALL)
+# Run by .ci/run, or by whoever runs this test.
+ELSEWHERE = ("make ", "pip install ", ".venv/bin/python -m pytest")
+
+SMALLER = {
+    "--max_steps 1200": "--max_steps 8",
+    "--max_steps 400": "--max_steps 4",
+    "--decay_steps 300": "--decay_steps 2",
+    "step-000900": "step-000004",
+    "--shard_tokens 2000000": "--shard_tokens 9000",
+    "--val_tokens 131073": "--val_tokens 2000",
+    "train:4096": "train:300",
+    "--num_samples 3": "--num_samples 2 --max_new_tokens 4",
+}
+TINY_RUN = {
+    "--corpus": "corpus.jsonl",
+    "--tokenizer": "train:300",
+    "--shard_tokens": "9000",
+    "--val_tokens": "2000",
+    "--seq_len": "32",
+    "--n_layer": "1",
+    "--n_head": "2",
+    "--n_embd": "32",
+    "--tokens_per_step": "256",
+    "--per_device_train_batch_size": "4",
+    "--max_steps": "6",
+    "--warmup_steps": "2",
+    "--eval_steps": "3",
+    "--eval_tokens": "1000",
+    "--sample_tokens": "4",
+    "--save_steps": "2",
+    "--mixed_precision": "no",
+}
+
+
+class Command(NamedTuple):
+    """A command of a page, and why it is not run, if it is not."""
+
+    page: str
+    line: str
+    reason: str | None
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the command, without the comment."""
+        return shlex.split(self.line, comments=True)
+
+
+def commands() -> list[Command]:
+    found = []
+    for page in PAGES:
+        for block in BLOCK.finditer(page.read_text()):
+            lines = block["commands"].replace("\\\n", " ").splitlines()
+            found += [Command(page.name, line.strip(), block["reason"]) for line in lines if line.strip()]
+    return found
+
+
+@functools.cache
+def help_of(program: tuple[str, ...]) -> str:
+    done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def program_of(words: list[str]) -> tuple[str, ...] | None:
+    """The program of ours that a command starts: a path, or -m and a module with its sub-command."""
+    for number, word in enumerate(words):
+        if word.endswith(".py"):
+            return (word,)
+        if word == "-m" and words[number + 1].split(".")[0] in {"training", "evaluation", "gpt2_scratch"}:
+            has_subcommand = words[number + 1] == "training.hub"
+            return tuple(words[number : number + (3 if has_subcommand else 2)])
+    return None
+
+
+def test_pages_have_commands_to_run_and_others() -> None:
+    assert len([command for command in commands() if command.reason is None]) > 20
+    assert len([command for command in commands() if command.reason]) > 10
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: f"{command.page}: {command.line[:70]}")
+def test_a_documented_command_names_flags_and_files_that_exist(command: Command) -> None:
+    words = command.words
+    for word in words:
+        if re.fullmatch(r"(accelerate_configs|training|benchmarks|tests)/[\w/.-]+\.(py|yaml)", word):
+            assert (ROOT / word).is_file(), word
+    program = program_of(words)
+    if program is not None:
+        ours = words[words.index(program[-1]) + 1 :]
+        for flag in ours:
+            if flag.startswith("--"):
+                assert re.search(rf"{flag.split('=')[0]}\b", help_of(program)), flag
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a checkout, with small texts in place of a user's."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("gpt2_scratch", "training", "evaluation", "common", "accelerate_configs", "benchmarks", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / ".venv" / "bin").mkdir(parents=True)
+    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    write_corpus(folder / "corpus.jsonl", 400)
+    text = (folder / "corpus.jsonl").read_text()
+    (folder / "my-texts").mkdir()
+    (folder / "my-texts" / "a.jsonl").write_text(text.replace('"text"', '"content"'))
+    (folder / "input.txt").write_text(text)
+    run(folder, "accelerate launch training/train.py --output_dir runs/quickstart --data_dir data/installed-docs")
+    run(folder, "accelerate launch training/train.py --output_dir runs/mine --data_dir data/installed-docs")
+    return folder
+
+
+def shortened(line: str) -> str:
+    for long, short in SMALLER.items():
+        line = line.replace(long, short)
+    # The launcher's own flags come before the script.
+    if "training/train.py" in line and "--help" not in line:
+        ours = line.split("training/train.py")[1]
+        given = set(re.findall(r"--\w+", ours))
+        tiny = {flag: value for flag, value in TINY_RUN.items() if flag not in given}
+        if "runs/stable/recipe.yaml" in ours:  # a recipe that is tiny already
+            tiny = {}
+        line += "".join(f" {flag} {value}" for flag, value in tiny.items())
+    return line
+
+
+def run(folder: Path, line: str) -> str:
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    line = shortened(line).replace(".venv/bin/python", "python")
+    done = subprocess.run(
+        ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [command for command in commands() if command.reason is None and not command.line.startswith(ELSEWHERE)],
+    ids=lambda command: f"{command.page}: {command.line[:70]}",
+)
+def test_a_documented_command_runs(command: Command, checkout: Path) -> None:
+    run(checkout, command.line)
+
+
+def test_commands_that_ci_runs_are_in_its_script() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in script
+    assert "make train" in script
+
+
+@pytest.mark.slow
+def test_python_of_the_readme_runs(checkout: Path) -> None:
+    for number, code in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)):
+        (checkout / f"example_{number}.py").write_text(code)
+        run(checkout, f"python example_{number}.py")
