@@ -1,7 +1,7 @@
 """accelerate launch training/train.py [--config training/recipes/NAME.yaml] [--field value …] [--preflight]
 
-Trains a GPT-2 as a recipe says; without --config, the quickstart recipe. Every key of a recipe is a flag. With
---preflight, it only says what that would take.
+Trains a GPT-2 from a recipe, by default the quickstart recipe. Every recipe key is a flag. --preflight checks the
+setup and reports memory, time and cost without training.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 if __name__ == "__main__":
-    # Python put training/ first; the project's root belongs there, so that nothing here can shadow a library's module.
+    # Python puts training/ first; with the project's root there instead, no file here can shadow a library's module.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from common.cli_errors import CommandParser, InputError, run_command
@@ -22,7 +22,7 @@ from training.recipe import QUICKSTART, Recipe, field_types, load_recipe
 
 @dataclass(frozen=True)
 class Command:
-    """What the command line asks for: a run, or with `preflight` only its forecast."""
+    """The parsed command line."""
 
     recipe: Recipe
     preflight: bool
@@ -30,11 +30,11 @@ class Command:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """A parser with a flag for each key of the recipe; values stay strings until the recipe gives them their type."""
-    parser = CommandParser(prog="training/train.py", description="Train a GPT-2 as a recipe says.", allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=QUICKSTART, help="recipe, a YAML file (default: quickstart)")
-    parser.add_argument("--preflight", action="store_true", help="check the processes, say what the run takes, stop")
-    parser.add_argument("--price_per_gpu_hour", type=float, help="with --preflight: for the run's cost")
+    """A parser with a flag for each recipe key. Values stay strings, which `load_recipe` converts."""
+    parser = CommandParser(prog="training/train.py", description="Train a GPT-2 from a recipe.", allow_abbrev=False)
+    parser.add_argument("--config", type=Path, default=QUICKSTART, help="recipe as YAML (default: the quickstart)")
+    parser.add_argument("--preflight", action="store_true", help="report memory, time and cost, and exit")
+    parser.add_argument("--price_per_gpu_hour", type=float, help="price of a GPU hour, for the cost in --preflight")
     kinds = field_types()
     for key in dataclasses.fields(Recipe):
         several = "list" in str(kinds[key.name])
@@ -45,10 +45,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
-    """What the command line asks for.
+    """The parsed command line.
 
     Raises:
-        InputError: an unknown flag (the nearest known one is named), or anything that `load_recipe` refuses.
+        InputError: an unknown flag, or an error of `load_recipe`.
     """
     parser = build_parser()
     known, unknown = parser.parse_known_args(arguments)
@@ -59,16 +59,16 @@ def parse_command(arguments: Sequence[str]) -> Command:
         flags = ["config", "preflight", "price_per_gpu_hour", *field_types()]
         raise InputError(f"unknown flag {unknown[0]}{did_you_mean(name, flags)}")
     if price is not None and not preflight:
-        raise InputError("price_per_gpu_hour says what a run costs before it starts; add --preflight, or leave it out")
+        raise InputError("--price_per_gpu_hour needs --preflight")
     if price is not None and not 0 <= price < float("inf"):
-        raise InputError(f"price_per_gpu_hour: expected an amount of at least 0, found {price}")
+        raise InputError(f"--price_per_gpu_hour must be at least 0, found {price}")
     return Command(load_recipe(config, overrides), preflight, price)
 
 
 def main() -> None:
-    """Train, or say what training takes."""
+    """Train, or run the preflight checks."""
     command = parse_command(sys.argv[1:])
-    # torch and transformers take seconds to import: a mistake in the recipe is told before that.
+    # Importing torch and transformers takes seconds; errors in the recipe are reported before that.
     if command.preflight:
         from training.setup.preflight import preflight
 

@@ -22,12 +22,6 @@ from training.recipe import Recipe
 PLACE = "path/to/this/folder"  # until the model has an id
 LOCAL_FILES = "local files"  # whose they are and where they lie is nobody's business
 
-# Paths of the machine are nobody's business, nor is where the run stood when it was started; the rest is told in words.
-_NOT_SHOWN = {
-    *("output_dir", "data_dir", "corpus", "corpus_config", "tokenizer", "init_from", "resume_from_checkpoint"),
-    *("sample_prompts", "push_to_hub", "hub_model_id", "hub_private_repo", "hub_strategy", "report_to"),
-    *("eval_data_dir", "profile_steps"),
-}
 ENGLISH_CORPORA = ("fineweb", "fineweb-edu", "installed-docs")
 _LIMITS = {
     "fineweb": """The text is English of the web (Common Crawl of 2013 to 2024, filtered and deduplicated by FineWeb):
@@ -296,7 +290,7 @@ def _samples(facts: RunFacts) -> str:
 
 
 def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
-    shown = {key: value for key, value in recipe.to_dict().items() if key not in _NOT_SHOWN and value not in (None, [])}
+    shown = {key: value for key, value in recipe.values_on_card().items() if value not in (None, [])}
     if not recipe.eval_tasks:
         del shown["eval_task_steps"]
     knobs = "\n".join(f"| `{key}` | {value} |" for key, value in shown.items() if not _is_path(value))
