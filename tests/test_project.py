@@ -99,15 +99,6 @@ def test_every_requirement_is_pinned() -> None:
     assert "torch==2.13.0" in pins
 
 
-def test_recipes_travel_with_the_package() -> None:
-    from training.recipe import QUICKSTART
-
-    setup = configparser.ConfigParser(interpolation=None)
-    setup.read(ROOT / "setup.cfg")
-    assert setup["options.package_data"]["training"] == "recipes/*.yaml"
-    assert QUICKSTART.is_file()
-
-
 @pytest.mark.parametrize("name", ["kill_fuzz", "loop"])
 def test_a_benchmark_starts_as_the_readme_says(name: str) -> None:
     # Python puts benchmarks/ first, where a file is named like a package of ours.
