@@ -38,7 +38,7 @@ from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.loading.training_shards import TrainingShards
 from training.data.producing.producer import batches
 from training.data.producing.workers import EncodeDocuments, Workers, usable_cpus
-from training.data.shards.shard_files import Shard, ShardFolder
+from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.sources.base import INSTALLED_DOCS, Document
 from training.data.sources.open_corpus import open_corpus
 from training.data.tokenization.tokenizer import load_tokenizer

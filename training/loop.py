@@ -18,10 +18,11 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from common.cli_errors import InputError
+from common.folder_lock import locked
 from common.rate_limited_log import RateLimitedLog
 from training.checkpoints.checkpoint_folder import copy_model, load_checkpoint, publish, remove_leftovers, skeleton_of
 from training.checkpoints.checkpoint_writer import Saving
-from training.checkpoints.resume import alone_in, good_checkpoint, set_aside_later_checkpoints
+from training.checkpoints.resume import good_checkpoint, set_aside_later_checkpoints
 from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Agreement, LeaveAsked, SignalWatch
 from training.data.loading.loader import TrainingWindows, training_batches
@@ -84,8 +85,7 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Pr
         plan = replace(plan, batch=fitted(plan.batch, accelerator, model, recipe, plan.document_mark))
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            plan.output_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(alone_in(plan.output_dir))
+            stack.enter_context(locked(plan.output_dir))
         run = Run(plan, accelerator, model, producer)
         stack.callback(run.close)
         if accelerator.is_main_process:

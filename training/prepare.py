@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from common.cli_errors import CommandParser, InputError, run_command
 
 if TYPE_CHECKING:
-    from training.data.shards.shard_files import ShardFolder
+    from training.data.shards.shard_reader import ShardFolder
 
 # The worker processes import this module: what is heavy is imported where it is used.
 

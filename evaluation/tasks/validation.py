@@ -1,8 +1,4 @@
-"""The loss on a shard folder's validation tokens: shards of token ids, as training and other projects write them.
-
-A small reader of its own, because training's also knows manifests, growing folders and writing, and imports point from
-training to evaluation.
-"""
+"""The loss on a shard folder's validation tokens: shards of token ids, as training and other projects write them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +7,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from common.cli_errors import InputError
+from common.token_files import map_ids, split_of
 from evaluation.tasks.task_types import Encoder, Figure, Item, LogLikelihood, Request, Task, data_hash
-
-_BIN_HEADER_BYTES = 1024
-_BIN_MAGIC = 20240520
 
 
 class Validation(Task):
@@ -65,31 +59,13 @@ def read_validation_shard(folder: Path) -> np.ndarray:
     Raises:
         InputError: there is none, or it is cut or of another form.
     """
-    shards = sorted(path for path in folder.glob("*val*") if path.suffix in (".npy", ".bin"))
+    shards = sorted(path for path in folder.glob("*") if split_of(path.name) == "val")
     if not shards:
         raise InputError(
             f"expected a validation shard (*_val_*.npy, or .bin) in {folder}, found none; make shards with "
             "python -m training.prepare, or name their folder by --data_dir"
         )
-    path = shards[0]
-    try:
-        ids = np.load(path, mmap_mode="r") if path.suffix == ".npy" else _read_bin(path)
-    except (OSError, ValueError, EOFError) as error:
-        raise InputError(
-            f"expected a shard of token ids in {path}, found a file that is cut or of another form "
-            f"({' '.join(str(error).split())[:80]}); fetch or make it again"
-        ) from None
-    if ids.ndim != 1 or ids.dtype not in (np.uint16, np.uint32) or len(ids) < 2:
-        raise InputError(
-            f"expected a one-dimensional array of uint16 or uint32 in {path}, found shape {ids.shape} of {ids.dtype}; "
-            "fetch or make it again"
-        )
+    ids = map_ids(shards[0])
+    if len(ids) < 2:
+        raise InputError(f"{shards[0]} holds a single token, and nothing to predict; download or make it again")
     return ids
-
-
-def _read_bin(path: Path) -> np.ndarray:
-    """Return llm.c's ids: a header of 256 int32 (magic, version, tokens), then uint16."""
-    header = np.fromfile(path, dtype="<i4", count=3)
-    if len(header) < 3 or header[0] != _BIN_MAGIC:
-        raise ValueError("its header is not llm.c's")
-    return np.memmap(path, dtype="<u2", mode="r", offset=_BIN_HEADER_BYTES, shape=(int(header[2]),))

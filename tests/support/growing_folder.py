@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder
+from training.data.shards.shard_reader import ShardFolder
 
 
 class GrowingFolder:

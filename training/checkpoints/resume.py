@@ -1,17 +1,15 @@
 """Where a run goes on, and whether the output folder is the recipe's to write to."""
 
-import contextlib
-import fcntl
 import math
 import os
 import tempfile
-from collections.abc import Iterator
 from itertools import chain, count
 from pathlib import Path
 
 import yaml
 
 from common.cli_errors import InputError
+from common.folder_lock import LOCK_NAME
 from training.checkpoints.checkpoint_folder import TrainerState, checkpoints, refuse_damaged, step_of
 from training.monitoring.run_log import read_metrics
 from training.recipe import Recipe
@@ -83,7 +81,7 @@ def good_checkpoint(output_dir: Path, before: int) -> str:
 
 def _is_foreign(path: Path) -> bool:
     """Whether a file in a folder without a recipe is somebody's, and not of a start that was killed or is beside us."""
-    return not path.name.startswith((_TRIAL, "recipe.yaml."))
+    return path.name != LOCK_NAME and not path.name.startswith((_TRIAL, "recipe.yaml."))
 
 
 def _checked(recipe: Recipe, checkpoint: Path, where: str) -> Path:
@@ -153,25 +151,3 @@ def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
             place = next(place for name in names if not (place := path.with_name(name)).exists())
             places.append(path.rename(place))
     return places
-
-
-@contextlib.contextmanager
-def alone_in(output_dir: Path) -> Iterator[None]:
-    """Keep a second run out of `output_dir` while this one writes to it; a dead process keeps nobody out.
-
-    Raises:
-        InputError: another process is at it.
-    """
-    descriptor = os.open(output_dir, os.O_RDONLY)
-    try:
-        # File systems without locks on folders are taken as they are.
-        with contextlib.suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"output_dir {output_dir} is being written by another run; end that, or choose another output_dir"
-                ) from None
-        yield
-    finally:
-        os.close(descriptor)

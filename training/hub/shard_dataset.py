@@ -9,9 +9,10 @@ from pathlib import Path
 
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError
-from training.data.shards.folder_setup import TOKENIZER_FILES
+from common.token_files import split_of
+from training.data.shards.folder_lifecycle import TOKENIZER_FILES
 from training.data.shards.manifest import MANIFEST_NAME
-from training.data.shards.shard_files import Shard, ShardFolder, foreign_split
+from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.sources.base import HUB_CORPORA
 from training.hub.card import ENGLISH_CORPORA
 from training.hub.card_merging import section, stamped
@@ -65,7 +66,7 @@ def _push(folder: ShardFolder, repo_id: str, say: Callable[[str], None]) -> None
     card = dataset_card(folder, repo_id)
     there = remote_hashes(repo_id, head)
     # Shards of another folder that was pushed here would be trained on too.
-    stale = [name for name in sorted(there) if "/" not in name and foreign_split(name) and name not in hashes]
+    stale = [name for name in sorted(there) if "/" not in name and split_of(name) and name not in hashes]
     operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
     if "README.md" in there:
         card, _ = with_text_of_the_hub(card, repo_id, head, "dataset")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.data.shards.shard_files import Shard
+from training.data.shards.shard_reader import Shard
 from training.data.tokenization.tokenizer import Tokenizer
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 from common.cli_errors import InputError
 from training.data.producing.background_producer import ProducerBeside
-from training.data.shards.shard_files import Shard, ShardFolder
+from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer
 
 _SECONDS_BETWEEN_LOOKS = 0.3

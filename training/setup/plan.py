@@ -19,8 +19,7 @@ from training.data.loading.order import Order
 from training.data.loading.training_shards import TrainingShards
 from training.data.producing.background_producer import ProducerBeside, producer_command
 from training.data.producing.workers import usable_cpus
-from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder, holds_foreign_shards
+from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.open_corpus import open_corpus
 from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
@@ -145,7 +144,8 @@ def _plan(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> Plan:
     folder, tokenizer = open_data(recipe, producer, machines)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
     # A look at the beginning: every id of a large corpus would take minutes, and the loader checks as it goes.
-    folder.check_ids(tokenizer.vocab_size, [folder.val_shard, *folder.train_shards[:1]])
+    for shard in (folder.val_shard, *folder.train_shards[:1]):
+        shard.check_ids(tokenizer.vocab_size)
     try:
         shards = TrainingShards(folder, seq_len=recipe.seq_len, seed=recipe.seed)
     except ValueError as error:
@@ -190,18 +190,20 @@ def batch_of(recipe: Recipe) -> BatchPlan:
 
 
 def open_data(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> tuple[ShardFolder, Tokenizer]:
-    """The recipe's shards and their tokenizer; for a folder that is not complete, the first process of a node starts
-    the producer.
+    """Open the recipe's shard folder and load its tokenizer.
+
+    Where the folder is not complete, the first process of each node starts the producer, and all wait until training
+    can begin. The folder is opened once if it is complete.
 
     Raises:
-        InputError: the corpus, the folder or the tokenizer cannot be used, or do not go together.
+        InputError: the corpus, the folder or the tokenizer cannot be used, or they do not match.
     """
     path = Path(recipe.data_dir)
-    if holds_foreign_shards(path):
-        opened = _open_foreign_shards(path, recipe)
+    folder = ShardFolder.find(path)
+    if folder is not None and folder.manifest is None:
+        tokenizer = _tokenizer_of_foreign_shards(recipe)
         machines.wait_for(lambda: True, producer)
-        return opened
-    begun = Manifest.read(path)
+        return folder, tokenizer
     spec = ShardSpec(
         folder=path,
         corpus=recipe.corpus,
@@ -210,23 +212,25 @@ def open_data(recipe: Recipe, producer: ProducerBeside, machines: Machines) -> t
         tokenizer=recipe.tokenizer,
         shard_tokens=recipe.shard_tokens,
         val_tokens=recipe.validation_shard_tokens,
-        # No recipe says it, since it limits the folder and not the run: whoever prepared the folder has chosen.
-        max_tokens=None if begun is None else begun.max_tokens,
+        # A recipe has no such limit: it belongs to the folder, and whoever prepared it has chosen it.
+        max_tokens=folder.manifest.max_tokens if folder and folder.manifest else None,
     )
-    manifest = spec.read_manifest()
-    if (manifest is None or not manifest.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
-        open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # refuses what is not there
+    spec.check(folder)
+    if (folder is None or not folder.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
+        open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # raises if it does not exist
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         producer.start(producer_command(path, [*_flags(spec), "--num_workers", str(workers)]))
-    all_of_them = recipe.num_train_epochs is not None  # their number gives epochs their length
-    machines.wait_for(lambda: _can_begin(Manifest.read(path), all_of_them=all_of_them), producer)
-    folder, tokenizer = ShardFolder.open(path), Tokenizer.load(path)
-    if folder.manifest is not None and tokenizer.fingerprint != folder.manifest.tokenizer_fingerprint:
-        raise InputError(
-            f"{path / 'tokenizer.json'} is another tokenizer than the shards were made with; "
-            "put the right one there, or prepare the corpus again"
-        )
-    return folder, tokenizer
+    wait_for_all = recipe.num_train_epochs is not None  # the length of an epoch needs every shard
+
+    def ready() -> bool:
+        nonlocal folder
+        if folder is None or not folder.can_train(wait_for_all):
+            folder = ShardFolder.find(path)
+        return folder is not None and folder.can_train(wait_for_all)
+
+    machines.wait_for(ready, producer)
+    assert folder is not None
+    return folder, folder.load_tokenizer(recipe.tokenizer)
 
 
 def _flags(spec: ShardSpec) -> list[str]:
@@ -235,13 +239,13 @@ def _flags(spec: ShardSpec) -> list[str]:
     return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
-def _open_foreign_shards(path: Path, recipe: Recipe) -> tuple[ShardFolder, Tokenizer]:
+def _tokenizer_of_foreign_shards(recipe: Recipe) -> Tokenizer:
     if parse_train_spec(recipe.tokenizer) is not None:
         raise InputError(
-            f"{path} holds ready shards without a manifest, so tokenizer {recipe.tokenizer} cannot be trained for "
-            "them; name the tokenizer that they were made with, such as gpt2"
+            f"{recipe.data_dir} holds ready shards without a manifest, so tokenizer {recipe.tokenizer} cannot be "
+            "trained for them; name the tokenizer that they were made with, such as gpt2"
         )
-    return ShardFolder.open(path), load_tokenizer(recipe.tokenizer)
+    return load_tokenizer(recipe.tokenizer)
 
 
 def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
@@ -253,13 +257,6 @@ def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
         return recipe.preprocessing_num_workers
     taken = local_processes * (1 + recipe.dataloader_num_workers)
     return max(min(2, usable_cpus()), usable_cpus() - taken)
-
-
-def _can_begin(manifest: Manifest | None, *, all_of_them: bool) -> bool:
-    """Whether validation and the first training shard are whole, or all shards."""
-    return manifest is not None and (
-        manifest.complete or (any(shard.split == "train" for shard in manifest.shards) and not all_of_them)
-    )
 
 
 def total_steps(recipe: Recipe, order: Order | None) -> int:

@@ -25,8 +25,7 @@ from common.durations import format_duration
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.resume import find_resume_point, refuse_earlier_end
 from training.data.loading.order import Order
-from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder, holds_foreign_shards
+from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer, parse_train_spec
 from training.monitoring.run_summary import device_name
 from training.recipe import Recipe
@@ -128,7 +127,8 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
 def _data_of(recipe: Recipe) -> tuple[_Ids, Order | None, str]:
     """The ids of the recipe's tokenizer, the order of its windows once all shards are there, and the state of both."""
     path = Path(recipe.data_dir)
-    manifest = Manifest.read(path)
+    folder = ShardFolder.find(path)
+    manifest = folder.manifest if folder else None
     if manifest is not None:
         ids = _Ids(manifest.vocab_size, manifest.end_of_text_id)
     elif (trained := parse_train_spec(recipe.tokenizer)) is not None:
@@ -138,8 +138,7 @@ def _data_of(recipe: Recipe) -> tuple[_Ids, Order | None, str]:
     else:
         tokenizer = Tokenizer.load(recipe.tokenizer)
         ids = _Ids(tokenizer.vocab_size, tokenizer.end_of_text_id)
-    if holds_foreign_shards(path) or (manifest is not None and manifest.complete):
-        folder = ShardFolder.open(path)
+    if folder is not None and folder.complete:
         sizes = [shard.tokens for shard in folder.train_shards]
         order = Order(sizes, seq_len=recipe.seq_len, seed=recipe.seed)
         return ids, order, f"{sum(sizes):,} training tokens in {path}"

@@ -223,7 +223,7 @@ def test_validation_is_the_loss_that_training_reports(shard_folder, tmp_path):
 
     from evaluation.scoring.tokenizer_adapter import HubEncoder
     from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
-    from training.data.shards.shard_files import ShardFolder
+    from training.data.shards.shard_reader import ShardFolder
     from training.data.tokenization.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(shard_folder)

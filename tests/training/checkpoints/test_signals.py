@@ -20,7 +20,7 @@ from training.checkpoints.checkpoint_folder import checkpoints, step_of
 from training.checkpoints.checkpoint_writer import Saving
 from training.checkpoints.signals import Agreement, SignalWatch
 from training.data.loading.loader import validation_batches
-from training.data.shards.shard_files import Shard
+from training.data.shards.shard_reader import Shard
 from training.loop import Run, train
 from training.monitoring.monitor import Watch
 from training.monitoring.run_log import read_metrics

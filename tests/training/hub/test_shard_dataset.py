@@ -13,7 +13,7 @@ from support.loopback_writing import metadata_errors
 from common.cli_errors import InputError
 from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder
+from training.data.shards.shard_reader import ShardFolder
 from training.hub.command import main
 from training.hub.shard_dataset import dataset_card
 
@@ -115,7 +115,7 @@ def test_a_shard_that_changed_on_its_way_is_refused(hub: LoopbackHub, shards: Pa
 
 
 def test_what_cannot_be_pushed_is_refused(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected shards"):
+    with pytest.raises(InputError, match="nothing does not exist"):
         push(tmp_path / "nothing")
     hub.repositories["dataset", "them/shards"] = Repository()
     with pytest.raises(InputError, match=r"refuses them/shards \(403\)"):

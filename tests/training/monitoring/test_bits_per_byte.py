@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from training.data.shards.shard_files import Shard
+from training.data.shards.shard_reader import Shard
 from training.data.tokenization.tokenizer import END_OF_TEXT, Tokenizer
 from training.monitoring.bits_per_byte import ScoredText
 

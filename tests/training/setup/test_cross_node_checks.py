@@ -1,7 +1,6 @@
 """What machines tell each other before a run begins; threads stand for them here."""
 
 import dataclasses
-import fcntl
 import json
 import shutil
 import threading
@@ -15,12 +14,13 @@ import numpy as np
 import pytest
 from support.growing_folder import GrowingFolder, restore
 
+from common import token_files
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError
+from common.folder_lock import locked
 from training.data.producing.background_producer import ProducerBeside
-from training.data.shards import shard_files
 from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder
+from training.data.shards.shard_reader import ShardFolder
 from training.loop import train
 from training.recipe import Recipe
 from training.setup.cross_node_checks import Machines
@@ -66,13 +66,13 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoMachines]:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     # numpy parses a header as Python, which Python 3.11 cannot do in two threads at once; machines have one each.
-    parse, one_at_a_time = shard_files._npy_header, threading.Lock()
+    parse, one_at_a_time = token_files._npy_header, threading.Lock()
 
     def parse_alone(*arguments: Any) -> Any:
         with one_at_a_time:
             return parse(*arguments)
 
-    monkeypatch.setattr(shard_files, "_npy_header", parse_alone)
+    monkeypatch.setattr(token_files, "_npy_header", parse_alone)
     machines = TwoMachines()
     yield machines
     machines.end()
@@ -221,8 +221,7 @@ def test_machine_whose_producer_fails_behind_its_first_shards_begins_with_the_ot
     changed.write_text('{"text": "what the folder was not begun with"}\n')
     lines: list[str] = []
     machines.producers[0].say = lines.append
-    with (folders[1].path / ".producer.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the other machine's producer waits
+    with locked(folders[1].path):  # the other node's producer waits
         plans = machines.plan(
             tiny_recipe(data_dir=str(folders[0].path), corpus=str(changed)),
             tiny_recipe(data_dir=str(folders[1].path)),

@@ -1,7 +1,6 @@
 """Machines with data folders of their own, begun together: processes that stand for them, with a short time-out."""
 
 import dataclasses
-import fcntl
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ import pytest
 from support.growing_folder import GrowingFolder, restore
 from support.processes import ProcessesOfARun
 
+from common.folder_lock import locked
 from training.data.shards.manifest import Manifest
 from training.monitoring.run_log import read_metrics
 from training.recipe import Recipe
@@ -44,8 +44,7 @@ def test_machine_that_waits_long_for_its_first_shards_does_not_end_the_others(
 ) -> None:
     growing = GrowingFolder(shard_folder, tmp_path / "data-1")
     growing.show(1)
-    with (growing.path / ".producer.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # its own producer waits
+    with locked(growing.path):  # its own producer waits
         processes, recipes = start(growing.path)
         time.sleep(1.5 * TIMEOUT_SECONDS)
         assert all(process.is_alive() for process in processes.processes), processes.printed.read_text()

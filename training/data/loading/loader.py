@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from common.cli_errors import InputError
 from training.data.loading.training_shards import SECONDS_BETWEEN_LOOKS, TrainingShards
-from training.data.shards.shard_files import Shard, ShardReader
+from training.data.shards.shard_reader import Shard, ShardReader
 from training.step.batch_plan import BatchPlan
 
 IGNORED = -100  # the target that torch's cross-entropy, and ours, leave out

@@ -7,7 +7,7 @@ order, so the windows of those that are there have their final places already; l
 import time
 
 from training.data.loading.order import Order, Window
-from training.data.shards.shard_files import Shard, ShardFolder
+from training.data.shards.shard_reader import Shard, ShardFolder
 
 SECONDS_BETWEEN_LOOKS = 0.5
 WITHOUT_END = 1 << 62

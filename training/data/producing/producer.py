@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 from common.cli_errors import InputError
+from common.folder_lock import locked
 from common.hub_retry import DISK_ERRORS, hub_cache_error
 from common.rate_limited_log import RateLimitedLog
 from training.data.producing.progress import Progress
 from training.data.producing.shard_download import download_ready_shards
 from training.data.producing.workers import EncodeDocuments, map_in_order
-from training.data.shards.folder_lock import locked
-from training.data.shards.folder_setup import begin_folder, take_up_folder, tidied
+from training.data.shards.folder_lifecycle import create_folder, removing_partial_files, resume_folder
 from training.data.shards.manifest import Manifest, ResumePoint
-from training.data.shards.shard_files import ShardFolder, ShardWriter, require_space
+from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
+from training.data.shards.shard_writer import ShardWriter, require_space
 from training.data.sources.base import Corpus, Document, Place
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.sources.open_corpus import open_corpus
@@ -83,10 +84,9 @@ def produce(
         val_tokens=val_tokens,
         max_tokens=max_tokens,
     )
-    if spec.read_manifest() is not None:
-        folder = ShardFolder.open(output)
-        if folder.complete:
-            return folder
+    folder = spec.open_folder()
+    if folder is not None and folder.complete:
+        return folder
     source = open_corpus(spec.corpus, spec.corpus_config, text_field=text_field, num_workers=num_workers, report=report)
     waiting_line = RateLimitedLog(SECONDS_BETWEEN_WAITING_LINES, report)
 
@@ -111,18 +111,19 @@ def _fill(
     output: Path, source: Corpus, spec: ShardSpec, num_workers: int | None, report: Callable[[str], None]
 ) -> None:
     """Put the shards of the corpus's documents into `output`."""
-    with tidied(output):
-        manifest = spec.read_manifest()  # another producer may have been at it until we had the lock
+    with removing_partial_files(output):
+        folder = spec.open_folder()  # another producer may have changed it before we got the lock
+        manifest = folder.manifest if folder else None
         if manifest is None:
             tokenizer = _tokenizer_for(source, spec, report)
-            manifest = begin_folder(output, source, spec, tokenizer)
+            manifest = create_folder(spec, source, tokenizer)
         elif manifest.complete:
             return
         else:
-            tokenizer = take_up_folder(output, source, manifest)
+            tokenizer = resume_folder(output, source, manifest)
         _look_at_the_disk(output, source, manifest)
         places = _Places(manifest)
-        writer = ShardWriter(output, manifest, news=places.news)
+        writer = ShardWriter(output, manifest, manifest_changes=places.news)
         documents = source.read(manifest.resume.place if manifest.resume else None)
         _go_on_behind_shards(writer, documents, ShardFolder.open(output), tokenizer)
         noted = places.noted(batches(documents, manifest.documents))

@@ -13,11 +13,13 @@ import numpy as np
 
 from common.atomic_files import file_sha256, fsync
 from common.cli_errors import InputError
+from common.token_files import map_ids, split_of
 from training.data.producing.progress import Progress
-from training.data.shards.folder_setup import begin_folder, take_up_folder, tidied
+from training.data.shards.folder_lifecycle import create_folder, removing_partial_files, resume_folder
 from training.data.shards.manifest import Manifest, ShardRecord
-from training.data.shards.shard_files import Shard, ShardFolder, foreign_split, require_space
+from training.data.shards.shard_reader import Shard
 from training.data.shards.shard_spec import ShardSpec
+from training.data.shards.shard_writer import require_space
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 
@@ -31,11 +33,11 @@ def download_ready_shards(output: Path, source: HubCorpus, spec: ShardSpec, repo
         InputError: the shards are not what the tokenizer makes, or the Hub refuses them.
         OSError: the disk is full.
     """
-    begun = spec.read_manifest()
-    if begun is not None and begun.complete:
+    folder = spec.open_folder()
+    if folder is not None and folder.complete:
         return True
-    if begun is not None:
-        source.can_go_on_from(begun.corpus_revision)
+    if folder is not None and folder.manifest is not None:
+        source.can_go_on_from(folder.manifest.corpus_revision)
     names = source.ready_shards()
     if not names:
         return False
@@ -48,7 +50,7 @@ def download_ready_shards(output: Path, source: HubCorpus, spec: ShardSpec, repo
 
     disable_progress_bars()
     try:
-        with tidied(output):
+        with removing_partial_files(output):
             _download(output, source, names, spec, report)
     finally:
         left = Manifest.read(output)
@@ -61,9 +63,10 @@ def _download(
     output: Path, source: HubCorpus, names: list[str], spec: ShardSpec, report: Callable[[str], None]
 ) -> None:
     sizes = source.file_sizes(names)
-    manifest = spec.read_manifest()
+    folder = spec.open_folder()
+    manifest = folder.manifest if folder else None
     if manifest is not None:
-        take_up_folder(output, source, manifest)
+        resume_folder(output, source, manifest)
     done = len(manifest.shards) if manifest else 0
     with Progress(tokens=manifest.tokens if manifest else 0, report=report) as progress:
         for number, name in enumerate(names[done:], start=done):
@@ -72,7 +75,7 @@ def _download(
             downloaded = source.download(name, output / _DOWNLOADS)
             if manifest is None:
                 tokenizer = load_tokenizer(spec.tokenizer)
-                manifest = begin_folder(output, source, spec, tokenizer, dtype=_dtype(downloaded, name))
+                manifest = create_folder(spec, source, tokenizer, dtype=map_ids(downloaded).dtype.name)
             manifest = _add(output, downloaded, name, manifest, source.hashes.get(name))
             progress.update(
                 tokens=manifest.tokens,
@@ -87,13 +90,9 @@ def _download(
     replace(manifest, complete=True).write(output)
 
 
-def _dtype(path: Path, name: str) -> str:
-    return Shard(path, foreign_split(name) or "train", 0).read().dtype.name
-
-
 def _add(output: Path, downloaded: Path, name: str, manifest: Manifest, sha256: str | None) -> Manifest:
     """Look through a downloaded shard, move it to its place and name it in the manifest."""
-    split = foreign_split(name)
+    split = split_of(name)
     assert split is not None
     digest = file_sha256(downloaded)
     if sha256 not in (None, digest):
@@ -106,7 +105,7 @@ def _add(output: Path, downloaded: Path, name: str, manifest: Manifest, sha256: 
             f"expected ids of {manifest.dtype} in {name} as in the shards before it, found {ids.dtype.name}; "
             "give another --corpus"
         )
-    ShardFolder(output, (shard,), None).check_ids(manifest.vocab_size)
+    shard.check_ids(manifest.vocab_size)
     documents = int(np.count_nonzero(ids == manifest.end_of_text_id))
     record = ShardRecord(PurePosixPath(name).name, split, len(ids), documents, digest)
     fsync(downloaded)

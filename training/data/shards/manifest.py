@@ -1,4 +1,4 @@
-"""The manifest of a shard folder: where the shards came from, and which there are."""
+"""The manifest of a shard folder: where the shards came from, and a record of each."""
 
 import json
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -8,22 +8,16 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
+from common.token_files import Split
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
 DTYPES = ("uint16", "uint32")
 
-Split = Literal["val", "train"]
-
-
-def manifest_path(folder: str | Path) -> Path:
-    """Return where the manifest of `folder` stands, or would stand."""
-    return Path(folder) / MANIFEST_NAME
-
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What the manifest says of a shard."""
+    """A complete shard; `documents` counts those that begin in it."""
 
     file: str
     split: Split
@@ -34,11 +28,11 @@ class ShardRecord:
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where reading a corpus can go on to finish its folder.
+    """Where the producer resumes reading the corpus.
 
     Attributes:
-        document: number of a document that begins in a whole shard, counted from 0.
-        place: where it begins, as the corpus understands it.
+        document: index of a document that begins in a complete shard.
+        place: where the corpus finds that document.
     """
 
     document: int
@@ -47,11 +41,11 @@ class ResumePoint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Where the shards came from, and which there are.
+    """Where the shards came from, and a record of each.
 
     Attributes:
-        replaced_documents: how many of the documents held bytes that are no UTF-8, which U+FFFD has replaced.
-        resume: where the producer goes on; None when it has no better place than the beginning, or is done.
+        replaced_documents: how many documents held invalid UTF-8, which U+FFFD replaced.
+        resume: where the producer resumes; None for the beginning of the corpus, or when complete.
     """
 
     corpus: str
@@ -83,7 +77,7 @@ class Manifest:
         return sum(shard.documents for shard in self.shards)
 
     def write(self, folder: Path) -> None:
-        """Put the manifest into `folder`, whole or not at all."""
+        """Write the manifest into `folder` atomically."""
         text = json.dumps(asdict(self), indent=2) + "\n"
         write_atomically(folder / MANIFEST_NAME, text)
 
@@ -92,7 +86,7 @@ class Manifest:
         """Return the manifest of `folder`, or None when it has none.
 
         Raises:
-            InputError: it is broken, or of another format version.
+            InputError: it is corrupted, or has another format version.
         """
         path = folder / MANIFEST_NAME
         try:
@@ -100,68 +94,63 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, OSError) as error:
-            raise _broken_manifest(path, f"text that cannot be read ({' '.join(str(error).split())})") from None
+            raise _invalid(path, " ".join(str(error).split())) from None
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise InputError(
-                f"expected format_version {FORMAT_VERSION} in {path}, found {version}; "
+                f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; "
                 "use the program that wrote the folder, or prepare it again in another one"
             )
         try:
-            return _manifest_of(data)
-        except _UnfitError as error:
-            raise _broken_manifest(path, str(error)) from None
+            return _parse(data)
+        except _InvalidError as error:
+            raise _invalid(path, str(error)) from None
 
 
-class _UnfitError(Exception):
-    """What a manifest's content has that no manifest of ours has."""
+class _InvalidError(Exception):
+    """What makes JSON data an invalid manifest."""
 
 
-def _manifest_of(data: dict[str, Any]) -> Manifest:
-    """Return the manifest that JSON has given.
-
-    Raises:
-        _UnfitError: keys, types or values are not those of a manifest.
-    """
+def _parse(data: dict[str, Any]) -> Manifest:
     records, resume = data.get("shards", []), data.get("resume")
     if not isinstance(records, list):
-        raise _UnfitError("other than a list of shards")
-    shards = tuple(_filled_in(ShardRecord, record) for record in records)
-    resume = None if resume is None else _filled_in(ResumePoint, resume)
-    manifest: Manifest = _filled_in(Manifest, {**data, "shards": shards, "resume": resume})
-    splits = [shard.split for shard in shards]
+        raise _InvalidError("shards is not a list")
+    shards = tuple(_dataclass_of(ShardRecord, record) for record in records)
+    resume = None if resume is None else _dataclass_of(ResumePoint, resume)
+    manifest: Manifest = _dataclass_of(Manifest, {**data, "shards": shards, "resume": resume})
     if manifest.dtype not in DTYPES:
-        raise _UnfitError(f"dtype {manifest.dtype}")
+        raise _InvalidError(f"dtype is {manifest.dtype}")
     if not 0 <= manifest.end_of_text_id < manifest.vocab_size:
-        raise _UnfitError(f"end_of_text_id {manifest.end_of_text_id} of a vocabulary of {manifest.vocab_size}")
+        raise _InvalidError(f"end_of_text_id {manifest.end_of_text_id} with vocab_size {manifest.vocab_size}")
     if min(manifest.shard_tokens, manifest.val_tokens) < 1:
-        raise _UnfitError("shards without tokens")
+        raise _InvalidError("shard_tokens or val_tokens below 1")
+    splits = [shard.split for shard in shards]
     if splits != sorted(splits, reverse=True) or splits[:1] == ["train"]:
-        raise _UnfitError("shards in another order than validation, training")
+        raise _InvalidError("validation shards must precede training shards")
     if manifest.complete and shards and "train" not in splits:
-        raise _UnfitError("no training shard, and all are there")
+        raise _InvalidError("complete, but without a training shard")
     if any(shard.tokens < 1 or shard.documents < 0 for shard in shards):
-        raise _UnfitError("a shard without tokens, or with fewer documents than none")
-    if len({shard.file for shard in shards}) < len(shards) or any(
-        Path(shard.file).name != shard.file or not shard.file.isprintable() for shard in shards
-    ):
-        raise _UnfitError("shards that are not each a file of their own in the folder")
+        raise _InvalidError("a shard has no tokens, or a negative number of documents")
+    if len({shard.file for shard in shards}) < len(shards):
+        raise _InvalidError("two shards have the same file")
+    if any(Path(shard.file).name != shard.file or not shard.file.isprintable() for shard in shards):
+        raise _InvalidError("a shard's file is not a file name")
     if manifest.resume is not None and not 0 <= manifest.resume.document < max(1, manifest.documents):
-        raise _UnfitError(f"document {manifest.resume.document} to go on from, of {manifest.documents}")
+        raise _InvalidError(f"resume.document {manifest.resume.document} of {manifest.documents} documents")
     return manifest
 
 
-def _filled_in(kind: type[Any], data: Any) -> Any:
-    """Return a dataclass of the values in `data`, whose names and types must be its own."""
-    needed = {item.name for item in fields(kind) if item.default is MISSING}
+def _dataclass_of(kind: type[Any], data: Any) -> Any:
+    """Return an instance of `kind` with the values in `data`; keys and types must match its fields."""
+    required = {item.name for item in fields(kind) if item.default is MISSING}
     hints = get_type_hints(kind)
-    if not isinstance(data, dict) or not needed <= set(data) <= set(hints):
-        raise _UnfitError("other keys than this format has")
+    if not isinstance(data, dict) or not required <= set(data) <= set(hints):
+        raise _InvalidError(f"the keys are not those of {kind.__name__}")
     for name, value in data.items():
         hint = hints[name]
         allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if not any(_is_a(value, kind) for kind in allowed):
-            raise _UnfitError(f"{name} {value!r:.40}")
+            raise _InvalidError(f"{name} is {value!r:.40}")
     return kind(**data)
 
 
@@ -173,5 +162,5 @@ def _is_a(value: Any, kind: Any) -> bool:
     return type(value) is (get_origin(kind) or kind)
 
 
-def _broken_manifest(path: Path, found: str) -> InputError:
-    return InputError(f"expected a manifest in {path}, found {found}; delete the folder and prepare it again")
+def _invalid(path: Path, reason: str) -> InputError:
+    return InputError(f"{path} is not a valid manifest: {reason}; delete the folder and prepare it again")

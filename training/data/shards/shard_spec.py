@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.cli_errors import InputError
-from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import holds_foreign_shards
+from common.folder_lock import LOCK_NAME
+from training.data.shards.manifest import MANIFEST_NAME, Manifest
+from training.data.shards.shard_reader import ShardFolder
 from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA, corpus_name
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 
@@ -92,26 +93,36 @@ class ShardSpec:
             found.append(f"max_tokens {limit} instead of {self.max_tokens}")
         return found
 
-    def read_manifest(self) -> Manifest | None:
-        """Return the folder's manifest after comparing it with the spec; None where there is no manifest yet.
+    def open_folder(self) -> ShardFolder | None:
+        """Return the shard folder after comparing it with the spec; None where it holds nothing yet.
 
         Raises:
-            InputError: the folder holds something else.
+            InputError: see `check`.
         """
-        folder = self.folder
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"{folder} is a file, not a folder; choose another --output")
-        manifest = Manifest.read(folder)
-        if manifest is None:
-            if holds_foreign_shards(folder):
-                raise InputError(
-                    f"{folder} holds shards without a manifest, made by another program; "
-                    "train on them as they are, or choose another --output"
-                )
-            return None
-        if differences := self.differences(manifest):
+        folder = ShardFolder.find(self.folder)
+        self.check(folder)
+        return folder
+
+    def check(self, folder: ShardFolder | None) -> None:
+        """Compare what `ShardFolder.find` returned for the folder with the spec.
+
+        Raises:
+            InputError: the folder is a file, or holds other files or other shards.
+        """
+        if folder is None:
+            if self.folder.is_file():
+                raise InputError(f"{self.folder} is a file, not a folder; choose another --output")
+            names = {path.name for path in self.folder.glob("*")}
+            if names and not names & {LOCK_NAME, MANIFEST_NAME}:  # otherwise a producer is at work
+                raise InputError(f"{self.folder} holds other files than shards; choose another --output")
+            return
+        if folder.manifest is None:
             raise InputError(
-                f"{folder} holds other shards than requested: {', '.join(differences)}; "
+                f"{folder.path} holds shards without a manifest, made by another program; "
+                "train on them as they are, or choose another --output"
+            )
+        if differences := self.differences(folder.manifest):
+            raise InputError(
+                f"{folder.path} holds other shards than requested: {', '.join(differences)}; "
                 "request the same, choose another folder, or delete this one"
             )
-        return manifest

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli_errors import InputError
 from common.hub_retry import HubRetry, network_errors
-from training.data.shards.shard_files import foreign_split
+from common.token_files import split_of
 from training.data.sources.base import Corpus, Document, Place, no_field, one_line, text_of
 from training.data.sources.files import texts_of
 
@@ -78,7 +78,7 @@ class HubCorpus(Corpus):
                 self.repository, repo_type="dataset", revision=self.revision
             )
         )
-        shards = [(foreign_split(name), name) for name in sorted(names) if self._is_in_config(name)]
+        shards = [(split_of(name), name) for name in sorted(names) if self._is_in_config(name)]
         val = [name for split, name in shards if split == "val"]
         train = [name for split, name in shards if split == "train"]
         kinds = {PurePosixPath(name).suffix for name in (*val, *train)}

@@ -18,12 +18,13 @@ from support.growing_folder import GrowingFolder, restore
 from support.paths import ROOT
 
 from common.cli_errors import InputError
+from common.folder_lock import LOCK_NAME, locked
 from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
 from training.data.loading.training_shards import TrainingShards
 from training.data.producing.background_producer import ProducerBeside, producer_command
 from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder
+from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import train_bpe
 from training.loop import train
 from training.monitoring.run_log import RunLog, read_metrics
@@ -209,7 +210,7 @@ with ProducerBeside() as producer:
         process.send_signal(signal.SIGKILL)
         process.wait()
     wait_until(lambda: not processes_that_name(str(tmp_path / "out")), 20)
-    assert not (tmp_path / "out" / ".producer.lock").exists()  # it had the time to clean up
+    assert not (tmp_path / "out" / LOCK_NAME).exists()  # it had the time to clean up
 
 
 def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(tmp_path: Path, text_file: Path) -> None:
@@ -220,7 +221,7 @@ def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(tmp_p
     command = producer_command(tmp_path / "out", [*flags, "--num_workers", "0"])
     with ProducerBeside(lambda line: None) as producer:
         producer.start(command)
-        wait_until((tmp_path / "out" / ".producer.lock").exists)
+        wait_until((tmp_path / "out" / LOCK_NAME).exists)
         folders.append(produce(tmp_path / "out", **settings, num_workers=0, wait=True, report=lines.append))
     assert folders[0].complete
     assert any("another process fills" in line for line in lines) or len(lines) <= 1
@@ -254,8 +255,6 @@ def test_run_dry_waits_with_a_message_and_goes_on(
     tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The producer is away (another node holds the lock): training takes what is there, waits, and takes the rest."""
-    import fcntl
-
     growing.show(2)
     recipe = tiny_recipe(data_dir=str(growing.path), max_steps=60, save_steps=20, eval_steps=0, sample_steps=0)
     ready = tiny_recipe(output_dir=str(tmp_path / "ready"), max_steps=60, save_steps=0, eval_steps=0, sample_steps=0)
@@ -269,8 +268,7 @@ def test_run_dry_waits_with_a_message_and_goes_on(
         seen.append(len(read_metrics(Path(recipe.output_dir))))
         restore(growing, shard_folder, len(growing.whole.shards))
 
-    with (growing.path / ".producer.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(growing.path):
         thread = threading.Thread(target=another_node)
         thread.start()
         train(recipe)
@@ -318,7 +316,7 @@ def test_run_dry_names_what_its_producer_died_of(
     train(recipe)
     thread.join()
     waiting = next(line for line in capsys.readouterr().out.splitlines() if "waits for the corpus" in line)
-    assert "and the next is not ready yet; their producer died: expected the corpus that" in waiting
+    assert "and the next is not ready yet; their producer died: the corpus " in waiting
 
 
 def test_producer_has_ended_before_the_log_it_speaks_to_is_closed(

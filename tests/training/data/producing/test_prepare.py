@@ -5,7 +5,7 @@ import pytest
 from support.paths import ROOT
 
 from training import prepare
-from training.data.shards.shard_files import ShardFolder
+from training.data.shards.shard_reader import ShardFolder
 
 
 def _run(monkeypatch, *arguments: object) -> None:

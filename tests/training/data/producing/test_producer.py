@@ -21,7 +21,8 @@ from common.cli_errors import InputError
 from training.data.producing import producer
 from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder, ShardWriter
+from training.data.shards.shard_reader import ShardFolder
+from training.data.shards.shard_writer import ShardWriter
 from training.data.sources.files import FileCorpus
 from training.data.tokenization.tokenizer import Tokenizer
 from training.data.tokenization.tokenizer_training import train_tokenizer
@@ -115,7 +116,7 @@ def _interrupt_after(monkeypatch, shards: int) -> None:
         real(self)
 
     monkeypatch.setattr(ShardWriter, "_write_shard", write_shard)
-    monkeypatch.setattr(producer, "tidied", contextlib.nullcontext)
+    monkeypatch.setattr(producer, "removing_partial_files", contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -151,7 +152,7 @@ def test_incomplete_folder_is_not_continued_with_a_changed_corpus(tmp_path, sett
         with pytest.raises(_KilledError):
             produce(tmp_path / "out", **settings)
     write_corpus(path, 200, seed=1)
-    with pytest.raises(InputError, match="'c' has changed since; delete the folder"):
+    with pytest.raises(InputError, match=r"the corpus 'c' has changed since .* delete the folder"):
         produce(tmp_path / "out", **settings)
     monkeypatch.setattr(FileCorpus, "revision", Manifest.read(tmp_path / "out").corpus_revision)
     with pytest.raises(InputError, match="found another; the corpus has changed"):

@@ -1,7 +1,6 @@
 """What stops a producer: mistakes, a full disk, another producer, a killed worker. Nothing half-written stays."""
 
 import errno
-import fcntl
 import os
 import re
 import resource
@@ -15,18 +14,18 @@ from support.small_corpora import folder_bytes
 
 from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
+from common.folder_lock import LOCK_NAME, locked
 from training.data.producing import producer, progress
 from training.data.producing.producer import produce
 from training.data.producing.workers import map_in_order
-from training.data.shards.folder_lock import LOCK_NAME
 from training.data.shards.manifest import Manifest, ResumePoint
-from training.data.shards.shard_files import ShardFolder
+from training.data.shards.shard_reader import ShardFolder
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"val_tokens": 10_000_000}, "expected a corpus of at least 10,000,002 tokens"),
+        ({"val_tokens": 10_000_000}, "training need at least 10,000,002"),
         ({"tokenizer": "train:30000"}, "found that it gives"),
         ({"text_field": "body"}, "expected the field 'body'"),
         ({"tokenizer": "nowhere"}, "expected a folder with a tokenizer.json"),
@@ -83,7 +82,7 @@ def test_disk_without_room_for_the_tokenizer_is_one_clear_error(tmp_path, settin
 
 def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1_040_000))
-    expected = r"found: 1.0 MB of disk space left where 1.2 MB are needed; free space or choose another folder"
+    expected = r"found: 1.0 MB of disk space left, 1.2 MB needed; free space or choose another folder"
     with pytest.raises(InputError, match=expected):
         produce(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
@@ -112,8 +111,8 @@ def test_shard_that_memory_does_not_hold_is_one_clear_error(tmp_path, settings, 
     def full(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr("training.data.shards.shard_files.np.empty", full)
-    with pytest.raises(InputError, match="expected memory for a shard of 1,500 tokens, found too little"):
+    monkeypatch.setattr("training.data.shards.shard_writer.np.empty", full)
+    with pytest.raises(InputError, match="not enough memory for a shard of 1,500 tokens"):
         produce(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
@@ -124,22 +123,20 @@ def test_place_that_the_corpus_does_not_have_is_refused(tmp_path, settings, plac
     manifest = Manifest.read(tmp_path)
     begun = replace(manifest, shards=manifest.shards[:1], complete=False, resume=ResumePoint(0, place))
     begun.write(tmp_path)
-    with pytest.raises(InputError, match=r"expected a place in 'c' to go on from .* delete the folder"):
+    with pytest.raises(InputError, match=r"resumes 'c' from a position that it does not have, .* delete the folder"):
         produce(tmp_path, **settings)
 
 
 def test_two_producers_do_not_fill_one_folder(tmp_path, settings):
-    with (tmp_path / LOCK_NAME).open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="found another process at it"):
-            produce(tmp_path, **settings)
+    with locked(tmp_path), pytest.raises(InputError, match="is already writing to"):
+        produce(tmp_path, **settings)
     assert produce(tmp_path, **settings).complete  # a dead process holds no lock
     assert not (tmp_path / LOCK_NAME).exists()
 
 
 def test_folder_with_other_files_is_refused(tmp_path, settings):
     (tmp_path / "thesis.md").write_text("mine")
-    with pytest.raises(InputError, match="found other files in"):
+    with pytest.raises(InputError, match="holds other files than shards"):
         produce(tmp_path, **settings)
     with pytest.raises(InputError, match=r"thesis\.md is a file, not a folder"):
         produce(tmp_path / "thesis.md", **settings)

@@ -13,7 +13,7 @@ from support.paths import ROOT
 
 from training import prepare
 from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder
+from training.data.shards.shard_reader import ShardFolder
 
 
 @pytest.fixture
@@ -61,8 +61,8 @@ def test_growing_folder_says_that_it_is_not_complete(folder: Path, told: Callabl
     assert manifest is not None
     dataclasses.replace(manifest, shards=manifest.shards[:2], complete=False, replaced_documents=3).write(folder)
     out = told("--inspect", folder, "--verify")
-    assert "not complete" in out
-    assert "documents with bytes that were no UTF-8: 3" in out
+    assert f"{folder}: partial" in out
+    assert "documents with invalid UTF-8: 3" in out
     assert out.count(".npy") == 2
 
 
@@ -73,7 +73,7 @@ def test_changed_byte_is_found_by_verify_alone(folder: Path, told: Callable[...,
     shard.write_bytes(content)
     told("--inspect", folder)
     error = told("--inspect", folder, "--verify", exit_code=2)
-    assert error.startswith(f"error: expected {shard} with the sha256 that the manifest says, found other bytes")
+    assert error.startswith(f"error: {shard} is corrupted: its sha256 is not the manifest's")
 
 
 def test_folder_of_another_program_is_told_with_a_tokenizer_that_is_named(
@@ -96,9 +96,11 @@ def test_ids_of_another_tokenizer_are_told_and_refused_by_verify(
 ) -> None:
     for split in ("val", "train"):
         np.save(tmp_path / f"x_{split}_000000.npy", np.full(50, 40_000, dtype="<u2"))
-    assert "ids up to 40,000: not of bpe-300" in told("--inspect", tmp_path, "--tokenizer", shard_folder)
+    assert "ids up to 40,000 are not in the vocabulary of bpe-300" in told(
+        "--inspect", tmp_path, "--tokenizer", shard_folder
+    )
     error = told("--inspect", tmp_path, "--tokenizer", shard_folder, "--verify", exit_code=2)
-    assert "expected ids below the vocabulary size 300" in error
+    assert "the vocabulary has 300 ids" in error
 
 
 def test_folder_whose_tokenizer_was_exchanged_is_refused(
@@ -107,13 +109,13 @@ def test_folder_whose_tokenizer_was_exchanged_is_refused(
     from training.data.tokenization.tokenizer import train_bpe
 
     train_bpe(["another text, another tokenizer"] * 9, 270).save(folder)
-    assert "were made with, found bpe-270" in told("--inspect", folder, exit_code=2)
+    assert "were made with the tokenizer bpe-300, not with bpe-270" in told("--inspect", folder, exit_code=2)
 
 
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (("--inspect", "nowhere"), "error: expected shards"),
+        (("--inspect", "nowhere"), "error: nowhere does not exist; make shards"),
         (("--corpus", "installed-docs"), "error: expected the folder to fill, found no --output"),
         (("--corpus", "installed-docs", "--output", "x", "--verify"), "error: --verify goes with --inspect DIR"),
         ((), "one of the arguments --corpus --inspect is required"),

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
 from training.data.shards.manifest import Manifest
-from training.data.shards.shard_files import ShardFolder, ShardWriter, holds_foreign_shards
+from training.data.shards.shard_reader import ShardFolder
+from training.data.shards.shard_writer import ShardWriter
 
 END = 300  # of text
 MANIFEST = Manifest(
@@ -102,7 +103,7 @@ def test_writer_stops_at_max_tokens_of_training(tmp_path):
 def test_corpus_too_small_is_refused_and_leaves_no_shard(tmp_path, tokens):
     writer = ShardWriter(tmp_path, MANIFEST)
     writer.add(np.arange(tokens))
-    with pytest.raises(InputError, match=f"at least 6 tokens.*found {tokens}"):
+    with pytest.raises(InputError, match=f"corpus has {tokens} tokens.* need at least 6"):
         writer.finish()
     assert not list(tmp_path.glob("*.npy*"))
 
@@ -110,7 +111,7 @@ def test_corpus_too_small_is_refused_and_leaves_no_shard(tmp_path, tokens):
 def test_folder_being_filled_shows_its_whole_shards(tmp_path):
     writer = ShardWriter(tmp_path, MANIFEST)
     MANIFEST.write(tmp_path)
-    with pytest.raises(InputError, match=r"validation shard.*found none yet"):
+    with pytest.raises(InputError, match="holds no validation shard yet"):
         ShardFolder.open(tmp_path).val_shard  # noqa: B018
     writer.add(np.arange(20))
     folder = ShardFolder.open(tmp_path)
@@ -126,12 +127,12 @@ def _cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "found"),
     [
-        (_cut, "expected 10 tokens .as its header says.*found room for 8"),
-        (lambda path: path.unlink(), "no file that can be read"),
-        (lambda path: path.write_bytes(b""), "another file"),
-        (lambda path: path.write_bytes(b"not numpy at all"), "another file"),
-        (lambda path: np.save(path, np.zeros(7, "<u2")), "10 tokens of uint16 .as manifest.json.*found 7"),
-        (lambda path: np.save(path, np.zeros(10, "<u4")), "found 10 of uint32"),
+        (_cut, "its header says 10 tokens, its size 8"),
+        (lambda path: path.unlink(), "it cannot be read .No such file"),
+        (lambda path: path.write_bytes(b""), "not a .npy file"),
+        (lambda path: path.write_bytes(b"not numpy at all"), "not a .npy file"),
+        (lambda path: np.save(path, np.zeros(7, "<u2")), "manifest.json says 10 tokens of uint16, its header 7"),
+        (lambda path: np.save(path, np.zeros(10, "<u4")), "its header 10 of uint32"),
         (lambda path: np.save(path, np.zeros((2, 5), "<u2")), r"shape \(2, 5\)"),
         (lambda path: np.save(path, np.zeros(10, "<f4")), "float32"),
     ],
@@ -148,33 +149,36 @@ def test_damaged_shard_is_refused_with_its_name_and_the_way_out(tmp_path, damage
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda data: data.update(format_version=2), "expected format_version 1 in .*found 2"),
-        (lambda data: data.pop("format_version"), "found None"),
-        (lambda data: data.pop("dtype"), "other keys"),
-        (lambda data: data["shards"][0].pop("tokens"), "other keys"),
-        (lambda data: data.update(dtype="float7"), "found dtype float7"),
-        (lambda data: data.update(dtype=7), "found dtype 7"),
-        (lambda data: data.update(vocab_size="301"), "found vocab_size '301'"),
-        (lambda data: data.update(vocab_size=12), "found end_of_text_id 300 of a vocabulary of 12"),
-        (lambda data: data.update(complete="no"), "found complete 'no'"),
-        (lambda data: data.update(replaced_documents=None), "found replaced_documents None"),
-        (lambda data: data.update(shard_tokens=0), "found shards without tokens"),
-        (lambda data: data.update(shards={}), "found other than a list of shards"),
-        (lambda data: data["shards"].append(data["shards"][1]), "not each a file of their own"),
-        (lambda data: data["shards"][1].update(file="../c_train_000001.npy"), "not each a file of their own"),
-        (lambda data: data["shards"][1].update(file="c\0.npy"), "not each a file of their own"),
-        (lambda data: data["shards"][1].update(file="\ud800.npy"), "not each a file of their own"),
-        (lambda data: data["shards"][1].update(file=3), "found file 3"),
-        (lambda data: data["shards"][1].update(documents=-5), "a shard without tokens, or with fewer documents"),
-        (lambda data: data["shards"][1].update(tokens=0), "a shard without tokens"),
-        (lambda data: data["shards"].__delitem__(slice(1, None)), "found no training shard, and all are there"),
-        (lambda data: data["shards"][1].update(tokens="10"), "found tokens '10'"),
-        (lambda data: data["shards"][1].update(documents=None), "found documents None"),
-        (lambda data: data["shards"][1].update(split="test"), "found split 'test'"),
-        (lambda data: data["shards"][0].update(split="train"), "another order than validation, training"),
-        (lambda data: data.update(resume=5), "other keys"),
-        (lambda data: data.update(resume={"document": 1}), "other keys"),
-        (lambda data: data.update(resume={"document": -1, "place": 0}), "found document -1 to go on from"),
+        (lambda data: data.update(format_version=2), "has format_version 2, this program reads 1"),
+        (lambda data: data.pop("format_version"), "has format_version None"),
+        (lambda data: data.pop("dtype"), "the keys are not those of "),
+        (lambda data: data["shards"][0].pop("tokens"), "the keys are not those of "),
+        (lambda data: data.update(dtype="float7"), "dtype is float7"),
+        (lambda data: data.update(dtype=7), "dtype is 7"),
+        (lambda data: data.update(vocab_size="301"), "vocab_size is '301'"),
+        (lambda data: data.update(vocab_size=12), "end_of_text_id 300 with vocab_size 12"),
+        (lambda data: data.update(complete="no"), "complete is 'no'"),
+        (lambda data: data.update(replaced_documents=None), "replaced_documents is None"),
+        (lambda data: data.update(shard_tokens=0), "shard_tokens or val_tokens below 1"),
+        (lambda data: data.update(shards={}), "shards is not a list"),
+        (lambda data: data["shards"].append(data["shards"][1]), "two shards have the same file"),
+        (lambda data: data["shards"][1].update(file="../c_train_000001.npy"), "a shard's file is not a file name"),
+        (lambda data: data["shards"][1].update(file="c\0.npy"), "a shard's file is not a file name"),
+        (lambda data: data["shards"][1].update(file="\ud800.npy"), "a shard's file is not a file name"),
+        (lambda data: data["shards"][1].update(file=3), "file is 3"),
+        (
+            lambda data: data["shards"][1].update(documents=-5),
+            "a shard has no tokens, or a negative",
+        ),
+        (lambda data: data["shards"][1].update(tokens=0), "a shard has no tokens"),
+        (lambda data: data["shards"].__delitem__(slice(1, None)), "complete, but without a training shard"),
+        (lambda data: data["shards"][1].update(tokens="10"), "tokens is '10'"),
+        (lambda data: data["shards"][1].update(documents=None), "documents is None"),
+        (lambda data: data["shards"][1].update(split="test"), "split is 'test'"),
+        (lambda data: data["shards"][0].update(split="train"), "validation shards must precede training shards"),
+        (lambda data: data.update(resume=5), "the keys are not those of "),
+        (lambda data: data.update(resume={"document": 1}), "the keys are not those of "),
+        (lambda data: data.update(resume={"document": -1, "place": 0}), "resume.document -1 of"),
     ],
 )
 def test_manifest_of_another_format_is_refused(tmp_path, change, found):
@@ -210,7 +214,6 @@ def test_build_nanogpt_folder_opens(tmp_path):
     np.save(tmp_path / "edufineweb_train_000002", np.arange(5, dtype=np.uint16))
     np.save(tmp_path / "edufineweb_train_000001", np.arange(7, dtype=np.uint16))
     folder = ShardFolder.open(tmp_path)
-    assert holds_foreign_shards(tmp_path)
     assert (folder.manifest, folder.complete) == (None, True)
     assert [shard.tokens for shard in folder.train_shards] == [7, 5]
     assert folder.val_shard.read().tolist() == list(range(9))
@@ -231,8 +234,8 @@ def test_llmc_bin_folder_opens(tmp_path, names):
     [
         ({"magic": 20240801}, "found magic 20240801"),
         ({"version": 7}, "version 7"),
-        ({"claimed": 5}, "expected 5 tokens .as its header says. in .*found room for 3"),
-        ({"claimed": 2}, "expected 2 tokens"),
+        ({"claimed": 5}, "its header says 5 tokens, its size 3"),
+        ({"claimed": 2}, "its header says 2 tokens, its size 3"),
     ],
 )
 def test_other_bin_files_are_refused(tmp_path, arguments, found):
@@ -251,18 +254,18 @@ def test_ids_are_checked_against_a_vocabulary(tmp_path):
     np.save(tmp_path / "c_val_000000", np.array([1, 2], dtype=np.uint16))
     np.save(tmp_path / "c_train_000001", np.array([1, 50256, 2], dtype=np.uint16))
     folder = ShardFolder.open(tmp_path)
-    folder.check_ids(50257)
-    folder.check_ids(3, [folder.val_shard])
-    with pytest.raises(InputError, match=r"below the vocabulary size 4,096 in .*c_train_000001.*found 50,256"):
-        folder.check_ids(4096)
+    folder.train_shards[0].check_ids(50257)
+    folder.val_shard.check_ids(3)
+    with pytest.raises(InputError, match=r"c_train_000001.npy holds token id 50,256, but the vocabulary has 4,096 ids"):
+        folder.train_shards[0].check_ids(4096)
 
 
 def test_folder_without_shards_is_refused(tmp_path):
-    with pytest.raises(InputError, match="found no such folder; make them"):
+    with pytest.raises(InputError, match="nowhere does not exist; make shards"):
         ShardFolder.open(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="found a folder without any"):
+    with pytest.raises(InputError, match="holds no shards"):
         ShardFolder.open(tmp_path)
-    assert not holds_foreign_shards(tmp_path)
+    assert ShardFolder.find(tmp_path) is None
 
 
 def test_folder_with_both_kinds_is_refused(tmp_path):
@@ -275,5 +278,5 @@ def test_folder_with_both_kinds_is_refused(tmp_path):
 def test_folder_without_validation_is_refused_when_it_is_needed(tmp_path):
     np.save(tmp_path / "c_train_000001", np.array([1, 2], dtype=np.uint16))
     folder = ShardFolder.open(tmp_path)
-    with pytest.raises(InputError, match="expected a validation shard"):
+    with pytest.raises(InputError, match="holds no validation shard; choose"):
         folder.val_shard  # noqa: B018
