@@ -3,7 +3,7 @@
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.data.loading.order import Order
-from training.data.shards.shard_files import ShardFolder
+from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer
 from training.recipe import Recipe
 
