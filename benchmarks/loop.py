@@ -43,7 +43,8 @@ from training.data.producing.producer import produce
 from training.loop import Run
 from training.optim.optimizer import build_optimizer
 from training.recipe import QUICKSTART, Recipe, load_recipe
-from training.setup.build import build_accelerator, build_model
+from training.setup.accelerator import build_accelerator
+from training.setup.model import build_model
 from training.setup.plan import Plan, plan_run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -143,7 +143,7 @@ def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         PartialState._reset_state()
 
     # One thread: on shared cores two of them wait for each other longer than these models compute.
-    monkeypatch.setattr("training.setup.build.use_all_cores", lambda: torch.set_num_threads(1))
+    monkeypatch.setattr("training.setup.accelerator.use_all_cores", lambda: torch.set_num_threads(1))
     forget()
     yield
     forget()

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -35,16 +36,15 @@ from training.monitoring.profiling import NoTrace, StepTrace, TraceOf
 from training.monitoring.run_summary import device_name, summary_text
 from training.optim.schedule import learning_rate_at
 from training.recipe import Recipe, profiled_steps
-from training.setup.batch_size_finder import fitted
-from training.setup.build import (
+from training.setup.accelerator import (
     PROCESS_TIMEOUT,
+    all_reduce_min,
     build_accelerator,
-    build_model,
-    least_of_all,
-    leave,
-    prepare,
-    refuse_too_many_processes,
+    check_process_count,
+    shut_down,
 )
+from training.setup.batch_size_finder import find_batch_size
+from training.setup.model import build_model, prepare_for_training
 from training.setup.plan import Plan, plan_run
 from training.step.document_mask import attention_for
 from training.step.guard import Guard, Verdict
@@ -57,11 +57,16 @@ def train(recipe: Recipe) -> None:
     Raises:
         InputError: from `plan_run`, before any work starts.
     """
-    refuse_too_many_processes()
-    # Several machines need it while they wait for data; otherwise nothing touches a GPU before the plan stands.
+    check_process_count()
+    # Nothing touches a GPU before the plan is checked, unless nodes have to wait for each other.
     accelerator = functools.cache(lambda: build_accelerator(recipe))
+
+    def gather(values: list[Any]) -> list[Any]:
+        accelerator()
+        return gather_object(values)
+
     with ProducerBeside() as producer:
-        plan = plan_run(recipe, producer, least=lambda number: least_of_all(accelerator(), number))
+        plan = plan_run(recipe, producer, gather_object=gather)
         _train(plan, accelerator, producer)
 
 
@@ -82,7 +87,7 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Pr
     attention = attention_for(recipe, accelerator.device.type)
     model = build_model(replace(recipe, attn_implementation=attention), plan.tokenizer, plan.resume_from)
     if recipe.per_device_train_batch_size == "auto":
-        plan = replace(plan, batch=fitted(plan.batch, accelerator, model, recipe, plan.document_mark))
+        plan = replace(plan, batch=find_batch_size(plan.batch, accelerator, model, recipe, plan.document_mark))
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(plan.output_dir))
@@ -120,7 +125,7 @@ class Run:
         self.config = model.config
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         skeleton = skeleton_of(model)
-        self.model, self.optimizer = prepare(accelerator, model, recipe)
+        self.model, self.optimizer = prepare_for_training(accelerator, model, recipe)
         self.guard = Guard(
             accelerator.device,
             threshold=recipe.spike_threshold,
@@ -339,7 +344,7 @@ class Run:
         )
 
     def _least(self, number: int) -> int:
-        return least_of_all(self.accelerator, number)
+        return all_reduce_min(self.accelerator, number)
 
     def finish(self) -> None:
         """Leave `model/` and `curves.png`, and tell what came out and what to try next.
@@ -402,4 +407,4 @@ class Run:
             self.publishing.close()
         del self.model, self.optimizer, self.saving, self.watch.model
         self.watch.close()
-        leave(self.accelerator)
+        shut_down(self.accelerator)

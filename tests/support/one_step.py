@@ -22,7 +22,8 @@ from support.tiny_models import tiny
 from training.checkpoints.state_snapshot import bare_model
 from training.data.loading.loader import IGNORED
 from training.recipe import Recipe
-from training.setup.build import build_accelerator, prepare
+from training.setup.accelerator import build_accelerator
+from training.setup.model import prepare_for_training
 from training.step.batch_plan import plan_batch
 from training.step.guard import Guard, Verdict
 from training.step.train_step import train_step, validation_loss
@@ -56,7 +57,7 @@ def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
         num_processes=accelerator.num_processes,
     )
     rank = accelerator.process_index
-    model, optimizer = prepare(accelerator, tiny().train(), recipe())
+    model, optimizer = prepare_for_training(accelerator, tiny().train(), recipe())
     ids = tokens(SEQUENCES, seed=1)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -89,7 +90,7 @@ def skipped_steps(accelerator: Accelerator) -> dict[str, Tensor]:
 
     The first of three steps is an ordinary one, the second has that loss, and the third is an ordinary one again.
     """
-    model, optimizer = prepare(accelerator, tiny().train(), recipe())
+    model, optimizer = prepare_for_training(accelerator, tiny().train(), recipe())
     found: list[Verdict] = []
     guard = Guard(accelerator.device, threshold=0.0, window=2, skip_spikes=False, on_verdict=found.append)
     broken = accelerator.process_index == accelerator.num_processes - 1

@@ -89,10 +89,10 @@ def _train(recipe: str, place: dict[str, str], printed: str, timeout_seconds: fl
     from common.cli_errors import run_command
     from training.loop import train
     from training.recipe import load_recipe
-    from training.setup import build
+    from training.setup import accelerator
 
     if timeout_seconds is not None:
-        build.PROCESS_TIMEOUT = datetime.timedelta(seconds=timeout_seconds)
+        accelerator.PROCESS_TIMEOUT = datetime.timedelta(seconds=timeout_seconds)
     # Always as many, because sums round by the number of threads; one, because these models are tiny.
-    build.use_all_cores = lambda: torch.set_num_threads(1)
+    accelerator.use_all_cores = lambda: torch.set_num_threads(1)
     run_command(lambda: train(load_recipe(Path(recipe))))

@@ -1,4 +1,4 @@
-"""What can go wrong between `accelerate launch` and the first step, each told in one line."""
+"""Errors between `accelerate launch` and the first step, each reported in one line."""
 
 import os
 import signal
@@ -20,8 +20,9 @@ from common.hub_retry import hub_cache_error
 from training.data.producing.background_producer import ProducerBeside
 from training.loop import train
 from training.recipe import Recipe
-from training.setup import build
-from training.setup.build import build_accelerator, build_model, refuse_too_many_processes
+from training.setup import accelerator as accelerator_module
+from training.setup.accelerator import build_accelerator, check_process_count
+from training.setup.model import build_model
 from training.setup.preflight import preflight
 
 MISTAKE = "from common.cli_errors import *\ndef main(): raise InputError('no')\nrun_command(main)"
@@ -32,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 @pytest.fixture
 def process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Makes this process one of several, as a launcher would."""
+    """Set the environment of one of several processes, as a launcher does."""
 
     def be(rank: int, of: int, port: int = 1) -> None:
         values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": of, "LOCAL_WORLD_SIZE": of, "MASTER_PORT": port}
@@ -45,12 +46,12 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("gpus", "message"),
     [
-        (1, "expected a GPU for each of 64 processes on this machine, found 1 GPU; launch with --num_processes 1, or"),
-        (4, "found 4 GPUs; launch with --num_processes 4, or another file of accelerate_configs/"),
-        (0, r"found no GPU to use and \d+ CPU cores; launch with --num_processes 1, or another"),
+        (1, "64 processes need a GPU each, but this machine has 1 GPU; launch with --num_processes 1, or"),
+        (4, "has 4 GPUs; launch with --num_processes 4, or another file of accelerate_configs/"),
+        (0, r"has no usable GPU and \d+ CPU cores; launch with --num_processes 1, or another"),
     ],
 )
-def test_more_processes_than_gpus_are_refused_before_anything_starts(
+def test_more_processes_than_gpus_are_an_error_before_anything_starts(
     gpus: int,
     message: str,
     process: Callable[..., None],
@@ -59,7 +60,7 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     process(0, of=64)
-    monkeypatch.setattr(build, "usable_cpus", lambda: 8)
+    monkeypatch.setattr(accelerator_module, "usable_cpus", lambda: 8)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: gpus > 0)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: gpus)
     for start in (train, preflight):
@@ -67,25 +68,25 @@ def test_more_processes_than_gpus_are_refused_before_anything_starts(
             start(tiny_recipe(data_dir=str(tmp_path / "absent")))
     assert list(tmp_path.iterdir()) == []
     process(0, of=max(1, gpus))
-    refuse_too_many_processes()
+    check_process_count()
 
 
-def test_processes_that_are_told_to_take_the_cpu_need_no_gpu(
+def test_processes_with_use_cpu_need_no_gpu(
     process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
     process(0, of=2)
-    with pytest.raises(InputError, match="found 1 GPU;"):
-        refuse_too_many_processes()
+    with pytest.raises(InputError, match="has 1 GPU;"):
+        check_process_count()
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    refuse_too_many_processes()
+    check_process_count()
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
     assert build_accelerator(tiny_recipe()).device.type == "cpu"
 
 
-def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes(tmp_path: Path) -> None:
+def test_error_of_all_processes_is_reported_by_rank_0_even_if_it_is_late(tmp_path: Path) -> None:
     command, pipe = [sys.executable, "-c", MISTAKE], subprocess.PIPE
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TORCHELASTIC_ERROR_FILE": str(tmp_path / "error.json")}
     with subprocess.Popen(command, stderr=pipe, env={**environment, "LOCAL_RANK": "1"}) as second:
@@ -93,18 +94,18 @@ def test_a_mistake_of_all_processes_is_told_by_the_first_however_late_it_comes(t
             second.wait(4)
         first = subprocess.run(command, stderr=pipe, env={**environment, "LOCAL_RANK": "0"}, timeout=60)
         assert (first.returncode, first.stderr) == (2, b"error: no\n")
-        # The launcher's report ends with it too.
+        # The launcher's own report ends with the same line.
         assert ProcessFailure(0, 1, 2, environment["TORCHELASTIC_ERROR_FILE"]).message == "error: no"
         second.terminate()  # as the launcher does when the first has ended
         assert second.communicate() == (None, b"")
 
 
-def test_ctrl_c_while_a_mistake_waits_for_the_first_process_is_no_traceback() -> None:
+def test_ctrl_c_while_an_error_waits_for_rank_0_is_not_a_traceback() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LOCAL_RANK": "1"}
-    # Ctrl-C as on a terminal: a program that is started in the background is told to ignore it.
-    heeding = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    # Programs started in the background ignore Ctrl-C by default.
+    handle_ctrl_c = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     mistake = MISTAKE.replace("raise", "print(flush=True); raise")
-    command, pipe = [sys.executable, "-c", f"{heeding}\n{mistake}"], subprocess.PIPE
+    command, pipe = [sys.executable, "-c", f"{handle_ctrl_c}\n{mistake}"], subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environment) as second:
         assert second.stdout is not None
         second.stdout.readline()
@@ -114,7 +115,7 @@ def test_ctrl_c_while_a_mistake_waits_for_the_first_process_is_no_traceback() ->
         assert second.returncode == 130
 
 
-def test_helpers_of_a_run_do_not_report_to_its_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_child_processes_do_not_report_to_the_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
     producer = ProducerBeside()
     producer.say = lambda line: None
@@ -122,31 +123,31 @@ def test_helpers_of_a_run_do_not_report_to_its_launcher(monkeypatch: pytest.Monk
     assert not (tmp_path / "error.json").exists()
 
 
-def test_a_port_in_use_is_one_line(
+def test_port_in_use_is_a_one_line_error(
     process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "PROCESS_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(accelerator_module, "PROCESS_TIMEOUT", timedelta(seconds=1))
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as taken:
         process(0, of=2, port=taken.getsockname()[1])
-        with pytest.raises(InputError, match=r"process 0 of 2 did not .*in use\); start every .* is free") as told:
+        with pytest.raises(InputError, match=r"rank 0 of 2 could not .*in use\); start every .* free") as caught:
             build_accelerator(tiny_recipe())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_machine_that_never_comes_is_one_line(
+def test_missing_node_is_a_one_line_error(
     rank: int, process: Callable[..., None], tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "PROCESS_TIMEOUT", timedelta(seconds=1))
+    monkeypatch.setattr(accelerator_module, "PROCESS_TIMEOUT", timedelta(seconds=1))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     process(rank, of=2, port=port)
-    with pytest.raises(InputError, match=rf"process {rank} of 2 .* at 127.0.0.1:{port} \(.*imed out") as told:
+    with pytest.raises(InputError, match=rf"rank {rank} of 2 .* to 127.0.0.1:{port} \(.*imed out") as caught:
         build_accelerator(tiny_recipe())
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
-def test_a_cache_of_the_hub_that_cannot_be_written_is_one_line(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_unwritable_hub_cache_is_a_one_line_error(tiny_recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     tiny_recipe(corpus="roneneldan/TinyStories", data_dir=str(tmp_path / "data"), preprocessing_num_workers=0).save(
         tmp_path / "r.yaml"
@@ -165,7 +166,7 @@ def test_a_cache_of_the_hub_that_cannot_be_written_is_one_line(tiny_recipe: Make
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_of_the_cache_is_told_from_one_of_the_runs_folders(
+def test_error_of_the_hub_cache_is_distinguished_from_one_of_the_run_folder(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))

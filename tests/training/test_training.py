@@ -19,7 +19,7 @@ from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
 from training.loop import train
 from training.monitoring.run_log import read_metrics
 from training.recipe import Recipe
-from training.setup import build
+from training.setup.accelerator import resolve_mixed_precision
 
 Make = Callable[..., Recipe]
 
@@ -308,10 +308,10 @@ def test_cpus_take_bf16_only_where_they_multiply_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert build.resolve_mixed_precision(tiny_recipe(mixed_precision="auto")) == expected
+    assert resolve_mixed_precision(tiny_recipe(mixed_precision="auto")) == expected
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert build.resolve_mixed_precision(tiny_recipe(mixed_precision="auto")) == "bf16"
-    assert build.resolve_mixed_precision(tiny_recipe(mixed_precision="no")) == "no"
+    assert resolve_mixed_precision(tiny_recipe(mixed_precision="auto")) == "bf16"
+    assert resolve_mixed_precision(tiny_recipe(mixed_precision="no")) == "no"
 
 
 def test_bf16_trains_to_nearly_the_same_loss(tiny_recipe: Make, tmp_path: Path) -> None:

@@ -1,11 +1,11 @@
-"""How many sequences one forward pass can take: the largest number that fits into the device's memory, by trying.
+"""The largest number of sequences per forward pass that fits into memory, found by trying.
 
-Only numbers that divide a step are tried, the largest first, so tokens_per_step stays what the recipe says and a run
-sees the same samples whatever is found. Each process tries by itself, without exchanging anything, because one that
-runs out of memory would leave the others waiting; then all take the smallest that any found.
+Only divisors of a step's batch are tried, so tokens_per_step and the samples of each step do not depend on the result.
+Each rank tries without communication, since a rank that runs out of memory would leave the others waiting; then all
+take the minimum.
 
-A CPU has no such error: the kernel ends a process that takes too much. There the number is bounded by what is expected
-to fit into half of the free memory, and by tokens that keep its cores busy; more would not be faster.
+A CPU process that runs out of memory is killed, so there the number is limited by the memory estimate and by the tokens
+that keep the cores busy.
 """
 
 import torch
@@ -16,61 +16,60 @@ from transformers import PreTrainedModel
 
 from common.cli_errors import InputError
 from training.recipe import Recipe
-from training.setup.build import least_of_all
-from training.setup.memory_estimate import available_memory, expected_memory
+from training.setup.accelerator import all_reduce_min
+from training.setup.memory_estimate import available_memory, estimate_memory
 from training.step.batch_plan import BatchPlan
 from training.step.train_step import model_inputs
 
-_CPU_TOKENS = 8192  # in one forward pass; the loss takes 1,024 at a time
+_CPU_TOKENS = 8192  # per forward pass; more are not faster, since the loss takes 1,024 at a time
 
 
-def fitted(
+def find_batch_size(
     plan: BatchPlan, accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe, end_of_text_id: int | None = None
 ) -> BatchPlan:
-    """The plan with the largest `per_device` that divides its step and fits, the same on all processes.
+    """The plan with the largest `per_device` that fits on every rank.
 
-    Weights and random state are left as they were; the model moves to the device. Under FSDP2 the whole weights are
-    tried, before they are sharded, so what is found errs to the small side.
+    Weights and random state do not change; the model moves to the device. Under FSDP2 the unsharded model is tried, so
+    the result is smaller than what would fit.
 
     Raises:
-        InputError: not even one sequence fits.
+        InputError: a single sequence does not fit.
     """
     sizes = divisors(plan.sequences_per_step // plan.num_processes)
-    bound = _cpu_bound(model, recipe, plan) if accelerator.device.type == "cpu" else sizes[-1]
-    found = _largest([size for size in sizes if size <= max(1, bound)], accelerator, model, recipe, end_of_text_id)
-    smallest = least_of_all(accelerator, found)
-    if not smallest:
+    limit = _cpu_limit(model, recipe, plan) if accelerator.device.type == "cpu" else sizes[-1]
+    largest = _largest([size for size in sizes if size <= limit], accelerator, model, recipe, end_of_text_id)
+    per_device = all_reduce_min(accelerator, largest)
+    if not per_device:
         raise InputError(
-            f"not even one sequence of seq_len={recipe.seq_len:,} fits into the memory of {accelerator.device}; "
-            "train a smaller model, shorter windows, or with activation_checkpointing"
+            f"a single sequence of seq_len={recipe.seq_len:,} does not fit into the memory of {accelerator.device}; "
+            "train a smaller model, use a shorter seq_len, or set activation_checkpointing"
         )
-    return BatchPlan(plan.seq_len, plan.sequences_per_step, smallest, plan.num_processes)
+    return BatchPlan(plan.seq_len, plan.sequences_per_step, per_device, plan.num_processes)
 
 
 def divisors(number: int) -> list[int]:
-    """All divisors of a positive number, smallest first."""
+    """All divisors of a positive number, in ascending order."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
 def _largest(
     sizes: list[int], accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe, end_of_text_id: int | None
 ) -> int:
-    """The largest of `sizes` (ascending) that this device can take, or 0."""
+    """The largest of `sizes` (ascending) that fits on this device, or 0."""
     model.to(accelerator.device)
-    # Each size is a graph of its own, as it will be in training; blocks of a sharded model are compiled one by one, and
-    # take a little less than uncompiled ones do here.
+    # FSDP2 compiles block by block instead, which takes a little less memory than the uncompiled model here.
     compiled = recipe.compile and not accelerator.is_fsdp2
-    tried: nn.Module = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
+    module: nn.Module = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
     left = list(sizes)
 
-    def smaller() -> int:
+    def next_smaller() -> int:
         left.pop()
         return left[-1] if left else 0
 
-    @find_executable_batch_size(starting_batch_size=left[-1], reduce_batch_size_fn=smaller)
+    @find_executable_batch_size(starting_batch_size=left[-1], reduce_batch_size_fn=next_smaller)
     def attempt(batch_size: int) -> int:
         try:
-            _try_step(tried, accelerator, recipe, batch_size, end_of_text_id)
+            _try_step(module, accelerator, recipe, batch_size, end_of_text_id)
         finally:
             model.zero_grad(set_to_none=True)
         return batch_size
@@ -83,7 +82,7 @@ def _largest(
         except RuntimeError:
             if left:
                 raise
-            return 0  # the helper's own error, when it has come to 0
+            return 0  # accelerate's own error when the batch size reaches 0
         finally:
             model.train(was_training)
             if compiled:
@@ -93,9 +92,9 @@ def _largest(
 def _try_step(
     model: nn.Module, accelerator: Accelerator, recipe: Recipe, batch_size: int, end_of_text_id: int | None
 ) -> None:
-    """Take what a step takes at its worst: a second pass beside the first's gradients and the optimizer's moments."""
-    copies = 2 + (accelerator.num_processes > 1)  # DDP's buckets
-    taken: list[Tensor] = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
+    """Use a step's peak memory: a second micro-step on top of gradients, optimizer moments and DDP's buckets."""
+    copies = 2 + (accelerator.num_processes > 1)
+    held: list[Tensor] = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
     ids = torch.zeros(batch_size, recipe.seq_len, dtype=torch.int64)
     model.train()
     for _ in range(2):
@@ -104,15 +103,15 @@ def _try_step(
         loss.backward()
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)
-    del taken
+    del held
 
 
-def _cpu_bound(model: PreTrainedModel, recipe: Recipe, plan: BatchPlan) -> int:
-    """Sequences in one forward pass that a CPU should be asked for at most."""
+def _cpu_limit(model: PreTrainedModel, recipe: Recipe, plan: BatchPlan) -> int:
+    """The most sequences per forward pass whose estimate fits into half of a CPU's free memory."""
     memory = available_memory(torch.device("cpu"), plan.num_processes)
-    most = max(1, _CPU_TOKENS // recipe.seq_len)
-    while most > 1 and memory is not None:
-        if expected_memory(model.config, recipe, sequences=most).total <= memory // 2:
+    sequences = max(1, _CPU_TOKENS // recipe.seq_len)
+    while sequences > 1 and memory is not None:
+        if estimate_memory(model.config, recipe, sequences=sequences).total <= memory // 2:
             break
-        most -= 1
-    return most
+        sequences -= 1
+    return sequences

@@ -1,11 +1,11 @@
-"""FSDP2: weights, gradients and optimizer state parted among the processes instead of held by each.
+"""FSDP2: weights, gradients and optimizer state are sharded across the processes.
 
-A block's weights are gathered just before it runs. The embeddings, the last norm and the head make one unit, the
-model's own: the head is the token embedding, and the loss takes its weight without calling it, so a unit of its own
-would never be gathered. That is why the sharding is done here; accelerate, which parts embedding and head from the
-rest, finds it done and leaves it.
+A block's weights are gathered just before it runs. Embeddings, final norm and head form one unit, the model itself: the
+head shares the token embedding's weight, and the loss reads that weight without calling the head, so a unit of its own
+would never be gathered. accelerate would wrap embedding and head separately, so the sharding is done here; accelerate
+leaves a sharded model alone.
 
-What it costs: each weight is sent twice a step more than under DDP, and held 1 / processes of the time.
+Cost: each weight is communicated twice more per step than under DDP.
 """
 
 import os
@@ -21,64 +21,60 @@ from transformers import PreTrainedModel
 from common.cli_errors import InputError
 
 
-def check_sharding_settings() -> None:
-    """Refuse what `accelerate launch` says of FSDP and we cannot do.
+def check_fsdp_settings() -> None:
+    """Check the launcher's FSDP settings.
 
     Raises:
-        InputError: the first version of FSDP, whose flattened weights have no decay groups.
+        InputError: FSDP version 1, whose flattened weights have no decay groups.
     """
-    if not _asked_for():
+    if not _is_requested():
         return
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
-        raise InputError(
-            f"expected fsdp_version 2, found {version}; take accelerate_configs/fsdp2_8xa100.yaml as it is"
-        )
-    # Each process reads the weights by itself: transformers would leave all but the first without any.
+        raise InputError(f"fsdp_version {version} is not supported; use accelerate_configs/fsdp2_8xa100.yaml")
+    # Every process reads the weights itself; with this flag transformers would load them on rank 0 only.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
-def shard_on_cpus_too(accelerator: Accelerator) -> None:
-    """Make accelerate take FSDP2 on CPU processes as it does on GPUs; by itself it leaves them to DDP unasked."""
-    if _asked_for() and accelerator.distributed_type == DistributedType.MULTI_CPU:
-        # Every new view of the state takes the kind of processes from PartialState again.
+def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
+    """Make accelerate use FSDP2 on CPU processes too, where it silently uses DDP."""
+    if _is_requested() and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        # AcceleratorState reads the type from PartialState whenever it is created.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
 
-def _asked_for() -> bool:
+def _is_requested() -> bool:
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
-    """Part the model's weights among the processes, in place; they move to the device as they are cut.
+    """Shard the model across the processes, in place and on the device.
 
-    In bf16 the weights are gathered and multiplied so; the master weights, the sums of gradients and the loss stay
-    fp32 (torchtitan's choice: accelerate's own policy would round the loss and the sums too).
+    In bf16, weights are gathered and multiplied in bf16; master weights, gradient sums and the loss stay fp32, as in
+    torchtitan. accelerate's own policy would round the loss and the sums too.
 
     Raises:
-        InputError: more processes than a weight has rows.
+        InputError: a weight has fewer rows than there are processes.
     """
     rows = min(parameter.shape[0] for parameter in model.parameters())
     if rows < accelerator.num_processes:
         raise InputError(
-            f"expected at least one row of each weight for each of {accelerator.num_processes} processes, found a "
-            f"weight of {rows}; train a model this small with accelerate_configs/ddp_8xa100.yaml"
+            f"a weight with {rows} rows cannot be sharded across {accelerator.num_processes} processes; "
+            "train a model this small with accelerate_configs/ddp_8xa100.yaml"
         )
     plugin = accelerator.state.fsdp_plugin
-    in_bf16 = accelerator.mixed_precision == "bf16"
+    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     settings = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "offload_policy": plugin.cpu_offload,
-        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if in_bf16
-        else MixedPrecisionPolicy(),
+        "mp_policy": bf16 if accelerator.mixed_precision == "bf16" else MixedPrecisionPolicy(),
     }
     for block in model.base_model.h:
         fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **settings)
-    # The head is needed again at once, in the backward pass.
+    # The backward pass starts with the head, so its weights stay gathered.
     fully_shard(model, reshard_after_forward=False, **settings)
-    plugin.auto_wrap_policy = None  # done; the blocks' class, which accelerate would look for, has another name now
+    plugin.auto_wrap_policy = None  # accelerate would look for the block class, which fully_shard has renamed
 
 
 def compile_blocks(model: PreTrainedModel) -> None:

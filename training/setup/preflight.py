@@ -1,14 +1,13 @@
-"""`--preflight`: what a run would be, found out on the machines that would run it, before it is paid for.
+"""`--preflight`: check a run on the hardware that would train it, and report its memory, time and cost.
 
-The processes exchange a tensor whose sum is known, the model is built, and a few of its own steps are timed on made-up
-tokens. Nothing is written: the output folder stays as it is, and the corpus need not be there.
+The ranks all-reduce a tensor whose sum is known, the model is built, and a few steps are timed on made-up tokens.
+Nothing is written, and the corpus need not exist yet.
 """
 
 import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
@@ -29,56 +28,57 @@ from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer, parse_train_spec
 from training.monitoring.run_summary import device_name
 from training.recipe import Recipe
-from training.setup.batch_size_finder import fitted
-from training.setup.build import build_accelerator, build_model, leave, prepare, refuse_too_many_processes
-from training.setup.memory_estimate import available_memory, expected_memory
+from training.setup.accelerator import build_accelerator, check_process_count, shut_down
+from training.setup.batch_size_finder import find_batch_size
+from training.setup.memory_estimate import available_memory, estimate_memory
+from training.setup.model import build_model, prepare_for_training
 from training.setup.plan import batch_of, total_steps
 from training.step.batch_plan import BatchPlan
 from training.step.document_mask import attention_for
 from training.step.train_step import train_step
 
-_EXCHANGED_NUMBERS = {"cuda": 2**26, "cpu": 2**22}
-_TIMED_CPU_TOKENS = 4096  # of a forward pass: a CPU takes more of them at the same rate
-_FORWARD_SHARE = 1 / 3  # of the operations of a training token, for a validation token
+_REDUCED_NUMBERS = {"cuda": 2**26, "cpu": 2**22}
+_TIMED_CPU_TOKENS = 4096  # per forward pass; a CPU is not faster with more
+_FORWARD_SHARE = 1 / 3  # FLOPs of a validation token relative to a training token
 _GIB = 2**30
 
 
 @dataclass(frozen=True)
 class _Ids:
-    """The vocabulary of a tokenizer that need not be there yet."""
+    """The vocabulary of a tokenizer that may not exist yet."""
 
     vocab_size: int
     end_of_text_id: int
 
 
 def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> None:
-    """Check the processes, and print what the run would take in memory, time and money.
+    """Check the processes, and print the memory, time and cost of the run.
 
     Raises:
-        InputError: the run could not start: settings that do not fit together, processes that do not reach each other,
-            a model that does not fit.
+        InputError: the run could not start: incompatible settings, processes that cannot communicate, or a model that
+            does not fit into memory.
     """
-    refuse_too_many_processes()
+    check_process_count()
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
-    vocabulary, order, data = _data_of(recipe)
+    vocabulary, order, data = _inspect_data(recipe)
     accelerator = build_accelerator(recipe)
-    say: Callable[[str], None] = accelerator.print
+    report = accelerator.print
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    say(f"processes   {_devices(accelerator)}")
-    say(f"exchange    {_exchange(accelerator)}")
+    report(f"processes   {_devices(accelerator)}")
+    report(f"all-reduce  {_check_all_reduce(accelerator)}")
 
-    shaped = replace(recipe, attn_implementation=attention_for(recipe, accelerator.device.type))
-    model = build_model(shaped, vocabulary, resume_from)
-    mark = vocabulary.end_of_text_id if recipe.document_mask else None
+    recipe = replace(recipe, attn_implementation=attention_for(recipe, accelerator.device.type))
+    model = build_model(recipe, vocabulary, resume_from)
+    end_of_text_id = vocabulary.end_of_text_id if recipe.document_mask else None
     if recipe.per_device_train_batch_size == "auto":
-        batch = fitted(batch, accelerator, model, recipe, mark)
-    say(f"batch       {batch.arithmetic}")
+        batch = find_batch_size(batch, accelerator, model, recipe, end_of_text_id)
+    report(f"batch       {batch.arithmetic}")
     bf16 = accelerator.mixed_precision == "bf16"
-    expected = expected_memory(
+    estimate = estimate_memory(
         model.config,
-        shaped,
+        recipe,
         sequences=batch.per_device,
         num_processes=batch.num_processes,
         sharded=accelerator.is_fsdp2,
@@ -86,46 +86,45 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         device_type=accelerator.device.type,
     )
     free = available_memory(accelerator.device, batch.num_processes)
-    say(
+    report(
         f"model       {model.num_parameters() / 1e6:.1f}M parameters, {model.config.n_layer} layers, width "
         f"{model.config.n_embd}, vocabulary {model.config.vocab_size:,}, in {'bf16' if bf16 else 'fp32'}"
     )
-    say(
-        f"memory      {_gib(expected.total)} a device by estimate: weights {_gib(expected.weights)}, gradients "
-        f"{_gib(expected.gradients)}, optimizer {_gib(expected.optimizer)}, activations {_gib(expected.activations)}"
+    report(
+        f"memory      estimated {_gib(estimate.total)} per device: weights {_gib(estimate.weights)}, gradients "
+        f"{_gib(estimate.gradients)}, optimizer {_gib(estimate.optimizer)}, activations {_gib(estimate.activations)}"
         + (f"; {_gib(free)} free" if free else "")
     )
-    say(f"data        {data}")
-    unknown = recipe.num_train_epochs is not None and order is None
-    steps = None if unknown else total_steps(recipe, order)
+    report(f"data        {data}")
+    steps = None if recipe.num_train_epochs is not None and order is None else total_steps(recipe, order)
     done = TrainerState.read(resume_from).step if resume_from else 0
-    if steps is not None:
+    if steps is None:
+        report("length      unknown: the corpus must be tokenized to know the length of an epoch")
+    else:
         if resume_from is not None:
             refuse_earlier_end(resume_from, done, steps)
-        tokens = steps * batch.tokens_per_step
-        going_on = f"; {done:,} steps are done" if done else ""
-        say(f"length      {steps:,} steps, {tokens:,} tokens{going_on}")
-    else:
-        say("length      unknown: epochs have no length before the corpus is tokenised")
+        resumed = f"; resumes after step {done:,}" if done else ""
+        report(f"length      {steps:,} steps, {steps * batch.tokens_per_step:,} tokens{resumed}")
 
-    wrapped, optimizer = prepare(accelerator, model, shaped)
-    seconds, how = _seconds_of_a_step(accelerator, wrapped, optimizer, batch, recipe, mark)
-    say(f"speed       {batch.tokens_per_step / seconds:,.0f} tokens/s, {seconds:.3g} s a step: {how}")
+    wrapped, optimizer = prepare_for_training(accelerator, model, recipe)
+    seconds, method = _seconds_per_step(accelerator, wrapped, optimizer, batch, recipe, end_of_text_id)
+    report(f"speed       {batch.tokens_per_step / seconds:,.0f} tokens/s, {seconds:.3g} s per step: {method}")
     if accelerator.device.type == "cuda":
-        say(f"            {_gib(torch.cuda.max_memory_allocated(accelerator.device))} was the most memory in use")
+        report(f"            peak memory {_gib(torch.cuda.max_memory_allocated(accelerator.device))}")
     if steps is not None:
         hours = _hours(recipe, batch, steps=steps, done=done, seconds=seconds)
-        say(f"time        {_spelled_hours(hours)}, validation included; samples, eval_tasks and checkpoints not")
+        spelled = f"{hours:,.1f} hours" if hours >= 1 else f"{hours:.4f} hours ({format_duration(3600 * hours)})"
+        report(f"time        {spelled} with validation, without samples, eval_tasks and checkpoints")
         if price_per_gpu_hour is not None:
             cost = hours * batch.num_processes * price_per_gpu_hour
-            say(f"cost        {cost:,.2f}, at {price_per_gpu_hour:,.2f} an hour for each of {batch.num_processes}")
-    say("Nothing was started or written. Without --preflight, the same command trains.")
+            report(f"cost        {cost:,.2f} at {price_per_gpu_hour:,.2f} per GPU hour on {batch.num_processes}")
+    report("Nothing was started or written. Run the same command without --preflight to train.")
     del wrapped, optimizer
-    leave(accelerator)
+    shut_down(accelerator)
 
 
-def _data_of(recipe: Recipe) -> tuple[_Ids, Order | None, str]:
-    """The ids of the recipe's tokenizer, the order of its windows once all shards are there, and the state of both."""
+def _inspect_data(recipe: Recipe) -> tuple[_Ids, Order | None, str]:
+    """The token ids, the order of the windows if the shard folder is complete, and the state of the folder."""
     path = Path(recipe.data_dir)
     folder = ShardFolder.find(path)
     manifest = folder.manifest if folder else None
@@ -142,49 +141,49 @@ def _data_of(recipe: Recipe) -> tuple[_Ids, Order | None, str]:
         sizes = [shard.tokens for shard in folder.train_shards]
         order = Order(sizes, seq_len=recipe.seq_len, seed=recipe.seed)
         return ids, order, f"{sum(sizes):,} training tokens in {path}"
-    ready = f"{len(manifest.shards)} shards are in {path}" if manifest is not None else f"nothing is in {path} yet"
-    return ids, None, f"{ready}; training would have {recipe.corpus} tokenised beside it"
+    complete = f"{len(manifest.shards)} complete shards in {path}" if manifest is not None else f"nothing in {path} yet"
+    return ids, None, f"{complete}; training would tokenize {recipe.corpus} in the background"
 
 
 def _devices(accelerator: Accelerator) -> str:
-    """Processes, machines and devices, in words; all processes take part."""
+    """The processes, nodes and devices of the run; a collective call."""
     found = gather_object([(socket.gethostname(), device_name(accelerator.device))])
-    machines = len({host for host, _ in found})
+    nodes = len({host for host, _ in found})
     devices = ", ".join(f"{count} × {name}" for name, count in Counter(name for _, name in found).items())
-    return f"{len(found)} on {machines} machine{'s' if machines > 1 else ''}: {devices}"
+    return f"{len(found)} on {nodes} node{'s' if nodes > 1 else ''}: {devices}"
 
 
-def _exchange(accelerator: Accelerator) -> str:
-    """How fast the processes add up a tensor, after its sum was found right on each of them.
+def _check_all_reduce(accelerator: Accelerator) -> str:
+    """The bandwidth of an all-reduce, after checking its sum.
 
     Raises:
-        InputError: it was not.
+        InputError: the sum is wrong.
     """
-    processes = accelerator.num_processes
+    processes, device = accelerator.num_processes, accelerator.device
     if processes == 1:
-        return "one process has nobody to exchange with"
-    numbers = _EXCHANGED_NUMBERS.get(accelerator.device.type, 2**22)
+        return "skipped with one process"
+    numbers = _REDUCED_NUMBERS.get(device.type, 2**22)
     expected = processes * (processes + 1) / 2
     seconds = []
     for _ in range(6):
-        tensor = torch.full((numbers,), accelerator.process_index + 1.0, device=accelerator.device)
-        _wait(accelerator)
+        tensor = torch.full((numbers,), accelerator.process_index + 1.0, device=device)
+        _synchronize(device)
         start = time.perf_counter()
         torch.distributed.all_reduce(tensor)
-        _wait(accelerator)
+        _synchronize(device)
         seconds.append(time.perf_counter() - start)
         if not bool((tensor == expected).all()):
             raise InputError(
-                f"process {accelerator.process_index}: expected an all-reduce over {processes} processes to give "
-                f"{expected:g}, found {tensor[tensor != expected][0].item():g}; mend the connection before training"
+                f"rank {accelerator.process_index}: an all-reduce over {processes} processes gave "
+                f"{tensor[tensor != expected][0].item():g} instead of {expected:g}; fix the interconnect first"
             )
-    # Of n processes, each sends and receives 2(n-1)/n of the tensor, however they are connected.
+    # Each of n processes sends and receives at least 2(n-1)/n of the tensor.
     sent = 2 * (processes - 1) / processes * numbers * tensor.element_size()
     rate = sent / statistics.median(seconds[1:]) / 1e9
-    return f"all-reduce of {numbers * tensor.element_size() // 2**20} MiB is right, at {rate:.3g} GB/s for each process"
+    return f"{numbers * tensor.element_size() // 2**20} MiB summed correctly, {rate:.3g} GB/s per process"
 
 
-def _seconds_of_a_step(
+def _seconds_per_step(
     accelerator: Accelerator,
     model: nn.Module,
     optimizer: Optimizer,
@@ -192,9 +191,9 @@ def _seconds_of_a_step(
     recipe: Recipe,
     end_of_text_id: int | None,
 ) -> tuple[float, str]:
-    """Seconds of an optimizer step, and how they were found: from steps of one and of two forward passes.
+    """Seconds per optimizer step, extrapolated from steps of one and of two micro-steps, and how it was measured.
 
-    What the second pass adds is the time of one; the rest is the exchange of gradients and the update, once a step.
+    The second micro-step adds the time of a forward and backward pass; the rest is gradient exchange and update.
     """
     sequences = batch.per_device
     if accelerator.device.type == "cpu":
@@ -202,54 +201,48 @@ def _seconds_of_a_step(
     ids = torch.ones(sequences, recipe.seq_len, dtype=torch.int64)
     model.train()
 
-    def seconds_of(passes: int) -> float:
+    def seconds_with(micro_steps: int) -> float:
         start = time.perf_counter()
         train_step(
             accelerator,
             model,
             optimizer,
             repeat((ids, ids)),
-            accumulation_steps=passes,
+            accumulation_steps=micro_steps,
             learning_rate=recipe.learning_rate,
             max_grad_norm=recipe.max_grad_norm,
             end_of_text_id=end_of_text_id,
         )
-        _wait(accelerator)
+        _synchronize(accelerator.device)
         return time.perf_counter() - start
 
     try:
-        for passes in (1, 2):  # compiles, and finds its buffers
-            seconds_of(passes)
-        timed = [(seconds_of(1), seconds_of(2)) for _ in range(3)]
+        for micro_steps in (1, 2):  # warm up: compile, allocate buffers
+            seconds_with(micro_steps)
+        timed = [(seconds_with(1), seconds_with(2)) for _ in range(3)]
     except torch.OutOfMemoryError:
         raise InputError(
             f"{batch.per_device} sequences of {recipe.seq_len:,} tokens do not fit into the memory of "
             f"{accelerator.device}; lower per_device_train_batch_size, or set it to auto"
         ) from None
     short, long = (statistics.median(column) for column in zip(*timed, strict=True))
-    forward_and_backward = min(max(long - short, short / 4), short)
-    seconds = short - forward_and_backward
-    seconds += batch.accumulation_steps * forward_and_backward * batch.per_device / sequences
-    return seconds, f"the median of 3 steps here, of {sequences} × {recipe.seq_len:,} tokens to a forward pass"
+    forward_backward = min(max(long - short, short / 4), short)
+    seconds = short - forward_backward + batch.accumulation_steps * forward_backward * batch.per_device / sequences
+    return seconds, f"median of 3 steps with {sequences} × {recipe.seq_len:,} tokens per forward pass"
 
 
 def _hours(recipe: Recipe, batch: BatchPlan, *, steps: int, done: int, seconds: float) -> float:
-    """Hours of the steps that are left and of their validations."""
+    """Hours of the remaining steps and their validations."""
     every = recipe.eval_steps or steps
-    validations = steps // every - done // every + (steps % every > 0)  # one at the end at any rate
+    validations = steps // every - done // every + (steps % every > 0)  # always one at the end
     scored = validations * recipe.eval_tokens * _FORWARD_SHARE
     return ((steps - done) + scored / batch.tokens_per_step) * seconds / 3600
 
 
-def _wait(accelerator: Accelerator) -> None:
-    """Wait for this process's device."""
-    if accelerator.device.type == "cuda":
-        torch.cuda.synchronize(accelerator.device)
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _gib(count: int) -> str:
     return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
-
-
-def _spelled_hours(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours:.4f} hours ({format_duration(3600 * hours)})"

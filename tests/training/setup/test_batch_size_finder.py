@@ -1,4 +1,4 @@
-"""The number of sequences that fit: found by trying, the same on all ranks, with nothing disturbed."""
+"""The largest batch that fits, the same on all ranks, without side effects; and the memory estimate."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from training import loop
 from training.loop import train
 from training.monitoring.run_log import read_metrics
 from training.recipe import Recipe
-from training.setup import batch_size_finder as fitting
-from training.setup.batch_size_finder import divisors, fitted
-from training.setup.build import build_accelerator
-from training.setup.memory_estimate import expected_activations, expected_memory, expected_parameters
+from training.setup import batch_size_finder
+from training.setup.accelerator import build_accelerator
+from training.setup.batch_size_finder import divisors, find_batch_size
+from training.setup.memory_estimate import block_activations, count_parameters, estimate_memory
 from training.step.batch_plan import plan_batch
 
 Make = Callable[..., Recipe]
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 class OutOfMemoryAbove:
-    """Counts what is tried, and fails as CUDA does for more sequences than fit."""
+    """Records the batch sizes, and fails as CUDA does for more sequences than fit."""
 
     def __init__(self, sequences: int) -> None:
         self.sequences = sequences
@@ -47,67 +47,67 @@ def model_with_room_for(sequences: int) -> tuple[Any, OutOfMemoryAbove]:
 
 
 @pytest.mark.parametrize(("room", "found"), [(100, 24), (24, 24), (23, 12), (11, 8), (7, 6), (5, 4), (1, 1)])
-def test_the_largest_divisor_that_fits_is_found(room: int, found: int, tiny_recipe: Make) -> None:
+def test_largest_divisor_that_fits_is_found(room: int, found: int, tiny_recipe: Make) -> None:
     recipe = tiny_recipe(tokens_per_step=24 * 32, per_device_train_batch_size="auto")
     plan = plan_batch(tokens_per_step=recipe.tokens_per_step, seq_len=32, per_device=1, num_processes=1)
     model, counter = model_with_room_for(room)
-    result = fitted(plan, build_accelerator(recipe), model, recipe)
+    result = find_batch_size(plan, build_accelerator(recipe), model, recipe)
     assert (result.per_device, result.tokens_per_step) == (found, plan.tokens_per_step)
     assert result.per_device * result.accumulation_steps == 24
-    # From the top, twice the one that fits: the second pass stands beside the first one's gradients.
+    # In descending order; the one that fits runs twice, because the second micro-step adds to the first's gradients.
     assert counter.tried == [size for size in reversed(divisors(24)) if size >= found] + [found]
 
 
-def test_a_model_of_which_nothing_fits_is_one_line(tiny_recipe: Make) -> None:
+def test_model_that_does_not_fit_is_a_one_line_error(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(per_device_train_batch_size="auto")
     plan = plan_batch(tokens_per_step=256, seq_len=32, per_device=1, num_processes=1)
     with pytest.raises(
-        InputError, match="not even one sequence of seq_len=32 fits into the memory of cpu; train a sma"
+        InputError, match="single sequence of seq_len=32 does not fit into the memory of cpu; train a sma"
     ):
-        fitted(plan, build_accelerator(recipe), model_with_room_for(0)[0], recipe)
+        find_batch_size(plan, build_accelerator(recipe), model_with_room_for(0)[0], recipe)
 
 
-def test_another_error_is_not_taken_for_want_of_memory(tiny_recipe: Make) -> None:
+def test_other_errors_are_not_taken_for_out_of_memory(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(per_device_train_batch_size="auto")
     plan = plan_batch(tokens_per_step=256, seq_len=32, per_device=1, num_processes=1)
     model = tiny()
     del model.lm_head
     with pytest.raises(AttributeError):
-        fitted(plan, build_accelerator(recipe), model, recipe)
+        find_batch_size(plan, build_accelerator(recipe), model, recipe)
 
 
-def test_all_ranks_take_the_smallest(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_take_the_minimum(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(per_device_train_batch_size="auto")
     accelerator = build_accelerator(recipe)
     monkeypatch.setattr(accelerator, "gather", lambda found: torch.cat([found, torch.tensor([2, 8])]))
     plan = plan_batch(tokens_per_step=8 * 32 * 3, seq_len=32, per_device=1, num_processes=3)
-    assert fitted(plan, accelerator, tiny(), recipe).per_device == 2
+    assert find_batch_size(plan, accelerator, tiny(), recipe).per_device == 2
 
 
-def test_the_search_leaves_weights_and_random_state_alone(tiny_recipe: Make) -> None:
+def test_search_does_not_change_weights_or_random_state(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(per_device_train_batch_size="auto")
     plan = plan_batch(tokens_per_step=256, seq_len=32, per_device=1, num_processes=1)
     model, _ = model_with_room_for(3)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state, training = torch.get_rng_state(), model.training
-    fitted(plan, build_accelerator(recipe), model, recipe)
+    find_batch_size(plan, build_accelerator(recipe), model, recipe)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training == training
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in before.items())
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_a_cpu_is_asked_for_no_more_than_keeps_it_busy(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_on_a_cpu_is_limited_by_tokens_and_memory(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(tokens_per_step=64 * 32, per_device_train_batch_size="auto")
     plan = plan_batch(tokens_per_step=64 * 32, seq_len=32, per_device=1, num_processes=1)
-    monkeypatch.setattr(fitting, "_CPU_TOKENS", 20 * 32)
-    assert fitted(plan, build_accelerator(recipe), tiny(), recipe).per_device == 16
-    room = expected_memory(tiny().config, recipe, sequences=7).total
-    monkeypatch.setattr(fitting, "available_memory", lambda device, processes: 2 * room)
-    assert fitted(plan, build_accelerator(recipe), tiny(), recipe).per_device == 4
+    monkeypatch.setattr(batch_size_finder, "_CPU_TOKENS", 20 * 32)
+    assert find_batch_size(plan, build_accelerator(recipe), tiny(), recipe).per_device == 16
+    room = estimate_memory(tiny().config, recipe, sequences=7).total
+    monkeypatch.setattr(batch_size_finder, "available_memory", lambda device, processes: 2 * room)
+    assert find_batch_size(plan, build_accelerator(recipe), tiny(), recipe).per_device == 4
 
 
-def test_a_run_with_auto_sees_the_samples_of_any_other(
+def test_run_with_auto_sees_the_same_samples(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=6)
@@ -116,27 +116,27 @@ def test_a_run_with_auto_sees_the_samples_of_any_other(
     train(dataclasses.replace(auto, max_steps=4, lr_scheduler_type="constant"))
     found = []
 
-    def half(*arguments: Any) -> Any:  # after a resume, less fits
-        found.append(dataclasses.replace(fitted(*arguments), per_device=2))
+    def half(*arguments: Any) -> Any:  # less fits after a resume
+        found.append(dataclasses.replace(find_batch_size(*arguments), per_device=2))
         return found[-1]
 
-    monkeypatch.setattr(loop, "fitted", half)
+    monkeypatch.setattr(loop, "find_batch_size", half)
     train(dataclasses.replace(auto, lr_scheduler_type="constant"))
     assert found[0].accumulation_steps == 4
     log = (tmp_path / "auto" / "train.log").read_text()
-    assert "= 8 × 32 × 1 process × 1 accumulated" in log  # all that a step has
+    assert "= 8 × 32 × 1 process × 1 accumulated" in log  # the whole step
     assert "= 2 × 32 × 1 process × 4 accumulated" in log
     again = dataclasses.replace(plain, output_dir=str(tmp_path / "again"), lr_scheduler_type="constant")
     train(again)
     expected = [line["train_loss"] for line in read_metrics(tmp_path / "again") if "train_loss" in line]
     losses = [line["train_loss"] for line in read_metrics(tmp_path / "auto") if "train_loss" in line]
-    # Sums in another order, enlarged by AdamW where a gradient is almost 0.
+    # Sums are in another order, and AdamW amplifies the difference where a gradient is almost 0.
     assert losses == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.fixture
 def saved_by_a_block() -> Callable[..., int]:
-    """Bytes that one block more keeps for the backward pass."""
+    """Bytes that one more block saves for the backward pass."""
 
     def measured(bf16: bool, **config: Any) -> int:
         totals = []
@@ -161,30 +161,30 @@ def saved_by_a_block() -> Callable[..., int]:
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_the_expected_activations_are_those_that_a_block_keeps(
+def test_estimated_activations_are_what_a_block_saves(
     bf16: bool, attention: str, saved_by_a_block: Callable[..., int]
 ) -> None:
-    copies = 12 * 64 * 64 * 2 if bf16 else 0  # of the block's weights, which autocast keeps
-    expected = expected_activations(
+    copies = 12 * 64 * 64 * 2 if bf16 else 0  # autocast's copies of the block's weights
+    expected = block_activations(
         4 * 48, 64, size=2 if bf16 else 4, attention_scores=4 * 48 if attention == "eager" else 0
     )
-    # Means, variances and the like are left out.
+    # The estimate leaves out means, variances and the like.
     assert saved_by_a_block(bf16, attn_implementation=attention) - copies == pytest.approx(expected, rel=0.03)
 
 
-def test_gpt2_124m_takes_what_a_hand_counts(tiny_recipe: Make) -> None:
+def test_estimate_of_gpt2_124m_equals_a_count_by_hand(tiny_recipe: Make) -> None:
     config = GPT2ScratchConfig()
     recipe = tiny_recipe(seq_len=1024, tokens_per_step=524_288)
-    assert expected_parameters(config) == 124_439_808
-    one, two = (expected_memory(config, recipe, sequences=sequences, bf16=True) for sequences in (1, 2))
+    assert count_parameters(config) == 124_439_808
+    one, two = (estimate_memory(config, recipe, sequences=sequences, bf16=True) for sequences in (1, 2))
     assert (one.weights, one.gradients, one.optimizer) == (497_759_232, 497_759_232, 995_518_464)
-    # 36 bytes for each number of the stream in a block, and 8 at its end.
+    # Per token and channel: 36 bytes in a block, and 8 after the last one.
     assert two.activations - one.activations == 1024 * 768 * (36 * 12 + 8)
-    shared = expected_memory(config, recipe, sequences=1, num_processes=8, sharded=True, bf16=True)
+    shared = estimate_memory(config, recipe, sequences=1, num_processes=8, sharded=True, bf16=True)
     assert shared.optimizer == 995_518_464 // 8
 
 
-def test_the_expected_parameters_are_a_models_own() -> None:
+def test_counted_parameters_are_those_of_a_model() -> None:
     for changes in ({}, {"n_layer": 1, "n_inner": 24}):
         model = tiny(**changes)
-        assert expected_parameters(model.config) == model.num_parameters()
+        assert count_parameters(model.config) == model.num_parameters()

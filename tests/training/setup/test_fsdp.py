@@ -1,4 +1,4 @@
-"""FSDP2: the losses of DDP, ordinary model folders, and checkpoints that either goes on from."""
+"""FSDP2: the same losses as DDP, ordinary model folders, and checkpoints that each can resume from."""
 
 import dataclasses
 import shutil
@@ -15,7 +15,7 @@ from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
 from training.monitoring.run_log import read_metrics
 from training.recipe import Recipe
-from training.setup.fsdp import check_sharding_settings
+from training.setup.fsdp import check_fsdp_settings
 
 Make = Callable[..., Recipe]
 
@@ -31,46 +31,46 @@ def losses(run: Path) -> dict[tuple[int, str], float]:
     }
 
 
-def begun_like(run: Path, recipe: Recipe, step: int) -> Recipe:
-    """The recipe of a run that was killed behind the checkpoint of `step` of another run."""
-    begun = dataclasses.replace(recipe, output_dir=f"{run}-continued")
-    folder = Path(begun.output_dir)
+def killed_after(run: Path, recipe: Recipe, step: int) -> Recipe:
+    """The recipe of a run that was killed after saving the checkpoint of `step` of another run."""
+    copied = dataclasses.replace(recipe, output_dir=f"{run}-continued")
+    folder = Path(copied.output_dir)
     name = f"step-{step:06d}"
     shutil.copytree(run / "checkpoints" / name, folder / "checkpoints" / name)
     for file in ("metrics.jsonl", "log.txt", "recipe.yaml"):
         shutil.copy(run / file, folder / file)
-    return begun
+    return copied
 
 
-def test_fsdp2_trains_as_ddp_does_and_their_checkpoints_cross(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_fsdp2_trains_like_ddp_and_resumes_from_its_checkpoints(tiny_recipe: Make, tmp_path: Path) -> None:
     ddp = tiny_recipe(output_dir=str(tmp_path / "ddp"), per_device_train_batch_size=2, max_steps=8)
     fsdp2 = dataclasses.replace(ddp, output_dir=str(tmp_path / "fsdp2"))
     launched(ddp, "cpu_2_processes")
     said = launched(fsdp2, "fsdp2_8xa100")
     assert "To try next" in said
-    assert said.count("  | ") >= 2  # samples, drawn by both and told by one
+    assert said.count("  | ") >= 2  # samples, drawn by both ranks and printed by one
     expected = losses(tmp_path / "ddp")
     assert {key for key in expected if key[0] == 8} == {(8, "train_loss"), (8, "grad_norm"), (8, "val_loss")}
-    # Sums in another order: fp32 rounding.
+    # Sums are in another order: fp32 rounding.
     assert losses(tmp_path / "fsdp2") == pytest.approx(expected, abs=1e-5)
 
-    from_ddp = begun_like(tmp_path / "ddp", fsdp2, 4)
+    from_ddp = killed_after(tmp_path / "ddp", fsdp2, 4)
     assert "going on from" in launched(from_ddp, "fsdp2_8xa100")
     assert losses(Path(from_ddp.output_dir)) == pytest.approx(expected, abs=1e-5)
-    from_fsdp2 = begun_like(tmp_path / "fsdp2", ddp, 4)
-    train(from_fsdp2)  # one process: what DDP saves does not depend on how many there are
+    from_fsdp2 = killed_after(tmp_path / "fsdp2", ddp, 4)
+    train(from_fsdp2)  # with one process: what DDP saves does not depend on the number
     assert losses(Path(from_fsdp2.output_dir)) == pytest.approx(expected, abs=1e-5)
 
     assert_ordinary_folders(tmp_path / "fsdp2", like=tmp_path / "ddp")
 
 
 @pytest.mark.slow
-def test_blocks_that_are_sharded_and_compiled_train_as_those_that_are_not(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_sharded_and_compiled_blocks_train_like_uncompiled_ones(tiny_recipe: Make, tmp_path: Path) -> None:
     plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=6, save_steps=3)
     compiled = dataclasses.replace(plain, output_dir=str(tmp_path / "compiled"), compile=True)
     launched(plain, "fsdp2_8xa100")
     launched(compiled, "fsdp2_8xa100")
-    # Sums in another order: fp32 rounding.
+    # Sums are in another order: fp32 rounding.
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
     assert_ordinary_folders(tmp_path / "compiled", like=tmp_path / "plain")
 
@@ -78,12 +78,12 @@ def test_blocks_that_are_sharded_and_compiled_train_as_those_that_are_not(tiny_r
 def assert_ordinary_folders(run: Path, *, like: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    import gpt2_scratch  # noqa: F401 - makes the Auto classes know it
+    import gpt2_scratch  # noqa: F401 - registers the Auto classes
 
     for folder, other in ((run / "model", like / "model"), (checkpoints(run)[-1], checkpoints(like)[-1])):
         stored, expected = load_file(folder / "model.safetensors"), load_file(other / "model.safetensors")
         assert stored.keys() == expected.keys()
-        assert "lm_head.weight" not in stored  # tied: it is not stored twice
+        assert "lm_head.weight" not in stored  # tied, so it is not stored twice
         model = AutoModelForCausalLM.from_pretrained(folder)
         assert type(model).__name__ == "GPT2ScratchForCausalLM"
         assert (folder / "config.json").read_text() == (other / "config.json").read_text()
@@ -91,7 +91,7 @@ def assert_ordinary_folders(run: Path, *, like: Path) -> None:
         assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_a_model_too_small_to_be_parted_and_another_version_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_too_small_to_shard_and_fsdp_version_1_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
     from typing import Any
 
@@ -100,9 +100,9 @@ def test_a_model_too_small_to_be_parted_and_another_version_are_refused(monkeypa
     from training.setup.fsdp import shard
 
     many: Any = SimpleNamespace(num_processes=33)
-    with pytest.raises(InputError, match="each of 33 processes, found a weight of 32; train a model this small with"):
+    with pytest.raises(InputError, match="32 rows cannot be sharded across 33 processes; train a model this small"):
         shard(tiny(), many)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(InputError, match="expected fsdp_version 2, found 1; take accelerate_configs/fsdp2_8xa100"):
-        check_sharding_settings()
+    with pytest.raises(InputError, match="fsdp_version 1 is not supported; use accelerate_configs/fsdp2_8xa100"):
+        check_fsdp_settings()

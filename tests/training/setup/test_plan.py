@@ -1,4 +1,4 @@
-"""What is known of a run before it begins: what it refuses, and how long it is."""
+"""The plan of a run: its errors before training, and its length."""
 
 import dataclasses
 from collections.abc import Callable
@@ -27,9 +27,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
         ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a checkpoint: expected training_state"),
     ],
 )
-def test_an_output_folder_that_holds_another_run_is_refused(
-    change: dict[str, object], message: str, tiny_recipe: Make
-) -> None:
+def test_output_folder_of_another_run_is_an_error(change: dict[str, object], message: str, tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=2)
     train(recipe)
     before = sorted((path, path.stat().st_mtime_ns) for path in Path(recipe.output_dir).rglob("*"))
@@ -52,7 +50,7 @@ def test_an_output_folder_that_holds_another_run_is_refused(
         ({"max_steps": None, "num_train_epochs": 0.001}, "shorter than one step"),
     ],
 )
-def test_what_cannot_work_is_refused_before_training(
+def test_what_cannot_work_is_an_error_before_training(
     change: dict[str, object], message: str, tiny_recipe: Make
 ) -> None:
     with pytest.raises(InputError, match=message) as caught:
@@ -61,7 +59,7 @@ def test_what_cannot_work_is_refused_before_training(
     assert not (Path(tiny_recipe().output_dir) / "checkpoints").exists()
 
 
-def test_ready_shards_of_another_tokenizer_are_refused(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_foreign_shards_of_another_tokenizer_are_an_error(tiny_recipe: Make, tmp_path: Path) -> None:
     for name, size in (("x_val_000000", 500), ("x_train_000001", 3000)):
         np.save(tmp_path / f"{name}.npy", np.full(size, 300, dtype="<u2"))
     with pytest.raises(InputError, match="the vocabulary has 300 ids"):
@@ -75,9 +73,9 @@ def test_epochs_and_tokens_become_steps(tiny_recipe: Make) -> None:
     assert total_steps(tiny_recipe(max_steps=None, max_tokens=2600), order) == 10
 
 
-def test_a_part_of_an_epoch_is_as_long_as_it_is_written(tiny_recipe: Make) -> None:
+def test_fraction_of_an_epoch_is_read_in_decimal(tiny_recipe: Make) -> None:
     order = Order([3233], seq_len=32, seed=0)
     assert [order.windows_in_epoch(epoch) for epoch in range(3)] == [101, 100, 100]
-    # In binary, 2.3 - 2 is less than 0.3, and 29 windows would be taken.
+    # As binary floats, 2.3 - 2 is less than 0.3, which would give 29 windows.
     recipe = tiny_recipe(max_steps=None, num_train_epochs=2.3, tokens_per_step=32, per_device_train_batch_size=1)
     assert total_steps(recipe, order) == 101 + 100 + 30

@@ -1,4 +1,4 @@
-"""What a run would take: said before it, measured, with nothing written."""
+"""Preflight: measures a run before it starts, and writes nothing."""
 
 import dataclasses
 import os
@@ -28,62 +28,62 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def lines_of(printed: str) -> dict[str, str]:
-    return {line[:12].strip(): line[12:] for line in printed.splitlines() if re.match(r"[a-z]+ {2,}", line)}
+    return {line[:12].strip(): line[12:] for line in printed.splitlines() if re.match(r"[a-z-]+ {2,}", line)}
 
 
-def test_it_says_what_the_run_takes_and_writes_nothing(
+def test_preflight_reports_memory_time_and_cost_and_writes_nothing(
     tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = tiny_recipe(tokenizer="gpt2", data_dir=str(tmp_path / "absent"), dropout=0.1, seq_len=16)
     preflight(recipe, price_per_gpu_hour=2.0)
-    said = lines_of(capsys.readouterr().out)
-    assert said["processes"].startswith("1 on 1 machine: 1 × ")
-    assert said["batch"] == "256 tokens a step = 4 × 16 × 1 process × 4 accumulated"
-    assert "vocabulary 50,257, in fp32" in said["model"]
+    report = lines_of(capsys.readouterr().out)
+    assert report["processes"].startswith("1 on 1 node: 1 × ")
+    assert report["batch"] == "256 tokens a step = 4 × 16 × 1 process × 4 accumulated"
+    assert "vocabulary 50,257, in fp32" in report["model"]
     # 1,634,240 parameters: 6.23 MiB, with a gradient and two moments of that size.
-    assert re.match(r"\d+\.\d MiB a device by estimate: weights 6\.2 MiB, gradients 6\.2 MiB, opt", said["memory"])
-    assert said["data"].startswith(f"nothing is in {tmp_path / 'absent'} yet; training would have ")
-    assert said["length"] == "12 steps, 3,072 tokens"
-    assert re.match(r"[\d,]+ tokens/s, .* s a step: the median of 3 steps here, of 4 × 16 tokens", said["speed"])
-    rest = "validation included; samples, eval_tasks and checkpoints not"
-    assert re.match(rf"0\.\d\d\d\d hours \(.* s\), {rest}", said["time"])
-    assert said["cost"].endswith("at 2.00 an hour for each of 1")
+    assert re.match(r"estimated \d+\.\d MiB per device: weights 6\.2 MiB, gradients 6\.2 MiB, opt", report["memory"])
+    assert report["data"].startswith(f"nothing in {tmp_path / 'absent'} yet; training would tokenize ")
+    assert report["length"] == "12 steps, 3,072 tokens"
+    assert re.match(r"[\d,]+ tokens/s, .* s per step: median of 3 steps with 4 × 16 tokens", report["speed"])
+    assert re.match(
+        r"0\.\d\d\d\d hours \(.* s\) with validation, without samples, eval_tasks and checkpoints",
+        report["time"],
+    )
+    assert report["cost"].endswith("at 2.00 per GPU hour on 1")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_was_begun_is_counted_from_its_checkpoint(
-    tiny_recipe: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resumed_run_is_counted_from_its_checkpoint(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(max_steps=4)
     train(recipe)
     run = Path(recipe.output_dir)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     capsys.readouterr()
     preflight(dataclasses.replace(recipe, max_steps=None, num_train_epochs=2.0))
-    said = lines_of(capsys.readouterr().out)
-    assert said["length"].endswith("; 4 steps are done")
-    assert "training tokens in" in said["data"]
-    assert "cost" not in said
+    report = lines_of(capsys.readouterr().out)
+    assert report["length"].endswith("; resumes after step 4")
+    assert "training tokens in" in report["data"]
+    assert "cost" not in report
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_an_end_before_the_checkpoint_is_refused_as_training_does(tiny_recipe: Make) -> None:
+def test_end_before_the_checkpoint_is_an_error_as_in_training(tiny_recipe: Make) -> None:
     train(tiny_recipe(max_steps=8))
     with pytest.raises(InputError, match="is 8 steps long, and the run was asked to end after 4; give it a later end"):
         preflight(tiny_recipe(max_steps=4))
 
 
-def test_epochs_of_a_corpus_that_is_not_there_have_no_length(
+def test_length_in_epochs_of_a_missing_corpus_is_unknown(
     tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     preflight(tiny_recipe(data_dir=str(tmp_path / "absent"), max_steps=None, num_train_epochs=1.0))
-    said = lines_of(capsys.readouterr().out)
-    assert said["length"].startswith("unknown: epochs have no length")
-    assert "tokens/s" in said["speed"]
-    assert "time" not in said
+    report = lines_of(capsys.readouterr().out)
+    assert report["length"].startswith("unknown: the corpus must be tokenized")
+    assert "tokens/s" in report["speed"]
+    assert "time" not in report
 
 
-def test_two_processes_are_checked_by_what_they_add_up(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_all_reduce_of_two_processes_is_checked(tiny_recipe: Make, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     tiny_recipe(per_device_train_batch_size="auto", data_dir=str(tmp_path / "absent")).save(path)
     command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--main_process_port", "0"]
@@ -92,22 +92,22 @@ def test_two_processes_are_checked_by_what_they_add_up(tiny_recipe: Make, tmp_pa
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
-    said = lines_of(done.stdout)
-    assert said["processes"].startswith("2 on 1 machine: 2 × ")
-    assert re.match(r"all-reduce of 16 MiB is right, at [\d.e+]+ GB/s for each process", said["exchange"])
-    assert said["batch"] == "256 tokens a step = 4 × 32 × 2 processes × 1 accumulated"
-    assert said["cost"].endswith("at 1.79 an hour for each of 2")
+    report = lines_of(done.stdout)
+    assert report["processes"].startswith("2 on 1 node: 2 × ")
+    assert re.match(r"16 MiB summed correctly, [\d.e+]+ GB/s per process", report["all-reduce"])
+    assert report["batch"] == "256 tokens a step = 4 × 32 × 2 processes × 1 accumulated"
+    assert report["cost"].endswith("at 1.79 per GPU hour on 2")
     assert [entry.name for entry in tmp_path.iterdir()] == ["r.yaml"]
 
 
-def test_a_wrong_sum_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_sum_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     pair: Any = SimpleNamespace(num_processes=2, process_index=1, device=torch.device("cpu"))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: None)
-    with pytest.raises(InputError, match="process 1: expected an all-reduce over 2 processes to give 3, found 2; mend"):
-        module._exchange(pair)
+    with pytest.raises(InputError, match="rank 1: an all-reduce over 2 processes gave 2 instead of 3; fix"):
+        module._check_all_reduce(pair)
 
 
-def test_a_model_that_does_not_fit_is_one_line(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_does_not_fit_is_a_one_line_error(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(*arguments: Any, **settings: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -116,7 +116,7 @@ def test_a_model_that_does_not_fit_is_one_line(tiny_recipe: Make, monkeypatch: p
         preflight(tiny_recipe())
 
 
-def test_hours_count_the_steps_that_are_left_and_their_validations(tiny_recipe: Make) -> None:
+def test_hours_count_the_remaining_steps_and_their_validations(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=100, eval_steps=25, eval_tokens=7_680)
     batch = plan_batch(tokens_per_step=256, seq_len=32, per_device=4, num_processes=1)
     # 60 steps, and 3 validations (50, 75, 100) of a third of 30 steps each; and of 90 to 110, two (100, 110).

@@ -1,4 +1,4 @@
-"""Machines with data folders of their own, begun together: processes that stand for them, with a short time-out."""
+"""Nodes with shard folders of their own; processes with a short timeout stand in for them."""
 
 import dataclasses
 import shutil
@@ -22,7 +22,7 @@ TIMEOUT_SECONDS = 6.0
 
 @pytest.fixture
 def start(tiny_recipe: Make, shard_folder: Path, tmp_path: Path) -> Callable[..., tuple[ProcessesOfARun, list[Recipe]]]:
-    """Start two machines, the first with all shards, the second with the folder and the changes that are given."""
+    """Start two nodes: the first has all shards, the second the given folder and changes."""
 
     def start(data_dir: Path, **changes: object) -> tuple[ProcessesOfARun, list[Recipe]]:
         shutil.copytree(shard_folder, tmp_path / "data-0")
@@ -39,12 +39,12 @@ def start(tiny_recipe: Make, shard_folder: Path, tmp_path: Path) -> Callable[...
     return start
 
 
-def test_machine_that_waits_long_for_its_first_shards_does_not_end_the_others(
+def test_node_that_waits_long_for_its_first_shards_does_not_end_the_others(
     start: Callable[..., tuple[ProcessesOfARun, list[Recipe]]], shard_folder: Path, tmp_path: Path
 ) -> None:
     growing = GrowingFolder(shard_folder, tmp_path / "data-1")
     growing.show(1)
-    with locked(growing.path):  # its own producer waits
+    with locked(growing.path):  # the node's own producer waits
         processes, recipes = start(growing.path)
         time.sleep(1.5 * TIMEOUT_SECONDS)
         assert all(process.is_alive() for process in processes.processes), processes.printed.read_text()
@@ -53,7 +53,7 @@ def test_machine_that_waits_long_for_its_first_shards_does_not_end_the_others(
     assert len([line for line in read_metrics(Path(recipes[0].output_dir)) if "train_loss" in line]) == 3
 
 
-def test_machine_whose_corpus_cannot_be_read_ends_all_of_them_with_a_line_each(
+def test_unreadable_corpus_of_one_node_ends_all_with_one_line_each(
     start: Callable[..., tuple[ProcessesOfARun, list[Recipe]]], tmp_path: Path
 ) -> None:
     (tmp_path / "c.jsonl").write_text('{"texts": "no such field"}\n')
@@ -61,12 +61,13 @@ def test_machine_whose_corpus_cannot_be_read_ends_all_of_them_with_a_line_each(
     assert processes.wait() == [2, 2]
     errors = sorted(line for line in processes.printed.read_text().splitlines() if line.startswith("error: "))
     assert len(errors) == 2
-    assert errors[0].startswith("error: another process of the run met a mistake and the run cannot begin")
-    assert errors[1].startswith("error: expected the field 'text' in")
+    assert errors[1].startswith("error: rank 1 failed: ")
+    assert "'text' in" in errors[0]
+    assert errors[0].removeprefix("error: ") in errors[1]
     assert "Traceback" not in processes.printed.read_text()
 
 
-def test_machines_with_different_data_do_not_train_together(
+def test_nodes_with_different_data_do_not_train_together(
     start: Callable[..., tuple[ProcessesOfARun, list[Recipe]]], shard_folder: Path, tmp_path: Path
 ) -> None:
     data = tmp_path / "data-1"
@@ -77,6 +78,6 @@ def test_machines_with_different_data_do_not_train_together(
     processes, recipes = start(data)
     assert processes.wait() == [2, 2], processes.printed.read_text()
     lines = processes.printed.read_text()
-    assert lines.count("error: expected the same data on every machine, found different ones") == 2
+    assert lines.count("error: the nodes do not match: data: corpus_revision is ") == 2
     assert "Traceback" not in lines
     assert not any(Path(recipe.output_dir).exists() for recipe in recipes)

@@ -149,7 +149,7 @@ def test_recipe_that_keeps_documents_apart_trains_and_cannot_change_its_mind(
 ) -> None:
     from common.cli_errors import InputError
 
-    monkeypatch.setattr("training.setup.build.use_all_cores", lambda: torch.set_num_threads(1))
+    monkeypatch.setattr("training.setup.accelerator.use_all_cores", lambda: torch.set_num_threads(1))
     together = tiny_recipe(output_dir=str(tmp_path / "together"), max_steps=4)
     apart = tiny_recipe(output_dir=str(tmp_path / "apart"), max_steps=4, document_mask=True)
     losses = {}

@@ -13,7 +13,7 @@ from support.paths import ROOT
 from support.tiny_models import one_thread  # noqa: F401
 from torch import Tensor
 
-from training.setup.build import build_accelerator
+from training.setup.accelerator import build_accelerator
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

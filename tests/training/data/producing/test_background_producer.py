@@ -29,7 +29,7 @@ from training.data.tokenization.tokenizer import train_bpe
 from training.loop import train
 from training.monitoring.run_log import RunLog, read_metrics
 from training.recipe import Recipe
-from training.setup.plan import preprocessing_workers
+from training.setup.training_data import preprocessing_workers
 
 Make = Callable[..., Recipe]
 
@@ -41,7 +41,7 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for process
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiny matrices on several threads spend their time waiting for each other when the cores are busy.
-    monkeypatch.setattr("training.setup.build.use_all_cores", lambda: torch.set_num_threads(1))
+    monkeypatch.setattr("training.setup.accelerator.use_all_cores", lambda: torch.set_num_threads(1))
 
 
 def processes_that_name(text: str) -> list[int]:
@@ -228,12 +228,12 @@ def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(tmp_p
 
 
 def test_cores_that_training_leaves_free_tokenise(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.setup.plan.usable_cpus", lambda: 64)
+    monkeypatch.setattr("training.setup.training_data.usable_cpus", lambda: 64)
     assert preprocessing_workers(tiny_recipe(dataloader_num_workers=2), 8) == 64 - 24
     assert preprocessing_workers(tiny_recipe(preprocessing_num_workers=3), 8) == 3
-    monkeypatch.setattr("training.setup.plan.usable_cpus", lambda: 2)
+    monkeypatch.setattr("training.setup.training_data.usable_cpus", lambda: 2)
     assert preprocessing_workers(tiny_recipe(), 8) == 2
-    monkeypatch.setattr("training.setup.plan.usable_cpus", lambda: 1)
+    monkeypatch.setattr("training.setup.training_data.usable_cpus", lambda: 1)
     assert preprocessing_workers(tiny_recipe(), 8) == 1
 
 

@@ -1,4 +1,4 @@
-"""What machines tell each other before a run begins; threads stand for them here."""
+"""Nodes wait for each other and verify that they match before a run starts; threads stand in for nodes."""
 
 import dataclasses
 import json
@@ -18,54 +18,56 @@ from common import token_files
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError
 from common.folder_lock import locked
+from common.ranks import Ranks
 from training.data.producing.background_producer import ProducerBeside
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.loop import train
 from training.recipe import Recipe
-from training.setup.cross_node_checks import Machines
+from training.setup.node_checks import check_nodes_match, wait_for_shards
 from training.setup.plan import Plan, plan_run
 
 Make = Callable[..., Recipe]
 
-GIVEN_UP = "^another process of the run met a mistake and the run cannot begin"
+NO_MATCH = "^the nodes do not match: "
 
 
-class TwoMachines:
-    """Plans of one run, made at the same time; a machine that asks the other, when that is gone, fails."""
+class TwoNodes:
+    """Plans of one run, made at the same time; a node that waits for one that is gone fails."""
 
     def __init__(self) -> None:
-        self._numbers: list[int] = []
-        self._meeting = threading.Barrier(2, timeout=30)
+        self._values: list[Any] = [None, None]
+        self._barrier = threading.Barrier(2, timeout=30)
         self._threads = ThreadPoolExecutor(2)
         self.producers = [ProducerBeside(lambda line: None) for _ in range(2)]
 
-    def least(self, number: int) -> int:
-        self._numbers.append(number)
-        self._meeting.wait()
-        smallest = min(self._numbers)
-        if self._meeting.wait() == 0:
-            self._numbers.clear()
-        self._meeting.wait()
-        return smallest
+    def gather_object(self, rank: int) -> Callable[[list[Any]], list[Any]]:
+        def gather_object(values: list[Any]) -> list[Any]:
+            self._values[rank] = values[0]
+            self._barrier.wait()
+            every_rank = list(self._values)
+            self._barrier.wait()
+            return every_rank
+
+        return gather_object
 
     def plan(self, *recipes: Recipe) -> list[Future[Plan]]:
         return [
-            self._threads.submit(plan_run, recipe, producer, least=self.least)
-            for recipe, producer in zip(recipes, self.producers, strict=True)
+            self._threads.submit(plan_run, recipe, self.producers[rank], gather_object=self.gather_object(rank))
+            for rank, recipe in enumerate(recipes)
         ]
 
-    def end(self) -> None:
+    def close(self) -> None:
         for producer in self.producers:
             producer.stop()
         self._threads.shutdown()
 
 
 @pytest.fixture
-def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoMachines]:
+def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoNodes]:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    # numpy parses a header as Python, which Python 3.11 cannot do in two threads at once; machines have one each.
+    # numpy parses a header as Python code, which Python 3.11 cannot do in two threads at once.
     parse, one_at_a_time = token_files._npy_header, threading.Lock()
 
     def parse_alone(*arguments: Any) -> Any:
@@ -73,13 +75,13 @@ def machines(monkeypatch: pytest.MonkeyPatch) -> Iterator[TwoMachines]:
             return parse(*arguments)
 
     monkeypatch.setattr(token_files, "_npy_header", parse_alone)
-    machines = TwoMachines()
-    yield machines
-    machines.end()
+    nodes = TwoNodes()
+    yield nodes
+    nodes.close()
 
 
 def folder_with_another_shard(shard_folder: Path, path: Path) -> Path:
-    """A copy that is right by itself, of which the first training shard is another."""
+    """A consistent copy whose first training shard has other content."""
     shutil.copytree(shard_folder, path)
     manifest = Manifest.read(path)
     assert manifest is not None
@@ -91,40 +93,41 @@ def folder_with_another_shard(shard_folder: Path, path: Path) -> Path:
     return path
 
 
-def refuse(plan: Future[Plan], message: str) -> None:
+def assert_fails(plan: Future[Plan], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
         plan.result()
     assert "\n" not in str(caught.value)
 
 
-def test_machines_with_the_same_data_begin(
-    machines: TwoMachines, tiny_recipe: Make, shard_folder: Path, tmp_path: Path
-) -> None:
+def test_nodes_with_the_same_data_start(nodes: TwoNodes, tiny_recipe: Make, shard_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(shard_folder, tmp_path / "copy")
-    plans = machines.plan(tiny_recipe(), tiny_recipe(data_dir=str(tmp_path / "copy")))
+    plans = nodes.plan(tiny_recipe(), tiny_recipe(data_dir=str(tmp_path / "copy")))
     assert [plan.result().total_steps for plan in plans] == [12, 12]
 
 
-def test_machines_with_other_shards_are_all_refused(
-    machines: TwoMachines, tiny_recipe: Make, shard_folder: Path, tmp_path: Path
+def test_other_shards_on_a_node_are_an_error_on_all(
+    nodes: TwoNodes, tiny_recipe: Make, shard_folder: Path, tmp_path: Path
 ) -> None:
     other = folder_with_another_shard(shard_folder, tmp_path / "other")
-    for plan in machines.plan(tiny_recipe(), tiny_recipe(data_dir=str(other))):
-        refuse(plan, "^expected the same data on every machine, found different ones .* first training shard .* copy")
+    for plan in nodes.plan(tiny_recipe(), tiny_recipe(data_dir=str(other))):
+        assert_fails(
+            plan,
+            NO_MATCH + "data: first training shard is [0-9a-f]+ on rank 0, [0-9a-f]+ on rank 1; .* copy both",
+        )
 
 
-def test_machines_with_tokenizers_trained_on_each_are_all_refused(
-    machines: TwoMachines, tiny_recipe: Make, tmp_path: Path
+def test_tokenizers_trained_on_each_node_are_an_error_on_all(
+    nodes: TwoNodes, tiny_recipe: Make, tmp_path: Path
 ) -> None:
     (tmp_path / "c.jsonl").write_text('{"text": "quite another text than theirs"}\n' * 3000)
     theirs = {"corpus": str(tmp_path / "c.jsonl"), "tokenizer": "train:275", "data_dir": str(tmp_path / "data")}
     ours = {"tokenizer": "train:275", "data_dir": str(tmp_path / "ours")}
-    for plan in machines.plan(tiny_recipe(**ours), tiny_recipe(**theirs)):
-        refuse(plan, "^expected the same data on every machine")
+    for plan in nodes.plan(tiny_recipe(**ours), tiny_recipe(**theirs)):
+        assert_fails(plan, NO_MATCH + "data: ")
 
 
-def test_ready_shards_without_a_manifest_are_compared_by_their_ids(
-    machines: TwoMachines, tiny_recipe: Make, tmp_path: Path
+def test_shards_without_a_manifest_are_compared_by_their_ids(
+    nodes: TwoNodes, tiny_recipe: Make, tmp_path: Path
 ) -> None:
     recipes = []
     for number in range(2):
@@ -133,24 +136,24 @@ def test_ready_shards_without_a_manifest_are_compared_by_their_ids(
         for name, size in (("x_val_000000", 500), ("x_train_000001", 3000)):
             np.save(folder / f"{name}.npy", np.full(size, number, dtype="<u2"))
         recipes.append(tiny_recipe(data_dir=str(folder), tokenizer=tiny_recipe().data_dir))
-    for plan in machines.plan(*recipes):
-        refuse(plan, "^expected the same data on every machine")
+    for plan in nodes.plan(*recipes):
+        assert_fails(plan, NO_MATCH + "data: ")
 
 
 @pytest.mark.parametrize(
-    ("difference", "told"),
+    ("difference", "message"),
     [
-        ({"learning_rate": 1e-4}, "learning_rate 0.00"),
-        ({"max_steps": 13}, "steps in all 1[23], max_steps 1[23]"),
-        ({"init_from": "other"}, "initial weights [0-9a-f]*"),
-        ({"eval_data_dir": "other"}, "items of eval_tasks [0-9a-f]*"),
+        ({"learning_rate": 1e-4}, "learning_rate is 0.003 on rank 0, 0.0001 on rank 1;"),
+        ({"max_steps": 13}, "total steps is 12 on rank 0, 13 on rank 1; max_steps is 12 on rank 0, 13 on rank 1;"),
+        ({"init_from": "other"}, "initial weights is [0-9a-f]+ on rank 0, [0-9a-f]+ on rank 1;"),
+        ({"eval_data_dir": "other"}, "items of eval_tasks is [0-9a-f]+ on rank 0, [0-9a-f]+ on rank 1;"),
         ({"init_from": "same", "eval_data_dir": "same", "report_to": ["tensorboard"]}, None),
     ],
 )
-def test_machines_with_other_recipes_are_all_refused(
+def test_other_recipes_on_a_node_are_an_error_on_all(
     difference: dict[str, object],
-    told: str | None,
-    machines: TwoMachines,
+    message: str | None,
+    nodes: TwoNodes,
     tiny_recipe: Make,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -161,24 +164,24 @@ def test_machines_with_other_recipes_are_all_refused(
         Path(name, "model.safetensors").write_text(content)
         Path(name, "lambada_test.jsonl").write_text(json.dumps({"text": f"the last word of {content}"}) + "\n")
     both = {"eval_tasks": ["lambada"], "eval_data_dir": "here", "init_from": "here"}
-    for plan in machines.plan(tiny_recipe(**both), tiny_recipe(**{**both, **difference})):
-        if told is None:
+    for plan in nodes.plan(tiny_recipe(**both), tiny_recipe(**{**both, **difference})):
+        if message is None:
             assert plan.result().total_steps == 12
         else:
-            refuse(plan, rf"^expected the same run on every machine, found different ones \(in .* here: {told}\d*\);")
+            assert_fails(plan, NO_MATCH + message)
 
 
-def test_machines_with_other_versions_of_the_project_do_not_begin(machines: TwoMachines) -> None:
+def test_facts_of_another_version_are_reported_as_missing(nodes: TwoNodes) -> None:
     facts = ({"step": 1}, {"step": 1, "a new key": 2})
     with ThreadPoolExecutor(2) as threads:
-        asked = [threads.submit(Machines(machines.least).compare_runs, "run", lambda f=f: f) for f in facts]
-    for answer in asked:
-        with pytest.raises(InputError, match=r"^expected the same version of this project on every machine"):
-            answer.result()
+        checks = [threads.submit(check_nodes_match, facts[rank], Ranks(nodes.gather_object(rank))) for rank in range(2)]
+    for check in checks:
+        with pytest.raises(InputError, match=r"a new key is missing on rank 0, 2 on rank 1; .* the same code"):
+            check.result()
 
 
-def test_machine_without_the_others_checkpoints_is_refused_and_one_with_a_copy_begins(
-    machines: TwoMachines, tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_node_without_the_checkpoints_is_an_error_and_one_with_a_copy_starts(
+    nodes: TwoNodes, tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, there = tiny_recipe(max_steps=4), tiny_recipe(max_steps=4, output_dir=str(tmp_path / "there"))
     with monkeypatch.context() as patch:
@@ -186,50 +189,49 @@ def test_machine_without_the_others_checkpoints_is_refused_and_one_with_a_copy_b
         patch.delenv("LOCAL_WORLD_SIZE")
         train(run)
     here, elsewhere = (dataclasses.replace(recipe, max_steps=8) for recipe in (run, there))
-    plans, found = machines.plan(here, elsewhere), ("4, checkpoint [0-9a-f]+", "0, checkpoint None")
-    for plan, taken in zip(plans, found, strict=True):
-        refuse(plan, f"^expected the same run .* here: steps taken {taken}.*\\); .* a copy of all")
+    for plan in nodes.plan(here, elsewhere):
+        assert_fails(plan, NO_MATCH + "first step is 4 on rank 0, 0 on rank 1; checkpoint is [0-9a-f]+ on .* copy both")
     shutil.copytree(run.output_dir, there.output_dir)
-    assert [plan.result().first_step for plan in machines.plan(here, elsewhere)] == [4, 4]
+    assert [plan.result().first_step for plan in nodes.plan(here, elsewhere)] == [4, 4]
 
 
 @pytest.mark.parametrize(
-    ("mistake", "message"),
+    ("change", "message"),
     [
         ({"data_dir": "absent", "corpus": "absent.txt"}, "absent.txt"),
         ({"val_tokens": 3_000}, "val_tokens 2000 instead of 3000"),
         ({"eval_tasks": ["lambada"], "eval_data_dir": "absent"}, "absent"),
     ],
 )
-def test_mistake_of_one_machine_ends_the_other_at_once(
-    mistake: dict[str, object], message: str, machines: TwoMachines, tiny_recipe: Make
+def test_error_of_one_node_ends_the_other_immediately(
+    change: dict[str, object], message: str, nodes: TwoNodes, tiny_recipe: Make
 ) -> None:
     started = time.monotonic()
-    right, wrong = machines.plan(tiny_recipe(), tiny_recipe(**mistake))
-    refuse(wrong, message)
-    refuse(right, GIVEN_UP)
+    right, wrong = nodes.plan(tiny_recipe(), tiny_recipe(**change))
+    assert_fails(wrong, message)
+    assert_fails(right, "^rank 1 failed: ")
     assert time.monotonic() - started < 20
 
 
-def test_machine_whose_producer_fails_behind_its_first_shards_begins_with_the_others(
-    machines: TwoMachines, tiny_recipe: Make, shard_folder: Path, tmp_path: Path
+def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others(
+    nodes: TwoNodes, tiny_recipe: Make, shard_folder: Path, tmp_path: Path
 ) -> None:
     folders = [GrowingFolder(shard_folder, tmp_path / f"data-{number}") for number in range(2)]
     folders[0].show(2)
     folders[1].show(1)
     changed = tmp_path / "corpus.jsonl"
-    changed.write_text('{"text": "what the folder was not begun with"}\n')
+    changed.write_text('{"text": "not the corpus of the folder"}\n')
     lines: list[str] = []
-    machines.producers[0].say = lines.append
+    nodes.producers[0].say = lines.append
     with locked(folders[1].path):  # the other node's producer waits
-        plans = machines.plan(
+        plans = nodes.plan(
             tiny_recipe(data_dir=str(folders[0].path), corpus=str(changed)),
             tiny_recipe(data_dir=str(folders[1].path)),
         )
         deadline = time.monotonic() + 30
-        while not machines.producers[0].hopeless and time.monotonic() < deadline:
+        while not nodes.producers[0].hopeless and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert machines.producers[0].hopeless
+        assert nodes.producers[0].hopeless
         time.sleep(1)
         assert not any(plan.done() for plan in plans)
         restore(folders[1], shard_folder, len(folders[1].whole.shards))
@@ -243,27 +245,20 @@ def test_machine_whose_producer_fails_behind_its_first_shards_begins_with_the_ot
     assert any("has changed since" in line and "training goes on with the shards there are" in line for line in lines)
 
 
-def test_producer_that_fails_while_machines_talk_is_told_in_the_next_exchange(machines: TwoMachines) -> None:
+def test_error_of_a_producer_is_shared_in_the_next_gather(nodes: TwoNodes) -> None:
     class Failing(ProducerBeside):
         def fail(self) -> None:
             self._hopeless = "a broken line"
 
-    producer, told = Failing(), []
+    producer, gathered = Failing(), []
 
-    def least(number: int) -> int:
-        told.append(number)
+    def gather_object(values: list[Any]) -> list[Any]:
+        gathered.extend(values)
         producer.fail()
-        return number
+        return values
 
-    with pytest.raises(InputError, match=r"^a broken line$"):
-        Machines(least).wait_for(lambda: False, producer)
-    assert len(told) == 2
-    assert told[1] < told[0]
-
-
-def test_machines_that_do_not_meet_hear_of_the_mistake_of_their_own(machines: TwoMachines) -> None:
-    def least(number: int) -> int:
-        raise InputError("process 0 of 2 did not meet the others")
-
-    with pytest.raises(InputError, match=r"^ours$"), Machines(least).told_of_mistakes():
-        raise InputError("ours")
+    ranks = Ranks(gather_object)
+    with pytest.raises(InputError, match=r"^a broken line$"), ranks.share_errors():
+        wait_for_shards(lambda: False, producer, ranks)
+    assert len(gathered) == 2
+    assert gathered[0] is False

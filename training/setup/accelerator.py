@@ -1,0 +1,108 @@
+"""The accelerator of a run: devices, processes, precision and threads."""
+
+import datetime
+import gc
+import os
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+
+from common.cli_errors import InputError
+from training.data.producing.workers import usable_cpus
+from training.monitoring.trackers import chosen_trackers
+from training.recipe import Recipe
+from training.setup.fsdp import check_fsdp_settings, enable_fsdp_on_cpu
+
+# Rank 0 may draw samples, compress the validation text or write a checkpoint to a slow disk while the others wait.
+PROCESS_TIMEOUT = datetime.timedelta(hours=1)
+
+
+def build_accelerator(recipe: Recipe) -> Accelerator:
+    """The accelerator of this process, with threads and matrix precision set for its device.
+
+    Raises:
+        InputError: a tracker is not installed, FSDP is not FSDP2, or the processes cannot connect.
+    """
+    check_fsdp_settings()
+    try:
+        accelerator = Accelerator(
+            cpu=not uses_gpu(),  # explicit: several CPU processes would not connect otherwise
+            mixed_precision=resolve_mixed_precision(recipe),
+            log_with=chosen_trackers(recipe) or None,
+            project_dir=recipe.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+        )
+    except torch.distributed.DistError as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise InputError(
+            f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not connect to {address} "
+            f"({str(error).strip().splitlines()[0].rstrip('.')}); start every node, with the same main_process_ip "
+            "and a main_process_port that is free on the first"
+        ) from None
+    enable_fsdp_on_cpu(accelerator)
+    if accelerator.device.type == "cpu":
+        use_all_cores()
+    else:
+        torch.set_float32_matmul_precision("high")
+    return accelerator
+
+
+def uses_gpu() -> bool:
+    """Whether the run uses GPUs: there are any, and the launcher was not given `use_cpu`."""
+    return torch.accelerator.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+
+
+def resolve_mixed_precision(recipe: Recipe) -> str:
+    """The recipe's precision, "bf16" or "no". "auto" is the launcher's bf16, or else what the hardware supports."""
+    if recipe.mixed_precision != "auto":
+        return recipe.mixed_precision
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
+        return "bf16"
+    if uses_gpu():
+        cuda = torch.cuda.is_available()
+        return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch lack it
+    capabilities: Mapping[str, object] = get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def check_process_count() -> None:
+    """Check that this machine has a GPU for each of its processes, or without GPUs a core.
+
+    Raises:
+        InputError: there are more processes.
+    """
+    processes, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), usable_cpus()
+    gpus = torch.accelerator.device_count() if uses_gpu() else 0
+    if processes > (gpus or max(2, cores)):
+        found = f"{gpus} GPU{'s' if gpus > 1 else ''}" if gpus else f"no usable GPU and {cores} CPU cores"
+        raise InputError(
+            f"{processes} processes need a GPU each, but this machine has {found}; launch with --num_processes "
+            f"{gpus or 1}, or another file of accelerate_configs/"
+        )
+
+
+def use_all_cores() -> None:
+    """Give torch this process's share of the machine's cores.
+
+    Launchers set OMP_NUM_THREADS=1, which leaves cores idle. A larger number is the user's choice and is kept.
+    """
+    if int(os.environ.get("OMP_NUM_THREADS", "1")) == 1:
+        torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def all_reduce_min(accelerator: Accelerator, number: int) -> int:
+    """The minimum of a number over all ranks."""
+    return int(accelerator.gather(torch.tensor([number], device=accelerator.device)).min())
+
+
+def shut_down(accelerator: Accelerator) -> None:
+    """End the trackers and destroy the process group. The caller has dropped the prepared model and optimizer.
+
+    Whatever refers to the group is collected first: torch's gloo can deadlock if the group dies together with DDP.
+    """
+    accelerator.free_memory()
+    gc.collect()
+    accelerator.end_training()

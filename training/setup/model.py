@@ -1,0 +1,105 @@
+"""The model to train and its optimizer."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from safetensors import SafetensorError
+from torch import nn
+from torch.optim import Optimizer
+
+from common.cli_errors import InputError
+from common.hub_retry import hub_cache_error
+from training.optim.optimizer import build_optimizer
+from training.recipe import Recipe
+from training.setup.fsdp import compile_blocks, shard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from gpt2_scratch import GPT2ScratchForCausalLM
+
+
+class Vocabulary(Protocol):
+    """What a model needs to know of its tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+
+    @property
+    def end_of_text_id(self) -> int:
+        """The id that begins a document."""
+
+
+def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = None) -> "GPT2ScratchForCausalLM":
+    """The model to train: from a checkpoint (`weights`), from the recipe's `init_from`, or initialized like GPT-2.
+
+    Raises:
+        InputError: `init_from` is not a GPT-2 or does not fit the tokenizer or seq_len, or the attention implementation
+            is not available.
+    """
+    from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+
+    dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), recipe.dropout)
+    source = weights or recipe.init_from
+    set_seed(recipe.seed)
+    try:
+        if source is not None:
+            model = GPT2ScratchForCausalLM.from_pretrained(
+                source, attn_implementation=recipe.attn_implementation, dtype=torch.float32, **dropout
+            )
+        else:
+            config = GPT2ScratchConfig(
+                vocab_size=tokenizer.vocab_size,
+                n_positions=recipe.positions,
+                n_embd=recipe.n_embd,
+                n_layer=recipe.n_layer,
+                n_head=recipe.n_head,
+                # The same function as the official "gelu_new", in one kernel instead of eight.
+                activation_function="gelu_pytorch_tanh",
+                bos_token_id=tokenizer.end_of_text_id,
+                eos_token_id=tokenizer.end_of_text_id,
+                **dropout,
+            )
+            config._attn_implementation = recipe.attn_implementation
+            model = GPT2ScratchForCausalLM(config)
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
+        # The first line of a from_pretrained error says what is wrong; the rest is advice on other models.
+        first_line = str(error).strip().splitlines()[0]
+        raise hub_cache_error(error) or InputError(f"cannot build the model: {first_line}") from error
+    if model.config.vocab_size != tokenizer.vocab_size:
+        raise InputError(
+            f"{source} has a vocabulary of {model.config.vocab_size:,} ids, but tokenizer {recipe.tokenizer} has "
+            f"{tokenizer.vocab_size:,}; prepare the corpus with the model's tokenizer"
+        )
+    if recipe.seq_len > model.config.n_positions:
+        raise InputError(
+            f"seq_len={recipe.seq_len:,} exceeds n_positions={model.config.n_positions:,} of {source}; shorten seq_len"
+        )
+    # Without this the text-generation pipeline sets 256, which may exceed n_positions.
+    if model.generation_config.max_new_tokens is None:
+        model.generation_config.max_new_tokens = min(128, model.config.n_positions // 2)
+    if recipe.activation_checkpointing:
+        # The name since transformers 5.18, where the older one warns.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable()
+    return model
+
+
+def prepare_for_training(
+    accelerator: Accelerator, model: "PreTrainedModel", recipe: Recipe
+) -> tuple[nn.Module, Optimizer]:
+    """The model, compiled and wrapped or sharded for the processes of the run, and its optimizer."""
+    module: Any = model
+    if accelerator.is_fsdp2:
+        if recipe.compile:
+            compile_blocks(model)
+        shard(model, accelerator)
+    elif recipe.compile:
+        module = torch.compile(model)
+    # After sharding, which replaces the parameters.
+    wrapped, optimizer = accelerator.prepare(module, build_optimizer(model, recipe))
+    return wrapped, optimizer

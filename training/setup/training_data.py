@@ -1,0 +1,85 @@
+"""The shards and the tokenizer that a run trains on; an incomplete shard folder is filled in the background."""
+
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from common.cli_errors import InputError
+from common.ranks import Ranks
+from training.data.producing.background_producer import ProducerBeside, producer_command
+from training.data.producing.workers import usable_cpus
+from training.data.shards.shard_reader import ShardFolder
+from training.data.shards.shard_spec import ShardSpec
+from training.data.sources.open_corpus import open_corpus
+from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
+from training.recipe import Recipe
+from training.setup.node_checks import wait_for_shards
+
+
+def open_data(recipe: Recipe, producer: ProducerBeside, ranks: Ranks) -> tuple[ShardFolder, Tokenizer]:
+    """The recipe's shard folder and its tokenizer, once training can start.
+
+    If the folder is incomplete, the first process of a node starts the producer.
+
+    Raises:
+        InputError: the corpus, the folder or the tokenizer cannot be used, or they do not match.
+    """
+    path = Path(recipe.data_dir)
+    folder = ShardFolder.find(path)
+    if folder is not None and folder.manifest is None:
+        tokenizer = _tokenizer_of_foreign_shards(recipe)
+        wait_for_shards(lambda: True, producer, ranks)
+        return folder, tokenizer
+    spec = ShardSpec(
+        folder=path,
+        corpus=recipe.corpus,
+        corpus_config=recipe.corpus_config,
+        text_field=recipe.text_field,
+        tokenizer=recipe.tokenizer,
+        shard_tokens=recipe.shard_tokens,
+        val_tokens=recipe.validation_shard_tokens,
+        # Not a setting of a run: whoever prepared the folder chose it.
+        max_tokens=folder.manifest.max_tokens if folder and folder.manifest else None,
+    )
+    spec.check(folder)
+    if (folder is None or not folder.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
+        open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # raises if it does not exist
+        workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        producer.start(producer_command(path, [*_flags(spec), "--num_workers", str(workers)]))
+    needs_all = recipe.num_train_epochs is not None  # for the length of an epoch
+
+    def can_train() -> bool:
+        nonlocal folder
+        if folder is None or not folder.can_train(needs_all):
+            folder = ShardFolder.find(path)
+        return folder is not None and folder.can_train(needs_all)
+
+    wait_for_shards(can_train, producer, ranks)
+    assert folder is not None
+    return folder, folder.load_tokenizer(recipe.tokenizer)
+
+
+def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
+    """Processes that tokenize in the background: the recipe's number, or the cores that training leaves free.
+
+    At least two if there are two cores: they run at lower priority, and have the machine until the first shard exists.
+    """
+    if recipe.preprocessing_num_workers is not None:
+        return recipe.preprocessing_num_workers
+    used = local_processes * (1 + recipe.dataloader_num_workers)
+    return max(min(2, usable_cpus()), usable_cpus() - used)
+
+
+def _flags(spec: ShardSpec) -> list[str]:
+    """The spec as flags of `python -m training.prepare`, without `--output`."""
+    given = {name: value for name, value in asdict(spec).items() if value is not None and name != "folder"}
+    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
+
+
+def _tokenizer_of_foreign_shards(recipe: Recipe) -> Tokenizer:
+    if parse_train_spec(recipe.tokenizer) is not None:
+        raise InputError(
+            f"{recipe.data_dir} holds shards without a manifest, for which tokenizer {recipe.tokenizer} cannot be "
+            "trained; set tokenizer to the one that made them, such as gpt2"
+        )
+    return load_tokenizer(recipe.tokenizer)
