@@ -1,4 +1,4 @@
-"""Batches: what a rank gets, and what is refused."""
+"""Batches of a rank, and the data that the loader refuses."""
 
 import pickle
 from pathlib import Path
@@ -19,7 +19,7 @@ SEQ = 16
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Shard]:
-    """Three shards of 500, 300 and 400 tokens; every token says where it stands."""
+    """Three shards of 500, 300 and 400 tokens; every token encodes its shard and offset."""
     made = []
     for number, size in enumerate([500, 300, 400]):
         path = tmp_path / f"count_train_{number:06d}.npy"
@@ -37,7 +37,7 @@ def source(shards: list[Shard]) -> TrainingShards:
 
 
 def stream(shards: list[Shard], *, per_device: int, ranks: int, steps: range, workers: int = 0) -> list[list[int]]:
-    """First token of every window, step by step, gathered over all ranks."""
+    """First token of every window of each step, over all ranks."""
     plan = plan_batch(tokens_per_step=16 * SEQ, seq_len=SEQ, per_device=per_device, num_processes=ranks)
     windows = TrainingWindows(source(shards), vocab_size=4000)
     per_step: list[list[int]] = [[] for _ in steps]
@@ -52,13 +52,13 @@ def stream(shards: list[Shard], *, per_device: int, ranks: int, steps: range, wo
     return [sorted(firsts) for firsts in per_step]
 
 
-def test_targets_are_the_inputs_one_further_and_stand_where_the_order_says(shards: list[Shard]) -> None:
+def test_targets_are_the_inputs_shifted_by_one_at_the_offset_that_the_order_gives(shards: list[Shard]) -> None:
     order = order_of(shards)
     windows = TrainingWindows(source(shards), vocab_size=4000)
     for sample in range(len(windows)):
-        place = order.locate(sample)
+        window = order.locate(sample)
         inputs, targets = windows[sample]
-        expected = place.shard * 1000 + place.offset + np.arange(SEQ + 1)
+        expected = window.shard * 1000 + window.offset + np.arange(SEQ + 1)
         assert inputs.dtype == targets.dtype == torch.int64
         assert inputs.tolist() == expected[:-1].tolist()
         assert targets.tolist() == expected[1:].tolist()
@@ -71,16 +71,16 @@ def test_steps_hold_the_same_samples_for_any_split(shards: list[Shard], per_devi
 
 
 def test_resumed_stream_equals_uninterrupted_stream(shards: list[Shard]) -> None:
-    whole = stream(shards, per_device=4, ranks=1, steps=range(0, 9))
-    assert stream(shards, per_device=2, ranks=4, steps=range(5, 9)) == whole[5:]
+    uninterrupted = stream(shards, per_device=4, ranks=1, steps=range(0, 9))
+    assert stream(shards, per_device=2, ranks=4, steps=range(5, 9)) == uninterrupted[5:]
 
 
-def test_read_ahead_processes_give_the_same_batches(shards: list[Shard]) -> None:
+def test_worker_processes_yield_the_same_batches(shards: list[Shard]) -> None:
     without = stream(shards, per_device=4, ranks=1, steps=range(0, 3))
     assert stream(shards, per_device=4, ranks=1, steps=range(0, 3), workers=1) == without
 
 
-def test_starting_a_loader_leaves_the_random_numbers_of_dropout_alone(shards: list[Shard]) -> None:
+def test_starting_a_loader_does_not_change_the_random_state_of_dropout(shards: list[Shard]) -> None:
     plan = plan_batch(tokens_per_step=4 * SEQ, seq_len=SEQ, per_device=4, num_processes=1)
     windows = TrainingWindows(source(shards), vocab_size=4000)
     torch.manual_seed(0)
@@ -90,22 +90,22 @@ def test_starting_a_loader_leaves_the_random_numbers_of_dropout_alone(shards: li
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_windows_travel_to_other_processes_without_their_memory_maps(shards: list[Shard]) -> None:
+def test_windows_are_pickled_without_open_files(shards: list[Shard]) -> None:
     windows = TrainingWindows(source(shards), vocab_size=4000)
     before = windows[3]
     assert len(pickle.dumps(windows)) < 4000
     assert torch.equal(pickle.loads(pickle.dumps(windows))[3][0], before[0])
 
 
-def test_an_id_outside_the_vocabulary_is_refused_with_its_place(shards: list[Shard]) -> None:
-    # The last whole window of the last shard ends at 384.
+def test_id_outside_the_vocabulary_is_refused_with_its_offset(shards: list[Shard]) -> None:
+    # The last complete window of the last shard ends at 384.
     windows = TrainingWindows(source(shards), vocab_size=2384)
-    with pytest.raises(InputError, match=r"count_train_000002.npy holds token id 2,384 at 384, .* 2,384 ids"):
+    with pytest.raises(InputError, match=r"count_train_000002.npy holds token id 2,384 at offset 384, .* 2,384 ids"):
         [windows[sample] for sample in range(len(windows))]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_id_met_while_training_is_one_line(workers: int, shards: list[Shard]) -> None:
+def test_invalid_id_during_training_is_a_one_line_error(workers: int, shards: list[Shard]) -> None:
     plan = plan_batch(tokens_per_step=4 * SEQ, seq_len=SEQ, per_device=4, num_processes=1)
     windows = TrainingWindows(source(shards), vocab_size=100)
     with pytest.raises(InputError, match=r"^shard .*count_train_000000.npy holds token id") as caught:
@@ -139,8 +139,8 @@ def test_validation_scores_the_same_tokens_for_any_split(shards: list[Shard], ba
     assert len(counts) == 1  # every rank takes part in the same number of forward passes
 
 
-def test_a_validation_shard_without_one_window_is_refused(shards: list[Shard]) -> None:
-    with pytest.raises(InputError, match="holds 300 tokens, expected at least seq_len \\+ 1 = 501"):
+def test_validation_shard_without_a_window_is_refused(shards: list[Shard]) -> None:
+    with pytest.raises(InputError, match=r"holds 300 tokens, but a window needs seq_len \+ 1 = 501"):
         next(
             validation_batches(
                 shards[1], seq_len=500, eval_tokens=500, batch_size=1, vocab_size=4000, rank=0, num_processes=1

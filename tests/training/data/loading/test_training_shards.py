@@ -1,4 +1,4 @@
-"""A folder that grows: the order stays, batches go on, checkpoints agree."""
+"""A folder that a producer is filling: the order is stable, batches continue, checkpoints match."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -24,17 +24,20 @@ def growing(shard_folder: Path, tmp_path: Path) -> GrowingFolder:
     return GrowingFolder(shard_folder, tmp_path / "growing")
 
 
-def test_growing_folder_and_finished_folder_give_the_same_order(growing: GrowingFolder, shard_folder: Path) -> None:
+def test_partial_folder_and_complete_folder_have_the_same_order(growing: GrowingFolder, shard_folder: Path) -> None:
     finished = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
     shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
     assert len(growing.whole.shards) > 3
     sample, number = 0, 2
     windows = []
     while sample < 3 * finished.order.windows_in_epoch(0):
-        if not shards.holds(sample):
+        if sample >= shards.ready():
+            shards.refresh()
+            assert sample >= shards.ready()
             number += 1
             restore(growing, shard_folder, number)
-            assert shards.holds(sample)
+            shards.refresh()
+            assert sample < shards.ready()
         windows.append(shards.locate(sample))
         sample += 1
     assert windows == [finished.locate(sample) for sample in range(len(windows))]
@@ -42,15 +45,16 @@ def test_growing_folder_and_finished_folder_give_the_same_order(growing: Growing
     assert {window.epoch for window in windows} >= {0, 1, 2}
 
 
-def test_second_epoch_waits_for_the_whole_folder(growing: GrowingFolder, shard_folder: Path) -> None:
+def test_second_epoch_waits_until_the_folder_is_complete(growing: GrowingFolder, shard_folder: Path) -> None:
     shards = TrainingShards(growing.show(3), seq_len=32, seed=5)
     first_of_epoch_1 = shards.order.windows_in_epoch(0)
-    assert shards.holds(first_of_epoch_1 - 1)
-    assert not shards.holds(first_of_epoch_1)
-    # Every shard is there now, but nothing says yet that no other will come.
+    shards.refresh()
+    assert shards.ready() == first_of_epoch_1
+    # Every shard exists now, but the manifest does not say yet that it is complete.
     growing.whole = dataclasses.replace(growing.whole, shards=growing.whole.shards[:3])
     restore(growing, shard_folder, 3)
-    assert shards.holds(first_of_epoch_1)
+    shards.refresh()
+    assert shards.ready() > first_of_epoch_1
     assert shards.locate(first_of_epoch_1).epoch == 1
 
 
@@ -59,7 +63,7 @@ def first_tokens(batches: Iterator, steps: int) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_batches_go_on_into_shards_that_come_later(workers: int, growing: GrowingFolder, shard_folder: Path) -> None:
+def test_batches_continue_into_shards_added_later(workers: int, growing: GrowingFolder, shard_folder: Path) -> None:
     plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=16, num_processes=1)
     finished = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
     steps = 2 * finished.order.windows_in_epoch(0) // 16
@@ -81,7 +85,7 @@ def test_batches_go_on_into_shards_that_come_later(workers: int, growing: Growin
     assert waited
 
 
-def test_all_ranks_wait_for_a_step_whose_last_sample_is_not_there(growing: GrowingFolder) -> None:
+def test_all_ranks_wait_for_a_step_whose_last_sample_is_not_ready(growing: GrowingFolder) -> None:
     class StopError(Exception):
         pass
 
@@ -120,15 +124,13 @@ def test_node_with_all_shards_waits_for_one_that_has_fewer(growing: GrowingFolde
     )
     assert len(list(batches)) == 8
     assert waited == [3, 3]
-    assert len(asked) == 4  # at the start, and at the step that the other node lacks: no exchange at every step
+    assert len(asked) == 4  # at the start, and at the step that the other node lacks: no all-reduce at every step
 
 
-# Going on from a checkpoint
+# Resuming from a checkpoint
 
 
-def test_checkpoint_goes_on_over_a_folder_that_has_grown_or_is_behind(
-    growing: GrowingFolder, tiny_recipe: Make
-) -> None:
+def test_checkpoint_resumes_over_a_folder_with_more_or_fewer_shards(growing: GrowingFolder, tiny_recipe: Make) -> None:
     from training.data.tokenization.tokenizer import Tokenizer
 
     tokenizer, recipe = Tokenizer.load(growing.path), tiny_recipe()
@@ -140,7 +142,7 @@ def test_checkpoint_goes_on_over_a_folder_that_has_grown_or_is_behind(
 
     refuse_other_data(state(three, 300), two, tokenizer, recipe)
     refuse_other_data(state(three[:2], 300), two, tokenizer, recipe)  # it has grown
-    refuse_other_data(state([*three, "later"], 300), two, tokenizer, recipe)  # it was made again, and is behind
+    refuse_other_data(state([*three, "later"], 300), two, tokenizer, recipe)  # it is being made again, and has fewer
     with pytest.raises(
         InputError, match=r"other shards than the checkpoint's run used \(the validation shard was sha256 other"
     ):
