@@ -34,13 +34,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli_errors import InputError, run_command
+from common.worker_processes import results_in_order, start_workers, usable_cpus
 from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.loading.training_shards import TrainingShards
 from training.data.producing.producer import batches
-from training.data.producing.workers import EncodeDocuments, Workers, usable_cpus
 from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.sources.base import INSTALLED_DOCS, Document
 from training.data.sources.open_corpus import open_corpus
+from training.data.tokenization.bpe import EncodeDocuments
 from training.data.tokenization.tokenizer import load_tokenizer
 from training.monitoring.throughput import PEAKS, flops_per_token
 from training.step.batch_plan import plan_batch
@@ -79,11 +80,13 @@ def tokenising(documents: list[str], rounds: int, num_workers: int) -> None:
     tokenizer = load_tokenizer("gpt2")
     encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")
     expected = sum(len(tokenize_one(document)) for document in documents)
-    with multiprocessing.Pool(num_workers) as pool, Workers(encode, num_workers) as workers:
+    with multiprocessing.Pool(num_workers) as pool, start_workers(encode, num_workers) as workers:
         sides: dict[str, Callable[[], Iterable[np.ndarray]]] = {
             "loop": lambda: map(tokenize_one, documents),
             "pool": lambda: pool.imap(tokenize_one, documents, chunksize=16),
-            "ours": lambda: workers.map_in_order(batch.texts for batch in batches(map(Document, documents), 0)),
+            "ours": lambda: results_in_order(
+                workers, (batch.texts for batch in batches(map(Document, documents), 0)), num_workers=num_workers
+            ),
         }
         for side in sides.values():
             seconds(side, expected)

@@ -27,23 +27,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     from killing import KillFuzz
-    from small_corpora import write_corpus
+    from small_corpora import make_shards, write_corpus
 
-    from training.data.producing.producer import produce
     from training.recipe import Recipe
 
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         corpus = write_corpus(work / "corpus.jsonl", 400)
-        produce(
-            work / "data",
-            corpus=str(corpus),
-            tokenizer="train:300",
-            shard_tokens=9_000,
-            val_tokens=2_000,
-            num_workers=0,
-            report=lambda line: None,
-        )
+        make_shards(work / "data", corpus=str(corpus), tokenizer="train:300", shard_tokens=9_000, val_tokens=2_000)
         recipe = Recipe(
             output_dir=str(work / "runs"),
             data_dir=str(work / "data"),

@@ -38,8 +38,9 @@ from transformers.utils import logging as transformers_logging
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from training.data.loading.loader import TrainingWindows, training_batches
-from training.data.producing.background_producer import ProducerBeside
+from training.data.producing.background_producer import BackgroundProducer
 from training.data.producing.producer import produce
+from training.data.shards.shard_spec import ShardSpec
 from training.loop import Run
 from training.optim.optimizer import build_optimizer
 from training.recipe import QUICKSTART, Recipe, load_recipe
@@ -65,15 +66,14 @@ def shards(folder: Path) -> Recipe:
     recipe = load_recipe(
         QUICKSTART, {**places, "corpus": str(corpus), **lengths, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
     )
-    produce(
-        Path(recipe.data_dir),
+    spec = ShardSpec(
+        folder=Path(recipe.data_dir),
         corpus=recipe.corpus,
         tokenizer=recipe.tokenizer,
         shard_tokens=recipe.shard_tokens,
         val_tokens=recipe.validation_shard_tokens,
-        num_workers=0,
-        report=lambda line: None,
     )
+    produce(spec, num_workers=0, report=lambda line: None)
     return recipe
 
 
@@ -102,7 +102,7 @@ def _synchronize(device: torch.device) -> None:
 def loop_against_bare(recipe: Recipe, chunks: int) -> tuple[list[float], list[float]]:
     """Seconds of each chunk of ours and of the bare loop, in turn."""
     recipe = dataclasses.replace(recipe, max_steps=(chunks + WARM_UP_CHUNKS) * STEPS_IN_A_CHUNK)
-    with ProducerBeside() as producer:
+    with BackgroundProducer() as producer:
         plan = plan_run(recipe, producer)
     accelerator = build_accelerator(recipe)
     model = build_model(recipe, plan.tokenizer)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.small_corpora import WORDS, write_corpus
+from support.small_corpora import WORDS, make_shards, write_corpus
 
 from training.recipe import Recipe
 
@@ -52,17 +52,9 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def shard_folder(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete shard folder of that corpus: a validation shard and several training shards."""
-    from training.data.producing.producer import produce
-
     folder = tmp_path_factory.mktemp("shards") / "data"
-    produce(
-        folder,
-        corpus=str(text_file),
-        tokenizer="train:300",
-        shard_tokens=9_000,
-        val_tokens=2_000,
-        num_workers=1,
-        report=lambda line: None,
+    make_shards(
+        folder, corpus=str(text_file), tokenizer="train:300", shard_tokens=9_000, val_tokens=2_000, num_workers=1
     )
     return folder
 
@@ -85,14 +77,12 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(corpus: Path, tokenizer_folder: Path) -> dict[str, Any]:
-    """What `produce` is asked for in most tests."""
+    """The arguments of `make_shards` in most tests."""
     return {
         "corpus": str(corpus),
         "tokenizer": str(tokenizer_folder),
         "shard_tokens": 5_000,
         "val_tokens": 1_500,
-        "num_workers": 0,
-        "report": lambda line: None,
     }
 
 

@@ -27,7 +27,7 @@ from training.checkpoints.resume import good_checkpoint, set_aside_later_checkpo
 from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Agreement, LeaveAsked, SignalWatch
 from training.data.loading.loader import TrainingWindows, training_batches
-from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, ProducerBeside
+from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, BackgroundProducer
 from training.hub.card import RunFacts, earlier_card, write_model_card
 from training.hub.publisher import Publishing, still_to_push
 from training.hub.run_facts import note_start, run_facts
@@ -65,12 +65,12 @@ def train(recipe: Recipe) -> None:
         accelerator()
         return gather_object(values)
 
-    with ProducerBeside() as producer:
+    with BackgroundProducer() as producer:
         plan = plan_run(recipe, producer, gather_object=gather)
         _train(plan, accelerator, producer)
 
 
-def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: ProducerBeside) -> None:
+def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: BackgroundProducer) -> None:
     recipe = plan.recipe
     if plan.is_complete:
         if os.environ.get("RANK", "0") == "0":
@@ -94,7 +94,7 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Pr
         run = Run(plan, accelerator, model, producer)
         stack.callback(run.close)
         if accelerator.is_main_process:
-            producer.say = run.log.say
+            producer.report = run.log.say
             stack.callback(producer.stop)  # before its log is closed
         run.take_steps()
         run.finish()
@@ -117,7 +117,9 @@ def spared_by_the_collector() -> Iterator[None]:
 class Run:
     """A run in progress: the prepared model and optimizer, and what watches them."""
 
-    def __init__(self, plan: Plan, accelerator: Accelerator, model: PreTrainedModel, producer: ProducerBeside) -> None:
+    def __init__(
+        self, plan: Plan, accelerator: Accelerator, model: PreTrainedModel, producer: BackgroundProducer
+    ) -> None:
         self.plan = plan
         self.producer = producer
         self.accelerator = accelerator
@@ -335,12 +337,12 @@ class Run:
         )
 
     def _waiting_line(self, step: int) -> str:
-        shards, died_of = self.plan.shards, self.producer.died_of
+        shards, error = self.plan.shards, self.producer.last_error
         here = shards.ready() >= (step + 1) * self.plan.batch.sequences_per_step
         return (
             f"step {step + 1} waits for the corpus: {len(shards.shards)} training shards are here, "
             + ("and another machine waits for its own" if here else "and the next is not ready yet")
-            + (f"; their producer died: {died_of}" if died_of else "")
+            + (f"; their producer died: {error}" if error else "")
         )
 
     def _least(self, number: int) -> int:

@@ -1,8 +1,13 @@
-"""A small corpus with documents of all lengths, and a look at what became of it."""
+"""A small corpus with documents of all lengths, and the shards made of it."""
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.data.shards.shard_files import ShardFolder
 
 WORDS = ["the", "of", "shard", "token", "window", "batch", "model", "loss", "weight", "order", "naïve", "数学"]
 
@@ -14,6 +19,21 @@ def write_corpus(path: Path, documents: int, seed: int = 0) -> Path:
             text = " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 40, 300])))
             file.write(json.dumps({"text": text}) + "\n")
     return path
+
+
+def make_shards(
+    folder: Path,
+    *,
+    num_workers: int = 0,
+    wait: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+    **spec: Any,
+) -> "ShardFolder":
+    """Fill `folder` as `produce` does; `spec` holds the fields of `ShardSpec`."""
+    from training.data.producing.producer import produce
+    from training.data.shards.shard_spec import ShardSpec
+
+    return produce(ShardSpec(folder=folder, **spec), num_workers=num_workers, wait=wait, report=report)
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from common.cli_errors import InputError
 from common.hub_retry import hub_cache_error
-from training.data.producing.background_producer import ProducerBeside
+from training.data.producing.background_producer import BackgroundProducer
 from training.loop import train
 from training.recipe import Recipe
 from training.setup import accelerator as accelerator_module
@@ -117,8 +117,8 @@ def test_ctrl_c_while_an_error_waits_for_rank_0_is_not_a_traceback() -> None:
 
 def test_child_processes_do_not_report_to_the_launcher(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
-    producer = ProducerBeside()
-    producer.say = lambda line: None
+    producer = BackgroundProducer()
+    producer.report = lambda line: None
     assert producer._run([sys.executable, "-c", MISTAKE]) == (2, "no")
     assert not (tmp_path / "error.json").exists()
 

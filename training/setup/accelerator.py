@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from common.cli_errors import InputError
-from training.data.producing.workers import usable_cpus
+from common.worker_processes import usable_cpus
 from training.monitoring.trackers import chosen_trackers
 from training.recipe import Recipe
 from training.setup.fsdp import check_fsdp_settings, enable_fsdp_on_cpu

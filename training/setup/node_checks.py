@@ -13,7 +13,7 @@ from itertools import chain
 
 from common.cli_errors import InputError
 from common.ranks import Ranks
-from training.data.producing.background_producer import ProducerBeside
+from training.data.producing.background_producer import BackgroundProducer
 from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ def has_several_nodes() -> bool:
     return os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
 
 
-def wait_for_shards(is_ready: Callable[[], bool], producer: ProducerBeside, ranks: Ranks) -> None:
+def wait_for_shards(is_ready: Callable[[], bool], producer: BackgroundProducer, ranks: Ranks) -> None:
     """Wait until every node has the shards that a run starts with.
 
     Once they are complete, a failing producer is no reason to abort, as during training.
@@ -36,10 +36,10 @@ def wait_for_shards(is_ready: Callable[[], bool], producer: ProducerBeside, rank
     """
     while True:
         ready = is_ready()
-        if not ready:
-            producer.check()
+        if not ready and producer.failure is not None:
+            raise InputError(producer.failure)
         if all(ranks.gather(ready)):
-            producer.training_begins()
+            producer.training_started()
             return
         time.sleep(_POLL_SECONDS)
 

@@ -19,7 +19,7 @@ from training.checkpoints.resume import find_resume_point, refuse_earlier_end
 from training.data.loading.loader import validation_windows
 from training.data.loading.order import Order
 from training.data.loading.training_shards import TrainingShards
-from training.data.producing.background_producer import ProducerBeside
+from training.data.producing.background_producer import BackgroundProducer
 from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer
 from training.hub.publisher import claim_repository
@@ -87,7 +87,7 @@ class Plan:
 
 
 def plan_run(
-    recipe: Recipe, producer: ProducerBeside, *, gather_object: Callable[[list[Any]], list[Any]] | None = None
+    recipe: Recipe, producer: BackgroundProducer, *, gather_object: Callable[[list[Any]], list[Any]] | None = None
 ) -> Plan:
     """Check the recipe against the run folder, the data and the processes, and plan the run.
 
@@ -109,7 +109,7 @@ def plan_run(
     return plan
 
 
-def _plan(recipe: Recipe, producer: ProducerBeside, ranks: Ranks) -> Plan:
+def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
     # Before the data, which may take minutes.

@@ -1,13 +1,12 @@
 """The shards and the tokenizer that a run trains on; an incomplete shard folder is filled in the background."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 from common.cli_errors import InputError
 from common.ranks import Ranks
-from training.data.producing.background_producer import ProducerBeside, producer_command
-from training.data.producing.workers import usable_cpus
+from common.worker_processes import usable_cpus
+from training.data.producing.background_producer import BackgroundProducer, producer_command
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.open_corpus import open_corpus
@@ -16,7 +15,7 @@ from training.recipe import Recipe
 from training.setup.node_checks import wait_for_shards
 
 
-def open_data(recipe: Recipe, producer: ProducerBeside, ranks: Ranks) -> tuple[ShardFolder, Tokenizer]:
+def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tuple[ShardFolder, Tokenizer]:
     """The recipe's shard folder and its tokenizer, once training can start.
 
     If the folder is incomplete, the first process of a node starts the producer.
@@ -45,7 +44,7 @@ def open_data(recipe: Recipe, producer: ProducerBeside, ranks: Ranks) -> tuple[S
     if (folder is None or not folder.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
         open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # raises if it does not exist
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        producer.start(producer_command(path, [*_flags(spec), "--num_workers", str(workers)]))
+        producer.start(producer_command(spec, workers))
     needs_all = recipe.num_train_epochs is not None  # for the length of an epoch
 
     def can_train() -> bool:
@@ -68,12 +67,6 @@ def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
         return recipe.preprocessing_num_workers
     used = local_processes * (1 + recipe.dataloader_num_workers)
     return max(min(2, usable_cpus()), usable_cpus() - used)
-
-
-def _flags(spec: ShardSpec) -> list[str]:
-    """The spec as flags of `python -m training.prepare`, without `--output`."""
-    given = {name: value for name, value in asdict(spec).items() if value is not None and name != "folder"}
-    return [text for name, value in given.items() for text in (f"--{name}", str(value))]
 
 
 def _tokenizer_of_foreign_shards(recipe: Recipe) -> Tokenizer:

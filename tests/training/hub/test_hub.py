@@ -18,9 +18,9 @@ import pytest
 from support.fake_clock import Clock
 from support.loopback_hub import COMMIT, LoopbackHub, serving
 from support.paths import ROOT
+from support.small_corpora import make_shards
 
 from common.cli_errors import InputError
-from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.data.sources.hub_corpus import HubCorpus
@@ -82,13 +82,12 @@ def expected(tmp_path: Path, tokenizer_folder: Path) -> dict[str, bytes]:
     for path, content in FILES.items():
         (tmp_path / "corpus" / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "corpus" / path).write_bytes(content)
-    settings: dict[str, Any] = {"shard_tokens": 20_000, "val_tokens": 5_000, "num_workers": 0}
-    folder = produce(
+    folder = make_shards(
         tmp_path / "expected",
         corpus=str(tmp_path / "corpus"),
         tokenizer=str(tokenizer_folder),
-        report=lambda line: None,
-        **settings,
+        shard_tokens=20_000,
+        val_tokens=5_000,
     )
     return shard_bytes(folder.path)
 
@@ -215,7 +214,7 @@ def test_ready_shards_of_one_name_in_two_folders_are_refused_unless_one_is_named
     }
     with serving(LoopbackHub({"org/shards": files})) as hub:
         told = finished(prepare(hub, "org/shards"), exit_code=2)
-        assert "found a/x_val_000000.npy and b/x_val_000000.npy; name the folder" in told
+        assert "two shards of one name: a/x_val_000000.npy and b/x_val_000000.npy; name the folder" in told
         assert not (tmp_path / "out").exists()
         finished(prepare(hub, "org/shards", "--corpus_config", "b"))
     assert all((shard.read() == 1).all() for shard in ShardFolder.open(tmp_path / "out").shards)
@@ -280,10 +279,10 @@ def hub_corpus(repository: str, config: str | None = None) -> HubCorpus:
 def test_stream_goes_on_from_the_places_that_it_names(rows: HubCorpus) -> None:
     documents = list(rows.read())
     assert len(documents) == 4000 - 42
-    places = [number for number, document in enumerate(documents) if document.place is not None]
+    places = [number for number, document in enumerate(documents) if document.position is not None]
     assert len(places) >= 3
     for number in places:
-        assert [document.text for document in rows.read(documents[number].place)] == [
+        assert [document.text for document in rows.read(documents[number].position)] == [
             document.text for document in documents[number:]
         ]
 
@@ -310,9 +309,9 @@ def test_stream_that_is_lost_goes_on_with_the_next_row(
     assert clock.pauses == [1, 2, 1]  # two tries for one row, then a loss of its own
 
 
-def test_share_before_a_place_is_known_though_no_card_tells_the_rows(rows: HubCorpus) -> None:
-    places = [document.place for document in rows.read() if document.place is not None]
-    assert [rows.share_before(place) for place in places] == [place["row"] / 4000 for place in places]
+def test_fraction_before_a_place_is_known_though_no_card_tells_the_rows(rows: HubCorpus) -> None:
+    places = [document.position for document in rows.read() if document.position is not None]
+    assert [rows.fraction_before(place) for place in places] == [place["row"] / 4000 for place in places]
 
 
 def test_invalid_utf8_in_a_dataset_is_replaced_and_told(rows: HubCorpus, tmp_path: Path) -> None:
@@ -337,19 +336,19 @@ def test_broken_file_of_a_dataset_is_refused_after_a_few_tries(
         content[middle] = bytes(byte ^ 0x5A for byte in content[middle])
     path.write_bytes(content if damage == "in its middle" else content[: len(content) * 2 // 3])
     corpus = hub_corpus("org/rows")
-    with pytest.raises(InputError, match=r"expected whole files in org/rows, found one broken at row [\d,]+ \("):
+    with pytest.raises(InputError, match=r"org/rows holds a file that is corrupted at row [\d,]+ \("):
         list(corpus.documents())
     assert clock.pauses == [1, 2, 4, 8]
 
 
 def test_unknown_config_is_refused_with_those_there_are(rows: HubCorpus) -> None:
-    with pytest.raises(InputError, match=r"found 'huge'.*Available"):
+    with pytest.raises(InputError, match=r"no config 'huge'.*Available"):
         list(hub_corpus("org/rows", "huge").documents())
 
 
 def test_column_that_a_dataset_lacks_is_refused(rows: HubCorpus) -> None:
     rows._text_field = "body"
-    with pytest.raises(InputError, match=r"expected the field 'body' in org/rows row 1, found id, text"):
+    with pytest.raises(InputError, match=r"no field 'body' in org/rows row 1, only id, text"):
         list(rows.documents())
 
 
@@ -364,8 +363,8 @@ def test_column_that_a_dataset_lacks_is_refused(rows: HubCorpus) -> None:
 def test_names_of_hub_corpora(corpus: str, repository: str, config: str | None) -> None:
     opened = open_corpus(corpus)
     assert isinstance(opened, HubCorpus)
-    assert (opened.repository, opened._config) == (repository, config)
-    assert open_corpus(corpus, "other")._config == "other"  # type: ignore[attr-defined]
+    assert (opened.repository, opened.config) == (repository, config)
+    assert open_corpus(corpus, "other").config == "other"  # type: ignore[attr-defined]
 
 
 def test_without_permission_to_go_online_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

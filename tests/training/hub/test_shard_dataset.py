@@ -9,9 +9,9 @@ import pytest
 from support.loopback_hub import LoopbackHub
 from support.loopback_repository import Repository
 from support.loopback_writing import metadata_errors
+from support.small_corpora import make_shards
 
 from common.cli_errors import InputError
-from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.hub.command import main
@@ -48,9 +48,7 @@ def test_shards_come_back_as_they_were_with_their_tokenizer(
     assert not [name for name, content in there.files().items() if str(tmp_path).encode() in content]
 
     settings: dict[str, Any] = {"shard_tokens": 9_000, "val_tokens": 2_000, "num_workers": 0}
-    folder = produce(
-        tmp_path / "elsewhere", corpus="me/shards", tokenizer="me/shards", report=lambda line: None, **settings
-    )
+    folder = make_shards(tmp_path / "elsewhere", corpus="me/shards", tokenizer="me/shards", **settings)
     assert names_of(folder.path) == names_of(shards)
     for name in names_of(shards):
         assert (folder.path / name).read_bytes() == (shards / name).read_bytes()
@@ -103,14 +101,8 @@ def test_a_shard_that_changed_on_its_way_is_refused(hub: LoopbackHub, shards: Pa
 
     hub.trouble = changed
     with pytest.raises(InputError, match=r"expected .* as the Hub has it, found another hash"):
-        produce(
-            tmp_path / "elsewhere",
-            corpus="me/shards",
-            tokenizer=str(shards),
-            shard_tokens=9_000,
-            val_tokens=2_000,
-            num_workers=0,
-            report=lambda line: None,
+        make_shards(
+            tmp_path / "elsewhere", corpus="me/shards", tokenizer=str(shards), shard_tokens=9_000, val_tokens=2_000
         )
 
 

@@ -19,7 +19,7 @@ from common.atomic_files import file_sha256
 from common.cli_errors import InputError
 from common.folder_lock import locked
 from common.ranks import Ranks
-from training.data.producing.background_producer import ProducerBeside
+from training.data.producing.background_producer import BackgroundProducer
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.loop import train
@@ -39,7 +39,7 @@ class TwoNodes:
         self._values: list[Any] = [None, None]
         self._barrier = threading.Barrier(2, timeout=30)
         self._threads = ThreadPoolExecutor(2)
-        self.producers = [ProducerBeside(lambda line: None) for _ in range(2)]
+        self.producers = [BackgroundProducer(lambda line: None) for _ in range(2)]
 
     def gather_object(self, rank: int) -> Callable[[list[Any]], list[Any]]:
         def gather_object(values: list[Any]) -> list[Any]:
@@ -229,9 +229,9 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
             tiny_recipe(data_dir=str(folders[1].path)),
         )
         deadline = time.monotonic() + 30
-        while not nodes.producers[0].hopeless and time.monotonic() < deadline:
+        while not nodes.producers[0].failure and time.monotonic() < deadline:
             time.sleep(0.05)
-        assert nodes.producers[0].hopeless
+        assert nodes.producers[0].failure
         time.sleep(1)
         assert not any(plan.done() for plan in plans)
         restore(folders[1], shard_folder, len(folders[1].whole.shards))
@@ -246,9 +246,9 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
 
 
 def test_error_of_a_producer_is_shared_in_the_next_gather(nodes: TwoNodes) -> None:
-    class Failing(ProducerBeside):
+    class Failing(BackgroundProducer):
         def fail(self) -> None:
-            self._hopeless = "a broken line"
+            self.failure = "a broken line"
 
     producer, gathered = Failing(), []
 

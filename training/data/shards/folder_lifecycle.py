@@ -42,17 +42,18 @@ def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtyp
     return manifest
 
 
-def resume_folder(folder: Path, source: Corpus, manifest: Manifest) -> Tokenizer:
-    """Remove the partial files of a folder that is not complete, and return its tokenizer.
+def resume_folder(folder: Path, source: Corpus, manifest: Manifest) -> tuple[Corpus, Tokenizer]:
+    """Remove the partial files of a folder; return the corpus at the folder's revision, and the tokenizer.
 
     Raises:
         InputError: the corpus or the tokenizer has changed, or the corpus has no such position.
     """
-    if not source.can_go_on_from(manifest.corpus_revision):
+    corpus = source.at_revision(manifest.corpus_revision)
+    if corpus is None:
         raise InputError(
             f"the corpus '{source.name}' has changed since {folder} was created; delete the folder and prepare it again"
         )
-    if manifest.resume is not None and not source.is_place(manifest.resume.place):
+    if manifest.resume is not None and not corpus.is_position(manifest.resume.place):
         raise InputError(
             f"{folder / MANIFEST_NAME} resumes '{source.name}' from a position that it does not have, "
             f"{manifest.resume.place!r:.40}; delete the folder and prepare it again"
@@ -64,7 +65,7 @@ def resume_folder(folder: Path, source: Corpus, manifest: Manifest) -> Tokenizer
             "delete the folder and prepare it again"
         )
     _remove_partial_files(folder, manifest)
-    return tokenizer
+    return corpus, tokenizer
 
 
 @contextlib.contextmanager

@@ -1,19 +1,17 @@
-"""A corpus: documents in a fixed order, read from the start or from a place on, whenever somebody asks.
+"""A corpus: documents in a fixed order, read from the first one or from a known position.
 
-Three kinds: documentation strings of the installed packages (no download), files and folders, and datasets of the Hub.
-Files and the Hub are streamed: memory holds a row group or a line, except that a text file is one document.
+Three kinds: documentation strings of the installed packages (no download), files and folders, and Hub datasets.
+Files and Hub datasets are streamed: memory holds a row group or a line at a time. Only a text file is read whole.
 """
 
-import functools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli_errors import InputError
 from common.suggestions import did_you_mean
-from training.data.sources.installed_docs import gather_docstrings, installed_revision, package_roots
 
 INSTALLED_DOCS = "installed-docs"
 HUB_CORPORA = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
@@ -24,21 +22,21 @@ JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
 PARQUET_ENDING = ".parquet"
 FILE_ENDINGS = (*TEXT_ENDINGS, *JSONL_ENDINGS, PARQUET_ENDING)
 
-Place = Any
-"""Where a document begins, as a corpus understands it; made of what JSON knows."""
+Position = Any
+"""Where a document begins; each kind of corpus has its own form, which JSON can represent."""
 
 
 class Document(NamedTuple):
-    """A text that is not empty, and valid Unicode.
+    """A text that is not blank.
 
     Attributes:
-        text: its characters.
-        place: from where on reading begins with this document; None where only an earlier one has such a place.
-        replaced: whether bytes or surrogates that form no character were replaced by U+FFFD.
+        text: valid Unicode.
+        position: where reading can start at this document; None where the corpus has no position for it.
+        replaced: whether invalid bytes or lone surrogates were replaced by U+FFFD.
     """
 
     text: str
-    place: Place | None = None
+    position: Position | None = None
     replaced: bool = False
 
 
@@ -46,135 +44,99 @@ class Corpus(ABC):
     """Documents in a fixed order.
 
     Attributes:
-        name: safe in file names; the shards' prefix.
-        revision: changes when the content does.
+        name: safe in file names; the prefix of the shards.
     """
 
     name: str
 
-    @functools.cached_property
+    @property
+    @abstractmethod
     def revision(self) -> str:
-        """Return what identifies the content."""
-        return self._revision()
+        """Return an identifier of the content."""
+
+    @abstractmethod
+    def is_position(self, value: object) -> bool:
+        """Return whether a value, read from a manifest, is a position of this corpus."""
+
+    @abstractmethod
+    def _read(self, start: Position | None) -> Iterator[Document]: ...
+
+    def at_revision(self, revision: str) -> "Corpus | None":
+        """Return the corpus with the content it had at `revision`, or None if that content is gone."""
+        return self if self.revision == revision else None
+
+    def fraction_before(self, position: Position) -> float | None:
+        """Return the fraction of the corpus that lies before a position, in [0, 1]; None where unknown."""
+        return None
+
+    def min_tokens(self) -> int | None:
+        """Return a lower bound on the number of tokens, for checking disk space; None where unknown."""
+        return None
 
     def documents(self) -> Iterator[str]:
         """Yield the text of each document, from the first."""
         return (document.text for document in self.read())
 
-    def read(self, start: Place | None = None) -> Iterator[Document]:
-        """Yield the documents that are not empty, from the first, or from the place of one on.
+    def read(self, start: Position | None = None) -> Iterator[Document]:
+        """Yield the documents that are not blank, from the first or from a position.
 
         Raises:
-            InputError: the source is broken, or holds no document.
+            InputError: the source is corrupted, or holds no document.
         """
         empty = True
-        for text, place, replaced in self._read(start):
+        for text, position, replaced in self._read(start):
             if text and not text.isspace():
                 empty = False
-                valid = _without_lone_surrogates(text)
-                yield Document(valid, place, replaced or valid is not text)
+                valid = _replace_lone_surrogates(text)
+                yield Document(valid, position, replaced or valid is not text)
         if empty and start is None:
-            raise InputError(f"expected documents in the corpus '{self.name}', found none; give another --corpus")
-
-    @abstractmethod
-    def is_place(self, place: Place) -> bool:
-        """Return whether a place, which a manifest has kept, is of this corpus's kind."""
-
-    def share_before(self, place: Place) -> float | None:
-        """Return how much of the corpus lies before a document's place, between 0 and 1; None where nobody knows."""
-        return None
-
-    def least_tokens(self) -> int | None:
-        """Return a number of tokens that the corpus surely has, for a first look at the disk; None where unknown."""
-        return None
-
-    def can_go_on_from(self, revision: str) -> bool:
-        """Return whether the corpus can be read as it was at `revision`, and from now on is."""
-        return self.revision == revision
-
-    @abstractmethod
-    def _revision(self) -> str: ...
-
-    @abstractmethod
-    def _read(self, start: Place | None) -> Iterator[Document]: ...
+            raise InputError(f"corpus '{self.name}' holds no documents; give another --corpus")
 
 
 def corpus_name(corpus: str) -> str:
-    """Return the name that a corpus has in shards and manifest, whether or not it can be read here."""
+    """Return the name of a corpus in shards and manifest; the corpus need not exist here."""
     if corpus in (INSTALLED_DOCS, *HUB_CORPORA):
         return corpus
     name = Path(corpus).resolve().name
     endings = [ending for ending in FILE_ENDINGS if name.lower().endswith(ending)]
     stem = name.removesuffix(name[-len(max(endings, key=len)) :]) if endings else name
-    # An underscore would blur NAME_val_000000.npy.
+    # An underscore would make NAME_val_000000.npy ambiguous.
     return re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "corpus"
 
 
-class InstalledDocs(Corpus):
-    """Documentation strings of the standard library and of the installed packages, gathered once."""
-
-    name = INSTALLED_DOCS
-
-    def __init__(self, *, num_workers: int | None = None) -> None:
-        self._num_workers = num_workers
-
-    def is_place(self, place: Place) -> bool:
-        """Return whether a place is the number of a docstring."""
-        return isinstance(place, int) and 0 <= place < len(self._docstrings)
-
-    def share_before(self, place: Place) -> float | None:
-        """Return the share of the docstrings that come before."""
-        return place / len(self._docstrings)
-
-    def _revision(self) -> str:
-        return installed_revision(package_roots())
-
-    @functools.cached_property
-    def _docstrings(self) -> list[str]:
-        return gather_docstrings(package_roots(), num_workers=self._num_workers)
-
-    def _read(self, start: Place | None) -> Iterator[Document]:
-        for number in range(start or 0, len(self._docstrings)):
-            yield Document(self._docstrings[number], number)
-
-
-def text_of(row: Any, text_field: str, place: str) -> str:
-    """Return the text of a row, which stands at `place`; a null stands for an empty document.
+def text_of(row: Any, text_field: str, where: str) -> str:
+    """Return the text of the row found at `where`; null becomes an empty document.
 
     Raises:
-        InputError: the row is no object, has no such field, or something else than text in it.
+        InputError: the row is not an object, lacks the field, or holds something other than text in it.
     """
     if not isinstance(row, dict):
-        raise InputError(f"expected a JSON object in {place}, found {type(row).__name__}")
+        raise InputError(f"{where} is not a JSON object but {type(row).__name__}")
     if text_field not in row:
-        raise no_field(text_field, list(row), place)
+        raise missing_field(text_field, row, where)
     text = row[text_field]
-    if text is None:
-        return ""
-    if not isinstance(text, str):
+    if text is not None and not isinstance(text, str):
         raise InputError(
-            f"expected text in the field '{text_field}' of {place}, found {type(text).__name__}; "
-            "name another --text_field"
+            f"field '{text_field}' of {where} holds {type(text).__name__}, not text; name the text with --text_field"
         )
-    return text
+    return text or ""
 
 
-def no_field(text_field: str, fields: list[str], place: str) -> InputError:
-    """Return the error that names the fields there are."""
-    there = ", ".join(fields) or "no field at all"
-    return InputError(
-        f"expected the field '{text_field}' in {place}, found {there}; name the field with --text_field"
-        f"{did_you_mean(text_field, fields)}"
-    )
+def missing_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
+    """Return the error for a row without the field; it lists the fields that exist."""
+    fields = list(fields)
+    found = ", ".join(fields) or "no field at all"
+    hint = did_you_mean(text_field, fields)
+    return InputError(f"no field '{text_field}' in {where}, only {found}; name the field with --text_field{hint}")
 
 
 def one_line(error: BaseException) -> str:
-    """Return an error's message without line ends, cut where it gets long."""
+    """Return an error's message on one line, truncated to 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
-def _without_lone_surrogates(text: str) -> str:
-    """Return `text` with pairs of surrogates joined and lone ones as U+FFFD: JSON and Python escapes can write them."""
+def _replace_lone_surrogates(text: str) -> str:
+    """Join pairs of surrogates and replace lone ones by U+FFFD; escapes in JSON and Python can produce both."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,37 +1,37 @@
-"""A dataset on the Hub at one commit: rows streamed with `datasets`, or ready shards to download as they are.
+"""A Hub dataset at one commit, its rows streamed with `datasets`.
 
-An outage is waited for: the stream is opened again where it broke off. Its places are the states of the `datasets`
-stream, which knows the file it is in, so going on reads one file again at most. Rows come as Arrow tables, which is
-three times as fast as dictionaries of their values and lets invalid UTF-8 be replaced.
+After an outage the stream is reopened where it was. A position holds the state of the `datasets` stream, which knows
+its file, so resuming reads at most one file again. Rows come as Arrow tables: three times as fast as dictionaries of
+values, and invalid UTF-8 can be replaced.
 """
 
+import copy
+import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from common.cli_errors import InputError
 from common.hub_retry import HubRetry, network_errors
-from common.token_files import split_of
-from training.data.sources.base import Corpus, Document, Place, no_field, one_line, text_of
-from training.data.sources.files import texts_of
+from training.data.sources.base import Corpus, Document, Position, missing_field, one_line, text_of
+from training.data.sources.files import column_values
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
 
-_ROWS_BETWEEN_PLACES = 256
-_TRIES_OF_A_BROKEN_FILE = 5  # an answer that was cut off can look like one
+_ROWS_BETWEEN_POSITIONS = 256
+_TRIES_OF_A_CORRUPTED_FILE = 5  # a truncated response can look like one
 
 
 class HubCorpus(Corpus):
-    """A dataset on the Hub. Nothing is asked of the Hub before it is needed.
+    """A Hub dataset. Nothing is requested from the Hub before it is needed.
 
     Args:
-        repository: as owner/name.
-        config: its part; None where it has one only.
-        name: the shards' prefix.
-        text_field: the column that holds the text.
-        report: is told, a line a minute, that the Hub cannot be reached.
+        repository: owner/name.
+        config: the dataset's configuration; None where it has only one.
+        name: prefix of the shards.
+        text_field: column that holds the text.
+        report: receives a line per minute while the Hub is unreachable.
     """
 
     def __init__(
@@ -39,152 +39,90 @@ class HubCorpus(Corpus):
     ) -> None:
         self.name = name
         self.repository = repository
+        self.config = config
         self.retry = HubRetry(
             repository,
             report,
-            advice="fix this and run the same command again, finished shards are kept; --corpus installed-docs or a "
-            "path needs no network",
+            advice="fix this and run the same command again (complete shards are kept), or give --corpus "
+            "installed-docs or a path, which need no network",
         )
-        self._config = config
         self._text_field = text_field
-        self._rows_in_all: int | None = None
-        self.hashes: dict[str, str] = {}  # sha256 of large files, as far as `file_sizes` has asked for them
+        self._num_rows: int | None = None
 
-    def can_go_on_from(self, revision: str) -> bool:
-        """Read the dataset at `revision` from now on: the Hub keeps every commit."""
-        self.revision = revision
-        return True
-
-    def is_place(self, place: Place) -> bool:
-        """Return whether a place has a row and a stream's state."""
-        return isinstance(place, dict) and isinstance(place.get("row"), int) and isinstance(place.get("state"), dict)
-
-    def share_before(self, place: Place) -> float | None:
-        """Return the share of the rows before a place; see `_count_rows`."""
-        return min(1.0, place["row"] / self._rows_in_all) if self._rows_in_all else None
-
-    def ready_shards(self) -> list[str]:
-        """Return the repository's shards of token ids, validation first; none where it holds text.
-
-        With a config, only those in the folder of that name count.
-
-        Raises:
-            InputError: there are shards, but none for validation or none for training, of two kinds, or of one name.
-        """
-        import huggingface_hub
-
-        names = self.retry.call(
-            lambda: huggingface_hub.HfApi().list_repo_files(
-                self.repository, repo_type="dataset", revision=self.revision
-            )
-        )
-        shards = [(split_of(name), name) for name in sorted(names) if self._is_in_config(name)]
-        val = [name for split, name in shards if split == "val"]
-        train = [name for split, name in shards if split == "train"]
-        kinds = {PurePosixPath(name).suffix for name in (*val, *train)}
-        if kinds and not (val and train and len(kinds) == 1):
-            raise InputError(
-                f"expected shards of one kind for validation and for training in {self.repository}, found "
-                f"{len(val)} and {len(train)} of {' and '.join(sorted(kinds))}; name their folder with --corpus_config"
-            )
-        by_name = {PurePosixPath(name).name: name for name in (*val, *train)}
-        for name in (*val, *train):
-            if (other := by_name[PurePosixPath(name).name]) != name:
-                raise InputError(
-                    f"expected shards of different names in {self.repository}, found {name} and {other}; "
-                    "name the folder of those that are meant with --corpus_config"
-                )
-        return [*val, *train]
-
-    def file_sizes(self, names: list[str]) -> dict[str, int]:
-        """Return the bytes of each of the repository's files."""
-        import huggingface_hub
-
-        found = self.retry.call(
-            lambda: huggingface_hub.HfApi().get_paths_info(
-                self.repository, names, repo_type="dataset", revision=self.revision
-            )
-        )
-        files = [file for file in found if isinstance(file, huggingface_hub.RepoFile)]
-        self.hashes |= {file.path: file.lfs.sha256 for file in files if file.lfs is not None}
-        return {file.path: file.size for file in files}
-
-    def download(self, name: str, folder: Path) -> Path:
-        """Return a file of the repository, brought into `folder`; what is there of it already is not fetched again."""
-        import huggingface_hub
-
-        return Path(
-            self.retry.call(
-                lambda: huggingface_hub.hf_hub_download(
-                    self.repository, name, repo_type="dataset", revision=self.revision, local_dir=folder
-                )
-            )
-        )
-
-    def _is_in_config(self, name: str) -> bool:
-        return self._config is None or PurePosixPath(name).is_relative_to(self._config)
-
-    def _revision(self) -> str:
-        """Return the commit that `main` stands for."""
+    @functools.cached_property
+    def revision(self) -> str:
+        """Return the commit that `main` points to."""
         import huggingface_hub
 
         info = self.retry.call(lambda: huggingface_hub.HfApi().dataset_info(self.repository, expand=["sha"]))
         return str(info.sha)
 
-    def _read(self, start: Place | None) -> Iterator[Document]:
+    def at_revision(self, revision: str) -> "HubCorpus":
+        """Return the dataset at a commit; the Hub keeps every one."""
+        corpus = copy.copy(self)
+        corpus.revision = revision
+        return corpus
+
+    def is_position(self, value: object) -> bool:
+        """Return whether `value` has a row and the state of a stream."""
+        return isinstance(value, dict) and isinstance(value.get("row"), int) and isinstance(value.get("state"), dict)
+
+    def fraction_before(self, position: Position) -> float | None:
+        """Return the fraction of the rows before a position; see `_count_rows`."""
+        return min(1.0, position["row"] / self._num_rows) if self._num_rows else None
+
+    def _read(self, start: Position | None) -> Iterator[Document]:
         import pyarrow
 
-        place = start or {"row": 0, "state": None}
-        number = place["row"]
-        broken_at, tries = -1, 0
+        position = start or {"row": 0, "state": None}
+        number = position["row"]
+        corrupted_at, tries = -1, 0
         while True:
             try:
-                for row, state in self._rows(place["state"], skipped=number - place["row"]):
+                for row, state in self._rows(position["state"], skipped=number - position["row"]):
                     self.retry.reset()
                     if state is not None:
-                        place = {"row": number, "state": state}
+                        position = {"row": number, "state": state}
                     number += 1
                     text, replaced = self._text(row, number)
-                    yield Document(text, place if place["row"] == number - 1 else None, replaced)
+                    yield Document(text, position if position["row"] == number - 1 else None, replaced)
                 return
             except (*network_errors(), pyarrow.ArrowException, UnicodeDecodeError) as error:
                 if _is_about_content(error):
-                    broken_at, tries = number, tries + 1 if broken_at == number else 1
-                    if tries == _TRIES_OF_A_BROKEN_FILE:
+                    corrupted_at, tries = number, tries + 1 if corrupted_at == number else 1
+                    if tries == _TRIES_OF_A_CORRUPTED_FILE:
                         raise InputError(
-                            f"expected whole files in {self.repository}, found one broken at row {number + 1:,} "
-                            f"({one_line(error)}); tell its authors, and give another --corpus"
+                            f"{self.repository} holds a file that is corrupted at row {number + 1:,} "
+                            f"({one_line(error)}); report it to the authors, and give another --corpus"
                         ) from None
                 self.retry.wait(error)
 
     def _text(self, row: "pyarrow.Table", number: int) -> tuple[str, bool]:
         """Return the text of a table of one row, and whether bytes in it were replaced."""
-        place = f"{self.repository} row {number:,}"
+        where = f"{self.repository} row {number:,}"
         if self._text_field not in row.column_names:
-            raise no_field(self._text_field, row.column_names, place)
-        chunks = row.column(self._text_field).chunks
-        value, replaced = next(text for chunk in chunks for text in texts_of(chunk))
-        return text_of({self._text_field: value}, self._text_field, place), replaced
+            raise missing_field(self._text_field, row.column_names, where)
+        value, replaced = next(item for chunk in row.column(self._text_field).chunks for item in column_values(chunk))
+        return text_of({self._text_field: value}, self._text_field, where), replaced
 
     def _rows(
         self, state: dict[str, Any] | None, *, skipped: int
     ) -> "Iterator[tuple[pyarrow.Table, dict[str, Any] | None]]":
-        """Yield (row, now and then the state from which the stream begins with it), without the first `skipped`."""
+        """Yield the rows after the first `skipped`, every 256th with the stream's state before it."""
         import datasets
         import pyarrow
 
         try:
-            builder = datasets.load_dataset_builder(self.repository, name=self._config, revision=self.revision)
+            builder = datasets.load_dataset_builder(self.repository, name=self.config, revision=self.revision)
             dataset = builder.as_streaming_dataset(split="train").with_format("arrow")
-        except pyarrow.ArrowException:  # which are ValueErrors too
+        except pyarrow.ArrowException:  # some are ValueErrors
             raise
-        except ValueError as error:  # an unknown config, or no split of that name, with the list of those that exist
+        except ValueError as error:  # an unknown config or split; the message lists those that exist
             raise InputError(
-                f"expected a config with a split 'train' in {self.repository}, "
-                f"found '{self._config}': {one_line(error)}"
+                f"{self.repository} has no config '{self.config}' with a split 'train': {one_line(error)}"
             ) from None
-        if self._rows_in_all is None:
-            self._rows_in_all = _count_rows(builder)
+        if self._num_rows is None:
+            self._num_rows = _count_rows(builder)
         if state is not None:
             dataset.load_state_dict(state)
         rows = iter(dataset)
@@ -192,8 +130,8 @@ class HubCorpus(Corpus):
             next(rows, None)
         number = skipped
         while True:
-            # Before the row is drawn: the state is then the one that begins with it.
-            before = dataset.state_dict() if number and number % _ROWS_BETWEEN_PLACES == 0 else None
+            # Take the state before drawing the row, so that it resumes at this row.
+            before = dataset.state_dict() if number and number % _ROWS_BETWEEN_POSITIONS == 0 else None
             row = next(rows, None)
             if row is None:
                 return
@@ -202,17 +140,17 @@ class HubCorpus(Corpus):
 
 
 def _is_about_content(error: BaseException) -> bool:
-    """Return whether bytes came that made no sense: in some cases pyarrow's error is an OSError without a number."""
+    """Return whether the bytes received made no sense; pyarrow's OSErrors for that have no errno."""
     import pyarrow
 
-    nameless = type(error) is OSError and error.errno is None
-    return nameless or isinstance(error, pyarrow.ArrowException | UnicodeDecodeError)
+    without_number = type(error) is OSError and error.errno is None
+    return without_number or isinstance(error, pyarrow.ArrowException | UnicodeDecodeError)
 
 
 def _count_rows(builder: "datasets.DatasetBuilder") -> int | None:
-    """Return how many rows a dataset has as its card says, or else about how many: as if all were like its first file.
+    """Return the number of rows from the dataset card, or an estimate from the rows of the first Parquet file.
 
-    FineWeb's card says nothing. None where the files are not Parquet, whose rows nobody has counted.
+    FineWeb's card has no number. None where the files are not Parquet.
     """
     import fsspec
     import pyarrow.parquet

@@ -1,4 +1,4 @@
-"""Which corpus is meant by what a person writes: a name, a path, or a dataset of the Hub."""
+"""Open the corpus that `--corpus` names: installed-docs, FineWeb, a path, or a Hub dataset."""
 
 import re
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from training.data.sources.base import (
     HUB_CORPORA,
     INSTALLED_DOCS,
     Corpus,
-    InstalledDocs,
     corpus_name,
 )
 from training.data.sources.files import FileCorpus
 from training.data.sources.hub_corpus import HubCorpus
+from training.data.sources.installed_docs import InstalledDocs
 
-_HUB_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def open_corpus(
@@ -29,14 +29,14 @@ def open_corpus(
     num_workers: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Corpus:
-    """Return the corpus that is meant; the Hub is asked nothing yet.
+    """Return the corpus; nothing is requested from the Hub yet.
 
     Args:
-        corpus: `installed-docs`, `fineweb`, `fineweb-edu`, the path of a file or folder, or a dataset's `owner/name`.
-        corpus_config: which part of a Hub dataset; for FineWeb `sample-10BT` when None.
-        text_field: the field or column that holds the text in JSON lines, Parquet and Hub datasets.
-        num_workers: processes for gathering installed-docs; all cores when None.
-        report: is told, a line a minute, that the Hub cannot be reached.
+        corpus: `installed-docs`, `fineweb`, `fineweb-edu`, the path of a file or folder, or a Hub dataset (owner/name).
+        corpus_config: configuration of a Hub dataset (default for FineWeb: `sample-10BT`).
+        text_field: field or column that holds the text in JSON lines, Parquet and Hub datasets.
+        num_workers: processes that gather installed-docs; None uses all cores.
+        report: receives a line per minute while the Hub is unreachable.
 
     Raises:
         InputError: there is no such corpus.
@@ -44,30 +44,22 @@ def open_corpus(
     path = Path(corpus)
     exists = bool(corpus) and path.exists()
     if corpus in HUB_CORPORA or (not exists and is_repository_id(corpus)):
-        default = DEFAULT_HUB_CONFIG if corpus in HUB_CORPORA else None
-        return HubCorpus(
-            HUB_CORPORA.get(corpus, corpus),
-            corpus_config or default,
-            name=corpus_name(corpus),
-            text_field=text_field,
-            report=report,
-        )
+        config = corpus_config or (DEFAULT_HUB_CONFIG if corpus in HUB_CORPORA else None)
+        repository = HUB_CORPORA.get(corpus, corpus)
+        return HubCorpus(repository, config, name=corpus_name(corpus), text_field=text_field, report=report)
     if corpus_config is not None:
-        raise InputError(
-            f"expected --corpus_config with a dataset of the Hub only, found '{corpus_config}' with '{corpus}'; "
-            "leave it out"
-        )
+        raise InputError(f"--corpus_config {corpus_config} needs a Hub dataset, and '{corpus}' is not one; omit it")
     if corpus == INSTALLED_DOCS:
         return InstalledDocs(num_workers=num_workers)
     if not exists:
         known = [INSTALLED_DOCS, *HUB_CORPORA]
         raise InputError(
-            f"expected a corpus, found '{corpus}', which is neither a name nor a file or folder that exists; "
-            f"give {', '.join(known)}, a path, or a dataset of the Hub as owner/name{did_you_mean(corpus, known)}"
+            f"unknown corpus '{corpus}': neither a name nor an existing file or folder; "
+            f"give {', '.join(known)}, a path, or a Hub dataset as owner/name{did_you_mean(corpus, known)}"
         )
     return FileCorpus(path, text_field)
 
 
 def is_repository_id(corpus: str) -> bool:
-    """Return whether this reads as owner/name of the Hub rather than as the path of a file."""
-    return bool(_HUB_REPOSITORY.fullmatch(corpus)) and not corpus.lower().endswith(FILE_ENDINGS) and corpus[0] != "."
+    """Return whether `corpus` reads as owner/name on the Hub rather than as a file path."""
+    return bool(_REPOSITORY_ID.fullmatch(corpus)) and not corpus.lower().endswith(FILE_ENDINGS) and corpus[0] != "."

@@ -7,6 +7,7 @@ which no white space follows on white space needs none. In other text the same c
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import tiktoken
@@ -58,3 +59,18 @@ class BytePairEncoding:
 def _ids(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
     # As an array, which spares an object for each id.
     return encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
+
+
+@dataclass(frozen=True)
+class EncodeDocuments:
+    """Documents -> their ids as one array, (tokens,), an end-of-text token before each document."""
+
+    bpe: BytePairEncoding
+    end_of_text_id: int
+    dtype: str
+
+    def __call__(self, documents: Sequence[str]) -> np.ndarray:
+        """Return the ids of `documents`, concatenated."""
+        end_of_text = np.array([self.end_of_text_id], dtype=self.dtype)
+        parts = [part for document in documents for part in (end_of_text, self.bpe.encode(document))]
+        return np.concatenate(parts or [end_of_text[:0]], dtype=self.dtype, casting="same_kind")

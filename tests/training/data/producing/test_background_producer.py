@@ -16,15 +16,17 @@ import pytest
 import torch
 from support.growing_folder import GrowingFolder, restore
 from support.paths import ROOT
+from support.small_corpora import make_shards
 
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME, locked
 from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
 from training.data.loading.training_shards import TrainingShards
-from training.data.producing.background_producer import ProducerBeside, producer_command
+from training.data.producing.background_producer import BackgroundProducer, producer_command
 from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
+from training.data.shards.shard_spec import ShardSpec
 from training.data.tokenization.tokenizer import train_bpe
 from training.loop import train
 from training.monitoring.run_log import RunLog, read_metrics
@@ -91,73 +93,65 @@ if tries < 2:
 """,
     )
     lines: list[str] = []
-    with ProducerBeside(lines.append) as producer:
-        producer.training_begins()
+    with BackgroundProducer(lines.append) as producer:
+        producer.training_started()
         producer.start(command)
         wait_until(lambda: (tmp_path / "tries").exists() and len((tmp_path / "tries").read_text()) == 3)
-        producer.check()
+        assert producer.failure is None
     assert lines == [
-        f"The producer of shards died: the disk is full; training goes on with the shards there are; "
-        f"it starts again in {seconds} s"
+        f"The shard producer died: the disk is full; training continues with the shards that are complete; "
+        f"restarting it in {seconds} s"
         for seconds in (1, 2)
     ]
 
 
 def test_mistake_before_the_first_shard_ends_the_wait(tmp_path: Path) -> None:
     lines: list[str] = []
-    with ProducerBeside(lines.append) as producer:
+    with BackgroundProducer(lines.append) as producer:
         producer.start(script(tmp_path, "print('error: no such corpus', file=sys.stderr); sys.exit(2)"))
-
-        def refused() -> bool:
-            try:
-                producer.check()
-            except InputError as error:
-                return str(error) == "no such corpus"
-            return False
-
-        wait_until(refused)
+        wait_until(lambda: producer.failure == "no such corpus")
     assert lines == []
 
 
-def test_producer_that_failed_just_before_training_begins_is_told_and_started_again(tmp_path: Path) -> None:
+def test_producer_that_failed_just_before_training_started_is_told_and_started_again(tmp_path: Path) -> None:
     marker = tmp_path / "tries"
     code = f"marker = pathlib.Path({str(marker)!r}); tries = marker.exists(); marker.touch()\n"
     lines: list[str] = []
-    with ProducerBeside(lines.append) as producer:
+    with BackgroundProducer(lines.append) as producer:
         producer.start(
             script(tmp_path, code + "if not tries: sys.exit(print('error: bad', file=sys.stderr) or 2)\nprint('well')")
         )
-        wait_until(lambda: producer.hopeless)
-        producer.training_begins()
+        wait_until(lambda: producer.failure)
+        producer.training_started()
         wait_until(lambda: len(lines) == 2)
-    died = "The producer of shards died: bad; training goes on with the shards there are; it starts again in 1 s"
+    died = "The shard producer died: bad; training continues with the shards that are complete; restarting it in 1 s"
     assert lines == [died, "well"]
 
 
 def test_killed_producer_is_started_again_and_named_as_killed(tmp_path: Path) -> None:
     lines: list[str] = []
-    with ProducerBeside(lines.append) as producer:
-        producer.training_begins()
+    with BackgroundProducer(lines.append) as producer:
+        producer.training_started()
         producer.start(script(tmp_path, "print('a warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"))
         wait_until(lambda: lines)
-    assert "died: killed by SIGKILL; training goes on" in lines[0]
+    assert "died: killed by SIGKILL; training continues" in lines[0]
 
 
 def test_a_minute_holds_one_line_of_the_producer(tmp_path: Path) -> None:
     lines: list[str] = []
     marker = tmp_path / "done"
-    with ProducerBeside(lines.append) as producer:
-        producer.training_begins()
+    with BackgroundProducer(lines.append) as producer:
+        producer.training_started()
         producer.start(script(tmp_path, f"print('first'); print('second'); pathlib.Path({str(marker)!r}).touch()"))
         wait_until(marker.exists)
     assert lines == ["first"]
 
 
 def test_producer_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.data.producing.background_producer._SECONDS_TO_END", 0.5)
+    monkeypatch.setattr("training.data.producing.background_producer._SECONDS_TO_EXIT", 0.5)
     marker = tmp_path / "started"
     code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(marker)!r}).touch()"
-    with ProducerBeside() as producer:
+    with BackgroundProducer() as producer:
         producer.start(script(tmp_path, code + "; time.sleep(60)"))
         wait_until(marker.exists)
     assert threading.active_count() == 1 or not any(thread.name == "producer" for thread in threading.enumerate())
@@ -177,13 +171,19 @@ def slow_corpus(path: Path) -> Path:
 def slow_command(tmp_path: Path) -> list[str]:
     train_bpe(["token window shard batch"] * 9, 260).save(tmp_path / "tokenizer")
     corpus = slow_corpus(tmp_path / "c.jsonl")
-    flags = ["--corpus", str(corpus), "--tokenizer", str(tmp_path / "tokenizer"), "--num_workers", "1"]
-    return producer_command(tmp_path / "out", [*flags, "--shard_tokens", "50000", "--val_tokens", "5000"])
+    spec = ShardSpec(
+        folder=tmp_path / "out",
+        corpus=str(corpus),
+        tokenizer=str(tmp_path / "tokenizer"),
+        shard_tokens=50_000,
+        val_tokens=5_000,
+    )
+    return producer_command(spec, num_workers=1)
 
 
 @on_linux
 def test_producer_ends_with_training_and_leaves_whole_shards_only(tmp_path: Path, slow_command: list[str]) -> None:
-    with ProducerBeside(lambda line: None) as producer:
+    with BackgroundProducer(lambda line: None) as producer:
         producer.start(slow_command)
         wait_until(lambda: (manifest := Manifest.read(tmp_path / "out")) and len(manifest.shards) > 1)
     assert processes_that_name(str(tmp_path)) == []
@@ -198,8 +198,8 @@ def test_producer_ends_with_training_and_leaves_whole_shards_only(tmp_path: Path
 def test_producer_ends_when_training_is_killed(tmp_path: Path, slow_command: list[str]) -> None:
     program = f"""
 import sys, time
-from training.data.producing.background_producer import ProducerBeside
-with ProducerBeside() as producer:
+from training.data.producing.background_producer import BackgroundProducer
+with BackgroundProducer() as producer:
     producer.start({slow_command!r})
     time.sleep(60)
 """
@@ -214,17 +214,17 @@ with ProducerBeside() as producer:
 
 
 def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(tmp_path: Path, text_file: Path) -> None:
-    settings = {"corpus": str(text_file), "tokenizer": "train:300", "shard_tokens": 9_000, "val_tokens": 2_000}
+    spec = ShardSpec(
+        folder=tmp_path / "out", corpus=str(text_file), tokenizer="train:300", shard_tokens=9_000, val_tokens=2_000
+    )
     lines: list[str] = []
     folders: list[ShardFolder] = []
-    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
-    command = producer_command(tmp_path / "out", [*flags, "--num_workers", "0"])
-    with ProducerBeside(lambda line: None) as producer:
-        producer.start(command)
+    with BackgroundProducer(lambda line: None) as producer:
+        producer.start(producer_command(spec, num_workers=0))
         wait_until((tmp_path / "out" / LOCK_NAME).exists)
-        folders.append(produce(tmp_path / "out", **settings, num_workers=0, wait=True, report=lines.append))
+        folders.append(produce(spec, num_workers=0, wait=True, report=lines.append))
     assert folders[0].complete
-    assert any("another process fills" in line for line in lines) or len(lines) <= 1
+    assert any("another process is filling" in line for line in lines) or len(lines) <= 1
 
 
 def test_cores_that_training_leaves_free_tokenise(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,8 +289,8 @@ def test_folder_prepared_with_a_limit_of_tokens_is_trained_on(
     shards: int, tiny_recipe: Make, text_file: Path, tmp_path: Path
 ) -> None:
     recipe = tiny_recipe(data_dir=str(tmp_path / "whole"), max_steps=3, eval_steps=0, sample_steps=0, save_steps=0)
-    sizes = {"shard_tokens": 9_000, "val_tokens": 2_000, "max_tokens": 12_000, "num_workers": 0}
-    produce(tmp_path / "whole", corpus=str(text_file), tokenizer=recipe.tokenizer, report=lambda line: None, **sizes)
+    sizes = {"shard_tokens": 9_000, "val_tokens": 2_000, "max_tokens": 12_000}
+    make_shards(tmp_path / "whole", corpus=str(text_file), tokenizer=recipe.tokenizer, **sizes)
     folder = GrowingFolder(tmp_path / "whole", tmp_path / "data")
     steps = 2 if folder.show(shards, complete=shards == 3).complete else 40  # the first shard has 35
     train(dataclasses.replace(recipe, data_dir=str(folder.path), max_steps=steps))
@@ -352,7 +352,7 @@ def test_length_in_epochs_needs_the_whole_folder(tiny_recipe: Make, tmp_path: Pa
 def test_corpus_that_cannot_be_read_ends_the_run_with_the_producers_line(tiny_recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"texts": "no such field"}\n')
     recipe = tiny_recipe(data_dir=str(tmp_path / "data"), corpus=str(tmp_path / "c.jsonl"), tokenizer="train:300")
-    with pytest.raises(InputError, match=r"^expected the field 'text' in .*did you mean texts"):
+    with pytest.raises(InputError, match=r"^no field 'text' in .*did you mean texts"):
         train(recipe)
     assert not Path(recipe.output_dir).exists()
     assert not (tmp_path / "data").exists()
@@ -390,7 +390,7 @@ def test_producer_killed_under_a_run_is_started_again_and_the_run_goes_on(
     train(recipe)
     thread.join()
     assert at_the_kill
-    assert "The producer of shards died: killed by SIGKILL; training goes on" in capsys.readouterr().out
+    assert "The shard producer died: killed by SIGKILL; training continues" in capsys.readouterr().out
     losses = [line["train_loss"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line]
     assert len(losses) == 250
     assert processes_that_name(str(data)) == []
@@ -408,7 +408,7 @@ def test_two_processes_of_a_node_start_one_producer(tiny_recipe: Make, tmp_path:
         while process.poll() is None:
             for found in processes_that_name(str(tmp_path / "data")):
                 try:
-                    if b"training.prepare" in Path(f"/proc/{found}/cmdline").read_bytes():
+                    if b"producer_process" in Path(f"/proc/{found}/cmdline").read_bytes():
                         # A process that has been forked, and is not yet another program, looks like its parent.
                         producers.add(os.getsid(found))
                 except (FileNotFoundError, ProcessLookupError):

@@ -22,7 +22,7 @@ def test_command_fills_a_folder_and_says_what_came_of_it(tmp_path, monkeypatch, 
     assert folder.complete
     out = capsys.readouterr().out
     assert f"{len(folder.shards)} shards, 1 documents, {folder.manifest.tokens:,} tokens of bpe-280" in out
-    assert "bytes a token" in out
+    assert "bytes per token" in out
 
 
 def test_validation_is_as_long_as_a_shard_unless_told(tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         _run(monkeypatch, "--corpus", "nowhere", "--output", tmp_path / "out")
     assert caught.value.code == 2
-    assert capsys.readouterr().err.startswith("error: expected a corpus, found 'nowhere'")
+    assert capsys.readouterr().err.startswith("error: unknown corpus 'nowhere'")
 
 
 def test_help_imports_nothing_heavy():

@@ -14,12 +14,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from support.paths import ROOT
-from support.small_corpora import WORDS, folder_bytes, write_corpus
+from support.small_corpora import WORDS, folder_bytes, make_shards, write_corpus
 
 from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
 from training.data.producing import producer
-from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_writer import ShardWriter
@@ -33,7 +32,7 @@ def _ids(folder: ShardFolder) -> np.ndarray:
 
 
 def test_shards_hold_each_document_behind_an_end_of_text_in_order(tmp_path, corpus, tokenizer_folder, settings):
-    folder = produce(tmp_path / "out", **settings)
+    folder = make_shards(tmp_path / "out", **settings)
     tokenizer = Tokenizer.load(tokenizer_folder)
     expected = []
     for line in corpus.read_text().splitlines():
@@ -51,7 +50,7 @@ def test_shards_hold_each_document_behind_an_end_of_text_in_order(tmp_path, corp
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 3_000)  # many batches
     for workers in (0, 1, 2, 4):
-        produce(tmp_path / str(workers), **{**settings, "num_workers": workers})
+        make_shards(tmp_path / str(workers), **{**settings, "num_workers": workers})
     assert (
         folder_bytes(tmp_path / "0")
         == folder_bytes(tmp_path / "1")
@@ -63,12 +62,12 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkey
 def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, settings, tokenizer_folder):
     path = write_corpus(tmp_path / "c.jsonl", 100)
     settings = {**settings, "corpus": str(path)}
-    produce(tmp_path / "out", **settings)
+    make_shards(tmp_path / "out", **settings)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
     write_corpus(path, 101)  # another revision
-    assert produce(tmp_path / "out", **settings).complete
+    assert make_shards(tmp_path / "out", **settings).complete
     path.unlink()
-    assert produce(tmp_path / "out", **settings).complete
+    assert make_shards(tmp_path / "out", **settings).complete
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
 
 
@@ -84,20 +83,20 @@ def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, s
     ],
 )
 def test_folder_made_with_other_settings_is_refused_with_the_difference(tmp_path, settings, change, found):
-    produce(tmp_path, **settings)
+    make_shards(tmp_path, **settings)
     before = folder_bytes(tmp_path)
     with pytest.raises(InputError, match=f"{found}; request the same, choose another folder, or delete this one"):
-        produce(tmp_path, **{**settings, **change})
+        make_shards(tmp_path, **{**settings, **change})
     assert folder_bytes(tmp_path) == before
 
 
 def test_folder_cut_at_max_tokens_serves_less_and_not_more(tmp_path, settings):
-    folder = produce(tmp_path, **settings, max_tokens=7_000)
+    folder = make_shards(tmp_path, **settings, max_tokens=7_000)
     assert sum(shard.tokens for shard in folder.train_shards) == 7_000
-    assert produce(tmp_path, **settings, max_tokens=6_000).complete
+    assert make_shards(tmp_path, **settings, max_tokens=6_000).complete
     for more in (None, 8_000):
         with pytest.raises(InputError, match=f"max_tokens 7000 instead of {more}"):
-            produce(tmp_path, **settings, max_tokens=more)
+            make_shards(tmp_path, **settings, max_tokens=more)
 
 
 class _KilledError(Exception):
@@ -121,13 +120,13 @@ def _interrupt_after(monkeypatch, shards: int) -> None:
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_interrupted_producer_goes_on_to_the_same_bytes(tmp_path, settings, monkeypatch, shards):
-    produce(tmp_path / "whole", **settings)
+    make_shards(tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, shards)
         with pytest.raises(_KilledError):
-            produce(tmp_path / "out", **settings)
+            make_shards(tmp_path / "out", **settings)
     assert len(ShardFolder.open(tmp_path / "out").shards) == shards
-    produce(tmp_path / "out", **settings)
+    make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
@@ -135,12 +134,12 @@ def test_document_longer_than_shards_is_taken_up_in_its_middle(tmp_path, setting
     path = tmp_path / "c.txt"
     path.write_text(" ".join(random.Random(0).choices(WORDS, k=20_000)))
     settings = {**settings, "corpus": str(path)}
-    produce(tmp_path / "whole", **settings)
+    make_shards(tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 3)
         with pytest.raises(_KilledError):
-            produce(tmp_path / "out", **settings)
-    produce(tmp_path / "out", **settings)
+            make_shards(tmp_path / "out", **settings)
+    make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
@@ -150,13 +149,13 @@ def test_incomplete_folder_is_not_continued_with_a_changed_corpus(tmp_path, sett
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 2)
         with pytest.raises(_KilledError):
-            produce(tmp_path / "out", **settings)
+            make_shards(tmp_path / "out", **settings)
     write_corpus(path, 200, seed=1)
-    with pytest.raises(InputError, match=r"the corpus 'c' has changed since .* delete the folder"):
-        produce(tmp_path / "out", **settings)
+    with pytest.raises(InputError, match=r"'c' has changed since .* delete the folder"):
+        make_shards(tmp_path / "out", **settings)
     monkeypatch.setattr(FileCorpus, "revision", Manifest.read(tmp_path / "out").corpus_revision)
-    with pytest.raises(InputError, match="found another; the corpus has changed"):
-        produce(tmp_path / "out", **settings)
+    with pytest.raises(InputError, match="the corpus has changed"):
+        make_shards(tmp_path / "out", **settings)
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.parquet", "c"])
@@ -174,11 +173,11 @@ def test_producer_goes_on_without_reading_what_is_behind_it(tmp_path, settings, 
             (path / f"{number:03d}.txt").write_text(text)
     monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 2_000)
     settings = {**settings, "corpus": str(path)}
-    whole = produce(tmp_path / "whole", **settings)
+    whole = make_shards(tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 4)
         with pytest.raises(_KilledError):
-            produce(tmp_path / "out", **settings)
+            make_shards(tmp_path / "out", **settings)
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.resume.document < manifest.documents <= manifest.resume.document + 30
 
@@ -190,7 +189,7 @@ def test_producer_goes_on_without_reading_what_is_behind_it(tmp_path, settings, 
             yield document
 
     monkeypatch.setattr(FileCorpus, "_read", spy)
-    produce(tmp_path / "out", **settings)
+    make_shards(tmp_path / "out", **settings)
     assert len(read) == 400 - manifest.resume.document
     assert folder_bytes(tmp_path / "out") == folder_bytes(whole.path)
 
@@ -206,17 +205,17 @@ def test_documents_that_are_not_utf8_are_counted_once_whatever_happens(tmp_path,
     lines: list[str] = []
     for number, characters in enumerate((3_000, 1_000_000)):
         monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", characters)
-        produce(tmp_path / str(number), **{**settings, "num_workers": number, "report": lines.append})
+        make_shards(tmp_path / str(number), **{**settings, "num_workers": number, "report": lines.append})
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 3)
         with pytest.raises(_KilledError):
-            produce(tmp_path / "out", **settings)
-    folder = produce(tmp_path / "out", **settings)
+            make_shards(tmp_path / "out", **settings)
+    folder = make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "0") == folder_bytes(tmp_path / "1")
     begun = folder.manifest.documents
     assert (begun == 300) == (max_tokens is None)
     assert folder.manifest.replaced_documents == len(range(0, begun, 7))
-    assert f"{folder.manifest.replaced_documents:,} documents held bytes that are not UTF-8" in lines[-1]
+    assert f"{folder.manifest.replaced_documents:,} documents held invalid UTF-8" in lines[-1]
 
 
 def test_document_of_ten_megabytes_is_a_document_like_any_other(tmp_path, settings):
@@ -225,7 +224,7 @@ def test_document_of_ten_megabytes_is_a_document_like_any_other(tmp_path, settin
     assert len(long.encode()) > 10_000_000
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("before", long, "x" * 200_000, "after")))
     settings = {**settings, "corpus": str(path), "shard_tokens": 1_000_000, "num_workers": 1}
-    folder = produce(tmp_path / "out", **settings)
+    folder = make_shards(tmp_path / "out", **settings)
     tokenizer = Tokenizer.load(folder.path)
     assert folder.manifest.documents == 4
     ids = _ids(folder)
@@ -249,7 +248,7 @@ def _is_alive(pid: int) -> bool:
 def test_killed_producer_leaves_no_process_and_ends_with_the_same_bytes(tmp_path, settings):
     path = write_corpus(tmp_path / "c.jsonl", 4_000)
     settings = {**settings, "corpus": str(path), "shard_tokens": 20_000}
-    produce(tmp_path / "whole", **settings)
+    make_shards(tmp_path / "whole", **settings)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "training.prepare", "--output", str(out), "--num_workers", "1"]
     for name in ("corpus", "tokenizer", "shard_tokens", "val_tokens"):
@@ -288,7 +287,9 @@ def test_trained_tokenizer_is_saved_and_never_saw_validation(tmp_path, settings)
         for i in range(300):
             words = ["xylophone"] * 30 if i < 20 else rng.choices(WORDS, k=60)
             file.write(json.dumps({"text": " ".join(words)}) + "\n")
-    folder = produce(tmp_path / "out", **{**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 500})
+    folder = make_shards(
+        tmp_path / "out", **{**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 500}
+    )
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert folder.manifest.vocab_size == tokenizer.vocab_size == 290
     assert folder.manifest.tokenizer == "bpe-290"
@@ -299,7 +300,7 @@ def test_trained_tokenizer_is_saved_and_never_saw_validation(tmp_path, settings)
 def test_more_is_set_aside_when_validation_turns_out_longer(tmp_path, settings, monkeypatch):
     monkeypatch.setattr("training.data.tokenization.tokenizer_training._RESERVED_CHARACTERS_PER_TOKEN", 1)
     lines: list[str] = []
-    produce(tmp_path / "out", **{**settings, "tokenizer": "train:300", "report": lines.append})
+    make_shards(tmp_path / "out", **{**settings, "tokenizer": "train:300", "report": lines.append})
     assert len([line for line in lines if "training a vocabulary" in line]) > 1
 
 
@@ -307,20 +308,20 @@ def test_one_document_can_be_cut_between_validation_and_tokenizer_training(tmp_p
     path = tmp_path / "c.txt"
     path.write_text("xylophone " * 400 + " ".join(WORDS * 300))
     settings = {**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 600, "shard_tokens": 1000}
-    produce(tmp_path / "out", **settings)
+    make_shards(tmp_path / "out", **settings)
     tokenizer = Tokenizer.load(tmp_path / "out")
     assert not any("xylo" in tokenizer.decode([i]) for i in range(290))
 
 
 def test_interrupted_producer_keeps_the_tokenizer_that_it_trained(tmp_path, settings, monkeypatch):
     settings = {**settings, "tokenizer": "train:300"}
-    produce(tmp_path / "whole", **settings)
+    make_shards(tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 2)
         with pytest.raises(_KilledError):
-            produce(tmp_path / "out", **settings)
+            make_shards(tmp_path / "out", **settings)
     monkeypatch.setattr(producer, "train_tokenizer", None)  # training again would fail
-    produce(tmp_path / "out", **settings)
+    make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 

@@ -10,14 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.small_corpora import folder_bytes
+from support.small_corpora import folder_bytes, make_shards
 
 from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME, locked
+from common.worker_processes import map_in_order
 from training.data.producing import producer, progress
-from training.data.producing.producer import produce
-from training.data.producing.workers import map_in_order
 from training.data.shards.manifest import Manifest, ResumePoint
 from training.data.shards.shard_reader import ShardFolder
 
@@ -27,15 +26,15 @@ from training.data.shards.shard_reader import ShardFolder
     [
         ({"val_tokens": 10_000_000}, "training need at least 10,000,002"),
         ({"tokenizer": "train:30000"}, "found that it gives"),
-        ({"text_field": "body"}, "expected the field 'body'"),
+        ({"text_field": "body"}, "no field 'body' in"),
         ({"tokenizer": "nowhere"}, "expected a folder with a tokenizer.json"),
-        ({"corpus": "nowhere"}, "expected a corpus, found 'nowhere'"),
+        ({"corpus": "nowhere"}, "unknown corpus 'nowhere'"),
         ({"shard_tokens": 0}, "shard_tokens must be at least 2, found 0"),
         ({"val_tokens": 0}, "val_tokens must be at least 1, found 0"),
         ({"shard_tokens": 10**15}, "shard_tokens must be at most 4,294,967,296, found 1,000,000,000,000,000"),
         ({"val_tokens": 10**15}, "val_tokens must be at most 4,294,967,296"),
         ({"max_tokens": -1}, "max_tokens must be at least 2, found -1"),
-        ({"num_workers": -1}, "expected num_workers of at least 0, found -1"),
+        ({"num_workers": -1}, "num_workers must be at least 0, found -1"),
     ],
 )
 @pytest.mark.parametrize("exists", [True, False])
@@ -44,13 +43,13 @@ def test_user_mistake_leaves_the_output_as_it_was(tmp_path, settings, change, me
     if exists:
         out.mkdir()
     with pytest.raises(InputError, match=message):
-        produce(out, **{**settings, **change})
+        make_shards(out, **{**settings, **change})
     assert out.exists() == exists
     assert not exists or not list(out.iterdir())
 
 
 def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, settings, monkeypatch):
-    produce(tmp_path / "whole", **settings)
+    make_shards(tmp_path / "whole", **settings)
     real, calls = os.fsync, []
 
     def fsync(descriptor: int) -> None:
@@ -61,11 +60,11 @@ def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, set
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(InputError, match=r"No space left on device; free space.*finished shards are kept"):
-            produce(tmp_path / "out", **settings)
+        with pytest.raises(InputError, match=r"No space left on device; free space.*complete shards are kept"):
+            make_shards(tmp_path / "out", **settings)
     assert not list((tmp_path / "out").glob(f"*{PARTIAL_SUFFIX}"))
     assert ShardFolder.open(tmp_path / "out").shards
-    produce(tmp_path / "out", **settings)
+    make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
 
 
@@ -73,8 +72,8 @@ def test_disk_without_room_for_the_tokenizer_is_one_clear_error(tmp_path, settin
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"found: File too large; free space"):
-            produce(tmp_path / "out", **settings)
+        with pytest.raises(InputError, match=r"cannot write to .*: File too large; free space"):
+            make_shards(tmp_path / "out", **settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not (tmp_path / "out").exists()
@@ -82,17 +81,17 @@ def test_disk_without_room_for_the_tokenizer_is_one_clear_error(tmp_path, settin
 
 def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1_040_000))
-    expected = r"found: 1.0 MB of disk space left, 1.2 MB needed; free space or choose another folder"
+    expected = r"1.0 MB of disk space left, 1.2 MB needed; free space or choose another folder"
     with pytest.raises(InputError, match=expected):
-        produce(tmp_path / "out", **settings)
+        make_shards(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
 
 def test_disk_that_gets_full_is_noticed_before_the_shard_that_does_not_fit(tmp_path, settings, monkeypatch):
     free = iter([10**9, 10**9, 10**9])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, next(free, 10**5)))
-    with pytest.raises(InputError, match=r"MB of disk space left.*finished shards are kept"):
-        produce(tmp_path / "out", **settings)
+    with pytest.raises(InputError, match=r"MB of disk space left.*complete shards are kept"):
+        make_shards(tmp_path / "out", **settings)
     assert len(ShardFolder.open(tmp_path / "out").shards) == 2
 
 
@@ -101,7 +100,7 @@ def test_time_left_is_told_where_the_end_is_known(tmp_path, settings, monkeypatc
     monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 10_000)
     for number, limit in enumerate((None, 20_000)):
         lines: list[str] = []
-        produce(tmp_path / str(number), **{**settings, "report": lines.append}, max_tokens=limit)
+        make_shards(tmp_path / str(number), **{**settings, "report": lines.append}, max_tokens=limit)
         shares = [int(match[1]) for line in lines if (match := re.search(r" (\d+)%, \d+ s left", line))]
         assert len(shares) > 3
         assert shares == sorted(shares)
@@ -113,48 +112,48 @@ def test_shard_that_memory_does_not_hold_is_one_clear_error(tmp_path, settings, 
 
     monkeypatch.setattr("training.data.shards.shard_writer.np.empty", full)
     with pytest.raises(InputError, match="not enough memory for a shard of 1,500 tokens"):
-        produce(tmp_path / "out", **settings)
+        make_shards(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("place", [7, "there", [0, 1], [9, 0, 0], [0, -1, 0], {"row": 1}, None])
 def test_place_that_the_corpus_does_not_have_is_refused(tmp_path, settings, place):
-    produce(tmp_path, **settings)
+    make_shards(tmp_path, **settings)
     manifest = Manifest.read(tmp_path)
     begun = replace(manifest, shards=manifest.shards[:1], complete=False, resume=ResumePoint(0, place))
     begun.write(tmp_path)
     with pytest.raises(InputError, match=r"resumes 'c' from a position that it does not have, .* delete the folder"):
-        produce(tmp_path, **settings)
+        make_shards(tmp_path, **settings)
 
 
 def test_two_producers_do_not_fill_one_folder(tmp_path, settings):
     with locked(tmp_path), pytest.raises(InputError, match="is already writing to"):
-        produce(tmp_path, **settings)
-    assert produce(tmp_path, **settings).complete  # a dead process holds no lock
+        make_shards(tmp_path, **settings)
+    assert make_shards(tmp_path, **settings).complete  # a dead process holds no lock
     assert not (tmp_path / LOCK_NAME).exists()
 
 
 def test_folder_with_other_files_is_refused(tmp_path, settings):
     (tmp_path / "thesis.md").write_text("mine")
     with pytest.raises(InputError, match="holds other files than shards"):
-        produce(tmp_path, **settings)
+        make_shards(tmp_path, **settings)
     with pytest.raises(InputError, match=r"thesis\.md is a file, not a folder"):
-        produce(tmp_path / "thesis.md", **settings)
+        make_shards(tmp_path / "thesis.md", **settings)
     with pytest.raises(InputError, match="Not a directory"):
-        produce(tmp_path / "thesis.md" / "out", **settings)
+        make_shards(tmp_path / "thesis.md" / "out", **settings)
     assert folder_bytes(tmp_path) == {"thesis.md": b"mine"}
 
 
 def test_folder_with_another_programs_shards_is_refused(tmp_path, settings):
     np.save(tmp_path / "edufineweb_val_000000", np.arange(9, dtype=np.uint16))
     with pytest.raises(InputError, match="holds shards without a manifest"):
-        produce(tmp_path, **settings)
+        make_shards(tmp_path, **settings)
 
 
 def test_progress_is_told_by_lines_where_there_is_no_terminal(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
     lines: list[str] = []
-    produce(tmp_path / "out", **{**settings, "report": lines.append})
+    make_shards(tmp_path / "out", **{**settings, "report": lines.append})
     assert "tokens at" in lines[-1]
     assert "documents" in lines[-1]
 
@@ -178,5 +177,5 @@ def _end(item: int) -> int:
 
 
 def test_killed_worker_is_one_clear_error():
-    with pytest.raises(InputError, match="found one killed"):
+    with pytest.raises(InputError, match="one of 1 worker processes was killed"):
         list(map_in_order(_end, range(50), num_workers=1))

@@ -116,7 +116,7 @@ def test_folder_whose_tokenizer_was_exchanged_is_refused(
     ("flags", "error"),
     [
         (("--inspect", "nowhere"), "error: nowhere does not exist; make shards"),
-        (("--corpus", "installed-docs"), "error: expected the folder to fill, found no --output"),
+        (("--corpus", "installed-docs"), "error: --output is missing"),
         (("--corpus", "installed-docs", "--output", "x", "--verify"), "error: --verify goes with --inspect DIR"),
         ((), "one of the arguments --corpus --inspect is required"),
     ],

@@ -296,7 +296,7 @@ def test_missing_and_broken_tokenizer_files_are_refused(tmp_path):
 
 
 def test_workers_encode_as_the_tokenizer_does():
-    from training.data.producing.workers import EncodeDocuments
+    from training.data.tokenization.bpe import EncodeDocuments
 
     tokenizer = train_bpe(["some words, some more words"] * 9, 264)
     documents = ["some words", "<|endoftext|> is text here", "naïve 数学 🙂", "x" * 5000, " "]
