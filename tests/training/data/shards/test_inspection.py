@@ -1,4 +1,4 @@
-"""`python -m training.prepare --inspect DIR`: what is told about a folder, and what is found out."""
+"""`python -m training.prepare --inspect DIR`: the description of a folder, and what --verify finds."""
 
 import dataclasses
 import shutil
@@ -23,7 +23,7 @@ def folder(shard_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+def run_prepare(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     def run(*flags: object, exit_code: int | None = None) -> str:
         monkeypatch.setattr(sys, "argv", ["prepare", *map(str, flags)])
         if exit_code is None:
@@ -38,10 +38,10 @@ def told(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize("verify", [(), ("--verify",)])
-def test_folder_is_told_with_its_shards_tokenizer_and_first_lines(
-    verify: tuple[str, ...], folder: Path, told: Callable[..., str]
+def test_description_has_shards_tokenizer_and_first_lines(
+    verify: tuple[str, ...], folder: Path, run_prepare: Callable[..., str]
 ) -> None:
-    out = told("--inspect", folder, *verify)
+    out = run_prepare("--inspect", folder, *verify)
     opened = ShardFolder.open(folder)
     assert opened.manifest is not None
     assert f"{folder}: complete" in out
@@ -56,60 +56,60 @@ def test_folder_is_told_with_its_shards_tokenizer_and_first_lines(
     assert any(subject in out for subject in ("The model", "A shard", "The loader", "Every token"))
 
 
-def test_growing_folder_says_that_it_is_not_complete(folder: Path, told: Callable[..., str]) -> None:
+def test_partial_folder_is_described_as_partial(folder: Path, run_prepare: Callable[..., str]) -> None:
     manifest = Manifest.read(folder)
     assert manifest is not None
     dataclasses.replace(manifest, shards=manifest.shards[:2], complete=False, replaced_documents=3).write(folder)
-    out = told("--inspect", folder, "--verify")
+    out = run_prepare("--inspect", folder, "--verify")
     assert f"{folder}: partial" in out
     assert "documents with invalid UTF-8: 3" in out
     assert out.count(".npy") == 2
 
 
-def test_changed_byte_is_found_by_verify_alone(folder: Path, told: Callable[..., str]) -> None:
+def test_changed_byte_is_found_by_verify_only(folder: Path, run_prepare: Callable[..., str]) -> None:
     shard = ShardFolder.open(folder).train_shards[1].path
     content = bytearray(shard.read_bytes())
     content[-2] ^= 1
     shard.write_bytes(content)
-    told("--inspect", folder)
-    error = told("--inspect", folder, "--verify", exit_code=2)
+    run_prepare("--inspect", folder)
+    error = run_prepare("--inspect", folder, "--verify", exit_code=2)
     assert error.startswith(f"error: {shard} is corrupted: its sha256 is not the manifest's")
 
 
-def test_folder_of_another_program_is_told_with_a_tokenizer_that_is_named(
-    shard_folder: Path, tmp_path: Path, told: Callable[..., str]
+def test_folder_of_another_program_is_decoded_with_the_given_tokenizer(
+    shard_folder: Path, tmp_path: Path, run_prepare: Callable[..., str]
 ) -> None:
     ids = ShardFolder.open(shard_folder).val_shard.read()
     for split in ("val", "train"):
         np.save(tmp_path / f"edufineweb_{split}_000000.npy", ids)
-    out = told("--inspect", tmp_path, "--tokenizer", shard_folder)
+    out = run_prepare("--inspect", tmp_path, "--tokenizer", shard_folder)
     assert "shards of another program, without a manifest" in out
     assert "not counted" in out
-    begun = np.count_nonzero(ids == 299)
-    verified = told("--inspect", tmp_path, "--tokenizer", shard_folder, "--verify")
-    assert f"{begun:,}  ids" in verified
-    assert f"{2 * begun:,}" in verified
+    documents = np.count_nonzero(ids == 299)
+    verified = run_prepare("--inspect", tmp_path, "--tokenizer", shard_folder, "--verify")
+    assert f"{documents:,}  ids" in verified
+    assert f"{2 * documents:,}" in verified
 
 
-def test_ids_of_another_tokenizer_are_told_and_refused_by_verify(
-    shard_folder: Path, tmp_path: Path, told: Callable[..., str]
+def test_ids_outside_the_vocabulary_are_reported_and_refused_by_verify(
+    shard_folder: Path, tmp_path: Path, run_prepare: Callable[..., str]
 ) -> None:
     for split in ("val", "train"):
         np.save(tmp_path / f"x_{split}_000000.npy", np.full(50, 40_000, dtype="<u2"))
-    assert "ids up to 40,000 are not in the vocabulary of bpe-300" in told(
+    assert "ids up to 40,000 are not in the vocabulary of bpe-300" in run_prepare(
         "--inspect", tmp_path, "--tokenizer", shard_folder
     )
-    error = told("--inspect", tmp_path, "--tokenizer", shard_folder, "--verify", exit_code=2)
+    error = run_prepare("--inspect", tmp_path, "--tokenizer", shard_folder, "--verify", exit_code=2)
     assert "the vocabulary has 300 ids" in error
 
 
-def test_folder_whose_tokenizer_was_exchanged_is_refused(
-    folder: Path, tmp_path: Path, told: Callable[..., str]
+def test_folder_whose_tokenizer_was_replaced_is_refused(
+    folder: Path, tmp_path: Path, run_prepare: Callable[..., str]
 ) -> None:
     from training.data.tokenization.tokenizer import train_bpe
 
     train_bpe(["another text, another tokenizer"] * 9, 270).save(folder)
-    assert "were made with the tokenizer bpe-300, not with bpe-270" in told("--inspect", folder, exit_code=2)
+    assert "were made with the tokenizer bpe-300, not with bpe-270" in run_prepare("--inspect", folder, exit_code=2)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ def test_folder_whose_tokenizer_was_exchanged_is_refused(
         ((), "one of the arguments --corpus --inspect is required"),
     ],
 )
-def test_flags_that_do_not_go_together_are_one_line(
-    flags: tuple[str, ...], error: str, told: Callable[..., str]
+def test_conflicting_flags_are_a_one_line_error(
+    flags: tuple[str, ...], error: str, run_prepare: Callable[..., str]
 ) -> None:
-    assert error in told(*flags, exit_code=2)
+    assert error in run_prepare(*flags, exit_code=2)
 
 
-def test_a_reader_who_has_seen_enough_is_no_error(folder: Path) -> None:
+def test_closed_output_pipe_is_not_an_error(folder: Path) -> None:
     command = [sys.executable, "-u", "-m", "training.prepare", "--inspect", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as process:
         assert process.stdout is not None

@@ -13,9 +13,10 @@ from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
+from training.data.shards.shard_spec import ShardSpec
 from training.data.shards.shard_writer import ShardWriter
 
-END = 300  # of text
+END_OF_TEXT = 300
 MANIFEST = Manifest(
     corpus="c",
     corpus_config=None,
@@ -24,7 +25,7 @@ MANIFEST = Manifest(
     tokenizer="bpe-301",
     tokenizer_fingerprint="f",
     vocab_size=301,
-    end_of_text_id=END,
+    end_of_text_id=END_OF_TEXT,
     dtype="uint16",
     shard_tokens=10,
     val_tokens=4,
@@ -39,7 +40,7 @@ def _fill(folder: Path, ids, manifest: Manifest = MANIFEST) -> ShardFolder:
     return ShardFolder.open(folder)
 
 
-def test_shards_have_their_names_sizes_and_ids(tmp_path):
+def test_shards_have_the_expected_names_sizes_and_ids(tmp_path):
     folder = _fill(tmp_path, range(27))
     names = [(shard.path.name, shard.split, shard.tokens) for shard in folder.shards]
     assert names == [
@@ -60,7 +61,7 @@ def test_ids_are_read_only(tmp_path):
         ids[0] = 1
 
 
-def test_large_vocabulary_is_written_as_uint32(tmp_path):
+def test_ids_of_a_large_vocabulary_are_uint32(tmp_path):
     manifest = replace(MANIFEST, dtype="uint32", vocab_size=100_000, end_of_text_id=99_999)
     folder = _fill(tmp_path, [99_999, 70_000, 1, 2, 3, 4], manifest)
     assert folder.val_shard.read().tolist() == [99_999, 70_000, 1, 2]
@@ -71,17 +72,17 @@ def test_large_vocabulary_is_written_as_uint32(tmp_path):
 @given(sizes=st.lists(st.integers(0, 25), min_size=1, max_size=8))
 def test_shards_do_not_depend_on_how_ids_arrive(tmp_path_factory, sizes):
     ids = np.arange(sum(sizes) + 6) % 301
-    whole, pieces = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("pieces")
-    _fill(whole, ids)
+    at_once, pieces = tmp_path_factory.mktemp("at_once"), tmp_path_factory.mktemp("pieces")
+    _fill(at_once, ids)
     writer = ShardWriter(pieces, MANIFEST)
     for piece in np.split(ids, np.cumsum(sizes)):
         writer.add(piece)
     writer.finish()
-    assert {p.name: p.read_bytes() for p in whole.iterdir()} == {p.name: p.read_bytes() for p in pieces.iterdir()}
+    assert {p.name: p.read_bytes() for p in at_once.iterdir()} == {p.name: p.read_bytes() for p in pieces.iterdir()}
 
 
 def test_manifest_counts_documents_and_hashes_files(tmp_path):
-    folder = _fill(tmp_path, [END, 1, END, 2, 3, 4, END, 5, 6])
+    folder = _fill(tmp_path, [END_OF_TEXT, 1, END_OF_TEXT, 2, 3, 4, END_OF_TEXT, 5, 6])
     assert [shard.documents for shard in folder.shards] == [2, 1]
     assert folder.manifest.documents == 3
     assert folder.manifest.tokens == 9
@@ -100,7 +101,7 @@ def test_writer_stops_at_max_tokens_of_training(tmp_path):
 
 
 @pytest.mark.parametrize("tokens", [0, 3, 4, 5])
-def test_corpus_too_small_is_refused_and_leaves_no_shard(tmp_path, tokens):
+def test_too_small_corpus_is_refused_and_leaves_no_shard(tmp_path, tokens):
     writer = ShardWriter(tmp_path, MANIFEST)
     writer.add(np.arange(tokens))
     with pytest.raises(InputError, match=f"corpus has {tokens} tokens.* need at least 6"):
@@ -108,7 +109,7 @@ def test_corpus_too_small_is_refused_and_leaves_no_shard(tmp_path, tokens):
     assert not list(tmp_path.glob("*.npy*"))
 
 
-def test_folder_being_filled_shows_its_whole_shards(tmp_path):
+def test_partial_folder_has_its_complete_shards(tmp_path):
     writer = ShardWriter(tmp_path, MANIFEST)
     MANIFEST.write(tmp_path)
     with pytest.raises(InputError, match="holds no validation shard yet"):
@@ -137,7 +138,7 @@ def _cut(path: Path) -> None:
         (lambda path: np.save(path, np.zeros(10, "<f4")), "float32"),
     ],
 )
-def test_damaged_shard_is_refused_with_its_name_and_the_way_out(tmp_path, damage, found):
+def test_corrupted_shard_is_refused_with_its_name_and_a_fix(tmp_path, damage, found):
     damage(_fill(tmp_path, range(27)).shards[1].path)
     with pytest.raises(InputError, match=found) as caught:
         ShardFolder.open(tmp_path)
@@ -181,7 +182,7 @@ def test_damaged_shard_is_refused_with_its_name_and_the_way_out(tmp_path, damage
         (lambda data: data.update(resume={"document": -1, "place": 0}), "resume.document -1 of"),
     ],
 )
-def test_manifest_of_another_format_is_refused(tmp_path, change, found):
+def test_invalid_manifest_is_refused(tmp_path, change, found):
     _fill(tmp_path, range(27))
     path = tmp_path / "manifest.json"
     data = json.loads(path.read_text())
@@ -192,7 +193,7 @@ def test_manifest_of_another_format_is_refused(tmp_path, change, found):
 
 
 @pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
-def test_broken_manifest_is_one_clear_line(tmp_path, content):
+def test_unreadable_manifest_is_a_one_line_error(tmp_path, content):
     _fill(tmp_path, range(27))
     (tmp_path / "manifest.json").write_bytes(content)
     with pytest.raises(InputError, match="delete the folder and prepare it again") as caught:
@@ -200,7 +201,7 @@ def test_broken_manifest_is_one_clear_line(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
-# What other programs write
+# Folders of other programs
 
 
 def _bin(path: Path, ids, magic: int = 20240520, version: int = 1, claimed: int | None = None) -> None:
@@ -250,7 +251,7 @@ def test_bin_without_header_is_refused(tmp_path):
         ShardFolder.open(tmp_path)
 
 
-def test_ids_are_checked_against_a_vocabulary(tmp_path):
+def test_ids_are_checked_against_the_vocabulary_size(tmp_path):
     np.save(tmp_path / "c_val_000000", np.array([1, 2], dtype=np.uint16))
     np.save(tmp_path / "c_train_000001", np.array([1, 50256, 2], dtype=np.uint16))
     folder = ShardFolder.open(tmp_path)
@@ -268,15 +269,42 @@ def test_folder_without_shards_is_refused(tmp_path):
     assert ShardFolder.find(tmp_path) is None
 
 
-def test_folder_with_both_kinds_is_refused(tmp_path):
+def test_folder_with_both_formats_is_refused(tmp_path):
     np.save(tmp_path / "c_val_000000", np.array([1, 2], dtype=np.uint16))
     _bin(tmp_path / "c_train_000001.bin", [1])
     with pytest.raises(InputError, match=re.escape("both .npy and .bin")):
         ShardFolder.open(tmp_path)
 
 
-def test_folder_without_validation_is_refused_when_it_is_needed(tmp_path):
+def test_folder_without_a_validation_shard_is_refused_when_one_is_needed(tmp_path):
     np.save(tmp_path / "c_train_000001", np.array([1, 2], dtype=np.uint16))
     folder = ShardFolder.open(tmp_path)
     with pytest.raises(InputError, match="holds no validation shard; choose"):
         folder.val_shard  # noqa: B018
+
+
+# The spec
+
+
+def test_spec_survives_json(tmp_path):
+    spec = ShardSpec(
+        folder=tmp_path, corpus="fineweb-edu", tokenizer="train:300", shard_tokens=10, val_tokens=4, max_tokens=20
+    )
+    assert spec.corpus_config == "sample-10BT"
+    assert ShardSpec.from_json(spec.to_json()) == spec
+
+
+def test_spec_opens_a_folder_that_matches_and_refuses_others(tmp_path):
+    spec = ShardSpec(folder=tmp_path / "shards", corpus="c", tokenizer="train:301", shard_tokens=10, val_tokens=4)
+    assert spec.open_folder() is None
+    spec.folder.mkdir()
+    assert spec.open_folder() is None
+    folder = _fill(spec.folder, range(27))
+    assert spec.open_folder() == folder
+    for change, difference in (
+        ({"shard_tokens": 12}, "shard_tokens 10 instead of 12"),
+        ({"text_field": "body"}, "text_field text instead of body"),
+        ({"tokenizer": "train:400"}, "tokenizer bpe-301 instead of train:400"),
+    ):
+        with pytest.raises(InputError, match=f"holds other shards than requested: {difference}; request the same"):
+            replace(spec, **change).open_folder()
