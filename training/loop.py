@@ -28,12 +28,13 @@ from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Agreement, LeaveAsked, SignalWatch
 from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, BackgroundProducer
-from training.hub.card import RunFacts, earlier_card, write_model_card
-from training.hub.publisher import Publishing, still_to_push
-from training.hub.run_facts import note_start, run_facts
+from training.hub.card import write_model_card
+from training.hub.publisher import Publisher, pending_push
 from training.monitoring.monitor import Watch
 from training.monitoring.profiling import NoTrace, StepTrace, TraceOf
-from training.monitoring.run_summary import device_name, summary_text
+from training.monitoring.run_history import RunFacts, Start
+from training.monitoring.run_summary import summary_text
+from training.monitoring.throughput import device_name
 from training.optim.schedule import learning_rate_at
 from training.recipe import Recipe, profiled_steps
 from training.setup.accelerator import (
@@ -77,7 +78,7 @@ def _train(plan: Plan, make_accelerator: Callable[[], Accelerator], producer: Ba
             print(f"The run in {recipe.output_dir} is complete: {plan.first_step:,} of {plan.total_steps:,} steps.")
             longer = extend_command(plan.output_dir, plan.total_steps)
             print(f"To go on, give it a new end:\n  {longer}")
-            if left := still_to_push(recipe, plan.first_step):
+            if left := pending_push(recipe, plan.first_step):
                 print(left)
         return
     accelerator = make_accelerator()
@@ -151,7 +152,6 @@ class Run:
         set_aside: list[Path] = []
         if accelerator.is_main_process:
             recipe.save(plan.output_dir / "recipe.yaml")
-            note_start(plan.output_dir, plan.first_step, device_name(accelerator.device), accelerator.num_processes)
             set_aside = set_aside_later_checkpoints(plan.output_dir, plan.first_step)
             # Not only at the next save: a run that was killed in its last one has none before it.
             remove_leftovers(plan.output_dir)
@@ -159,6 +159,9 @@ class Run:
             plan, accelerator, self.model, parameters=self.parameters, between_batches=self._between_batches
         )
         self.log = self.watch.log
+        if accelerator.is_main_process:
+            start = Start(plan.first_step, device_name(accelerator.device), accelerator.num_processes)
+            self.log.history.add_start(plan.output_dir, start)
         if set_aside:
             self.log.say(f"later checkpoints are kept as {', '.join(map(str, set_aside))}; remove them when you like")
         self.saving = Saving(
@@ -174,9 +177,9 @@ class Run:
         self.agreement = Agreement(accelerator.num_processes, PROCESS_TIMEOUT)
         self.signals = SignalWatch()
         self._save_is_due = False
-        self.publishing: Publishing | None = None
+        self.publishing: Publisher | None = None
         if plan.repo_id is not None:
-            self.publishing = Publishing(recipe, plan.repo_id, say=self.log.say, write_card=self._write_card)
+            self.publishing = Publisher(recipe, plan.repo_id, self.log, self.config, self.parameters)
             self.saving.on_saved.append(self._push)
 
     def take_steps(self) -> None:
@@ -355,11 +358,11 @@ class Run:
             InputError: the disk does not take them; the checkpoints stay.
         """
         plan, prompts = self.plan, self.plan.recipe.sample_prompts
-        samples = self.watch.sample(plan.total_steps, show=False)
+        self.watch.sample(plan.total_steps, show=False)
         if not self.accelerator.is_main_process:
             return
-        gzip_bits_per_byte = self.watch.text.gzip_bits_per_byte(plan.tokenizer)
-        facts = self._facts(plan.total_steps, samples=samples, gzip_bits_per_byte=gzip_bits_per_byte)
+        self.log.history.gzip_bits_per_byte = self.watch.text.gzip_bits_per_byte(plan.tokenizer)
+        facts = self._facts(plan.total_steps)
         model = plan.output_dir / "model"
         try:
             self._write_model(model, facts)
@@ -378,7 +381,7 @@ class Run:
         assert self.saving.newest is not None  # the last step's
         copy_model(self.saving.newest, unfinished)
         self.watch.draw_curves(unfinished)
-        write_model_card(unfinished, self.plan.recipe, facts, self.config, kept=earlier_card(model))
+        write_model_card(unfinished, self.plan.recipe, facts, self.config, earlier=model)
         publish(unfinished, model)
 
     def _push(self, checkpoint: Path, step: int) -> None:
@@ -386,21 +389,8 @@ class Run:
         if self.publishing is not None and step < self.plan.total_steps:
             self.publishing.on_saved(checkpoint, step)
 
-    def _write_card(self, folder: Path, step: int) -> None:
-        facts = self._facts(step, samples=self.watch.latest_samples)
-        kept = earlier_card(self.plan.output_dir / "model")  # of a run that was given a later end
-        write_model_card(folder, self.plan.recipe, facts, self.config, kept=kept)
-
-    def _facts(self, step: int, **more: Any) -> RunFacts:
-        return run_facts(
-            self.plan.recipe,
-            self.plan.output_dir,
-            steps=step,
-            parameters=self.parameters,
-            device=device_name(self.accelerator.device),
-            devices=self.accelerator.num_processes,
-            **more,
-        )
+    def _facts(self, step: int) -> RunFacts:
+        return self.log.history.facts(self.plan.recipe, steps=step, parameters=self.parameters)
 
     def close(self) -> None:
         """End the trackers and close the files, and leave the group of processes."""

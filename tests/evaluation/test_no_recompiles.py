@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from training.loop import train
 from training.monitoring.monitor import Watch
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 
 Make = Callable[..., Recipe]

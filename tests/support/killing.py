@@ -12,7 +12,7 @@ from pathlib import Path
 
 from support.processes import ProcessesOfARun
 from training.checkpoints.checkpoint_folder import checkpoints
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 
 _COMPARED = ("train_loss", "val_loss", "learning_rate", "grad_norm", "tokens")

@@ -17,7 +17,7 @@ from support.paths import ROOT
 
 from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
 from training.loop import train
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 from training.setup.accelerator import resolve_mixed_precision
 

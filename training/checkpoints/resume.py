@@ -11,7 +11,7 @@ import yaml
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME
 from training.checkpoints.checkpoint_folder import TrainerState, checkpoints, refuse_damaged, step_of
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 
 _TRIAL = ".can-be-written-"

@@ -1,5 +1,6 @@
-"""Publishing: what goes to the Hub, when, and the page that stands there.
+"""Publishing on the Hub.
 
-`publishing.py` decides during a run, `command.py` pushes by hand; both stage a folder (`staging.py`) with its page
-(`card.py`, from what `facts.py` knows of the run) and push it as one commit (`repository.py`).
+`publisher.py` pushes while a run trains, `command.py` by hand, `shard_dataset.py` shards as a dataset. They stage a
+folder (`staging.py`) with a card (`card.py`), which keeps people's edits (`card_edits.py`), and push it as one commit
+(`repository.py`).
 """

@@ -1,230 +1,205 @@
-"""The page of a model folder: README.md, the card that the Hub shows, made from what the run knows.
+"""The model card: README.md of a model folder, generated from what the run knows."""
 
-What is generated stands between marks, and only that is replaced when the card is written again: what a person wrote
-around it, here or on the Hub, stays, and so do the metadata that a person changed.
-"""
-
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from transformers import PreTrainedConfig
 
 from common.durations import format_duration
-from evaluation.results.references import VALIDATION_LOSS, Reference
-from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA
-from training.hub.card_merging import merged, section
-from training.hub.costs import running_costs
+from evaluation.results.references import SIZES, VALIDATION_LOSS, Reference, one_per_size, published
+from evaluation.results.results_file import Results
+from training.data.sources.base import DEFAULT_HUB_CONFIG
+from training.hub.card_edits import results_block, with_edits_of
+from training.hub.provenance import ENGLISH_CORPORA, Provenance
+from training.monitoring.run_history import RunFacts
 from training.monitoring.samples import TEMPERATURE, TOP_K
 from training.recipe import Recipe
 
-PLACE = "path/to/this/folder"  # until the model has an id
-LOCAL_FILES = "local files"  # whose they are and where they lie is nobody's business
+_FOLDER = '"path/to/this/folder"'  # stands for the model until it has an id on the Hub
+_PACKAGE = "With the `gpt2-scratch` package installed, `import gpt2_scratch` replaces `trust_remote_code=True`."
+_NATIVE = 'Programs that know GPT-2 but not this code load the same weights with `revision="native"`.'
 
-ENGLISH_CORPORA = ("fineweb", "fineweb-edu", "installed-docs")
 _LIMITS = {
-    "fineweb": """The text is English of the web (Common Crawl of 2013 to 2024, filtered and deduplicated by FineWeb):
-its opinions, prejudices and mistakes are in the model, and so may be names and addresses that stood on public pages.
-Other languages, code and anything that happened later are hardly in it.""",
-    "installed-docs": """The text is the documentation of Python packages: the model knows their vocabulary and their
-tone, and little else.""",
+    "fineweb": """The training text is English web text (Common Crawl, 2013 to 2024, filtered and deduplicated by
+FineWeb). The model reproduces its opinions, biases and errors, and may reproduce names and addresses from public pages.
+It has seen little text in other languages, little code, and nothing written later.""",
+    "installed-docs": """The training text is the documentation of Python packages. The model knows their vocabulary and
+their tone, and little else.""",
 }
-_LIMITS["fineweb-edu"] = f"""{_LIMITS["fineweb"]} Pages were chosen by a classifier for educational value, which favours
-the manner of schoolbooks, and the subjects and dialects that they treat."""
-_OTHER_LIMITS = "Whatever is missing, wrong or one-sided in the text that it was trained on is so in the model."
+_LIMITS["fineweb-edu"] = f"""{_LIMITS["fineweb"]} A classifier selected pages for educational value, which favors the
+style of textbooks, and the subjects and dialects that they cover."""
+_OTHER_LIMITS = "The model inherits whatever is missing, wrong or one-sided in its training text."
+
+# The dataset of each task: its id on the Hub, its config there, and its name.
+_TASK_DATASETS = {
+    "hellaswag": ("Rowan/hellaswag", None, "HellaSwag"),
+    "lambada": ("EleutherAI/lambada_openai", None, "LAMBADA"),
+    "cbt_cn": ("cam-cst/cbt", "CN", "Children's Book Test, common nouns"),
+    "cbt_ne": ("cam-cst/cbt", "NE", "Children's Book Test, named entities"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "WikiText-2"),
+}
 
 
 @dataclass(frozen=True)
 class Score:
-    """One measured figure.
+    """A result of the model, and published results of OpenAI's models under the same protocol."""
 
-    Attributes:
-        metric: the Hub's name of the metric.
-        name: what was measured, protocol included.
-        value: as measured.
-        dataset_type, dataset_name: what it was measured on, as an id of the Hub where there is one, and in words.
-        references: published figures of OpenAI's models by the same protocol.
-    """
-
-    metric: str
-    name: str
-    value: float
-    dataset_type: str
-    dataset_name: str
+    result: EvalResult
     references: tuple[Reference, ...] = ()
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a run knows about itself.
-
-    Attributes:
-        name: of the run.
-        device, devices: what it ran on, None where nobody knows any more, and on how many of them.
-        earlier_hardware: what earlier starts ran on, in words, where that was something else; what their hours cost is
-            then not known.
-        seconds: of training, without validation, samples and saving; None when nothing was logged.
-        val_loss, bits_per_byte: of the last validation; None before the first.
-        val_step: the step after which that was, which may lie before the last.
-        gzip_bits_per_byte: what `gzip -9` needs for the same text.
-        samples: drawn last.
-        gpt2_tokens: whether the tokenizer is GPT-2's, without which losses per token cannot be compared.
-        scores: of the evaluation tasks.
-        corpus: what the shards are of, as far as it is known: a corpus with a name of ours, a dataset's id on the Hub,
-            or `LOCAL_FILES`; None for shards that do not say.
-        base_model: the Hub's id of what training started from; None for a folder, which has none.
-    """
-
-    name: str
-    parameters: int
-    steps: int
-    tokens: int
-    device: str | None
-    val_loss: float | None
-    bits_per_byte: float | None
-    gzip_bits_per_byte: float | None
-    samples: list[str]
-    devices: int = 1
-    seconds: float | None = None
-    gpt2_tokens: bool = False
-    scores: list[Score] = field(default_factory=list)
-    corpus: str | None = None
-    base_model: str | None = None
-    val_step: int | None = None
-    earlier_hardware: tuple[str, ...] = ()
-
-
 def write_model_card(
-    folder: Path, recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, kept: str | None = None
+    folder: Path, recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, earlier: Path | None = None
 ) -> None:
-    """Write `folder/README.md`: metadata for the Hub, how to load the model, its results, recipe and samples.
+    """Write the README.md of a model folder: how to load the model, its results, samples, recipe and limits.
 
     Args:
-        folder: holds the model.
+        folder: the model folder.
         recipe: of the run.
-        facts: what the run knows.
+        facts: about the run.
         config: of the model.
-        kept: an earlier card, whose text around the generated sections stays.
+        earlier: a model folder whose card somebody may have edited; edits stay.
     """
-    card = model_card(recipe, facts, config, curves=(folder / "curves.png").is_file())
-    ModelCard(merged(card, kept) if kept is not None else card, ignore_metadata_errors=True).save(folder / "README.md")
+    card = model_card(recipe, facts, config, Provenance.of(recipe), curves=(folder / "curves.png").is_file())
+    edited = earlier / "README.md" if earlier is not None else None
+    existing = edited.read_text(encoding="utf-8", errors="replace") if edited is not None and edited.is_file() else None
+    (folder / "README.md").write_text(with_edits_of(existing, card)[0], encoding="utf-8")
 
 
-def earlier_card(folder: Path) -> str | None:
-    """The card that a model folder has; a person may have edited it."""
-    path = folder / "README.md"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else None
+def card_for_repository(card: str, repo_id: str, *, branch: str, has_native: bool) -> str:
+    """Return a model folder's card for the Hub: with the model's id, and with how to load its native branch."""
+    if branch != "main":  # plain GPT-2, without our code
+        card = card.replace(_PACKAGE, "").replace(", trust_remote_code=True", "")
+        return card.replace(_FOLDER, f'"{repo_id}", revision="{branch}"')
+    return card.replace(_PACKAGE, f"{_PACKAGE}\n{_NATIVE}" if has_native else _PACKAGE).replace(_FOLDER, f'"{repo_id}"')
 
 
-def model_card(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, curves: bool = True) -> str:
-    """The whole card as a run generates it; `curves` tells whether there is a picture of them beside it."""
-    scores = _scores(recipe, facts)
-    dataset = _hub_dataset(facts)
-    data = ModelCardData(
-        language="en" if facts.corpus in ENGLISH_CORPORA else None,
-        license="mit" if _is_free(recipe, facts) else None,
+def model_card(
+    recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, provenance: Provenance, *, curves: bool = True
+) -> str:
+    """Return the card of a run's model; with `curves`, it shows the curves.png in its folder."""
+    scores = [*_validation_scores(recipe, facts, provenance), *task_scores(facts.task_results)]
+    metadata = ModelCardData(
+        language="en" if provenance.corpus in ENGLISH_CORPORA else None,
+        license=provenance.license(recipe),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["gpt2", "gpt2_scratch"],
-        datasets=[dataset] if dataset else None,
-        base_model=facts.base_model,
+        datasets=[provenance.dataset] if provenance.dataset else None,
+        base_model=provenance.base_model,
         model_name=facts.name if scores else None,
-        eval_results=[
+        eval_results=[score.result for score in scores] or None,
+    )
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {facts.name}
+
+{_summary(recipe, facts, config, provenance)}
+
+## Use
+
+{_use(config)}
+
+## Results
+
+{results_block("results", _results(facts, scores, curves))}
+## Samples
+
+{_samples(facts)}
+
+## Training
+
+{_training(recipe, facts, config)}
+
+## Limits
+
+{_limits(recipe, provenance)}
+"""
+
+
+def _validation_scores(recipe: Recipe, facts: RunFacts, provenance: Provenance) -> list[Score]:
+    if facts.val_loss is None:
+        return []
+    of = provenance.dataset or provenance.corpus
+    windows = f"non-overlapping windows of {recipe.seq_len:,} tokens"
+    measured = [("loss", "loss in nats per token", facts.val_loss, _published_losses(recipe, provenance))]
+    if facts.bits_per_byte is not None:
+        measured.append(("bits_per_byte", "bits per byte of UTF-8", facts.bits_per_byte, ()))
+    return [
+        Score(
             EvalResult(
                 task_type="text-generation",
-                dataset_type=score.dataset_type,
-                dataset_name=score.dataset_name,
-                metric_type=score.metric,
-                metric_name=score.name,
-                metric_value=round(score.value, 4),
-            )
-            for score in scores
-        ]
-        or None,
-    )
-    metadata = data.to_dict()
-    metadata.pop("model_name", None)
-    parts = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True)}---\n\n# {facts.name}\n",
-        section("summary", _summary(recipe, facts, config)),
-        "## Use\n",
-        section("use", _use(config)),
-        "## Results\n",
-        section("results", _results(facts, scores, curves)),
-        "## Samples\n",
-        section("samples", _samples(facts)),
-        "## Training\n",
-        section("training", _training(recipe, facts, config)),
-        "## Limits\n",
-        section("limits", _limits(recipe, facts)),
+                dataset_type=provenance.dataset or "text",
+                dataset_name=f"held-out text of {of}" if of else "held-out text",
+                metric_type=metric,
+                metric_name=f"{name}, {windows}",
+                metric_value=round(value, 4),
+            ),
+            references,
+        )
+        for metric, name, value, references in measured
     ]
-    return "\n".join(parts)
 
 
-_OPENAI = "openai-community/gpt2"  # and -medium, -large, -xl
+def _published_losses(recipe: Recipe, provenance: Provenance) -> tuple[Reference, ...]:
+    """Return OpenAI's losses if ours is of the same text, tokens and windows, and nothing otherwise.
 
-
-def _is_free(recipe: Recipe, facts: RunFacts) -> bool:
-    """Whether every licence is known: FineWeb's allows this one, and OpenAI's weights have it."""
-    known_base = recipe.init_from is None or (facts.base_model or "").startswith(_OPENAI)
-    return known_base and facts.corpus in HUB_CORPORA
-
-
-def _hub_dataset(facts: RunFacts) -> str | None:
-    """The Hub's id of the corpus."""
-    corpus = facts.corpus or ""
-    return HUB_CORPORA.get(corpus, corpus if "/" in corpus else None)
-
-
-def _corpus(recipe: Recipe, facts: RunFacts) -> str:
-    dataset = _hub_dataset(facts)
-    if dataset is None:
-        return facts.corpus or "shards of token ids that do not say what they are of"
-    link = f"[{dataset}](https://huggingface.co/datasets/{dataset})"
-    return link + (f" ({recipe.corpus_config})" if recipe.corpus_config else "")
-
-
-def _scores(recipe: Recipe, facts: RunFacts) -> list[Score]:
-    """The figures of the validation text, and then those of the tasks."""
-    if facts.val_loss is None:
-        return facts.scores
-    dataset = _hub_dataset(facts)
-    kind = dataset or "text"
-    name = f"held-out text of {dataset or facts.corpus}" if facts.corpus else "held-out text"
-    how = f"windows of {recipe.seq_len:,} tokens side by side"
-    if facts.val_step is not None:
-        how += f", after step {facts.val_step:,}"
-    published = _published_losses(recipe, facts)
-    found = [Score("loss", f"loss, nats per token, {how}", facts.val_loss, kind, name, published)]
-    if facts.bits_per_byte is not None:
-        found.append(Score("bits_per_byte", f"bits per byte of UTF-8, {how}", facts.bits_per_byte, kind, name))
-    return [*found, *facts.scores]
-
-
-def _published_losses(recipe: Recipe, facts: RunFacts) -> tuple[Reference, ...]:
-    """OpenAI's losses, where ours is of the same text in the same windows: the first 10,485,760 tokens of FineWeb-Edu's
-    sample (20 times 64 windows on 8 processes in build-nanogpt). Other projects split their corpora in their own ways.
+    They are of the first 10,485,760 tokens of FineWeb-Edu's sample, as build-nanogpt splits it (20 times 64 windows on
+    8 processes). Other projects split their corpora differently.
     """
-    same = (
-        facts.gpt2_tokens
-        and facts.corpus == "fineweb-edu"
+    is_same = (
+        recipe.tokenizer == "gpt2"
+        and provenance.corpus == "fineweb-edu"
         and recipe.corpus_config in (None, DEFAULT_HUB_CONFIG)
         and recipe.seq_len == 1024
         and recipe.eval_tokens == 10_485_760 < recipe.validation_shard_tokens
     )
-    return VALIDATION_LOSS["fineweb-edu"] if same else ()
+    return VALIDATION_LOSS["fineweb-edu"] if is_same else ()
 
 
-def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
-    base = facts.base_model
+def task_scores(results: Results | None) -> list[Score]:
+    """Return the results of the evaluation tasks, each with its protocol."""
+    scores = []
+    for task_result in results.tasks if results is not None else ():
+        task, _, protocol = task_result.task.partition(":")
+        dataset, config, dataset_name = _TASK_DATASETS.get(task, ("text", None, task))
+        limit = results.limit if results is not None else None
+        items = f", first {task_result.items:,} items" if limit else ""
+        for name, measured in task_result.figures.items():
+            if not math.isfinite(measured.value):
+                continue
+            result = EvalResult(
+                task_type="text-generation",
+                dataset_type=dataset,
+                dataset_config=config,
+                dataset_name=dataset_name,
+                metric_type=measured.metric,
+                metric_name=f"{name}, protocol {protocol}{items}",
+                metric_value=round(measured.value, 4),
+            )
+            # Published results are of all items.
+            references = () if limit else tuple(one_per_size(published(task_result.task, name)).values())
+            scores.append(Score(result, references))
+    return scores
+
+
+def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, provenance: Provenance) -> str:
+    base, dataset = provenance.base_model, provenance.dataset
     start = (
         f"[{base}](https://huggingface.co/{base})" if base else "an earlier model" if recipe.init_from else "scratch"
     )
-    hardware = f", on {_hardware(facts)}" if facts.device else ""
+    corpus = provenance.corpus or "token shards of unknown origin"
+    if dataset is not None:
+        corpus = f"[{dataset}](https://huggingface.co/datasets/{dataset})"
+        corpus += f" ({recipe.corpus_config})" if recipe.corpus_config else ""
+    hardware = f", on {_hardware(facts)}" if facts.hardware else ""
     return f"""A GPT-2 with {_size(facts.parameters)} parameters ({config.n_layer} layers, {config.n_head} heads,
-width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {_corpus(recipe, facts)}:
-{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in all{hardware}."""
+width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {corpus}:
+{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in total{hardware}."""
 
 
 def _size(parameters: int) -> str:
@@ -232,96 +207,80 @@ def _size(parameters: int) -> str:
 
 
 def _hardware(facts: RunFacts) -> str:
-    return ", then ".join([*facts.earlier_hardware, hardware_words(str(facts.device), facts.devices)])
-
-
-def hardware_words(device: str, devices: int) -> str:
-    """So many of a device, as the card has it."""
-    return f"{devices} × {device}" if devices > 1 else device
+    return ", then ".join(facts.hardware)
 
 
 def _use(config: PreTrainedConfig) -> str:
-    room = min(40, config.n_positions // 2)
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{PLACE}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
-print(tokenizer.decode(model.generate(**tokenizer("The", return_tensors="pt"), max_new_tokens={room})[0]))
+model = AutoModelForCausalLM.from_pretrained({_FOLDER}, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained({_FOLDER})
+inputs = tokenizer("The", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={min(40, config.n_positions // 2)})[0]))
 ```
 
-With the `gpt2-scratch` package installed, `import gpt2_scratch` takes the place of `trust_remote_code=True`."""
+{_PACKAGE}"""
 
 
 def _results(facts: RunFacts, scores: list[Score], curves: bool) -> str:
     picture = "\n![Loss against tokens](curves.png)" if curves else ""
     if not scores:
-        return f"Nothing was measured yet.\n{picture}"
-    sizes = sorted({reference.size for score in scores for reference in score.references}, key=_SIZES.index)
-    heading = ["measured", "this model", *(f"OpenAI GPT-2 {size}" for size in sizes)]
-    rows = [heading, ["---"] * len(heading)]
+        return f"The model has not been evaluated yet.\n{picture}"
+    references = [reference for score in scores for reference in score.references]
+    sizes = [size for size in SIZES if any(reference.size == size for reference in references)]
+    rows = [["Evaluation", "This model", *(f"OpenAI GPT-2 {size}" for size in sizes)]]
+    rows.append(["---"] * len(rows[0]))
     for score in scores:
-        published = {reference.size: f"{reference.value:.4f}" for reference in score.references}
-        rows.append(
-            [
-                f"{score.dataset_name}: {score.name}",
-                f"{score.value:.4f}",
-                *(published.get(size, "") for size in sizes),
-            ]
-        )
-    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
-    sources = sorted({reference.source for score in scores for reference in score.references})
-    text = f"{table}\n"
-    if sources:
-        text += f"\nOpenAI's figures are by the same protocol on the same text; from {'; '.join(sources)}.\n"
+        openai = {reference.size: f"{reference.value:.4f}" for reference in score.references}
+        name = f"{score.result.dataset_name}: {score.result.metric_name}"
+        rows.append([name, f"{score.result.metric_value:.4f}", *(openai.get(size, "") for size in sizes)])
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    steps = [f"The validation loss is of step {facts.val_step:,}."] if facts.val_step is not None else []
+    if facts.task_results is not None:
+        steps.append(f"The tasks were evaluated after step {facts.task_results.step:,}.")
+    text += f"\n{' '.join(steps)}\n" if steps else ""
+    if references:
+        sources = "; ".join(sorted({reference.source for reference in references}))
+        text += f"\nOpenAI's results are for the same text and protocol; sources: {sources}.\n"
     if facts.gzip_bits_per_byte is not None:
         text += f"\n`gzip -9` needs {facts.gzip_bits_per_byte:.4f} bits per byte for the held-out text.\n"
     return text + picture
 
 
-_SIZES = ("124M", "355M", "774M", "1.5B")
-
-
 def _samples(facts: RunFacts) -> str:
     if not facts.samples:
-        return "None was drawn yet."
-    how = f"Each begins with its prompt; drawn at temperature {TEMPERATURE} from the {TOP_K} likeliest tokens.\n\n"
-    return how + "\n\n".join(f"```text\n{sample.strip().replace('```', '` ` `')}\n```" for sample in facts.samples)
+        return "There are no samples yet."
+    samples = (f"```text\n{sample.strip().replace('```', '` ` `')}\n```" for sample in facts.samples)
+    how = f"Each sample starts with its prompt (temperature {TEMPERATURE}, top-k {TOP_K})."
+    return "\n\n".join([how, *samples])
 
 
 def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
+    tokenizer = f"a byte-level BPE, {config.vocab_size:,} tokens"
+    if recipe.tokenizer == "gpt2":
+        tokenizer = "GPT-2's byte-level BPE"
+    elif recipe.tokenizer.startswith("train:"):
+        tokenizer = f"a byte-level BPE trained on this corpus, {config.vocab_size:,} tokens"
+    lines = [f"- Hardware: {_hardware(facts)}"] if facts.hardware else []
+    lines += [f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps", f"- Tokenizer: {tokenizer}"]
+    if facts.seconds is not None:
+        rate = f"{facts.tokens / facts.seconds:,.0f} tokens/s"
+        lines.append(
+            f"- Time: {format_duration(facts.seconds)} of training steps ({rate}), without evaluation and checkpoints"
+        )
     shown = {key: value for key, value in recipe.values_on_card().items() if value not in (None, [])}
     if not recipe.eval_tasks:
         del shown["eval_task_steps"]
-    knobs = "\n".join(f"| `{key}` | {value} |" for key, value in shown.items() if not _is_path(value))
-    lines = [f"- Hardware: {_hardware(facts)}"] if facts.device else []
-    lines += [f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps", f"- Tokenizer: {_tokenizer(recipe, config)}"]
-    if facts.seconds is not None:
-        lines.append(
-            f"- Time: {format_duration(facts.seconds)} of training steps "
-            f"({facts.tokens / facts.seconds:,.0f} tokens/s); validation, samples and checkpoints come on top"
-        )
-        if not facts.earlier_hardware:
-            lines += [f"- {line}" for line in running_costs(facts.device or "", facts.devices, facts.seconds)]
-    return "\n".join(lines) + f"\n\n| key of the recipe | value |\n| --- | --- |\n{knobs}"
+    rows = [f"| `{key}` | {value} |" for key, value in shown.items()]
+    return "\n".join([*lines, "", "| Recipe key | Value |", "| --- | --- |", *rows])
 
 
-def _tokenizer(recipe: Recipe, config: PreTrainedConfig) -> str:
-    if recipe.tokenizer == "gpt2":
-        return "GPT-2's byte-level BPE"
-    trained = " trained on this corpus" if recipe.tokenizer.startswith("train:") else " of its own"
-    return f"a byte-level BPE{trained}, {config.vocab_size:,} ids"
-
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, str) and ("/" in value or "\\" in value or value.startswith(("~", ".")))
-
-
-def _limits(recipe: Recipe, facts: RunFacts) -> str:
-    own = _LIMITS.get(facts.corpus or "", _OTHER_LIMITS)
+def _limits(recipe: Recipe, provenance: Provenance) -> str:
+    text = _LIMITS.get(provenance.corpus or "", _OTHER_LIMITS)
     if recipe.init_from is not None:
-        own += "\nWhat the model that it was trained from had learnt before is in it too."
-    return f"""A base model: it continues text, and says what is likely there rather than what is true. Nothing was done
-to make it safe, polite or helpful, and it should not face the public or decide anything about people as it is.
+        text += "\nIt also inherits what its base model learned."
+    return f"""This is a base model: it continues a text with what is likely, not with what is true. It was not
+trained to be safe, polite or helpful. Do not use it unsupervised in public, or to make decisions about people.
 
-{own}"""
+{text}"""

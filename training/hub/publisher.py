@@ -1,185 +1,254 @@
-"""A run's weights on the Hub: which of its folders are pushed, when, and what is said of it.
+"""Publishing a run while it trains: checkpoints in a background thread, and the model at the end.
 
-Training never waits for a push but at its end, and then not for long: what is left to do is one command.
+Training never waits for a push, except for the last one, and for that only `LAST_PUSH_SECONDS`. What is left after that
+is one command, which is printed.
 """
 
 import contextlib
 import json
+import math
 import shutil
-from collections.abc import Callable
+import threading
+import time
 from pathlib import Path
 from shlex import quote
 
+from transformers import PreTrainedConfig
+
 from common.atomic_files import write_atomically
+from common.durations import format_duration
 from training.checkpoints.resume_command import program
-from training.hub.pusher import FIRST_PAUSE_SECONDS, Pusher
-from training.hub.repository import (
-    NATIVE,
-    HubOutOfReachError,
-    asked_to_wait,
-    claim,
-    has_branch,
-    may_pass,
-    push_folder,
-    told,
-)
+from training.hub.card import write_model_card
+from training.hub.hub_errors import HubOutOfReachError, can_retry, one_line, retry_after
+from training.hub.repository import NATIVE, ensure_repository, push_folder
 from training.hub.staging import stage
+from training.monitoring.run_log import RunLog
 from training.recipe import Recipe
 
 LAST_PUSH_SECONDS = 900.0  # 2 GB at 20 Mbit/s
+FIRST_PAUSE_SECONDS = 5.0
 
-_STAGES = ".pushing"
-_PUSHED = ".pushed.json"  # what is on the Hub of a run
+_LONGEST_PAUSE_SECONDS = 300.0
+_LONGEST_RATE_LIMIT_SECONDS = 3600.0
+_SLOW_PUSH_SECONDS = 60.0
+_STAGING = ".pushing"
+_PUSHED = ".pushed.json"  # what of a run is on the Hub
 _WAY_OUT = "or train with push_to_hub: false and push the run later with python -m training.hub push"
 
 
-def claim_repository(recipe: Recipe, *, goes_on: bool) -> str | None:
-    """The id of the repository that the run may push to, which exists from now on.
+def claim_repository(recipe: Recipe, *, resumes: bool) -> str | None:
+    """Return the id of the repository that the run pushes to, which exists and accepts our writes.
 
-    A run that goes on is not kept from that by a Hub that does not answer: an earlier start has found that it may push.
-    None where that start did not get so far that the repository's id is known.
+    A Hub that does not answer does not stop a run that resumes: an earlier start has checked the repository. The result
+    is None if that start did not get far enough to know its id.
 
     Raises:
-        InputError: there is none that it may write to.
+        InputError: we cannot write to it.
     """
+    output_dir = Path(recipe.output_dir)
     try:
-        return claim(
-            recipe.hub_model_id,
-            default_name=Path(recipe.output_dir).name,
-            private=recipe.hub_private_repo,
-            way_out=_WAY_OUT,
+        return ensure_repository(
+            recipe.hub_model_id, default_name=output_dir.name, private=recipe.hub_private_repo, way_out=_WAY_OUT
         )
     except HubOutOfReachError as error:
-        if not goes_on:
+        if not resumes:
             raise
-        named = recipe.hub_model_id if "/" in (recipe.hub_model_id or "") else None
-        repo_id = named or pushed_until_now(Path(recipe.output_dir))[0]
-        print(f"training goes on without the Hub{'' if repo_id else ', and pushes nothing'}: {error}", flush=True)
+        is_full_id = "/" in (recipe.hub_model_id or "")
+        repo_id = recipe.hub_model_id if is_full_id else last_push(output_dir)[0]
+        print(f"resuming without the Hub{'' if repo_id else ', and nothing will be pushed'}: {error}", flush=True)
         return repo_id
 
 
-def pushed_until_now(output_dir: Path) -> tuple[str | None, int]:
-    """The repository that a run was pushed to, None where nobody knows, and the step of the newest push, -1 before."""
+def last_push(output_dir: Path) -> tuple[str | None, int]:
+    """Return the repository and the step of a run's newest push; None and -1 before the first."""
     try:
-        found = json.loads((output_dir / _PUSHED).read_text(encoding="utf-8"))
-        return str(found["repo_id"]), int(found["step"])
+        pushed = json.loads((output_dir / _PUSHED).read_text(encoding="utf-8"))
+        return str(pushed["repo_id"]), int(pushed["step"])
     except (OSError, ValueError, KeyError, TypeError):
         return None, -1
 
 
-def remember_push(output_dir: Path, repo_id: str, step: int) -> None:
-    """Note in a run's folder what of it is on the Hub."""
+def record_push(output_dir: Path, repo_id: str, step: int) -> None:
+    """Record a push in the run folder."""
     text = json.dumps({"repo_id": repo_id, "step": step}) + "\n"
-    with contextlib.suppress(OSError):  # a full disk: the worst that comes of it is a push too many
+    with contextlib.suppress(OSError):  # on a full disk, the worst case is one push too many
         write_atomically(output_dir / _PUSHED, text)
 
 
-def still_to_push(recipe: Recipe, step: int) -> str | None:
-    """What to say of a finished run whose last push did not come about; None where it did, or where none was asked for.
-
-    What that push left in the run's folder is removed.
-    """
+def pending_push(recipe: Recipe, step: int) -> str | None:
+    """Return what to print about a complete run whose last push failed; None if nothing is left to push."""
     output_dir = Path(recipe.output_dir)
-    shutil.rmtree(output_dir / _STAGES, ignore_errors=True)
-    repo_id, pushed = pushed_until_now(output_dir)
+    shutil.rmtree(output_dir / _STAGING, ignore_errors=True)
+    repo_id, pushed = last_push(output_dir)
     if not recipe.push_to_hub or pushed == step:
         return None
-    return finishing_words(recipe, repo_id or recipe.hub_model_id or output_dir.name)
+    return _push_command(recipe, repo_id or recipe.hub_model_id or output_dir.name)
 
 
-def finishing_words(recipe: Recipe, repo_id: str) -> str:
-    """The one command that is left to do after a last push that failed."""
-    state = " --checkpoint" if recipe.hub_strategy == "checkpoint" else ""
+def _push_command(recipe: Recipe, repo_id: str) -> str:
+    checkpoint = " --checkpoint" if recipe.hub_strategy == "checkpoint" else ""
     return (
-        "the last push is not on the Hub; the model is whole here, and this finishes it:\n"
-        f"  {program('python')} -m training.hub push {quote(recipe.output_dir)} --repo_id {repo_id}{state}"
+        "the final model is not on the Hub yet; push it with\n"
+        f"  {program('python')} -m training.hub push {quote(recipe.output_dir)} --repo_id {repo_id}{checkpoint}"
     )
 
 
-class Publishing:
-    """Pushes checkpoints as they are saved, and the model folder at the end.
+class Publisher:
+    """Pushes a run's checkpoints and its final model to the Hub, one at a time, and retries what fails.
+
+    A newer checkpoint replaces one that waits. The thread is a daemon, unlike those of `HfApi.run_as_future`: the
+    interpreter waits for an executor's threads, so an upload that hangs would keep a finished run alive.
 
     Args:
         recipe: of the run.
         repo_id: from `claim_repository`.
-        say: is given the lines; also from another thread.
-        write_card: writes README.md into a folder, for so many steps.
+        log: of the run.
+        config: of the model.
+        parameters: of the model.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        repo_id: str,
-        *,
-        say: Callable[[str], None],
-        write_card: Callable[[Path, int], None],
-    ) -> None:
-        self._recipe, self._repo_id, self._say, self._write_card = recipe, repo_id, say, write_card
+    def __init__(self, recipe: Recipe, repo_id: str, log: RunLog, config: PreTrainedConfig, parameters: int) -> None:
+        self._recipe, self._repo_id, self._log = recipe, repo_id, log
+        self._config, self._parameters = config, parameters
         self._output_dir = Path(recipe.output_dir)
-        shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)  # of a run that was killed
-        self._pusher = Pusher(
-            self._push,
-            drop=_drop,
-            say=say,
-            told=told,
-            may_pass=may_pass,
-            asked_to_wait=asked_to_wait,
-            first_pause=FIRST_PAUSE_SECONDS,
-        )
+        shutil.rmtree(self._output_dir / _STAGING, ignore_errors=True)  # of a run that was killed
+        self._staged = 0
+        self._changed = threading.Condition()
+        self._waiting: tuple[Path, int] | None = None
+        self._in_progress: tuple[int, float] | None = None  # step, start time
+        self._deadline = math.inf  # set when the run ends
+        self._stopped = False
+        self._gave_up = False
         self._finished = False
-        self._numbers = 0
+        self._thread: threading.Thread | None = None
 
     def on_saved(self, checkpoint: Path, step: int) -> None:
-        """Push a checkpoint that is whole, if the strategy says so; its folder may be removed any time afterwards."""
+        """Push a complete checkpoint if the strategy asks for it; its folder may be deleted afterwards."""
         if self._recipe.hub_strategy == "end":
             return
-        state = checkpoint if self._recipe.hub_strategy == "checkpoint" else None
         try:
-            folder = stage(self._new_place(step), checkpoint, curves=self._output_dir / "curves.png", state=state)
-            self._write_card(folder, step)
-        except Exception as error:  # a full disk, or whatever it is: the checkpoint was worth it, this is not
-            self._say(f"step {step:,} is not pushed: {told(error)}")
+            folder = self._stage(checkpoint, step, checkpoint)
+            facts = self._log.history.facts(self._recipe, steps=step, parameters=self._parameters)
+            write_model_card(folder, self._recipe, facts, self._config, earlier=self._output_dir / "model")
+        except Exception as error:  # such as a full disk: training continues
+            self._log.say(f"step {step:,} is not pushed: {one_line(error)}")
             return
-        self._pusher.submit(folder, step)
+        self.submit(folder, step)
 
     def finish(self, model: Path, step: int, checkpoint: Path | None) -> None:
-        """Push the model folder of the finished run, and wait for that for `LAST_PUSH_SECONDS` at most."""
+        """Push the final model folder, and wait for that for up to `LAST_PUSH_SECONDS`."""
         self._finished = True
-        state = checkpoint if self._recipe.hub_strategy == "checkpoint" else None
         done = False
         try:
-            folder = stage(self._new_place(step), model, state=state)
-            self._pusher.submit(folder, step)
-            self._say(f"pushing the model to {self._repo_id}")
-            done = self._pusher.close(LAST_PUSH_SECONDS)
+            self.submit(self._stage(model, step, checkpoint), step)
+            self._log.say(f"pushing the model to {self._repo_id}")
+            done = self.stop(LAST_PUSH_SECONDS)
         except OSError as error:
-            self._say(f"step {step:,} is not pushed: {told(error)}")
-        finally:  # also of Ctrl-C
-            shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
+            self._log.say(f"step {step:,} is not pushed: {one_line(error)}")
+        finally:  # also on Ctrl-C
+            shutil.rmtree(self._output_dir / _STAGING, ignore_errors=True)
             if not done:
-                self._say(finishing_words(self._recipe, self._repo_id))
+                self._log.say(_push_command(self._recipe, self._repo_id))
 
     def close(self) -> None:
-        """Wait for nothing: a run that was asked to leave, or failed, pushes with its next checkpoint."""
-        if not self._pusher.close(0.0) and not self._finished:
-            self._say("the newest checkpoint is not on the Hub yet; it goes there when the run goes on")
-        shutil.rmtree(self._output_dir / _STAGES, ignore_errors=True)
+        """Stop without waiting: a run that was interrupted pushes its next checkpoint when it resumes."""
+        if not self.stop(0.0) and not self._finished:
+            self._log.say("the newest checkpoint is not on the Hub yet; it is pushed when the run resumes")
+        shutil.rmtree(self._output_dir / _STAGING, ignore_errors=True)
 
-    def _new_place(self, step: int) -> Path:
-        # A step may be pushed twice, as its checkpoint and as the model folder.
-        self._numbers += 1
-        place = self._output_dir / _STAGES / f"{self._numbers}-step-{step:06d}"
-        place.parent.mkdir(exist_ok=True)
-        return place
+    def _stage(self, model: Path, step: int, checkpoint: Path | None) -> Path:
+        self._staged += 1  # the last step is pushed as a checkpoint and as the final model
+        target = self._output_dir / _STAGING / f"{self._staged}-step-{step:06d}"
+        target.parent.mkdir(exist_ok=True)
+        state = checkpoint if self._recipe.hub_strategy == "checkpoint" else None
+        return stage(target, model, curves=self._output_dir / "curves.png", state=state)
+
+    def submit(self, folder: Path, step: int) -> None:
+        """Push a folder as soon as the push in progress is over; returns immediately."""
+        with self._changed:
+            replaced, self._waiting = self._waiting, (folder, step)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
+                self._thread.start()
+            if self._in_progress is not None:
+                pushing, since = self._in_progress
+                if (seconds := time.monotonic() - since) > _SLOW_PUSH_SECONDS:
+                    self._log.say(
+                        f"the push of step {pushing:,} has taken {format_duration(seconds)}; step {step:,} waits"
+                    )
+            self._changed.notify_all()
+        if replaced is not None:
+            shutil.rmtree(replaced[0], ignore_errors=True)
+
+    def stop(self, seconds: float) -> bool:
+        """Wait until everything is pushed, and return whether that came true; then nothing is logged any more.
+
+        It does not wait for an error that a retry cannot fix, or for a rate limit that ends after `seconds`.
+        """
+
+        def is_idle() -> bool:
+            return self._in_progress is None and self._waiting is None
+
+        with self._changed:
+            self._deadline = time.monotonic() + seconds
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: is_idle() or self._gave_up, seconds)
+            done = is_idle() and not self._gave_up
+            self._waiting, self._stopped = None, True
+            self._changed.notify_all()
+        return done
+
+    def _work(self) -> None:
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting is not None or self._stopped)
+                if self._waiting is None:
+                    return
+                (folder, step), self._waiting = self._waiting, None
+                self._in_progress = step, time.monotonic()
+            failure: Exception | None = None
+            try:
+                line = self._push(folder, step)
+            except Exception as error:  # training continues
+                failure = error
+            with self._changed:
+                self._in_progress = None
+                if failure is None:
+                    pause = FIRST_PAUSE_SECONDS
+                    self._say(line)
+                else:
+                    self._put_back(folder, step)
+                    self._wait_to_retry(step, failure, pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                if self._waiting is None or self._waiting[0] != folder:
+                    shutil.rmtree(folder, ignore_errors=True)
+                self._changed.notify_all()
+
+    def _put_back(self, folder: Path, step: int) -> None:
+        if self._waiting is None and not self._stopped:
+            self._waiting = folder, step
+
+    def _wait_to_retry(self, step: int, error: Exception, pause: float) -> None:
+        """Log a failed push and wait for the retry, or until the run ends; at its end, some errors are final."""
+        rate_limit = retry_after(error)
+        pause = max(pause, min(rate_limit, _LONGEST_RATE_LIMIT_SECONDS))
+        deadline = self._deadline
+        if deadline < math.inf and (not can_retry(error) or time.monotonic() + rate_limit > deadline):
+            self._gave_up = True
+        retry = "" if self._gave_up else f", retry in {format_duration(pause)}"
+        self._say(f"the push of step {step:,} failed: {one_line(error)}{retry}")
+        self._changed.notify_all()
+        self._changed.wait_for(lambda: self._stopped or self._deadline != deadline, pause)
 
     def _push(self, folder: Path, step: int) -> str:
         tag = f"step-{step:06d}"
         pushed = push_folder(folder, self._repo_id, message=f"Step {step:,}", tag=tag)
-        remember_push(self._output_dir, self._repo_id, step)
-        kept = "; the card was edited there, and its text is kept" if pushed.card_kept else ""
-        older = f"; its branch {NATIVE} holds older weights" if has_branch(self._repo_id, NATIVE) else ""
-        return f"step {step:,} is on the Hub: {self._repo_id}, tag {tag}{kept}{older}"
+        record_push(self._output_dir, self._repo_id, step)
+        card = "; the card was edited there, so only its metadata and results are updated" if pushed.card_kept else ""
+        older = f"; its branch {NATIVE} has older weights" if pushed.has_native else ""
+        return f"step {step:,} is on the Hub: {self._repo_id}, tag {tag}{card}{older}"
 
-
-def _drop(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+    def _say(self, line: str) -> None:
+        if not self._stopped:  # the log may be closed
+            self._log.say(line)

@@ -1,10 +1,9 @@
-"""What is pushed, in a folder of its own made of hard links: it costs no space, and stays when a checkpoint is pruned.
+"""The folder that is pushed: hard links, so it takes no space and outlives a checkpoint that is deleted.
 
-No training state goes along, unless asked for as `last-checkpoint/`, and no path of this machine: keys of JSON files
-that hold one, or one that leads up from where the run was started, are left out.
+It holds no training state, except in `last-checkpoint/` on request, and no paths of this machine: JSON keys whose value
+is an absolute path, or starts with `~` or `../`, are dropped.
 """
 
-import fnmatch
 import json
 import os
 import shutil
@@ -16,42 +15,37 @@ from training.checkpoints.checksums import renew_checksums
 
 LAST_CHECKPOINT = "last-checkpoint"
 
-# What a model is loaded from and described by, at the top of its folder. Other programs keep their arguments,
-# optimizers and logs with the machine's name there.
-_OF_A_MODEL = (
+# Files of a model, at the top of its folder. Other programs keep their arguments, optimizers and logs there too.
+_MODEL_FILES = (
     *("config.json", "generation_config.json", "eval_results.json", "chat_template.*", "*.py"),
     *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
     *("*.md", "LICENSE*", "NOTICE*", "*.png", "*.jpg", "*.svg"),
 )
-_WORDS = ("tokenizer.json", "vocab.json")  # where "/usr" is a word and no place
+_VOCABULARIES = ("tokenizer.json", "vocab.json")  # "/usr" is a token there
 
 
 def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path | None = None) -> Path:
-    """Make `target` what is to be pushed of a model folder or checkpoint.
+    """Make `target` the folder to push for a model folder or checkpoint.
 
     Args:
-        target: does not exist, or holds what a dead process left.
-        model: a folder that is whole; of its files those that belong to a model are taken.
-        curves: its picture, where the folder has none.
-        state: a checkpoint that goes along whole, to go on from.
+        target: is replaced if it exists.
+        model: a complete model folder, of which the files of a model are taken.
+        curves: a picture of the curves, for a folder without one.
+        state: a checkpoint to push completely, to resume from.
     """
     shutil.rmtree(target, ignore_errors=True)
-    _carry([path for path in sorted(model.iterdir()) if _belongs(path)], model, target)
+    _link_all(sorted({path for pattern in _MODEL_FILES for path in model.glob(pattern)}), model, target)
     if curves is not None and curves.is_file() and not (target / curves.name).exists():
         _link(curves, target / curves.name)
     if state is not None:
-        rewritten = _carry(sorted(state.rglob("*")), state, target / LAST_CHECKPOINT)
+        rewritten = _link_all(sorted(state.rglob("*")), state, target / LAST_CHECKPOINT)
         renew_checksums(target / LAST_CHECKPOINT, rewritten)
     return target
 
 
-def _belongs(path: Path) -> bool:
-    return any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _OF_A_MODEL)
-
-
-def _carry(paths: Iterable[Path], source: Path, target: Path) -> list[Path]:
-    """Link files of `source` into `target`; return those that had to be rewritten."""
+def _link_all(paths: Iterable[Path], source: Path, target: Path) -> list[Path]:
+    """Link files of `source` into `target`; return those that are rewritten because they hold paths."""
     rewritten = []
     for path in paths:
         name = path.relative_to(source)
@@ -59,7 +53,7 @@ def _carry(paths: Iterable[Path], source: Path, target: Path) -> list[Path]:
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         _link(path, target / name)
-        if path.suffix == ".json" and path.name not in _WORDS and _without_places(target / name):
+        if path.suffix == ".json" and path.name not in _VOCABULARIES and _remove_paths(target / name):
             rewritten.append(target / name)
     return rewritten
 
@@ -67,32 +61,29 @@ def _carry(paths: Iterable[Path], source: Path, target: Path) -> list[Path]:
 def _link(path: Path, target: Path) -> None:
     try:
         os.link(path.resolve(), target)
-    except OSError:  # another file system, or one without links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(path, target)
 
 
-def _without_places(path: Path) -> bool:
-    """Rewrite a JSON file without keys whose value is an absolute path; the file it was linked to stays as it is.
-
-    Returns:
-        Whether there were any.
-    """
+def _remove_paths(path: Path) -> bool:
+    """Replace a JSON file by a copy without keys that hold a path; return whether it had any."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    cleaned = _cleaned(content)
-    if cleaned != content:
-        path.unlink()
-        path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return bool(cleaned != content)
+    cleaned = _without_paths(content)
+    if cleaned == content:
+        return False
+    path.unlink()  # the original keeps its content
+    path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return True
 
 
-def _cleaned(content: Any) -> Any:
+def _without_paths(content: Any) -> Any:
     if isinstance(content, dict):
-        return {key: _cleaned(value) for key, value in content.items() if not _is_place(value)}
-    return [_cleaned(value) for value in content] if isinstance(content, list) else content
+        return {key: _without_paths(value) for key, value in content.items() if not _is_path(value)}
+    return [_without_paths(value) for value in content] if isinstance(content, list) else content
 
 
-def _is_place(value: object) -> bool:
+def _is_path(value: object) -> bool:
     return isinstance(value, str) and len(value) > 1 and (value.startswith(("~", "../")) or Path(value).is_absolute())

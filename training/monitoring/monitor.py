@@ -22,11 +22,18 @@ from training.checkpoints.state_snapshot import bare_model
 from training.data.loading.loader import validation_batches, validation_windows
 from training.monitoring.bits_per_byte import ScoredText
 from training.monitoring.plots import Curves, plot_curves
-from training.monitoring.run_log import RunLog, read_metrics
-from training.monitoring.run_summary import device_name
+from training.monitoring.run_history import TASK_RESULTS
+from training.monitoring.run_log import RunLog
 from training.monitoring.samples import sample_texts
-from training.monitoring.task_evaluation import RESULTS, columns
-from training.monitoring.throughput import Throughput, flops_per_token, measured_peak_flops, memory_bytes, peak_flops
+from training.monitoring.task_evaluation import columns
+from training.monitoring.throughput import (
+    Throughput,
+    device_name,
+    flops_per_token,
+    measured_peak_flops,
+    memory_bytes,
+    peak_flops,
+)
 from training.monitoring.trackers import start_trackers
 from training.setup.plan import Plan
 from training.step.guard import Verdict
@@ -99,7 +106,6 @@ class Watch:
         )
         self.throughput = Throughput()
         self.last_validation = (-1, math.nan)
-        self.latest_samples: list[str] = []
         self._drawing = _DrawingBeside()
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
         self.text = ScoredText.of_windows(shard, plan.tokenizer, windows=windows, seq_len=recipe.seq_len)
@@ -263,8 +269,7 @@ class Watch:
 
     def validate_once(self, done: int) -> None:
         """Validate after step `done` unless the main process finds that recorded already."""
-        lines = read_metrics(self.plan.output_dir) if self.accelerator.is_main_process else []
-        known = any("val_loss" in line and line["step"] == done for line in lines)
+        known = any("val_loss" in line and line["step"] == done for line in self.log.history.metrics)
         if not self._any(known):
             self.validate(done)
 
@@ -275,9 +280,11 @@ class Watch:
         with self.pause():
             judged = tasks.judge(accelerator, self.model, self._between_batches)
         if accelerator.is_main_process:
-            path = self.plan.output_dir / RESULTS
+            path = self.plan.output_dir / TASK_RESULTS
+            results = tasks.results(done, judged, accelerator, self._parameters)
+            self.log.history.task_results = results
             try:
-                tasks.write(path, done, judged, accelerator, self._parameters)
+                results.write(path, with_items=False)
             except OSError as error:
                 self.log.say(
                     f"cannot write {path} ({error.strerror}): free some space; training goes on, the figures are in "
@@ -295,9 +302,8 @@ class Watch:
     def judge_once(self, done: int) -> None:
         """Judge the model after step `done` unless the main process finds that recorded already."""
         assert self.plan.tasks is not None
-        lines = read_metrics(self.plan.output_dir) if self.accelerator.is_main_process else []
         names = self.plan.tasks.column_names
-        if not self._any(any(names <= set(line) and line["step"] == done for line in lines)):
+        if not self._any(any(names <= set(line) and line["step"] == done for line in self.log.history.metrics)):
             self.judge(done)
 
     def _any(self, holds: bool) -> bool:
@@ -323,7 +329,6 @@ class Watch:
             )
         self.log.samples(done, texts, show=show)
         self._track(done, {"samples": "\n\n".join(texts)})
-        self.latest_samples = texts
         return texts
 
     def redraw(self, done: int) -> None:

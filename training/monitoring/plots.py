@@ -18,7 +18,7 @@ import yaml
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from evaluation.results.references import VALIDATION_LOSS, Reference, one_per_size, published
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

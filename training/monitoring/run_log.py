@@ -6,7 +6,6 @@ Only the main process writes. A resumed run first drops the lines behind its che
 import json
 import math
 import os
-import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +16,11 @@ from tqdm import tqdm
 
 from common.atomic_files import write_atomically
 from common.durations import format_duration
+from training.monitoring.run_history import RunHistory, is_complete_line
 
 _UNWRITTEN_BYTES = 1 << 20  # some thousand lines
 
 _SMOOTHING = 0.9  # weight of the past in the smoothed loss: it tells of the last ten or twenty logged steps
-
-
-_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class Smoothed:
@@ -49,10 +46,14 @@ class RunLog:
         enabled: whether this is the main process.
         first_step: lines of this step and later ones, left by a run that died behind its checkpoint, are dropped.
         total_steps: length of the progress bar.
+
+    Attributes:
+        history: what was recorded, over all starts of the run; empty on other processes.
     """
 
     def __init__(self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int) -> None:
         self.enabled = enabled
+        self.history = RunHistory()
         if not enabled:
             return
         self._metrics = _reopened(output_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
@@ -61,7 +62,8 @@ class RunLog:
         self._printed = _appending(output_dir / "train.log")
         self._unwritten: set[str] = set()
         self._smoothed = Smoothed(_SMOOTHING)
-        for line in read_metrics(output_dir):
+        self.history = RunHistory.load(output_dir)
+        for line in self.history.metrics:
             if "train_loss" in line:
                 self._smoothed.add(line["train_loss"])
         on_terminal = _is_terminal(sys.stderr)
@@ -156,6 +158,7 @@ class RunLog:
         """Keep samples of the model after `step` in samples.txt, once for each step, and show them."""
         if not self.enabled or step <= self._last_samples:
             return
+        self.history.samples[step] = list(texts)
         shown = ["  | " + text.strip("\n").replace("\n", "\n  | ") for text in texts]
         for text in shown if show else ():
             self.say(text)
@@ -172,6 +175,7 @@ class RunLog:
             self._append(self._columns, f"{values['step']} {stream} {value:.4f}\n")
 
     def _write(self, values: Mapping[str, Any]) -> None:
+        self.history.metrics.append(dict(values))
         line = json.dumps({key: _strict(value) for key, value in values.items()}, allow_nan=False)
         self._append(self._metrics, line + "\n")
 
@@ -261,22 +265,11 @@ def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
     return _appending(path), last
 
 
-def read_samples(output_dir: Path, *, up_to: int) -> list[str]:
-    """The newest samples in a run's samples.txt that are of no later step; none where there are none."""
-    path = output_dir / "samples.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    parts = re.split(r"^step (\d+)\n\n", text, flags=re.MULTILINE)[1:]
-    found = [block for step, block in zip(parts[::2], parts[1::2], strict=True) if int(step) <= up_to]
-    # Each line of a sample stands behind "  | ", and an empty line between two samples.
-    blocks = found[-1].strip("\n").split("\n\n") if found else []
-    return ["\n".join(line[4:] for line in block.splitlines()) for block in blocks]
-
-
 def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> TextIO:
     """The file opened for appending; lines behind `last_step` and those that a crash tore are dropped."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if _is_readable(line, step_of) and step_of(line) <= last_step]
+        kept = [line for line in lines if is_complete_line(line, step_of) and step_of(line) <= last_step]
         if len(kept) < len(lines):
             write_atomically(path, "".join(kept))
     return _appending(path)
@@ -292,24 +285,3 @@ def _strict(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
-
-
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, "NaN" and "Infinity" as numbers; lines that cannot be read are left out."""
-    path = output_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [json.loads(line, object_hook=_with_numbers) for line in lines if _is_readable(line, json.loads)]
-
-
-def _with_numbers(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(value) if value in _NOT_FINITE else value for key, value in values.items()}
-
-
-def _is_readable(line: str, read: Callable[[str], Any]) -> bool:
-    try:
-        read(line)
-    except (ValueError, KeyError, TypeError, IndexError):
-        return False
-    return line.endswith("\n")

@@ -4,18 +4,8 @@ import json
 from pathlib import Path
 from shlex import quote
 
-import torch
-
 from training.checkpoints.resume_command import extend_command, program
-from training.hub.card import RunFacts
-
-
-def device_name(device: torch.device) -> str:
-    """The device as a person would name it."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+from training.monitoring.run_history import RunFacts
 
 
 def summary_text(output_dir: Path, facts: RunFacts, *, prompt: str) -> str:

@@ -15,15 +15,13 @@ from torch import nn
 
 from common.cli_errors import InputError
 from evaluation.results.metric_values import load_metrics
-from evaluation.results.results_file import Results, read_results
+from evaluation.results.results_file import Results
 from evaluation.results.task_runner import TaskResult, judge, read_items
 from evaluation.tasks.registry import default_protocols, task_named
 from evaluation.tasks.task_types import Encoder
 from training.checkpoints.state_snapshot import bare_model
-from training.monitoring.run_summary import device_name
+from training.monitoring.throughput import device_name
 from training.recipe import Recipe
-
-RESULTS = "eval_results.json"
 
 
 class TaskEvaluation:
@@ -88,12 +86,10 @@ class TaskEvaluation:
                 for task in self.tasks
             ]
 
-    def write(
-        self, path: Path, step: int, judged: Sequence[TaskResult], accelerator: Accelerator, parameters: int
-    ) -> None:
-        """Write eval_results.json for the model after `step`."""
+    def results(self, step: int, judged: Sequence[TaskResult], accelerator: Accelerator, parameters: int) -> Results:
+        """Return what eval_results.json holds for the model after `step`."""
         recipe = self._recipe
-        Results(
+        return Results(
             model=Path(recipe.output_dir).resolve().name,
             revision=None,
             commit=None,
@@ -109,7 +105,7 @@ class TaskEvaluation:
             seconds=round(sum(result.seconds for result in judged), 3),
             tasks=list(judged),
             step=step,
-        ).write(path, with_items=False)
+        )
 
 
 def columns(judged: Iterable[TaskResult]) -> dict[str, float]:
@@ -127,12 +123,3 @@ def column_name(task: str, figure: str) -> str:
     """
     name, _, protocol = task.partition(":")
     return f"{name}_{figure}" if default_protocols()[name].protocol == protocol else f"{name}_{protocol}_{figure}"
-
-
-def latest_results(output_dir: Path, *, up_to: int) -> Results | None:
-    """The newest results of a run's tasks; None when there are none, or of a later step than `up_to`."""
-    path = output_dir / RESULTS
-    if not path.is_file():
-        return None
-    results = read_results(path)
-    return results if results.step is not None and results.step <= up_to else None

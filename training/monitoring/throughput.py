@@ -48,6 +48,14 @@ PEAKS = {
 }
 
 
+def device_name(device: torch.device) -> str:
+    """Return a GPU's name, or the number of CPU threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}" if device.type == "cpu" else device.type
+
+
 def peak_flops(device_name: str, mixed_precision: str = "bf16") -> float | None:
     """Peak FLOP/s of one GPU in the precision of the run ("bf16" or "no"); None for one that the table does not know.
 

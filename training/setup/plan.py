@@ -115,7 +115,7 @@ def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
     # Before the data, which may take minutes.
     repo_id = None
     if recipe.push_to_hub and os.environ.get("RANK", "0") == "0" and not _is_finished(recipe, resume_from):
-        repo_id = claim_repository(recipe, goes_on=resume_from is not None)
+        repo_id = claim_repository(recipe, resumes=resume_from is not None)
     folder, tokenizer = open_data(recipe, producer, ranks)
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
     # The first shards only: all ids of a large corpus would take minutes, and the loader checks what it reads.

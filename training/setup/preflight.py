@@ -26,7 +26,7 @@ from training.checkpoints.resume import find_resume_point, refuse_earlier_end
 from training.data.loading.order import Order
 from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer, parse_train_spec
-from training.monitoring.run_summary import device_name
+from training.monitoring.throughput import device_name
 from training.recipe import Recipe
 from training.setup.accelerator import build_accelerator, check_process_count, shut_down
 from training.setup.batch_size_finder import find_batch_size

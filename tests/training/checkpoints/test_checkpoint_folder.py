@@ -21,7 +21,7 @@ from training.checkpoints.checkpoint_writer import Saving
 from training.checkpoints.resume import find_resume_point
 from training.checkpoints.state_snapshot import HostMemory
 from training.loop import Run, train
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 
 Make = Callable[..., Recipe]

@@ -21,7 +21,7 @@ from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME, locked
 from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 from training.train import parse_command
 

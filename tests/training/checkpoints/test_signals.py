@@ -23,7 +23,7 @@ from training.data.loading.loader import validation_batches
 from training.data.shards.shard_reader import Shard
 from training.loop import Run, train
 from training.monitoring.monitor import Watch
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 
 Make = Callable[..., Recipe]

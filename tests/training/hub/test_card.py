@@ -1,4 +1,4 @@
-"""The card: what it holds, that the Hub accepts it, and that a person's edits stay."""
+"""The model card: what it holds, that the Hub accepts it, and that edits stay."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,14 +8,17 @@ import huggingface_hub
 import pytest
 from support.loopback_writing import metadata_errors
 
+from evaluation.results.metric_values import Measured
 from evaluation.results.references import VALIDATION_LOSS
+from evaluation.results.results_file import Results
+from evaluation.results.task_runner import TaskResult
 from gpt2_scratch import GPT2ScratchConfig
 from training.data.shards.manifest import Manifest
 from training.data.sources.base import corpus_name
-from training.hub.card import LOCAL_FILES, RunFacts, Score, model_card, write_model_card
-from training.hub.card_merging import merged, section, stamped, was_edited
-from training.hub.costs import running_costs
-from training.hub.run_facts import known_base, known_corpus, note_start, run_facts, training_seconds
+from training.hub.card import card_for_repository, model_card, write_model_card
+from training.hub.card_edits import results_block, with_edits_of
+from training.hub.provenance import LOCAL_FILES, Provenance
+from training.monitoring.run_history import RunFacts, RunHistory, Start, training_seconds
 from training.monitoring.run_log import RunLog
 from training.recipe import Recipe
 
@@ -24,28 +27,33 @@ FACTS = RunFacts(
     parameters=124_439_808,
     steps=19_073,
     tokens=9_999_745_024,
-    device="NVIDIA A100-SXM4-80GB",
-    devices=8,
+    hardware=("8 × NVIDIA A100-SXM4-80GB",),
     seconds=7200.0,
     val_loss=3.0412,
     bits_per_byte=0.9,
     gzip_bits_per_byte=2.8,
-    samples=["Hello, ```I'm``` a language model"],
-    gpt2_tokens=True,
-    corpus="fineweb-edu",
+    samples=("Hello, ```I'm``` a language model",),
 )
 CONFIG = GPT2ScratchConfig()
 
 
-def card(facts: RunFacts = FACTS, **changes: Any) -> str:
+def card(facts: RunFacts = FACTS, provenance: Provenance | None = None, **changes: Any) -> str:
     keys = {"output_dir": "runs/x", "data_dir": "data/x", "corpus": "fineweb-edu", "max_steps": 10, **changes}
-    return model_card(Recipe(**keys), facts, CONFIG)
+    return model_card(Recipe(**keys), facts, CONFIG, provenance or Provenance("fineweb-edu"))
+
+
+def hellaswag(value: float, *, step: int) -> Results:
+    """Results of HellaSwag after a step."""
+    result = TaskResult("hellaswag:harness", 10_042, 1.0, {"acc_norm": Measured(value, 0.01, None, "acc_norm")}, [])
+    about: dict[str, Any] = {"model": "x", "revision": None, "commit": None, "weights": "", "parameters": 1}
+    how: dict[str, Any] = {"n_positions": 1024, "dtype": "float32", "device": "cpu", "processes": 1}
+    return Results(**about, **how, data_dir=None, limit=None, started="", seconds=1.0, tasks=[result], step=step)
 
 
 def test_the_hub_accepts_the_card_and_reads_its_results() -> None:
-    score = Score("acc_norm", "HellaSwag, by bytes", 0.31, "Rowan/hellaswag", "HellaSwag")
     base = "openai-community/gpt2"
-    text = card(replace(FACTS, scores=[score], base_model=base), init_from=base)
+    facts = replace(FACTS, task_results=hellaswag(0.31, step=19_073))
+    text = card(facts, Provenance("fineweb-edu", base), init_from=base)
     assert not metadata_errors({"content": text})
     data = huggingface_hub.ModelCard(text).data
     assert (data.pipeline_tag, data.license, data.library_name) == ("text-generation", "mit", "transformers")
@@ -58,69 +66,45 @@ def test_the_hub_accepts_the_card_and_reads_its_results() -> None:
     }
 
 
-def test_gpt2_stands_beside_a_loss_of_the_same_corpus_and_tokenizer_only() -> None:
+def test_openais_loss_is_shown_only_for_the_same_text_tokens_and_windows() -> None:
     published = f"{VALIDATION_LOSS['fineweb-edu'][0].value:.4f}"
     assert f"| 3.0412 | {published} |" in card()
     assert "OpenAI GPT-2 124M" in card()
-    for change in ({"seq_len": 512}, {"eval_tokens": 1_048_576}, {"corpus_config": "default"}, {"val_tokens": 10_000}):
+    for change in (
+        *({"seq_len": 512}, {"eval_tokens": 1_048_576}, {"corpus_config": "default"}, {"val_tokens": 10_000}),
+        {"tokenizer": "train:4096"},
+    ):
         assert published not in card(**change), change
-    assert published not in card(replace(FACTS, gpt2_tokens=False))
-    assert published not in card(replace(FACTS, corpus="fineweb"))
+    assert published not in card(provenance=Provenance("fineweb"))
 
 
-def test_hours_cost_and_energy_are_told_with_how_they_were_estimated() -> None:
+def test_the_card_shows_hardware_and_hours() -> None:
     text = card()
     assert "- Hardware: 8 × NVIDIA A100-SXM4-80GB" in text
-    assert "US$ 32.00 (16.00 GPU-hours, US$ 2.00 assumed for one)" in text
-    assert "about 6.40 kWh (GPU-hours × 400 W" in text
-    assert "1,388,853 tokens/s" in text
-    assert running_costs("2 CPU threads", 1, 60.0) == []
+    assert "- Time: 2 h 00 min of training steps (1,388,853 tokens/s)" in text
 
 
-def test_a_run_that_went_on_elsewhere_tells_both_and_estimates_no_cost(tmp_path: Path) -> None:
+def test_a_run_that_resumed_on_other_hardware_names_both(tmp_path: Path) -> None:
     recipe = Recipe(output_dir=str(tmp_path), data_dir="data/x", corpus="fineweb-edu", max_steps=10)
 
-    def told(**now: Any) -> str:
-        facts = run_facts(recipe, tmp_path, steps=10, parameters=1, **now)
-        return model_card(recipe, replace(facts, seconds=7200.0), CONFIG)
+    def hardware() -> tuple[str, ...]:
+        return RunHistory.load(tmp_path).facts(recipe, steps=10, parameters=1).hardware
 
+    assert hardware() == ()
     a100, h100 = "NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3"
-    note_start(tmp_path, 0, a100, 8)
-    note_start(tmp_path, 4, a100, 8)  # stopped and started again
-    assert f"- Hardware: 8 × {a100}\n" in told()  # by hand, later
-    assert "- Cost: about US$ 32.00" in told(device=a100, devices=8)
-    note_start(tmp_path, 6, h100, 1)
-    text = told(device=h100)
-    assert f"- Hardware: 8 × {a100}, then {h100}\n" in text
-    assert "Cost" not in text
-    assert "Energy" not in text
-    note_start(tmp_path, 6, a100, 8)  # from the same checkpoint again: the other start's steps are gone
-    assert "- Cost" in told()
+    RunHistory.load(tmp_path).add_start(tmp_path, Start(0, a100, 8))
+    RunHistory.load(tmp_path).add_start(tmp_path, Start(4, a100, 8))  # stopped and resumed
+    assert hardware() == (f"8 × {a100}",)
+    RunHistory.load(tmp_path).add_start(tmp_path, Start(6, h100, 1))
+    assert hardware() == (f"8 × {a100}", h100)
+    assert f"- Hardware: 8 × {a100}, then {h100}\n" in card(replace(FACTS, hardware=hardware()))
+    RunHistory.load(tmp_path).add_start(tmp_path, Start(6, a100, 8))  # resumed again: the other start's steps are gone
+    assert hardware() == (f"8 × {a100}",)
+    RunHistory().add_start(tmp_path, Start(6, a100, 8))  # a run folder of an earlier version, without starts
+    assert hardware() == ("unknown hardware", f"8 × {a100}")
 
 
-@pytest.mark.parametrize(
-    ("device", "watts"),
-    [
-        ("NVIDIA A100-SXM4-40GB", 400),
-        ("NVIDIA A100-PCIE-40GB", 250),
-        ("NVIDIA A100 80GB PCIe", 300),
-        ("NVIDIA H100 80GB HBM3", 700),
-        ("NVIDIA H100 PCIe", 350),
-        ("NVIDIA H100 NVL", 400),
-        ("NVIDIA H200 NVL", 600),
-        ("NVIDIA GH200 480GB", 700),
-        ("NVIDIA GeForce RTX 4090", 450),
-    ],
-)
-def test_boards_with_like_names_have_their_own_power(device: str, watts: int) -> None:
-    assert f"× {watts} W" in running_costs(device, 1, 3600.0)[1]
-
-
-def test_nothing_is_estimated_for_the_laptops_board_of_the_same_name() -> None:
-    assert running_costs("NVIDIA GeForce RTX 4090 Laptop GPU", 1, 3600.0) == []
-
-
-def test_seconds_are_those_of_steps_over_all_starts_of_a_run() -> None:
+def test_training_seconds_are_summed_over_all_starts() -> None:
     lines = [
         {"tokens": 1000.0, "tokens_per_second": 100.0},
         {"tokens": 3000.0, "tokens_per_second": 1000.0},
@@ -129,44 +113,45 @@ def test_seconds_are_those_of_steps_over_all_starts_of_a_run() -> None:
     assert training_seconds([]) is None
 
 
-def test_a_small_model_has_parameters_too() -> None:
+def test_parameters_of_small_and_large_models() -> None:
     assert "A GPT-2 with 41,216 parameters (" in card(replace(FACTS, parameters=41_216))
     assert "A GPT-2 with 124.4M parameters (" in card()
 
 
-def test_a_card_has_the_samples_of_an_earlier_start(tmp_path: Path) -> None:
+def test_facts_have_the_newest_samples_up_to_their_step(tmp_path: Path) -> None:
     recipe = Recipe(output_dir=str(tmp_path), data_dir="data/x", corpus="fineweb-edu", max_steps=10)
     log = RunLog(tmp_path, enabled=True, first_step=0, total_steps=10)
     log.samples(4, ["The first\n\nstep 9 of it", "The second"], show=False)
     log.samples(8, ["Later"], show=False)
     log.close()
-    assert run_facts(recipe, tmp_path, steps=6, parameters=1).samples == ["The first\n\nstep 9 of it", "The second"]
-    assert run_facts(recipe, tmp_path, steps=2, parameters=1).samples == []
+    for history in (log.history, RunHistory.load(tmp_path)):  # in memory, and read from the folder
+        samples = [history.facts(recipe, steps=steps, parameters=1).samples for steps in (6, 2)]
+        assert samples == [("The first\n\nstep 9 of it", "The second"), ()]
 
 
-def test_a_card_before_the_first_validation_claims_nothing() -> None:
-    text = card(replace(FACTS, val_loss=None, bits_per_byte=None, gzip_bits_per_byte=None, samples=[]))
+def test_a_card_before_the_first_validation_has_no_results() -> None:
+    text = card(replace(FACTS, val_loss=None, bits_per_byte=None, gzip_bits_per_byte=None, samples=()))
     assert not metadata_errors({"content": text})
-    assert "Nothing was measured yet." in text
+    assert "The model has not been evaluated yet." in text
     assert "model-index" not in text
 
 
-def test_language_and_licence_are_claimed_only_where_they_are_known() -> None:
+def test_language_and_license_are_given_only_where_they_are_known() -> None:
     assert "language: en" in card()
     for corpus in ("someone/their-texts", LOCAL_FILES, None):
-        other = card(replace(FACTS, corpus=corpus))
+        other = card(provenance=Provenance(corpus))
         assert "language:" not in other
         assert "license:" not in other
     openai, theirs = "openai-community/gpt2-medium", "someone/their-gpt2"
-    assert "license: mit" in card(replace(FACTS, base_model=openai), init_from=openai)
-    assert "license:" not in card(replace(FACTS, corpus="installed-docs"))  # of many packages, each with its own
-    other = card(replace(FACTS, base_model=theirs), init_from=theirs)
+    assert "license: mit" in card(provenance=Provenance("fineweb-edu", openai), init_from=openai)
+    assert "license:" not in card(provenance=Provenance("installed-docs"))  # of many packages, each with its own
+    other = card(provenance=Provenance("fineweb-edu", theirs), init_from=theirs)
     assert "license:" not in other
     assert "trained from [someone/their-gpt2](https://huggingface.co/someone/their-gpt2)" in other
-    assert "had learnt before" in other
+    assert "inherits what its base model learned" in other
 
 
-def test_a_picture_stands_in_the_card_where_there_is_one(tmp_path: Path) -> None:
+def test_the_card_shows_the_curves_if_the_folder_has_them(tmp_path: Path) -> None:
     recipe = Recipe(output_dir="runs/x", data_dir="data/x", corpus="fineweb-edu", max_steps=10)
     write_model_card(tmp_path, recipe, FACTS, CONFIG)
     assert "curves.png" not in (tmp_path / "README.md").read_text()
@@ -175,10 +160,10 @@ def test_a_picture_stands_in_the_card_where_there_is_one(tmp_path: Path) -> None
     assert "![Loss against tokens](curves.png)" in (tmp_path / "README.md").read_text()
 
 
-def test_the_tokenizer_and_how_samples_were_drawn_are_told_and_unknown_hardware_is_not() -> None:
-    text = card(replace(FACTS, device=None), tokenizer="train:4096", eval_data_dir="my/tasks")
-    assert "- Tokenizer: a byte-level BPE trained on this corpus, 50,257 ids" in text
-    assert "temperature 0.8 from the 50 likeliest tokens" in text
+def test_the_card_describes_tokenizer_and_sampling_and_omits_what_is_unknown() -> None:
+    text = card(replace(FACTS, hardware=()), tokenizer="train:4096", eval_data_dir="my/tasks")
+    assert "- Tokenizer: a byte-level BPE trained on this corpus, 50,257 tokens" in text
+    assert "temperature 0.8, top-k 50" in text
     assert "Hardware" not in text
     assert "None" not in text
     assert "my/tasks" not in text
@@ -188,8 +173,8 @@ def test_the_tokenizer_and_how_samples_were_drawn_are_told_and_unknown_hardware_
 
 def test_paths_of_the_machine_are_not_shown(tmp_path: Path) -> None:
     (tmp_path / "secret").mkdir()
-    place = str(tmp_path / "secret")
-    text = card(corpus=place, init_from=place, tokenizer=place, hub_model_id="me/private-name")
+    path = str(tmp_path / "secret")
+    text = card(corpus=path, init_from=path, tokenizer=path, hub_model_id="me/private-name")
     assert str(tmp_path) not in text
     assert "me/private-name" not in text
     assert "secret" not in text
@@ -200,7 +185,7 @@ REVISION_OF_FILES, COMMIT = "0" * 64, "0" * 40
 
 
 def known(folder: Path, corpus: str, revision: str, **changes: Any) -> str:
-    """The card of a run on shards with a manifest, whose corpus and base are not there any more."""
+    """The card of a run on shards with a manifest, whose corpus and base model were deleted."""
     manifest = Manifest(
         corpus=corpus_name(corpus),
         corpus_config=None,
@@ -218,14 +203,13 @@ def known(folder: Path, corpus: str, revision: str, **changes: Any) -> str:
     folder.mkdir(exist_ok=True)
     manifest.write(folder)
     recipe = Recipe(output_dir="runs/x", data_dir=str(folder), corpus=corpus, max_steps=10, **changes)
-    facts = replace(FACTS, corpus=known_corpus(recipe), base_model=known_base(recipe.init_from))
-    text = model_card(recipe, facts, CONFIG)
+    text = model_card(recipe, FACTS, CONFIG, Provenance.of(recipe))
     assert not metadata_errors({"content": text})
     return text
 
 
 @pytest.mark.parametrize("corpus", ["/home/alice/corpus.jsonl", "/alice.jsonl", "data/alice", "alice", "../alice"])
-def test_files_that_are_gone_are_neither_named_nor_taken_for_a_dataset(corpus: str, tmp_path: Path) -> None:
+def test_deleted_local_files_are_neither_named_nor_taken_for_a_dataset(corpus: str, tmp_path: Path) -> None:
     text = known(tmp_path, corpus, REVISION_OF_FILES, init_from="runs/alice")
     assert "alice" not in text
     assert "trained from an earlier model on local files:" in text
@@ -233,35 +217,57 @@ def test_files_that_are_gone_are_neither_named_nor_taken_for_a_dataset(corpus: s
     assert "base_model:" not in text
 
 
-def test_a_dataset_of_the_hub_is_known_by_the_commit_in_the_manifest(tmp_path: Path) -> None:
+def test_a_dataset_of_the_hub_is_recognized_by_the_commit_in_the_manifest(tmp_path: Path) -> None:
     assert "datasets:\n- someone/their-texts\n" in known(tmp_path, "someone/their-texts", COMMIT)
 
 
-def test_shards_of_another_program_are_not_said_to_be_of_the_recipes_corpus(tmp_path: Path) -> None:
+def test_the_corpus_of_another_programs_shards_is_unknown(tmp_path: Path) -> None:
     recipe = Recipe(output_dir="runs/x", data_dir=str(tmp_path), corpus="installed-docs", max_steps=10)
-    text = model_card(recipe, replace(FACTS, corpus=known_corpus(recipe)), CONFIG)
-    assert "shards of token ids that do not say what they are of" in text
+    text = model_card(recipe, FACTS, CONFIG, Provenance.of(recipe))
+    assert "token shards of unknown origin" in text
     for claim in ("installed-docs", "language:", "license:", "datasets:", "Python packages"):
         assert claim not in text
 
 
-def test_what_a_person_wrote_stays_and_the_generated_sections_are_new(tmp_path: Path) -> None:
+def test_an_edited_card_keeps_its_text_and_gets_new_results(tmp_path: Path) -> None:
     recipe = Recipe(output_dir="runs/x", data_dir="data/x", corpus="fineweb-edu", max_steps=10)
     write_model_card(tmp_path, recipe, FACTS, CONFIG)
     path = tmp_path / "README.md"
-    edited = (
-        path.read_text().replace("## Results", "## Results\n\nI like these.").replace("license: mit", "license: odc-by")
-    )
+    edited = path.read_text().replace("## Results", "## Results\n\nI like these.")
     edited = edited.replace(edited[edited.index("## Samples") : edited.index("## Training")], "")
-    path.write_text(edited)
-    write_model_card(tmp_path, recipe, replace(FACTS, val_loss=2.9), CONFIG, kept=edited)
+    path.write_text(edited.replace("library_name:", "license: odc-by\nlibrary_name:"))
+    write_model_card(tmp_path, recipe, replace(FACTS, val_loss=2.9, steps=19_074), CONFIG, earlier=tmp_path)
     again = path.read_text()
     assert "I like these." in again
     assert "license: odc-by" in again
     assert "| 2.9000 |" in again
     assert "3.0412" not in again
-    assert "Samples" not in again  # removed by a person, with its marks
+    assert "19,073 steps" in again
+    assert "Samples" not in again
     assert again.count("# my-gpt2") == 1
+
+
+def test_a_card_that_nobody_edited_is_overwritten() -> None:
+    first, _ = with_edits_of(None, card())
+    later = card(replace(FACTS, val_loss=1.0, steps=20_000))
+    assert with_edits_of(first, later) == with_edits_of(None, later)
+    assert with_edits_of(first, first) == (first, False)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "text_stays"),
+    [("# my-gpt2", "# my very own gpt2", True), ("license: mit", "license: odc-by", False)],
+)
+def test_an_edit_of_text_or_metadata_stays_over_several_pushes(old: str, new: str, text_stays: bool) -> None:
+    pushed, _ = with_edits_of(None, card())
+    assert old in pushed
+    pushed = pushed.replace(old, new)
+    for loss in (2.0, 1.0):
+        pushed, stays = with_edits_of(pushed, card(replace(FACTS, val_loss=loss)))
+        assert stays == text_stays
+        assert new in pushed
+        assert old not in pushed
+        assert f"| {loss:.4f} |" in pushed
 
 
 def test_results_of_others_in_the_metadata_stay() -> None:
@@ -275,39 +281,51 @@ model-index:
 ---
 Their text.
 """
-    data = huggingface_hub.ModelCard(merged(card(), theirs)).data
+    text, text_stays = with_edits_of(theirs, card())
+    assert text_stays
+    assert "Their text." in text
+    data = huggingface_hub.ModelCard(text).data
     assert {result.dataset_type for result in data.eval_results} == {"org/other", "HuggingFaceFW/fineweb-edu"}
 
 
-def test_results_of_a_later_step_take_the_place_of_the_earlier_ones_and_name_it() -> None:
-    score = Score("acc", "acc, protocol `harness`, after step 1,000", 0.2, "Rowan/hellaswag", "HellaSwag")
-    old = card(replace(FACTS, val_step=1_000, scores=[score]))
-    later = replace(score, name="acc, protocol `harness`, after step 19,073", value=0.3)
-    text = merged(card(replace(FACTS, val_step=19_000, scores=[later])), old)
-    names = [result.metric_name for result in huggingface_hub.ModelCard(text).data.eval_results]
-    assert len(names) == 3
-    assert names[0].endswith("side by side, after step 19,000")
-    assert names[2] == later.name
+def test_results_of_a_later_step_replace_the_earlier_ones_and_the_card_names_it() -> None:
+    old, _ = with_edits_of(None, card(replace(FACTS, val_step=1_000, task_results=hellaswag(0.2, step=1_000))))
+    later = card(replace(FACTS, val_step=19_000, task_results=hellaswag(0.3, step=19_073)))
+    text, _ = with_edits_of(old.replace("# my-gpt2", "# edited").replace("license: mit", "license: odc-by"), later)
+    results = {result.metric_type: result.metric_value for result in huggingface_hub.ModelCard(text).data.eval_results}
+    assert results == {"loss": 3.0412, "bits_per_byte": 0.9, "acc_norm": 0.3}
+    assert "The validation loss is of step 19,000. The tasks were evaluated after step 19,073." in text
+    assert "1,000." not in text
 
 
-def test_a_card_without_marks_keeps_its_text_before_ours() -> None:
-    text = merged(card(), "My own page.\n")
-    assert text.index("My own page.") < text.index("# my-gpt2")
+def test_a_card_that_is_not_ours_keeps_its_text() -> None:
+    text, text_stays = with_edits_of("My own page.\n", card())
+    assert text_stays
+    assert "My own page." in text
+    assert "# my-gpt2" not in text
+    assert "license: mit" in text
     broken = "---\n: not: [yaml\n---\nMy own page.\n"
-    assert broken.strip() in merged(card(), broken)
+    assert broken.strip() in with_edits_of(broken, card())[0]
 
 
-def test_a_stamp_tells_a_person_from_our_next_push() -> None:
-    pushed = stamped(card())
-    assert not was_edited(pushed)
-    assert not was_edited(merged(card(replace(FACTS, val_loss=1.0)), pushed) + pushed[pushed.rindex("<!-- pushed") :])
-    assert was_edited(pushed.replace("# my-gpt2", "# my very own gpt2"))
-    assert was_edited(pushed.replace("license: mit", "license: odc-by"))
-    assert was_edited("anything")
-    assert stamped(pushed) == pushed
+def test_the_empty_card_of_a_new_repository_keeps_its_license_only() -> None:
+    text, text_stays = with_edits_of("---\nlicense: odc-by\n---\n", card())
+    assert not text_stays
+    again, _ = with_edits_of(text, card(replace(FACTS, steps=20_000)))
+    assert "license: odc-by" in again
+    assert "20,000 steps" in again
 
 
 @pytest.mark.parametrize("content", ["", "a\n", "\\1 and \\g<0>"])
-def test_a_section_takes_any_text(content: str) -> None:
-    old, new = section("use", "old"), section("use", content)
-    assert merged(new, f"before\n{old}after\n") == f"before\n{new}after\n"
+def test_a_results_block_takes_any_text(content: str) -> None:
+    old, new = results_block("results", "old"), results_block("results", content)
+    assert f"before\n{new}after" in with_edits_of(f"before\n{old}after\n", new)[0]
+
+
+def test_the_card_on_the_hub_has_the_models_id_and_mentions_the_native_branch() -> None:
+    text = card_for_repository(card(), "me/x", branch="main", has_native=True)
+    assert 'from_pretrained("me/x", trust_remote_code=True)' in text
+    assert '`revision="native"`' in text
+    native = card_for_repository(card(), "me/x", branch="native", has_native=True)
+    assert 'AutoModelForCausalLM.from_pretrained("me/x", revision="native")' in native
+    assert "trust_remote_code" not in native

@@ -1,4 +1,4 @@
-"""What was pushed, loaded in clean processes: with our code, without it, as plain GPT-2, and as a base to train on."""
+"""Pushed models load in clean processes: with our code, without it, as plain GPT-2, and as a base model."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from gpt2_scratch.generate import main as generate
 from training.hub.command import main
 from training.loop import train
 
-# How the client itself sends large files where there is no Xet.
+# The client itself uploads large files this way without Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning
 def hub_of_a_run(
     tiny_recipe: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fresh_accelerator: None
 ) -> Iterator[tuple[LoopbackHub, Any]]:
-    """A Hub that a run was pushed to while it trained, and by hand afterwards as a native GPT-2."""
+    """A Hub with a run that was pushed while it trained."""
     hub = LoopbackHub(accounts=ACCOUNTS)
     turn_to(hub, monkeypatch, tmp_path / "cache")
     with serving(hub):
@@ -74,7 +74,7 @@ print(json.dumps(found))
 """
 
 
-def test_what_is_published_loads_four_ways(hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path) -> None:
+def test_a_published_model_loads_four_ways(hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path) -> None:
     hub, recipe = hub_of_a_run
     main(["push", recipe.output_dir, "--repo_id", "me/tiny", "--native"])
     folder = Path(recipe.output_dir) / "model"
@@ -96,10 +96,10 @@ def test_what_is_published_loads_four_ways(hub_of_a_run: tuple[LoopbackHub, Any]
         # The same operations, but for another order of sums in the attention of one of them.
         torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-5, rtol=0)
 
-    for revision in ("main", "native"):  # as the card says it
+    for revision in ("main", "native"):  # the card's own code
         assert "The" in clean_process(hub, tmp_path, "-c", SNIPPET, revision, project=False)
 
-    # And as a base to continue from.
+    # As a base model.
     flags = ["--init_from", "me/tiny", "--push_to_hub", "false", "--output_dir", str(tmp_path / "continued")]
     command = [str(ROOT / "training" / "train.py"), "--config", str(Path(recipe.output_dir) / "recipe.yaml"), *flags]
     clean_process(hub, tmp_path, *command, "--max_steps", "2", "--learning_rate", "1e-5", project=True)
@@ -112,7 +112,7 @@ def test_what_is_published_loads_four_ways(hub_of_a_run: tuple[LoopbackHub, Any]
     assert "base_model: me/tiny" in card
 
 
-def test_nothing_private_is_in_what_was_pushed(hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path) -> None:
+def test_a_push_contains_nothing_private(hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path) -> None:
     hub, recipe = hub_of_a_run
     main(["push", recipe.output_dir, "--repo_id", "me/tiny", "--native"])
     there = hub.model("me/tiny")
@@ -131,7 +131,7 @@ def test_nothing_private_is_in_what_was_pushed(hub_of_a_run: tuple[LoopbackHub, 
     assert there.files("native")["model.safetensors"] == there.files()["model.safetensors"]
 
 
-def test_a_run_that_was_stopped_is_pushed_and_read_by_its_newest_checkpoint(
+def test_an_interrupted_run_is_pushed_and_loaded_from_its_newest_checkpoint(
     hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     hub, recipe = hub_of_a_run
@@ -154,14 +154,14 @@ def test_a_run_that_was_stopped_is_pushed_and_read_by_its_newest_checkpoint(
     assert b"tokens/s" in captured.err
 
 
-def test_a_folder_that_is_no_whole_model_is_refused(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_folder_without_a_complete_model_is_rejected(hub: LoopbackHub, tmp_path: Path) -> None:
     def refused(match: str) -> None:
         with pytest.raises(InputError, match=match):
             main(["push", str(tmp_path / "folder"), "--repo_id", "me/x"])
 
-    refused("expected a run or a model folder, found no folder")
+    refused("there is no folder")
     (tmp_path / "folder").mkdir()
-    refused(r"found neither config.json nor checkpoints")
+    refused(r"there is neither a config.json nor a checkpoint")
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "bert"}')
     refused(r"expected model_type gpt2 or gpt2_scratch")
     GPT2ScratchForCausalLM.config_class(n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "folder")

@@ -1,4 +1,4 @@
-"""A run that pushes while it trains: the real client against a server on this machine."""
+"""Runs that push while they train: the Hub's real client against a server on this machine."""
 
 import json
 import os
@@ -17,15 +17,15 @@ from support.loopback_hub import LoopbackHub
 from support.paths import ROOT
 
 from common.cli_errors import InputError
+from gpt2_scratch import GPT2ScratchConfig
 from training.checkpoints.checkpoint_folder import checkpoints, step_of
 from training.hub import command
-from training.hub import publisher as publishing
-from training.hub.publisher import Publishing, claim_repository, remember_push
-from training.hub.pusher import Pusher
+from training.hub.publisher import Publisher, claim_repository, record_push
 from training.loop import train
+from training.monitoring.run_log import RunLog
 from training.recipe import Recipe
 
-# How the client itself sends large files where there is no Xet.
+# The client itself uploads large files this way without Xet.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
     pytest.mark.usefixtures("impatient"),
@@ -64,7 +64,7 @@ def test_strategy_end_pushes_once(hub: LoopbackHub, tiny_recipe: Make) -> None:
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_strategy_checkpoint_pushes_what_another_machine_goes_on_from(
+def test_strategy_checkpoint_pushes_what_another_machine_can_resume_from(
     hub: LoopbackHub,
     tiny_recipe: Make,
     tmp_path: Path,
@@ -97,7 +97,7 @@ def test_strategy_checkpoint_pushes_what_another_machine_goes_on_from(
 
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("trouble", [401, "cut", "hang"])
-def test_an_outage_changes_nothing_of_the_training(
+def test_an_outage_does_not_affect_training(
     hub: LoopbackHub,
     tiny_recipe: Make,
     trouble: int | str,
@@ -105,7 +105,7 @@ def test_an_outage_changes_nothing_of_the_training(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(publishing, "LAST_PUSH_SECONDS", 1.0)
+    monkeypatch.setattr("training.hub.publisher.LAST_PUSH_SECONDS", 1.0)
     started = threading.Event()
 
     def out(method: str, path: str, number: int) -> int | str | None:
@@ -119,15 +119,15 @@ def test_an_outage_changes_nothing_of_the_training(
     command_line = f"python -m training.hub push {recipe.output_dir} --repo_id me/tiny"
     assert command_line in log
     if trouble != "hang":
-        assert re.search(r"step \d+ is not on the Hub yet: \w+", log)
+        assert re.search(r"the push of step \d+ failed: \w+", log)
     assert TOKEN not in log
     capsys.readouterr()
-    train(recipe)  # it is complete, says what is left to do, and needs no Hub for that
+    train(recipe)  # it is complete: this only prints the command, without the Hub
     assert command_line in capsys.readouterr().out
     hub.trouble = lambda method, path, number: None
     hub.released.set()
-    for thread in threading.enumerate():  # in a run of its own it would have ended with the process
-        if thread.name == "pusher":
+    for thread in threading.enumerate():  # a daemon, which ends with a process
+        if thread.name == "publisher":
             thread.join(30)
     command.main(["push", recipe.output_dir, "--repo_id", "me/tiny"])
     weights = (Path(recipe.output_dir) / "model" / "model.safetensors").read_bytes()
@@ -137,27 +137,27 @@ def test_an_outage_changes_nothing_of_the_training(
     assert "training.hub" not in capsys.readouterr().out
 
 
-def test_a_run_that_goes_on_does_not_wait_for_a_hub_that_is_down(
+def test_a_run_resumes_while_the_hub_is_down(
     hub: LoopbackHub, tiny_recipe: Make, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.trouble = lambda method, path, number: "down"
     recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny")
-    with pytest.raises(InputError, match="wait for it, or train with push_to_hub: false"):
-        claim_repository(recipe, goes_on=False)
-    assert claim_repository(recipe, goes_on=True) == "me/tiny"
-    assert capsys.readouterr().out.startswith("training goes on without the Hub: expected the Hub at http")
+    with pytest.raises(InputError, match="try later, or train with push_to_hub: false"):
+        claim_repository(recipe, resumes=False)
+    assert claim_repository(recipe, resumes=True) == "me/tiny"
+    assert capsys.readouterr().out.startswith("resuming without the Hub: cannot reach the Hub at http")
     unnamed = tiny_recipe(push_to_hub=True)
-    assert claim_repository(unnamed, goes_on=True) is None
+    assert claim_repository(unnamed, resumes=True) is None
     Path(unnamed.output_dir).mkdir()
-    remember_push(Path(unnamed.output_dir), "me/run", 4)
-    assert claim_repository(unnamed, goes_on=True) == "me/run"
+    record_push(Path(unnamed.output_dir), "me/run", 4)
+    assert claim_repository(unnamed, resumes=True) == "me/run"
     hub.trouble = lambda method, path, number: 403
-    with pytest.raises(InputError, match="may write to"):
-        claim_repository(recipe, goes_on=True)
+    with pytest.raises(InputError, match="you cannot write to"):
+        claim_repository(recipe, resumes=True)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_hub_that_comes_back_gets_the_newest(hub: LoopbackHub, tiny_recipe: Make) -> None:
+def test_a_hub_that_recovers_gets_the_newest_step(hub: LoopbackHub, tiny_recipe: Make) -> None:
     refused = []
 
     def at_first(method: str, path: str, number: int) -> int | None:
@@ -168,12 +168,12 @@ def test_a_hub_that_comes_back_gets_the_newest(hub: LoopbackHub, tiny_recipe: Ma
 
     hub.trouble = at_first
     _, log = published(tiny_recipe)
-    assert "is not on the Hub yet" in log
+    assert "the push of step" in log
     assert "step 12 is on the Hub" in log
     assert len(refused) == 2
 
 
-def test_a_run_that_may_not_push_does_not_start(hub: LoopbackHub, tiny_recipe: Make) -> None:
+def test_a_run_without_write_access_does_not_start(hub: LoopbackHub, tiny_recipe: Make) -> None:
     recipe = tiny_recipe(push_to_hub=True, hub_model_id="them/gpt2")
     with pytest.raises(InputError, match="push_to_hub: false and push the run later"):
         train(recipe)
@@ -181,7 +181,7 @@ def test_a_run_that_may_not_push_does_not_start(hub: LoopbackHub, tiny_recipe: M
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_hub_that_asks_to_wait_an_hour_is_heard_and_the_end_of_the_run_does_not_wait_for_that(
+def test_a_rate_limit_of_an_hour_is_respected_but_does_not_delay_the_end_of_the_run(
     hub: LoopbackHub, tiny_recipe: Make
 ) -> None:
     limited: list[str] = []
@@ -194,18 +194,18 @@ def test_a_hub_that_asks_to_wait_an_hour_is_heard_and_the_end_of_the_run_does_no
 
     hub.trouble = once
     _, log = published(tiny_recipe)
-    assert re.search(r"step 4 is not on the Hub yet: HfHubHTTPError: .*429.*, next try in 1 h 00 min", log)
+    assert re.search(r"the push of step 4 failed: HfHubHTTPError: .*429.*, retry in 1 h 00 min", log)
     assert "step 12 is on the Hub" in log
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_push_that_cannot_be_made_ready_is_told_and_training_goes_on(
+def test_a_push_that_cannot_be_staged_is_reported_and_training_continues(
     hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(publishing, "stage", broken)
+    monkeypatch.setattr("training.hub.publisher.stage", broken)
     recipe, log = published(tiny_recipe)
     assert "step 4 is not pushed: OSError: [Errno 28] No space left on device" in log
     assert "step 12 is not pushed" in log
@@ -213,51 +213,60 @@ def test_a_push_that_cannot_be_made_ready_is_told_and_training_goes_on(
     assert not hub.model("me/tiny").messages
 
 
-def test_a_card_that_cannot_be_written_does_not_end_training(hub: LoopbackHub, tiny_recipe: Make) -> None:
-    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny")
-    checkpoint = Path(recipe.output_dir) / "checkpoints" / "step-000004"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "config.json").write_text("{}")
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is logged."""
     lines: list[str] = []
-
-    def broken(folder: Path, step: int) -> None:
-        raise InputError("expected results, found none")
-
-    behind = Publishing(recipe, "me/tiny", say=lines.append, write_card=broken)
-    behind.on_saved(checkpoint, 4)
-    behind.close()
-    assert lines == ["step 4 is not pushed: InputError: expected results, found none"]
+    monkeypatch.setattr(RunLog, "say", lambda log, text: lines.append(text))
+    return lines
 
 
-def test_a_run_that_leaves_says_that_its_last_checkpoint_is_not_there_yet(hub: LoopbackHub, tiny_recipe: Make) -> None:
-    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny")
-    checkpoint = Path(recipe.output_dir) / "checkpoints" / "step-000004"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "config.json").write_text("{}")
-    lines: list[str] = []
-    hub.trouble = lambda method, path, number: "hang"
-    behind = Publishing(recipe, "me/tiny", say=lines.append, write_card=lambda folder, step: None)
-    behind.on_saved(checkpoint, 4)
-    behind.close()
-    assert lines == ["the newest checkpoint is not on the Hub yet; it goes there when the run goes on"]
+def publisher_of(recipe: Recipe, folder: str) -> tuple[Publisher, Path]:
+    """A publisher, and a folder of the run with a config in it."""
+    saved = Path(recipe.output_dir) / folder
+    saved.mkdir(parents=True)
+    (saved / "config.json").write_text("{}")
+    log = RunLog(Path(recipe.output_dir), enabled=False, first_step=0, total_steps=12)
+    return Publisher(recipe, "me/tiny", log, GPT2ScratchConfig(), 1), saved
 
 
-def test_ctrl_c_in_the_last_push_says_what_is_left_to_do(
-    hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_card_that_cannot_be_written_does_not_end_training(
+    hub: LoopbackHub, tiny_recipe: Make, lines: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Pusher, seconds: float) -> bool:
+    def broken(*_: object, **__: object) -> None:
+        raise InputError("broken manifest")
+
+    monkeypatch.setattr("training.hub.publisher.write_model_card", broken)
+    publisher, checkpoint = publisher_of(tiny_recipe(), "checkpoints/step-000004")
+    publisher.on_saved(checkpoint, 4)
+    publisher.close()
+    assert lines == ["step 4 is not pushed: InputError: broken manifest"]
+
+
+def test_an_interrupted_run_reports_that_its_last_checkpoint_is_not_on_the_hub(
+    hub: LoopbackHub, tiny_recipe: Make, lines: list[str]
+) -> None:
+    hub.trouble = lambda method, path, number: "hang"
+    publisher, checkpoint = publisher_of(tiny_recipe(), "checkpoints/step-000004")
+    publisher.on_saved(checkpoint, 4)
+    publisher.close()
+    assert lines == ["the newest checkpoint is not on the Hub yet; it is pushed when the run resumes"]
+
+
+def test_ctrl_c_in_the_last_push_prints_the_command_to_finish_it(
+    hub: LoopbackHub, tiny_recipe: Make, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Publisher, seconds: float) -> bool:
         raise KeyboardInterrupt
 
-    recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", hub_strategy="checkpoint")
-    (Path(recipe.output_dir) / "model").mkdir(parents=True)
-    lines: list[str] = []
-    behind = Publishing(recipe, "me/tiny", say=lines.append, write_card=lambda folder, step: None)
+    recipe = tiny_recipe(hub_strategy="checkpoint")
+    publisher, model = publisher_of(recipe, "model")
     hub.trouble = lambda method, path, number: "down"
     with monkeypatch.context() as patch:
-        patch.setattr(Pusher, "close", interrupted)
+        patch.setattr(Publisher, "stop", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            behind.finish(Path(recipe.output_dir) / "model", 12, None)
-    behind.close()
+            publisher.finish(model, 12, None)
+    publisher.close()
     assert lines[-1].endswith(f"training.hub push {recipe.output_dir} --repo_id me/tiny --checkpoint")
 
 
@@ -265,7 +274,7 @@ def test_ctrl_c_in_the_last_push_says_what_is_left_to_do(
     "strategy",
     ["checkpoint", pytest.param("every_save", marks=pytest.mark.slow), pytest.param("end", marks=pytest.mark.slow)],
 )
-def test_of_two_processes_the_first_pushes_and_both_go_on_with_training(
+def test_rank_0_pushes_while_two_processes_train(
     hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path, strategy: str
 ) -> None:
     recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/two", hub_strategy=strategy, max_steps=8)
@@ -278,7 +287,7 @@ def test_of_two_processes_the_first_pushes_and_both_go_on_with_training(
     names = set(there.files("step-000008"))
     states = {f"last-checkpoint/training_state/rng_state_{rank}.safetensors" for rank in range(2)}
     assert (states <= names) == (strategy == "checkpoint")
-    # The token is nowhere in the run, and this machine nowhere in what was pushed.
+    # The run holds no token, and the push no trace of this machine.
     assert TOKEN not in done.stdout + done.stderr
     for path in Path(recipe.output_dir).rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
@@ -287,20 +296,18 @@ def test_of_two_processes_the_first_pushes_and_both_go_on_with_training(
             assert secret.encode() not in content, (name, secret)
 
 
-def test_two_processes_that_may_not_push_do_not_start_and_say_so_once(
+def test_two_processes_without_write_access_do_not_start_and_print_one_error(
     hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path
 ) -> None:
     tiny_recipe(push_to_hub=True, hub_model_id="them/gpt2").save(tmp_path / "recipe.yaml")
     done = launched_on_two(tmp_path / "recipe.yaml", hub, tmp_path)
     assert done.returncode != 0
     # The launcher's report ends with the line as well, indented.
-    assert len(re.findall("^error: expected a repository that you may write to", done.stderr, re.MULTILINE)) == 1
+    assert len(re.findall("^error: you cannot write to", done.stderr, re.MULTILINE)) == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_sigterm_while_a_file_goes_up_and_hangs_ends_the_process(
-    hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path
-) -> None:
+def test_sigterm_during_a_hanging_upload_ends_the_process(hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", max_steps=100_000, eval_steps=0, sample_steps=0)
     recipe.save(tmp_path / "recipe.yaml")
     hangs = hub.hang_uploads()
@@ -320,19 +327,19 @@ def test_sigterm_while_a_file_goes_up_and_hangs_ends_the_process(
         run.kill()
         run.wait()
     assert run.returncode == 128 + signal.SIGTERM, printed
-    assert "the newest checkpoint is not on the Hub yet; it goes there when the run goes on" in printed
+    assert "the newest checkpoint is not on the Hub yet; it is pushed when the run resumes" in printed
     assert f"SIGTERM: stopped after step {step_of(checkpoints(Path(recipe.output_dir))[-1]):,} of 100,000" in printed
     assert not hub.model("me/tiny").messages
 
 
 def environment_with(hub: LoopbackHub, tmp_path: Path) -> dict[str, str]:
-    """The environment of a process that pushes to a Hub of this machine."""
+    """The environment of a process that pushes to the Hub on this machine."""
     home = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
     return {**os.environ, **hub.environment, **home}
 
 
 def launched_on_two(recipe: Path, hub: LoopbackHub, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
-    """`accelerate launch` of two CPU processes, with a Hub of this machine."""
+    """`accelerate launch` of two CPU processes, with the Hub on this machine."""
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
     launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
     return subprocess.run(

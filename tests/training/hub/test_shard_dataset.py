@@ -1,6 +1,7 @@
-"""Shards as a dataset on the Hub: pushed, interrupted, and trained from somewhere else."""
+"""Shard folders as datasets on the Hub: pushed, interrupted, and trained from elsewhere."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from training.data.shards.shard_reader import ShardFolder
 from training.hub.command import main
 from training.hub.shard_dataset import dataset_card
 
-# How the client itself sends large files where there is no Xet.
+# The client itself uploads large files this way without Xet.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -34,7 +35,7 @@ def names_of(folder: Path) -> set[str]:
     return {shard.path.name for shard in ShardFolder.open(folder).shards}
 
 
-def test_shards_come_back_as_they_were_with_their_tokenizer(
+def test_downloaded_shards_equal_the_pushed_ones_and_bring_their_tokenizer(
     hub: LoopbackHub, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     push(shards)
@@ -59,7 +60,7 @@ def test_shards_come_back_as_they_were_with_their_tokenizer(
     assert after.tokenizer_fingerprint == before.tokenizer_fingerprint
 
 
-def test_a_push_that_broke_goes_on_behind_the_shards_that_are_there(hub: LoopbackHub, shards: Path) -> None:
+def test_an_interrupted_push_resumes_after_the_uploaded_shards(hub: LoopbackHub, shards: Path) -> None:
     uploads: list[str] = []
 
     def trouble(method: str, path: str, number: int) -> int | None:
@@ -69,9 +70,9 @@ def test_a_push_that_broke_goes_on_behind_the_shards_that_are_there(hub: Loopbac
         return None
 
     hub.trouble = trouble
-    with pytest.raises(InputError, match=r"refuses me/shards \(403\).*what is there is not sent twice"):
+    with pytest.raises(InputError, match=r"cannot write to me/shards \(403\).*uploaded shards are not sent twice"):
         push(shards)
-    assert not hub.repositories["dataset", "me/shards"].messages  # nobody sees a part of it
+    assert not hub.repositories["dataset", "me/shards"].messages  # nothing partial is visible
     push(shards)
     assert len(uploads) == len(set(uploads)) + 1 == len(names_of(shards)) + 1
     uploads.clear()
@@ -80,17 +81,17 @@ def test_a_push_that_broke_goes_on_behind_the_shards_that_are_there(hub: Loopbac
     assert len(hub.repositories["dataset", "me/shards"].messages) == 1
 
 
-def test_a_shard_that_is_not_what_the_manifest_says_is_not_pushed(hub: LoopbackHub, shards: Path) -> None:
+def test_a_corrupted_shard_is_not_pushed(hub: LoopbackHub, shards: Path) -> None:
     victim = ShardFolder.open(shards).train_shards[1].path
     content = bytearray(victim.read_bytes())
     content[-1] ^= 1
     victim.write_bytes(bytes(content))
-    with pytest.raises(InputError, match=r"as the manifest says, found another hash"):
+    with pytest.raises(InputError, match=r"differs from the manifest's"):
         push(shards)
     assert not hub.repositories["dataset", "me/shards"].messages
 
 
-def test_a_shard_that_changed_on_its_way_is_refused(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
+def test_a_shard_corrupted_in_the_download_is_rejected(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
     push(shards)
     files = hub.repositories["dataset", "me/shards"].files()
     name = ShardFolder.open(shards).train_shards[0].path.name
@@ -106,22 +107,20 @@ def test_a_shard_that_changed_on_its_way_is_refused(hub: LoopbackHub, shards: Pa
         )
 
 
-def test_what_cannot_be_pushed_is_refused(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
+def test_missing_partial_and_unwritable_targets_are_rejected(hub: LoopbackHub, shards: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="nothing does not exist"):
         push(tmp_path / "nothing")
     hub.repositories["dataset", "them/shards"] = Repository()
-    with pytest.raises(InputError, match=r"refuses them/shards \(403\)"):
+    with pytest.raises(InputError, match=r"cannot write to them/shards \(403\)"):
         main(["push-shards", str(shards), "--repo_id", "them/shards"])
     manifest = Manifest.read(shards)
     assert manifest is not None
-    from dataclasses import replace
-
     replace(manifest, complete=False).write(shards)
-    with pytest.raises(InputError, match="still being filled"):
+    with pytest.raises(InputError, match="is not complete"):
         push(shards)
 
 
-def test_shards_of_another_folder_that_was_pushed_there_go(hub: LoopbackHub, shards: Path) -> None:
+def test_shards_of_an_earlier_push_are_deleted(hub: LoopbackHub, shards: Path) -> None:
     push(shards)
     there = hub.repositories["dataset", "me/shards"]
     old = {"old_val_000000.npy": b"x", "old_train_000001.npy": b"x", "notes.md": b"mine"}
@@ -131,7 +130,7 @@ def test_shards_of_another_folder_that_was_pushed_there_go(hub: LoopbackHub, sha
     assert names_of(shards) <= set(there.files())
 
 
-def test_the_card_of_another_programs_shards_claims_nothing_that_they_are_not(tmp_path: Path) -> None:
+def test_the_card_of_another_programs_shards_has_only_what_is_known(tmp_path: Path) -> None:
     header = np.zeros(256, dtype="<i4")
     header[:3] = 20240520, 1, 100
     for name in ("x_val_000000.bin", "x_train_000001.bin"):
@@ -142,7 +141,7 @@ def test_the_card_of_another_programs_shards_claims_nothing_that_they_are_not(tm
     assert not metadata_errors({"content": card})
 
 
-def test_a_dataset_card_edited_on_the_hub_is_kept(hub: LoopbackHub, shards: Path) -> None:
+def test_a_dataset_card_edited_on_the_hub_keeps_its_text(hub: LoopbackHub, shards: Path) -> None:
     push(shards)
     there = hub.repositories["dataset", "me/shards"]
     card = there.files()["README.md"].decode()
@@ -151,7 +150,7 @@ def test_a_dataset_card_edited_on_the_hub_is_kept(hub: LoopbackHub, shards: Path
     assert "Collected by hand." in there.files()["README.md"].decode()
 
 
-def test_a_tokenizer_that_is_nowhere_is_told(hub: LoopbackHub, tmp_path: Path) -> None:
+def test_a_missing_tokenizer_is_reported(hub: LoopbackHub, tmp_path: Path) -> None:
     from training.data.tokenization.tokenizer import load_tokenizer
 
     with pytest.raises(InputError, match=r"found no folder me/nothing, and on the Hub RepositoryNotFoundError"):

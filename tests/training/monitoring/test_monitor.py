@@ -7,7 +7,7 @@ import pytest
 
 from training.loop import train
 from training.monitoring.monitor import Watch, _DrawingBeside
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 
 Make = Callable[..., Recipe]

@@ -8,7 +8,8 @@ from typing import Any, TextIO
 
 import pytest
 
-from training.monitoring.run_log import RunLog, Smoothed, read_metrics
+from training.monitoring.run_history import read_metrics
+from training.monitoring.run_log import RunLog, Smoothed
 
 
 def training_line(step: int, loss: float = 3.0) -> dict[str, Any]:

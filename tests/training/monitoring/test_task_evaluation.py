@@ -16,10 +16,9 @@ from common.cli_errors import InputError
 from evaluation.run import main
 from evaluation.scoring.forward_passes import ForwardPasses
 from training.checkpoints.checkpoint_folder import checkpoints
-from training.hub.run_facts import task_scores
+from training.hub.card import task_scores
 from training.loop import train
-from training.monitoring.run_log import read_metrics
-from training.monitoring.task_evaluation import latest_results
+from training.monitoring.run_history import RunHistory, read_metrics
 from training.recipe import Recipe
 
 Make = Callable[..., Recipe]
@@ -67,10 +66,13 @@ def test_tasks_are_recorded_and_change_nothing_else(tiny_recipe: Make, data: Pat
     assert (harness["protocol"], harness["items"]) == ("harness", 5)
     assert harness["figures"]["acc_norm"]["value"] == lines[1]["hellaswag_harness_acc_norm"]
     card = (run / "model" / "README.md").read_text()
-    assert "HellaSwag: acc_norm, protocol `harness`, first 5 items, after step 6" in card
-    assert not any(score.references for score in task_scores(run, 6))  # OpenAI's are of all items
+    assert "HellaSwag: acc_norm, protocol harness, first 5 items" in card
+    assert "The tasks were evaluated after step 6." in card
+    assert not any(
+        score.references for score in task_scores(RunHistory.load(run).task_results)
+    )  # those are of all items
     (run / "eval_results.json").write_text(json.dumps({**results, "limit": None}))
-    assert "0.3114" in str([score.references for score in task_scores(run, 6)])
+    assert "0.3114" in str(task_scores(RunHistory.load(run).task_results))
 
     # The command judges the model that the run has left alike.
     places = ["--model", str(run / "model"), "--data_dir", str(data), "--output", str(tmp_path / "r.json")]
@@ -125,7 +127,7 @@ def test_processes_that_share_the_weights_judge_together(tiny_recipe: Make, data
     two = dataclasses.replace(one, output_dir=str(tmp_path / "two"), eval_task_steps=2)
     train(one)
     launched(two, "fsdp2_8xa100")
-    expected, found = (latest_results(Path(recipe.output_dir), up_to=4) for recipe in (one, two))
+    expected, found = (RunHistory.load(Path(recipe.output_dir)).task_results for recipe in (one, two))
     assert expected is not None
     assert found is not None
     assert found.processes == 2
@@ -148,6 +150,10 @@ def test_mistakes_are_told_before_anything_is_written(tiny_recipe: Make, data: P
     assert not Path(recipe.output_dir).exists()
 
 
-def test_the_card_has_no_results_of_a_later_step(tmp_path: Path) -> None:
-    assert task_scores(tmp_path, 5) == []
-    assert latest_results(tmp_path, up_to=5) is None
+def test_facts_have_no_task_results_of_a_later_step(tiny_recipe: Make, data: Path) -> None:
+    recipe = judged(tiny_recipe(max_steps=2), data, eval_tasks=["lambada"], eval_task_steps=2)
+    assert RunHistory.load(Path(recipe.output_dir)).task_results is None
+    train(recipe)
+    history = RunHistory.load(Path(recipe.output_dir))
+    assert history.facts(recipe, steps=1, parameters=1).task_results is None
+    assert history.facts(recipe, steps=2, parameters=1).task_results is not None

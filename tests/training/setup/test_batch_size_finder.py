@@ -13,7 +13,7 @@ from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchConfig
 from training import loop
 from training.loop import train
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 from training.setup import batch_size_finder
 from training.setup.accelerator import build_accelerator

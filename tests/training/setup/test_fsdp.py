@@ -13,7 +13,7 @@ from support.launching import launched
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 from training.setup.fsdp import check_fsdp_settings
 

@@ -12,7 +12,7 @@ from support.processes import ProcessesOfARun
 
 from common.folder_lock import locked
 from training.data.shards.manifest import Manifest
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 
 Make = Callable[..., Recipe]

@@ -12,7 +12,7 @@ from torch import Tensor
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 from training.step.document_mask import attention_for, document_positions
 from training.step.train_step import model_inputs

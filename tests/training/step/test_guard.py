@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
-from training.monitoring.run_log import read_metrics
+from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 from training.step.guard import Guard, Verdict, skip_update_if
 from training.step.train_step import train_step

@@ -29,7 +29,8 @@ from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.tokenization.tokenizer import train_bpe
 from training.loop import train
-from training.monitoring.run_log import RunLog, read_metrics
+from training.monitoring.run_history import read_metrics
+from training.monitoring.run_log import RunLog
 from training.recipe import Recipe
 from training.setup.training_data import preprocessing_workers
 

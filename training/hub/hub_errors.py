@@ -1,0 +1,131 @@
+"""Errors of pushes: their message without secrets, whether a retry can help; and time limits for the Hub's client."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from common.cli_errors import InputError
+from common.hub_retry import is_transient, network_errors
+
+OVERTAKEN = (409, 412)  # another commit came between our reading and our writing
+
+_CONNECT_SECONDS = 10.0
+_READ_SECONDS = 120.0  # the Hub checks a large commit before it answers
+_LONGEST_SLEEP_IN_CLIENT = 10.0
+
+
+class HubOutOfReachError(InputError):
+    """The Hub does not answer, or not now; a retry may succeed."""
+
+
+def limit_client(read_seconds: float = _READ_SECONDS) -> None:
+    """Make the Hub's client raise after a silence, and if it is asked to come back much later.
+
+    By default it waits forever, and sleeps for the hour that a rate limit may ask for.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars, logging
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.timeout = type(made.timeout)(read_seconds, connect=min(read_seconds, _CONNECT_SECONDS))
+        made.event_hooks = {**made.event_hooks, "response": [*made.event_hooks["response"], _raise_on_long_wait]}
+        return made
+
+    huggingface_hub.set_client_factory(client)
+    disable_progress_bars()
+    logging.set_verbosity_error()  # it logs every retry
+
+
+def _raise_on_long_wait(response: Any) -> None:
+    from huggingface_hub.utils import hf_raise_for_status
+
+    if response.is_error and _retry_after(response) > _LONGEST_SLEEP_IN_CLIENT:
+        response.read()
+        hf_raise_for_status(response)
+
+
+def _retry_after(response: Any) -> float:
+    """Return the seconds that a rate limit asks for, by Retry-After or the Hub's own `RateLimit: "api";r=0;t=55`."""
+    after = response.headers.get("Retry-After", "").strip()
+    limit = re.search(r"\br=0;t=(\d+)", response.headers.get("RateLimit", ""))
+    return max(float(after) if after.isdigit() else 0.0, float(limit[1]) if limit else 0.0)
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error in one line, without tokens and without signed URLs, which allow writing."""
+    from huggingface_hub import get_token
+
+    cause = _refusal(error) or error
+    text = " ".join(str(cause).split())
+    token = get_token()
+    text = re.sub(r"hf_\w{8,}", "hf_…", text.replace(token, "hf_…") if token else text)
+    text = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1?…", text)
+    text = re.sub(r" For more information check: \S+", "", text)
+    return f"{type(cause).__name__}: {text[:300]}"
+
+
+def _refusal(error: BaseException) -> BaseException | None:
+    """Return the Hub's response that caused an error: the client wraps those for large files."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, HfHubHTTPError):
+        cause = cause.__cause__
+    return cause
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status of an error; 0 without one."""
+    return getattr(getattr(_refusal(error), "response", None), "status_code", 0)
+
+
+def can_retry(error: BaseException) -> bool:
+    """Return whether the same push may succeed later."""
+    # A ValueError is about a file or the card, which stay as they are.
+    cause = _refusal(error) or error
+    return status_of(error) in OVERTAKEN or (is_transient(cause) and not isinstance(cause, ValueError))
+
+
+def retry_after(error: BaseException) -> float:
+    """Return the seconds that the Hub asked us to wait; 0 if it did not."""
+    response = getattr(_refusal(error), "response", None)
+    return 0.0 if response is None else _retry_after(response)
+
+
+@contextmanager
+def input_errors(repo_id: str, way_out: str) -> Iterator[None]:
+    """Turn errors of the Hub and the network into an `InputError` that ends with `way_out`."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
+
+    errors: tuple[type[BaseException], ...] = (*network_errors(), RuntimeError, ValueError)
+    try:
+        yield
+    except LocalTokenNotFoundError:
+        raise InputError(
+            "there is no token for the Hub; create one with write access (https://huggingface.co/settings/tokens), run "
+            f"`hf auth login` or set HF_TOKEN, {way_out}"
+        ) from None
+    except OfflineModeIsEnabled:
+        raise InputError(f"HF_HUB_OFFLINE is set, and a push needs the Hub; unset it, {way_out}") from None
+    except InputError:
+        raise
+    except errors as error:
+        status = status_of(error)
+        if status == 401:
+            raise InputError(
+                f"the Hub rejected your token (401); run `hf auth login` or set HF_TOKEN again, {way_out}"
+            ) from None
+        if status in (403, 404):
+            raise InputError(
+                f"you cannot write to {repo_id} ({status}); choose a repository under your own name, and a token with "
+                f"write access, {way_out}"
+            ) from None
+        if can_retry(error):
+            raise HubOutOfReachError(
+                f"cannot reach the Hub at {constants.ENDPOINT} ({one_line(error)}); try later, {way_out}"
+            ) from None
+        raise InputError(f"the Hub does not accept this push ({one_line(error)}); fix that, {way_out}") from None

@@ -1,0 +1,172 @@
+"""What a run has logged over all its starts: kept in memory while it trains, and read from its folder afterwards."""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common.atomic_files import write_atomically
+from common.cli_errors import InputError
+from evaluation.results.results_file import Results, read_results
+from training.recipe import Recipe
+
+TASK_RESULTS = "eval_results.json"
+
+_STARTS = ".starts.jsonl"
+_NOT_FINITE = ("NaN", "Infinity", "-Infinity")
+
+
+@dataclass(frozen=True)
+class Start:
+    """The hardware of one start of a run, which took the steps after `step`."""
+
+    step: int
+    device: str
+    devices: int
+
+    @property
+    def hardware(self) -> str:
+        """Such as `8 × NVIDIA A100-SXM4-80GB`."""
+        return f"{self.devices} × {self.device}" if self.devices > 1 else self.device
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run after a number of steps, for its summary and its model card.
+
+    Attributes:
+        hardware: of the starts in order, without repetitions; empty if unknown.
+        seconds: of training steps, without validation, samples and checkpoints; None if nothing was logged.
+        val_step, val_loss, bits_per_byte: of the newest validation; None before the first.
+        gzip_bits_per_byte: what `gzip -9` needs for the validation text; None before the end of the run.
+        samples: the newest ones.
+        task_results: the newest ones; None before the first, and if a later step has replaced them.
+    """
+
+    name: str
+    parameters: int
+    steps: int
+    tokens: int
+    hardware: tuple[str, ...] = ()
+    seconds: float | None = None
+    val_step: int | None = None
+    val_loss: float | None = None
+    bits_per_byte: float | None = None
+    gzip_bits_per_byte: float | None = None
+    samples: tuple[str, ...] = ()
+    task_results: Results | None = None
+
+
+@dataclass
+class RunHistory:
+    """What a run has logged so far.
+
+    Attributes:
+        metrics: the lines of metrics.jsonl.
+        samples: the texts of samples.txt by step.
+        starts: the hardware of each start.
+        task_results: the newest results of the evaluation tasks.
+        gzip_bits_per_byte: of the validation text.
+    """
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    samples: dict[int, list[str]] = field(default_factory=dict)
+    starts: list[Start] = field(default_factory=list)
+    task_results: Results | None = None
+    gzip_bits_per_byte: float | None = None
+
+    @classmethod
+    def load(cls, output_dir: Path) -> "RunHistory":
+        """Read the history of a run from its folder."""
+        path = output_dir / _STARTS
+        starts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        results = None
+        with contextlib.suppress(InputError):  # there are none, or an earlier version wrote them
+            results = read_results(output_dir / TASK_RESULTS)
+        return cls(
+            metrics=read_metrics(output_dir),
+            samples=read_samples(output_dir),
+            starts=[Start(**json.loads(line)) for line in starts],
+            task_results=results,
+        )
+
+    def add_start(self, output_dir: Path, start: Start) -> None:
+        """Add a start and write it to the run folder; earlier starts keep no step that this one takes again."""
+        self.starts = [earlier for earlier in self.starts if earlier.step < start.step] + [start]
+        text = "".join(json.dumps(dataclasses.asdict(each)) + "\n" for each in self.starts)
+        write_atomically(output_dir / _STARTS, text)
+
+    def facts(self, recipe: Recipe, *, steps: int, parameters: int) -> RunFacts:
+        """Return what is known of the run after `steps` steps; later entries are ignored."""
+        metrics = [line for line in self.metrics if line["step"] <= steps]
+        validation: dict[str, Any] = next((line for line in reversed(metrics) if "val_loss" in line), {})
+        hardware = [start.hardware for start in self.starts if start.step < steps]
+        if hardware and self.starts[0].step:  # an earlier version, or a checkpoint of another run folder
+            hardware.insert(0, "unknown hardware")
+        drawn = [step for step in self.samples if step <= steps]
+        results = self.task_results
+        if results is not None and (results.step is None or results.step > steps):
+            results = None
+        return RunFacts(
+            name=(recipe.hub_model_id or Path(recipe.output_dir).resolve().name).split("/")[-1],
+            parameters=parameters,
+            steps=steps,
+            tokens=steps * recipe.tokens_per_step,
+            hardware=tuple(name for name, _ in itertools.groupby(hardware)),
+            seconds=training_seconds([line for line in metrics if "train_loss" in line]),
+            val_step=validation.get("step"),
+            val_loss=validation.get("val_loss"),
+            bits_per_byte=validation.get("bits_per_byte"),
+            gzip_bits_per_byte=self.gzip_bits_per_byte,
+            samples=tuple(self.samples[max(drawn)]) if drawn else (),
+            task_results=results,
+        )
+
+
+def training_seconds(lines: list[dict[str, Any]]) -> float | None:
+    """Seconds of training steps over all starts, by the tokens and tokens per second of the logged steps."""
+    seconds, tokens = 0.0, 0.0
+    for line in lines:
+        if line.get("tokens_per_second"):
+            seconds += (line["tokens"] - tokens) / line["tokens_per_second"]
+        tokens = line["tokens"]
+    return seconds or None
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's metrics.jsonl, with NaN and infinities as floats; truncated lines are skipped."""
+    path = output_dir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    return [json.loads(line, object_hook=_with_floats) for line in lines if is_complete_line(line, json.loads)]
+
+
+def _with_floats(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if value in _NOT_FINITE else value for key, value in values.items()}
+
+
+def is_complete_line(line: str, read: Callable[[str], Any]) -> bool:
+    """Return whether a line of a log ends with a newline and `read` can parse it."""
+    try:
+        read(line)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return False
+    return line.endswith("\n")
+
+
+def read_samples(output_dir: Path) -> dict[int, list[str]]:
+    """Return the texts of a run's samples.txt by step."""
+    path = output_dir / "samples.txt"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    parts = re.split(r"^step (\d+)\n\n", text, flags=re.MULTILINE)[1:]
+    # Each line of a sample follows "  | "; an empty line separates two samples.
+    return {
+        int(step): ["\n".join(line[4:] for line in sample.splitlines()) for sample in block.strip("\n").split("\n\n")]
+        for step, block in zip(parts[::2], parts[1::2], strict=True)
+    }
