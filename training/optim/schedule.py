@@ -1,8 +1,8 @@
-"""Learning rate as a pure function of the step and of the run's length, so that a resumed run needs no scheduler state.
+"""Learning rate as a pure function of the step and the run's length, so a resumed run needs no scheduler state.
 
-A run that is given a new end has, from the step where it goes on, the learning rate that a run of that length has
-there: after a decay that was already over, cosine and linear jump up. The rate of warmup_stable_decay does not depend
-on the length before its decay begins, so its checkpoints of before can be given any end, several ends even.
+A run that is extended continues with the learning rate of a run of the new length: after a decay, cosine and linear
+jump up. With warmup_stable_decay the rate before the decay does not depend on the length, so a checkpoint from there
+can be continued to any length, or to several.
 """
 
 import math
@@ -23,13 +23,12 @@ def learning_rate_at(
 ) -> float:
     """Learning rate of optimizer step `step`, counted from 0.
 
-    It rises linearly to `peak` over the warm-up, whose first step already moves (GPT-3's paper, and nanoGPT), and then
-    falls to `min_ratio * peak`, which the step after the last would have; "constant" stays at the peak.
+    Linear warmup to `peak`, starting above 0 (GPT-3's paper, nanoGPT), then decay to `min_ratio * peak` at
+    `total_steps`. "constant" stays at the peak.
 
-    "warmup_stable_decay" stays there until `decay_steps` before the end, a fifth of the run when not given, and falls
-    as one minus a square root from then on: of the forms compared in Hägele et al., "Scaling Laws and Compute-Optimal
-    Training Beyond Fixed Training Durations" (2024, section 3), the best. The warm-up comes before the decay where
-    there is no room for both.
+    "warmup_stable_decay" stays at the peak until `decay_steps` before the end (default: a fifth of the run), then
+    decays as 1 - sqrt: the best of the forms in Hägele et al., "Scaling Laws and Compute-Optimal Training Beyond Fixed
+    Training Durations" (2024, section 3). If the run is too short for both, the warmup comes first.
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
@@ -43,7 +42,7 @@ def learning_rate_at(
 
 
 def _remaining(schedule: Schedule, progress: float) -> float:
-    """How much of the way from the peak down is left, 1 to 0, after `progress` of the decay, 0 to 1."""
+    """The remaining fraction of the decay, from 1 to 0, as `progress` goes from 0 to 1."""
     if schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     if schedule == "linear":

@@ -1,4 +1,4 @@
-"""Which parameters decay."""
+"""Which parameters have weight decay."""
 
 from training.optim.optimizer import decay_groups
 

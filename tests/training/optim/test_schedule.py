@@ -1,4 +1,4 @@
-"""The learning rate, against tables worked out by hand."""
+"""The learning rate, compared with tables computed by hand."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from training.optim.schedule import Schedule, learning_rate_at
 @pytest.mark.parametrize(
     ("schedule", "table"),
     [
-        # Peak 1, 4 steps of warm-up, 12 steps in all, down to a tenth. Cosine: 0.1 + 0.9·(1 + cos(π·(s−4)/8))/2.
+        # Peak 1, 4 steps of warmup, 12 steps in total, decay to a tenth. Cosine: 0.1 + 0.9·(1 + cos(π·(s−4)/8))/2.
         ("cosine", {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0, 6: 0.8681981, 8: 0.55, 10: 0.2318019, 12: 0.1, 99: 0.1}),
         ("linear", {0: 0.25, 3: 1.0, 4: 1.0, 6: 0.775, 8: 0.55, 10: 0.325, 12: 0.1, 99: 0.1}),
         ("constant", {0: 0.25, 3: 1.0, 4: 1.0, 11: 1.0, 99: 1.0}),
@@ -37,28 +37,28 @@ def rate(step: int, *, total_steps: int, schedule: Schedule, decay_steps: int | 
     )
 
 
-def test_the_decay_lasts_as_many_steps_as_it_is_given() -> None:
+def test_decay_lasts_decay_steps() -> None:
     # From step 8 of 12: 0.1 + 0.9·(1 − √((s−8)/4)).
     for step, expected in {7: 1.0, 8: 1.0, 9: 0.55, 10: 0.3636039, 11: 0.2205771, 12: 0.1}.items():
         found = rate(step, total_steps=12, schedule="warmup_stable_decay", decay_steps=4)
         assert found == pytest.approx(expected, abs=1e-7), step
 
 
-def test_a_decay_longer_than_the_room_behind_the_warmup_begins_there() -> None:
+def test_decay_that_is_too_long_starts_after_the_warmup() -> None:
     table = {3: 1.0, 4: 1.0, 5: 0.55, 6: 0.3636039, 8: 0.1}  # from step 4 of 8: 0.1 + 0.9·(1 − √((s−4)/4))
     for step, expected in table.items():
         found = rate(step, total_steps=8, schedule="warmup_stable_decay", decay_steps=99)
         assert found == pytest.approx(expected, abs=1e-7), step
 
 
-def test_before_its_decay_a_stable_rate_does_not_depend_on_the_end() -> None:
+def test_stable_rate_does_not_depend_on_the_end_before_the_decay() -> None:
     for end in (20, 50, 1000):
         rates = [rate(step, total_steps=end, schedule="warmup_stable_decay", decay_steps=5) for step in range(15)]
         assert rates == [0.25, 0.5, 0.75, *[1.0] * 12]
 
 
-def test_a_finished_run_with_a_new_end_has_the_longer_runs_rate_from_there() -> None:
-    # Cosine over 4 + 8 steps ended at a tenth; at step 12 of 4 + 16 it is half-way down again: 0.1 + 0.9 / 2.
+def test_extended_run_has_the_learning_rate_of_the_longer_run() -> None:
+    # Cosine over 4 + 8 steps ended at a tenth; at step 12 of 4 + 16 it is halfway down again: 0.1 + 0.9 / 2.
     assert rate(12, total_steps=12, schedule="cosine") == pytest.approx(0.1)
     assert rate(12, total_steps=20, schedule="cosine") == pytest.approx(0.55)
     assert rate(12, total_steps=20, schedule="linear") == pytest.approx(0.55)
