@@ -20,18 +20,12 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
 from common.cli_errors import InputError
+from common.cpus import usable_cpus
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _IN_FLIGHT_PER_WORKER = 3
-
-
-def usable_cpus() -> int:
-    """Return how many cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def map_in_order(

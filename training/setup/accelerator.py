@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from common.cli_errors import InputError
-from common.worker_processes import usable_cpus
+from common.cpus import usable_cpus, use_all_cores
 from training.monitoring.trackers import chosen_trackers
 from training.recipe import Recipe
 from training.setup.fsdp import check_fsdp_settings, enable_fsdp_on_cpu
@@ -82,15 +82,6 @@ def check_process_count() -> None:
             f"{processes} processes need a GPU each, but this machine has {found}; launch with --num_processes "
             f"{gpus or 1}, or another file of accelerate_configs/"
         )
-
-
-def use_all_cores() -> None:
-    """Give torch this process's share of the machine's cores.
-
-    Launchers set OMP_NUM_THREADS=1, which leaves cores idle. A larger number is the user's choice and is kept.
-    """
-    if int(os.environ.get("OMP_NUM_THREADS", "1")) == 1:
-        torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def all_reduce_min(accelerator: Accelerator, number: int) -> int:

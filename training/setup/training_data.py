@@ -4,8 +4,8 @@ import os
 from pathlib import Path
 
 from common.cli_errors import InputError
+from common.cpus import usable_cpus
 from common.ranks import Ranks
-from common.worker_processes import usable_cpus
 from training.data.producing.background_producer import BackgroundProducer, producer_command
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
