@@ -1,11 +1,10 @@
-"""Kill a run of several processes at random moments, again and again, and compare its end with an unbroken run's.
+"""Kill a run of several processes at random moments, and compare its end with that of an uninterrupted run.
 
     python benchmarks/kill_fuzz.py --kills 200
 
-Each start of the run has one of its processes, or all of them, killed with SIGKILL at a random moment of its life:
-while it is built, in a step, while a checkpoint is written. What comes out must have the bytes of a run that nobody
-killed, in weights, optimizer state and random-number generators, and metrics.jsonl must tell every step once, alike.
-Ends with an error at the first difference.
+Each start of the run has one or all of its processes killed with SIGKILL at a random moment: during setup, in a step,
+while a checkpoint is written. Weights, optimizer state and random-number generators must end bit-identical to those of
+an uninterrupted run, and metrics.jsonl must have every step once, with equal values. The first difference is an error.
 """
 
 import argparse
@@ -19,15 +18,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 
 def main() -> None:
-    """Kill as often as asked, and say what came of it."""
+    """Kill as often as asked, and print the result."""
     parser = argparse.ArgumentParser(description="Kill a run at random moments and compare its end.")
-    parser.add_argument("--kills", type=int, default=200, help="kills in all")
-    parser.add_argument("--processes", type=int, default=2, help="processes of the run")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments and of who is killed")
+    parser.add_argument("--kills", type=int, default=200, help="total number of kills")
+    parser.add_argument("--processes", type=int, default=2, help="number of processes of the run")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments and of the processes killed")
     arguments = parser.parse_args()
 
-    from killing import KillFuzz
-    from small_corpora import make_shards, write_corpus
+    from support.killing import KillFuzz
+    from support.small_corpora import make_shards, write_corpus
 
     from training.recipe import Recipe
 
@@ -61,12 +60,12 @@ def main() -> None:
         )
         start = time.monotonic()
         fuzz = KillFuzz(recipe, number=arguments.processes, seed=arguments.seed)
-        fuzz.run(arguments.kills, say=lambda line: print(line, flush=True))
+        fuzz.run(arguments.kills, report=lambda line: print(line, flush=True))
         seconds = time.monotonic() - start
         moments = ", ".join(f"{count} {moment}" for moment, count in fuzz.moments.most_common())
         print(
             f"{fuzz.kills} kills ({moments}) of {arguments.processes} processes over {fuzz.runs} runs of "
-            f"{recipe.max_steps} steps: every run ended with the bytes of an unbroken one ({seconds:.0f} s)"
+            f"{recipe.max_steps} steps: every run ended bit-identical to an uninterrupted one ({seconds:.0f} s)"
         )
 
 

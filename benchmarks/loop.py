@@ -1,13 +1,13 @@
-"""What the training loop costs, how soon the first step is taken, and how long a checkpoint keeps training.
+"""The overhead of the training loop, the time to the first step, and the time that a checkpoint pauses training.
 
     python benchmarks/loop.py [--part loop|launch|checkpoint] [--chunks 20]
 
-- loop: chunks of steps of `training/loop.py`, with its guard, clipping and logging, alternate with chunks of a bare
-  forward, backward, optimizer loop over the same batches, which are in memory already; one process, two models.
-- launch: from `accelerate launch` to the first logged step over shards that are there, not compiled.
-- checkpoint: how long training of 124M parameters stands still for a checkpoint that is written beside it.
+- loop: chunks of steps of `training/loop.py`, with guard, clipping and logging, alternate with chunks of a bare
+  forward, backward, optimizer loop over the same batches, already in memory; one process, two models.
+- launch: from `accelerate launch` to the first logged step, over shards that are ready, not compiled.
+- checkpoint: how long training of 124M parameters pauses for a checkpoint that is written in the background.
 
-Medians; for the loop also the ratio chunk by chunk. The model of the first two is the quickstart's.
+Medians; for the loop also the ratio chunk by chunk. The first two parts use the quickstart's model.
 """
 
 import argparse
@@ -34,19 +34,18 @@ import transformers
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-# Before benchmarks/, which Python put first and whose evaluation.py is not the package.
+# Before benchmarks/, which Python puts first: its evaluation.py would shadow the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from training.checkpoints.state_snapshot import bare_model
 from training.data.loading.loader import TrainingWindows, training_batches
-from training.data.producing.background_producer import BackgroundProducer
 from training.data.producing.producer import produce
 from training.data.shards.shard_spec import ShardSpec
-from training.loop import Run
+from training.loop import train
 from training.optim.optimizer import build_optimizer
 from training.recipe import QUICKSTART, Recipe, load_recipe
-from training.setup.accelerator import build_accelerator
-from training.setup.model import build_model
-from training.setup.plan import Plan, plan_run
+from training.step.hooks import Hook, Run
+from training.step.train_step import StepResult
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS_IN_A_CHUNK = 5
@@ -54,7 +53,7 @@ WARM_UP_CHUNKS = 2
 
 
 def shards(folder: Path) -> Recipe:
-    """Shards of words that mean nothing in `folder`, and the quickstart's recipe for them."""
+    """Shards of random words in `folder`, and the quickstart's recipe for them."""
     rng = random.Random(0)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(4000)]
     corpus = folder / "corpus.txt"
@@ -80,7 +79,7 @@ def shards(folder: Path) -> Recipe:
 def bare_chunk(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterator[tuple[Tensor, Tensor]], precision: str
 ) -> float:
-    """Seconds of a chunk of steps with nothing around forward, backward and update."""
+    """Seconds of a chunk of steps: forward, backward and update only."""
     device = next(model.parameters()).device
     start = time.perf_counter()
     for _ in range(STEPS_IN_A_CHUNK):
@@ -99,45 +98,42 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
+class Alternate(Hook):
+    """Runs a chunk of the bare loop after each chunk of training, and measures both."""
+
+    def __init__(self) -> None:
+        self.ours: list[float] = []
+        self.bare: list[float] = []
+
+    def before_training(self, run: Run) -> None:
+        """Copy the model, and load the batches."""
+        device = run.accelerator.device
+        self.model = copy.deepcopy(bare_model(run.accelerator, run.model)).to(device).train()
+        self.optimizer = build_optimizer(self.model, run.recipe)
+        windows = TrainingWindows(run.shards, run.tokenizer.vocab_size)
+        self.batches = iter(list(training_batches(windows, run.batch, rank=0, first_step=0, end_step=run.total_steps)))
+        self.start = time.perf_counter()
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Measure a chunk of both loops."""
+        if run.step % STEPS_IN_A_CHUNK == 0:
+            _synchronize(run.accelerator.device)
+            self.ours.append(time.perf_counter() - self.start)
+            precision = run.accelerator.mixed_precision
+            self.bare.append(bare_chunk(self.model, self.optimizer, self.batches, precision))
+            self.start = time.perf_counter()
+
+
 def loop_against_bare(recipe: Recipe, chunks: int) -> tuple[list[float], list[float]]:
-    """Seconds of each chunk of ours and of the bare loop, in turn."""
-    recipe = dataclasses.replace(recipe, max_steps=(chunks + WARM_UP_CHUNKS) * STEPS_IN_A_CHUNK)
-    with BackgroundProducer() as producer:
-        plan = plan_run(recipe, producer)
-    accelerator = build_accelerator(recipe)
-    model = build_model(recipe, plan.tokenizer)
-    bare = copy.deepcopy(model).to(accelerator.device).train()
-    optimizer, batches = build_optimizer(bare, recipe), iter(_in_memory(plan))
-    plan.output_dir.mkdir()
-    run = Run(plan, accelerator, model, producer)
-    ours: list[float] = []
-    theirs: list[float] = []
-    step_taken, steps, start = run.watch.step_taken, 0, time.perf_counter()
-
-    def after_step() -> None:
-        nonlocal steps, start
-        step_taken()
-        steps += 1
-        if steps % STEPS_IN_A_CHUNK == 0:
-            _synchronize(accelerator.device)
-            ours.append(time.perf_counter() - start)
-            theirs.append(bare_chunk(bare, optimizer, batches, accelerator.mixed_precision))
-            start = time.perf_counter()  # the line of a logged step falls into the chunk that begins now
-
-    run.watch.step_taken = after_step  # type: ignore[method-assign]
+    """Seconds of each chunk of training and of the bare loop, in turn."""
+    hook = Alternate()
     with contextlib.redirect_stdout(io.StringIO()):
-        run.take_steps()
-    run.close()
-    return ours[WARM_UP_CHUNKS:], theirs[WARM_UP_CHUNKS:]
-
-
-def _in_memory(plan: Plan) -> list[tuple[Tensor, Tensor]]:
-    windows = TrainingWindows(plan.shards, plan.tokenizer.vocab_size)
-    return list(training_batches(windows, plan.batch, rank=0, first_step=0, end_step=plan.total_steps))
+        train(dataclasses.replace(recipe, max_steps=(chunks + WARM_UP_CHUNKS) * STEPS_IN_A_CHUNK), hooks=[hook])
+    return hook.ours[WARM_UP_CHUNKS:], hook.bare[WARM_UP_CHUNKS:]
 
 
 def launched(recipe: Recipe, path: Path, until: Callable[[str], bool]) -> tuple[float, list[str]]:
-    """Start a run as a user does; seconds to the first line for which `until` holds, and all lines up to it."""
+    """Start a run as a user does; return the seconds until a line for which `until` holds, and all lines so far."""
     recipe.save(path)
     command = [Path(sys.executable).parent / "accelerate", "launch", "--num_processes", "1", "--num_machines", "1"]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
@@ -159,14 +155,14 @@ def launched(recipe: Recipe, path: Path, until: Callable[[str], bool]) -> tuple[
                 lines.append(line.rstrip())
                 if until(line):
                     return time.perf_counter() - start, lines
-        finally:  # the launcher and what it launched
+        finally:  # the launcher and its processes
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     raise SystemExit("the run ended early:\n" + "\n".join(lines))
 
 
 def seconds_to_first_step(recipe: Recipe, folder: Path, rounds: int = 3) -> list[float]:
-    """Seconds from `accelerate launch` to the line of the first step, round by round."""
+    """Seconds from `accelerate launch` to the log line of the first step, per round."""
     times = []
     for turn in range(rounds):
         first = dataclasses.replace(recipe, output_dir=str(folder / f"launch-{turn}"), logging_steps=1)
@@ -175,11 +171,11 @@ def seconds_to_first_step(recipe: Recipe, folder: Path, rounds: int = 3) -> list
 
 
 def stalls(recipe: Recipe, folder: Path, checkpoints: int = 3) -> list[float]:
-    """Seconds for which training of 124M parameters stands still for each of its first checkpoints, as the run says."""
+    """Seconds that each of the first checkpoints pauses training of 124M parameters, as logged."""
     large = dataclasses.replace(
         recipe,
         output_dir=str(folder / "large"),
-        n_layer=17,  # five more than GPT-2 has make up for its vocabulary
+        n_layer=17,  # five more than GPT-2, for its larger vocabulary
         n_head=12,
         n_embd=768,
         n_positions=1024,
@@ -190,7 +186,7 @@ def stalls(recipe: Recipe, folder: Path, checkpoints: int = 3) -> list[float]:
         save_total_limit=1,
         async_save=True,
     )
-    saved = re.compile(r"checkpoint saved; training stood still for ([\d.]+) s")
+    saved = re.compile(r"checkpoint saved; training paused for ([\d.]+) s")
     seen = 0
 
     def enough(line: str) -> bool:
@@ -203,10 +199,10 @@ def stalls(recipe: Recipe, folder: Path, checkpoints: int = 3) -> list[float]:
 
 
 def main() -> None:
-    """Print a line for each part."""
+    """Print a line per part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["loop", "launch", "checkpoint"], help="only this one")
-    parser.add_argument("--chunks", type=int, default=20, help=f"chunks of {STEPS_IN_A_CHUNK} steps on each side")
+    parser.add_argument("--part", choices=["loop", "launch", "checkpoint"], help="run only this part")
+    parser.add_argument("--chunks", type=int, default=20, help=f"chunks of {STEPS_IN_A_CHUNK} steps per side")
     arguments = parser.parse_args()
     transformers_logging.disable_progress_bar()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
@@ -222,9 +218,7 @@ def main() -> None:
             print(f"launch to first step: {statistics.median(times):.1f} s, median of {len(times)}")
         if arguments.part in (None, "checkpoint"):
             times = stalls(recipe, folder)
-            print(
-                f"a checkpoint of 124M parameters: training stands still for {', '.join(f'{t:.2f}' for t in times)} s"
-            )
+            print(f"a checkpoint of 124M parameters pauses training for {', '.join(f'{t:.2f}' for t in times)} s")
         if arguments.part in (None, "loop"):
             ours, bare = loop_against_bare(recipe, arguments.chunks)
             ratio = statistics.median(a / b for a, b in zip(ours, bare, strict=True))

@@ -10,9 +10,10 @@ from support.small_tasks import write_tasks
 from torch._dynamo.testing import CompileCounter
 
 from training.loop import train
-from training.monitoring.monitor import Watch
 from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
+from training.step.hooks import Hook, Run
+from training.step.train_step import StepResult
 
 Make = Callable[..., Recipe]
 
@@ -37,16 +38,14 @@ def test_watching_never_compiles_the_step_again(
     monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend=compiled))
     torch._dynamo.reset()
     counts: list[int] = []
-    step_taken = Watch.step_taken
 
-    def count(self: Watch) -> None:
-        counts.append(compiled.frame_count)
-        step_taken(self)
+    class Count(Hook):
+        def after_step(self, run: Run, result: StepResult) -> None:
+            counts.append(compiled.frame_count)
 
-    monkeypatch.setattr(Watch, "step_taken", count)
     # 31 windows of validation are 7 batches of 4 and one of 3.
     often = {"eval_steps": 2, "sample_steps": 2, "eval_task_steps": 2, **tasks(tmp_path)}
-    train(tiny_recipe(compile=True, max_steps=10, eval_tokens=31 * 32, save_steps=0, dropout=0.1, **often))
+    train(tiny_recipe(compile=True, max_steps=10, eval_tokens=31 * 32, save_steps=0, dropout=0.1, **often), [Count()])
     assert counts[0] >= 1
     # The first validation compiles the model for evaluation, once; training is never compiled again.
     assert counts[:2] == counts[:1] * 2

@@ -1,12 +1,11 @@
-"""One optimizer step and one validation of a tiny model, on however many processes and passes: what must be the same.
+"""One optimizer step and one validation of a tiny model, on any number of ranks and micro-steps.
 
-As a program, for `accelerate launch`: `one_step.py FOLDER PER_DEVICE …` leaves a file of results for each batch size.
+As a program, for `accelerate launch`: `one_step.py FOLDER PER_DEVICE …` writes a file of results per batch size.
 """
 
 import itertools
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,13 @@ from torch.optim import Optimizer
 from support.tiny_models import tiny
 from training.checkpoints.state_snapshot import bare_model
 from training.data.loading.loader import IGNORED
+from training.monitoring.validation import validation_loss
 from training.recipe import Recipe
 from training.setup.accelerator import build_accelerator
 from training.setup.model import prepare_for_training
 from training.step.batch_plan import plan_batch
-from training.step.guard import Guard, Verdict
-from training.step.train_step import train_step, validation_loss
+from training.step.guard import Guard
+from training.step.train_step import train_step
 
 SEQUENCES, SEQ_LEN, VALIDATION_SEQUENCES = 8, 20, 7
 
@@ -49,7 +49,7 @@ def tokens(count: int, seed: int) -> Tensor:
 
 
 def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
-    """Loss, gradient norm, weights after the step, and validation loss, whole and on the host."""
+    """Loss, gradient norm, weights after the step, and validation loss: full tensors on the host."""
     plan = plan_batch(
         tokens_per_step=SEQUENCES * SEQ_LEN,
         seq_len=SEQ_LEN,
@@ -86,13 +86,9 @@ def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
 
 
 def skipped_steps(accelerator: Accelerator) -> dict[str, Tensor]:
-    """Whether a loss that is NaN in the last process only leaves every process's weights, moments and counters alone.
-
-    The first of three steps is an ordinary one, the second has that loss, and the third is an ordinary one again.
-    """
+    """Whether a NaN loss on the last rank alone makes all ranks skip the update: the second of three steps has it."""
     model, optimizer = prepare_for_training(accelerator, tiny().train(), recipe())
-    found: list[Verdict] = []
-    guard = Guard(accelerator.device, threshold=0.0, window=2, skip_spikes=False, on_verdict=found.append)
+    guard = Guard(accelerator.device, threshold=0.0, window=2, skip_spikes=False)
     broken = accelerator.process_index == accelerator.num_processes - 1
 
     def spoil(module: nn.Module, inputs: object, outputs: Any) -> None:
@@ -111,15 +107,15 @@ def skipped_steps(accelerator: Accelerator) -> dict[str, Tensor]:
             accumulation_steps=1,
             learning_rate=1e-2,
             max_grad_norm=0.5,
-            judge=partial(guard.judge, step),
+            guard=guard,
         )
         states.append([*_local_state(model, optimizer)])
-    guard.look_at_all()
+    verdicts = guard.read(wait=True)
     same = [all(map(torch.equal, left, right)) for left, right in itertools.pairwise(states)]
-    told = [verdict.step for verdict in found] == [2] and guard.skipped_in_a_row == 0
+    reported = [verdict.step for verdict in verdicts] == [2] and guard.skipped_in_a_row == 0
     return {
         name: accelerator.reduce(torch.tensor(float(value)), reduction="mean")
-        for name, value in {"left_alone": same[0], "moved_on": not same[1], "told": told}.items()
+        for name, value in {"unchanged": same[0], "updated": not same[1], "reported": reported}.items()
     }
 
 
@@ -130,7 +126,7 @@ def _local_state(model: nn.Module, optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _ragged(batch_size: int, rank: int, num_processes: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Validation sequences of all lengths, in batches of one shape; ranks get unequal numbers of targets."""
+    """Validation sequences of different lengths, in batches of one shape; ranks get unequal numbers of targets."""
     ids = tokens(VALIDATION_SEQUENCES, seed=2)
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
     for row in range(VALIDATION_SEQUENCES):

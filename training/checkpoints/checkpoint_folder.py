@@ -148,11 +148,11 @@ def write_checkpoint(
     *,
     skeleton: PreTrainedModel,
     tokenizer: Tokenizer,
-    before_it_counts: Callable[[], None],
+    before_rename: Callable[[], None],
 ) -> Path:
     """Write the checkpoint of `state.step`; called by the main process alone.
 
-    `before_it_counts` is called just before the checkpoint gets its name.
+    `before_rename` is called just before the checkpoint gets its final name.
 
     Returns:
         The checkpoint's folder, whole on disk.
@@ -165,7 +165,7 @@ def write_checkpoint(
     remove_leftovers(output_dir)
     try:
         _write_files(unfinished, state, snapshot, skeleton, tokenizer)
-        before_it_counts()
+        before_rename()
         publish(unfinished, target)
     except (OSError, SafetensorError):
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,19 +1,14 @@
-"""When a run saves, and what happens then.
+"""Writes the checkpoints of a run.
 
-All processes collect the state together, which training has to wait for; the main process writes it, beside training
-where the recipe says `async_save`. A checkpoint that the disk does not take is told and costs nothing else: training
-goes on, and what was saved before stays.
+All ranks collect the state together, which training waits for. Rank 0 then writes it, in the background if the recipe
+sets `async_save`. If a checkpoint cannot be written, training continues and older checkpoints stay.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 
-from accelerate import Accelerator
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from common.cli_errors import InputError
@@ -25,158 +20,113 @@ from training.checkpoints.checkpoint_folder import (
 )
 from training.checkpoints.data_identity import shard_identities
 from training.checkpoints.state_snapshot import HostMemory, Snapshot, collect_snapshot
-from training.setup.plan import Plan
+from training.step.hooks import Run
 
 
-class Saving:
-    """The checkpoints of a run in progress.
+class CheckpointWriter:
+    """Writes one checkpoint after the other.
 
     Args:
-        plan: the run.
-        accelerator, model, optimizer: as prepared for training.
-        skeleton: the model's class and configuration (`checkpoint.skeleton_of`), to write model folders with.
-        loop_state: small tensors that the loop updates in place and that go into every checkpoint; `load_checkpoint`
-            fills them again. The same on all processes.
-        before_it_counts: called before a checkpoint gets its name, such as to force logs to disk.
-        say: is given a line for each checkpoint, on the training thread.
+        run: in progress.
+        skeleton: the model without weights (`checkpoint_folder.skeleton_of`), to write model folders with.
+        before_rename: called before a checkpoint gets its final name, to flush the logs to disk.
 
     Attributes:
-        on_saved: called with the checkpoint's folder and step on the main process once it is whole on disk, on the
-            thread that writes: the next checkpoint waits for it, training does not.
-        newest: the checkpoint that the run would go on from; only the main process knows it.
-        saved_step: steps that the last checkpoint has behind it, whether the disk has taken it yet or not.
+        newest: the checkpoint that the run would resume from; only rank 0 knows it.
+        saved_step: the step of the last checkpoint, which may still be being written.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        accelerator: Accelerator,
-        model: nn.Module,
-        optimizer: Optimizer,
-        *,
-        skeleton: PreTrainedModel,
-        loop_state: Mapping[str, Tensor],
-        before_it_counts: Callable[[], None],
-        say: Callable[[str], None],
-    ) -> None:
-        self._plan = plan
-        self._accelerator = accelerator
-        self._model = model
-        self._optimizer = optimizer
+    def __init__(self, run: Run, *, skeleton: PreTrainedModel, before_rename: Callable[[], None]) -> None:
         self._skeleton = skeleton
-        self._loop_state = loop_state
-        self._before_it_counts = before_it_counts
-        self._say = say
-        self.on_saved: list[Callable[[Path, int], None]] = []
-        self.newest = plan.resume_from
-        self.saved_step = plan.first_step
-        self._last_start = time.monotonic()
-        self._memory = HostMemory() if plan.recipe.async_save and accelerator.is_main_process else None
-        self._memory_is_made = False
-        # One thread writes one checkpoint after the other; the interpreter waits for it at its end.
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._before_rename = before_rename
+        self.newest = run.resume_from
+        self.saved_step = run.first_step
+        self._memory = HostMemory() if run.recipe.async_save and run.accelerator.is_main_process else None
+        self._memory_is_allocated = False
+        # One thread writes one checkpoint after the other; the interpreter waits for it before it exits.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[str] | None = None
 
-    def due(self, done: int) -> bool:
-        """Whether the recipe's steps ask for a checkpoint after `done` of them."""
-        every = self._plan.recipe.save_steps
-        return done == self._plan.total_steps or (every > 0 and done % every == 0)
-
-    def due_by_clock(self) -> bool:
-        """Whether `save_minutes` have passed on the main process, which then counts from anew."""
-        minutes = self._plan.recipe.save_minutes
-        if minutes is None or not self._accelerator.is_main_process:
-            return False
-        passed = time.monotonic() - self._last_start >= 60 * minutes
-        if passed:
-            self._last_start = time.monotonic()
-        return passed
-
-    def step_taken(self) -> None:
-        """Tell what became of a checkpoint that was being written, and after the first step make room for the next."""
-        if self._memory is not None and not self._memory_is_made:
-            self._memory.make_for(self._model, self._optimizer, self._accelerator.device)
-            self._memory_is_made = True
+    def after_step(self, run: Run) -> None:
+        """Report a checkpoint that has been written, and allocate memory for snapshots after the first step."""
+        if self._memory is not None and not self._memory_is_allocated:
+            self._memory.make_for(run.model, run.optimizer, run.accelerator.device)
+            self._memory_is_allocated = True
         if self._writing is not None and self._writing.done():
-            self._tell()
+            self._finish(run)
 
-    def save(self, done: int) -> None:
-        """Save the checkpoint of `done` steps; called by all processes together."""
-        start = self._last_start = time.monotonic()
-        self.saved_step = done
-        self._tell()  # never two at once
-        snapshot = collect_snapshot(self._accelerator, self._model, self._optimizer, self._loop_state, self._memory)
+    def save(self, run: Run) -> None:
+        """Save a checkpoint of the current step; all ranks must call this together."""
+        start = time.monotonic()
+        self.saved_step = run.step
+        self._finish(run)
+        snapshot = collect_snapshot(run.accelerator, run.model, run.optimizer, run.guard.state, self._memory)
         if snapshot is not None:
+            state = TrainerState(
+                step=run.step,
+                tokens=run.tokens,
+                tokenizer_fingerprint=run.tokenizer.fingerprint,
+                shards=shard_identities(run.shards.folder),
+                recipe=run.recipe.to_dict(),
+                num_processes=run.accelerator.num_processes,
+            )
             stall = time.monotonic() - start
-            self._writing = self._writer.submit(self._write, self._state(done), snapshot, stall)
-            if not self._plan.recipe.async_save:
-                self._tell()
+            self._writing = self._thread.submit(self._write, run, state, snapshot, stall)
+            if not run.recipe.async_save:
+                self._finish(run)
 
-    def wait(self) -> None:
-        """Return when the last checkpoint is written; called by all processes together."""
-        self._tell()
-        self._accelerator.wait_for_everyone()
+    def wait(self, run: Run) -> None:
+        """Wait until the last checkpoint is written; all ranks must call this together."""
+        self._finish(run)
+        run.accelerator.wait_for_everyone()
 
     def close(self) -> None:
-        """Let what is being written come to its end, whatever became of training."""
-        self._writer.shutdown()
+        """Wait until the last checkpoint is written, on this rank alone."""
+        self._thread.shutdown()
 
-    def refuse_unsaved_end(self) -> None:
-        """Raise what keeps the main process from making the model folder of the last checkpoint.
+    def check_last(self, run: Run) -> None:
+        """Check on rank 0 that the checkpoint of the last step was written.
 
         Raises:
-            InputError: the last step's checkpoint could not be written.
+            InputError: it could not be written.
         """
-        steps = self._plan.total_steps
-        if self._plan.first_step < steps and self.newest != checkpoint_folder(self._plan.output_dir, steps):
+        if run.first_step < run.total_steps and self.newest != checkpoint_folder(run.output_dir, run.total_steps):
+            start = f"resumes from {self.newest}" if self.newest else "starts from scratch"
             raise InputError(
-                f"the last checkpoint of {self._plan.output_dir} could not be written; make room for it and start "
-                f"again: the run goes on from {self.newest or 'its beginning'}"
+                f"the last checkpoint of {run.output_dir} could not be written; free some space and start the run "
+                f"again: it {start}"
             )
 
-    def _tell(self) -> None:
-        """Wait for what is being written, and say what became of it."""
+    def _finish(self, run: Run) -> None:
+        """Wait for the checkpoint being written, and report it."""
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            self._say(writing.result())
+            run.report(writing.result())
 
-    def _write(self, state: TrainerState, snapshot: Snapshot, stall: float) -> str:
-        """Write a checkpoint, and return the line that tells of it."""
-        plan, start = self._plan, time.monotonic()
+    def _write(self, run: Run, state: TrainerState, snapshot: Snapshot, stall: float) -> str:
+        """Write a checkpoint, and return the line that reports it."""
+        recipe, start = run.recipe, time.monotonic()
         try:
             folder = write_checkpoint(
-                plan.output_dir,
+                run.output_dir,
                 state,
                 snapshot,
                 skeleton=self._skeleton,
-                tokenizer=plan.tokenizer,
-                before_it_counts=self._before_it_counts,
+                tokenizer=run.tokenizer,
+                before_rename=self._before_rename,
             )
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            left = f"the newest is {self.newest}" if self.newest else "there is none yet"
-            return f"step {state.step}  checkpoint could not be written ({reason}); training goes on, {left}"
+            newest = f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
+            return f"step {state.step}  checkpoint could not be written ({reason}); training continues, {newest}"
         self.newest = folder
-        remove_old_checkpoints(
-            plan.output_dir, keep=plan.recipe.save_total_limit, keep_every=plan.recipe.save_keep_every
-        )
-        for call in self.on_saved:
-            call(folder, state.step)
+        remove_old_checkpoints(run.output_dir, keep=recipe.save_total_limit, keep_every=recipe.save_keep_every)
+        for hook in run.hooks:
+            hook.after_save(run, folder, state.step)
         seconds = time.monotonic() - start
-        if not plan.recipe.async_save:
-            return f"step {state.step}  checkpoint saved; training stood still for {stall + seconds:.2f} s"
+        if not recipe.async_save:
+            return f"step {state.step}  checkpoint saved; training paused for {stall + seconds:.2f} s"
         return (
-            f"step {state.step}  checkpoint saved; training stood still for {stall:.2f} s, "
-            f"written beside it in {seconds:.1f} s"
-        )
-
-    def _state(self, done: int) -> TrainerState:
-        plan = self._plan
-        return TrainerState(
-            step=done,
-            tokens=done * plan.batch.tokens_per_step,
-            tokenizer_fingerprint=plan.tokenizer.fingerprint,
-            shards=shard_identities(plan.folder),
-            recipe=plan.recipe.to_dict(),
-            num_processes=self._accelerator.num_processes,
+            f"step {state.step}  checkpoint saved; training paused for {stall:.2f} s, "
+            f"written in the background in {seconds:.1f} s"
         )

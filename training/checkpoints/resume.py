@@ -1,8 +1,8 @@
 """Where a run goes on, and whether the output folder is the recipe's to write to."""
 
-import math
 import os
 import tempfile
+from collections.abc import Collection
 from itertools import chain, count
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import yaml
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME
 from training.checkpoints.checkpoint_folder import TrainerState, checkpoints, refuse_damaged, step_of
-from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 
 _TRIAL = ".can-be-written-"
@@ -59,19 +58,18 @@ def find_resume_point(recipe: Recipe) -> Path | None:
     return None
 
 
-def good_checkpoint(output_dir: Path, before: int) -> str:
+def good_checkpoint(output_dir: Path, before: int, validated: Collection[int]) -> str:
     """What a run that is stopped says of the checkpoint to go on from.
 
     Arguments:
         output_dir: the run's folder.
-        before: the first step whose update was skipped. A checkpoint of the step just before it ends with the update
-            that may have spoilt the weights, unless a validation vouches for it, as one does for each later one.
+        before: the first step whose update was skipped. The update just before it may have broken the weights.
+        validated: steps with a finite validation loss: their weights are good.
     """
     found = checkpoints(output_dir)
     if not found:
         return "there is no checkpoint yet, and it will begin again"
-    vouched = {line["step"] for line in read_metrics(output_dir) if math.isfinite(line.get("val_loss", math.nan))}
-    good = [path for path in found if (step := int(path.name.removeprefix("step-"))) != before - 1 or step in vouched]
+    good = [path for path in found if (step := step_of(path)) != before - 1 or step in validated]
     if good and good[-1] == found[-1]:
         return f"the newest good checkpoint is {good[-1]}, and it will go on from there"
     if good:

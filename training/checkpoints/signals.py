@@ -1,9 +1,8 @@
-"""Leaving when told to: a signal is noticed between two steps, or two batches of a validation or a task, and all
-processes agree on where to stop.
+"""Stopping on a signal, and saving by the clock: all ranks do either after the same step.
 
-A signal may reach one process only, or all of them at different steps. So after every step each tells the others what
-it wants, in an exchange on the CPU that is answered one step later: nothing waits for a device, and nobody for the
-others longer than the step itself would.
+A signal may reach only one rank, or each rank in a different step. So after every step, and between two batches of an
+evaluation, ranks exchange what they want. The exchange runs on the CPU and its result is used one call later: it never
+waits for a device.
 """
 
 import contextlib
@@ -13,20 +12,24 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from types import FrameType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-# A launcher of several processes passes on the signal that they have already got from the terminal or the scheduler.
-_SECONDS_OF_AN_ECHO = 1.0
+_Item = TypeVar("_Item")
+
+# A launcher of several processes forwards the signal that they already got from the terminal or the scheduler.
+_ECHO_SECONDS = 1.0
 
 
 class SignalWatch:
-    """Keeps SIGTERM and SIGINT for the end of the step; the second one leaves at once. A context manager.
+    """Records SIGTERM and SIGINT instead of exiting; a second signal exits immediately. A context manager.
 
-    When `accelerate launch` or `torchrun` is killed, its processes are left behind; that counts as SIGTERM.
+    A launcher (`accelerate launch`, `torchrun`) that was killed counts as SIGTERM: it leaves its processes running.
     """
 
     def __init__(self) -> None:
@@ -37,7 +40,7 @@ class SignalWatch:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "SignalWatch":
-        if threading.current_thread() is threading.main_thread():  # nobody else may have handlers
+        if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._on_signal)
         return self
@@ -46,18 +49,17 @@ class SignalWatch:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
         if kind is SystemExit and self._before and _is_one_of_several():
-            # A launcher sends SIGTERM to those that are left when the first one has gone; they are about to go.
+            # When the first process exits, the launcher sends SIGTERM to the others, which are about to exit anyway.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @property
     def received(self) -> int:
-        """The signal that asks this process to leave; 0 for none."""
-        if self._first is None and self._launcher is not None and os.getppid() != self._launcher:
-            self._first = signal.SIGTERM
-        return self._first or 0
+        """The signal that this process got; 0 for none."""
+        launcher_is_gone = self._launcher is not None and os.getppid() != self._launcher
+        return self._first or (signal.SIGTERM if launcher_is_gone else 0)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a process that reads batches ahead; it goes when training goes
+        if os.getpid() != self._process:  # a dataloader worker, which exits when training does
             if number == signal.SIGTERM:
                 os._exit(128 + number)
             return
@@ -66,12 +68,12 @@ class SignalWatch:
             if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(number).name
                 with contextlib.suppress(OSError):
-                    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _FAREWELL.format(name).encode())
-        elif not (_is_one_of_several() and time.monotonic() - self._first_time < _SECONDS_OF_AN_ECHO):
+                    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _NOTICE.format(name).encode())
+        elif not (_is_one_of_several() and time.monotonic() - self._first_time < _ECHO_SECONDS):
             os._exit(128 + number)
 
 
-_FAREWELL = "\n{}: the step is finished and saved, then the run stops; once more to leave at once\n"
+_NOTICE = "\n{}: finishing this step and saving. Send it again to exit immediately.\n"
 
 
 def _is_launched() -> bool:
@@ -83,46 +85,94 @@ def _is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-class LeaveAsked(Exception):  # noqa: N818  (no error)
-    """Raised by all processes alike in the middle of what the next start makes up for: a signal asks to leave.
+class StopTraining(Exception):  # noqa: N818  (not an error)
+    """Raised on all ranks at the same point when a signal asks the run to save and exit.
 
     Attributes:
         number: of the signal.
+        between_steps: whether a checkpoint can be saved at this point.
     """
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, *, between_steps: bool = True) -> None:
         super().__init__(number)
         self.number = number
+        self.between_steps = between_steps
 
 
-class Agreement:
-    """What any process wants becomes known to all of them at the same step: with several processes, one step later.
+class Coordinator:
+    """Ranks agree here on stopping and on saving by the clock. A context manager, inside which signals are recorded.
 
     Args:
+        save_minutes: time between two checkpoints, by the clock of rank 0; None on other ranks, or for no such saves.
         num_processes: of the run.
-        timeout: how long a process may keep the others waiting.
+        timeout: how long ranks wait for each other.
+
+    Attributes:
+        stop_signal: the signal that stops the run, the same on all ranks; 0 for none.
+        save_is_due: whether a save by the clock is due, the same on all ranks.
     """
 
-    def __init__(self, num_processes: int, timeout: datetime.timedelta) -> None:
+    def __init__(self, *, save_minutes: float | None, num_processes: int, timeout: datetime.timedelta) -> None:
+        self._signals = SignalWatch()
+        self._save_seconds = None if save_minutes is None else 60 * save_minutes
+        self._last_save = time.monotonic()
+        self._saves = 0  # so that a result that is one call old does not ask for a second save
         self._group = torch.distributed.new_group(backend="gloo", timeout=timeout) if num_processes > 1 else None
         self._pending: tuple[torch.distributed.Work, Tensor] | None = None
+        self.stop_signal = 0
+        self.save_is_due = False
 
-    def exchange(self, *wishes: int) -> list[int]:
-        """Tell this process's wishes; return the largest of all processes' wishes as of their last call."""
-        if self._group is None:
-            return list(wishes)
-        earlier = self.settled()
-        ours = torch.tensor(wishes)
-        work = torch.distributed.all_reduce(ours, torch.distributed.ReduceOp.MAX, self._group, async_op=True)
-        assert work is not None
-        self._pending = work, ours
-        return earlier or [0] * len(wishes)
+    def __enter__(self) -> "Coordinator":
+        self._signals.__enter__()
+        return self
 
-    def settled(self) -> list[int] | None:
-        """The outcome of the last exchange, waited for; None when there was none."""
+    def __exit__(self, *exception: Any) -> None:
+        self._signals.__exit__(*exception)
+
+    def poll(self) -> None:
+        """Send this rank's wishes to the others, and update the attributes; all ranks must call this equally often."""
+        wanted = [self._signals.received, self._saves + self._clock_is_due(time.monotonic())]
+        if self._group is not None:
+            agreed = self.wait()
+            tensor = torch.tensor(wanted)
+            work = torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX, self._group, async_op=True)
+            assert work is not None
+            self._pending = work, tensor
+            wanted = agreed or [0, 0]
+        self.stop_signal = wanted[0]
+        self.save_is_due = wanted[1] > self._saves
+
+    def wait(self) -> list[int] | None:
+        """Wait for the exchange in progress and return its result; None if there is none."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
-        work, outcome = pending
+        work, tensor = pending
         work.wait()
-        return outcome.tolist()
+        return tensor.tolist()
+
+    def check_stop(self) -> None:
+        """Poll.
+
+        Raises:
+            StopTraining: a signal stops the run.
+        """
+        self.poll()
+        if self.stop_signal:
+            raise StopTraining(self.stop_signal)
+
+    def checking_stop(self, batches: Iterable[_Item]) -> Iterator[_Item]:
+        """Yield the batches, and check for a stop between them; all ranks must have equally many."""
+        for number, batch in enumerate(batches):
+            if number:
+                self.check_stop()
+            yield batch
+
+    def restart_clock(self) -> None:
+        """Start counting `save_minutes` again; called on all ranks after a save."""
+        self._last_save = time.monotonic()
+        self._saves += 1
+        self.save_is_due = False
+
+    def _clock_is_due(self, now: float) -> bool:
+        return self._save_seconds is not None and now - self._last_save >= self._save_seconds

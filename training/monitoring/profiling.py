@@ -1,63 +1,47 @@
-"""A trace of some steps by torch's profiler: what ran when, on the host and on the device."""
-
-from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
+"""Profiling: a trace of some steps by torch's profiler."""
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-
-class StepTrace(Protocol):
-    """Is told where steps begin and end."""
-
-    def before(self, step: int) -> None:
-        """Step `step`, counted from 1, is about to begin."""
-
-    def after(self, step: int) -> None:
-        """Step `step` has ended."""
+from training.recipe import profiled_steps
+from training.step.hooks import Hook, Run
+from training.step.train_step import StepResult
 
 
-class NoTrace:
-    """Traces nothing."""
+class Profiling(Hook):
+    """Traces the steps of `profile_steps` on rank 0, as a compressed Chrome trace in the run folder."""
 
-    def before(self, step: int) -> None:
-        """Do nothing."""
-
-    def after(self, step: int) -> None:
-        """Do nothing."""
-
-
-class TraceOf:
-    """Traces the steps of a range and writes them as a Chrome trace, compressed, for Perfetto.
-
-    Args:
-        steps: counted from 1; all of them are taken.
-        folder: gets `trace-steps-10-12.json.gz`.
-        say: told where the trace is.
-    """
-
-    def __init__(self, steps: range, folder: Path, say: Callable[[str], None]) -> None:
-        self._steps = steps
-        self._path = folder / f"trace-steps-{steps[0]}-{steps[-1]}.json.gz"
-        self._say = say
+    def __init__(self) -> None:
+        self._steps = range(0)
         self._profiler: profile | None = None
 
-    def before(self, step: int) -> None:
-        """Begin where the range begins."""
-        if step in self._steps and self._profiler is None:
+    def before_training(self, run: Run) -> None:
+        """Find out which of the steps this start takes."""
+        wanted = run.recipe.profile_steps
+        if wanted is None or not run.accelerator.is_main_process:
+            return
+        steps = [step for step in profiled_steps(wanted) if run.first_step < step <= run.total_steps]
+        if steps:
+            self._steps = range(steps[0], steps[-1] + 1)
+        else:
+            run.report(f"no trace: this start takes none of the steps {wanted}")
+
+    def before_step(self, run: Run, step: int) -> None:
+        """Start the profiler before the first step to trace."""
+        if self._steps and step == self._steps[0]:
             activities = [ProfilerActivity.CPU]
             if torch.cuda.is_available():
                 activities.append(ProfilerActivity.CUDA)
             self._profiler = profile(activities=activities, acc_events=True)
             self._profiler.start()
 
-    def after(self, step: int) -> None:
-        """Write the trace where the range ends."""
-        if self._profiler is not None and step == self._steps[-1]:
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Write the trace after the last step to trace."""
+        if self._profiler is not None and run.step == self._steps[-1]:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self._profiler.stop()
-            self._profiler.export_chrome_trace(str(self._path))
+            path = run.output_dir / f"trace-steps-{self._steps[0]}-{self._steps[-1]}.json.gz"
+            self._profiler.export_chrome_trace(str(path))
             self._profiler = None
-            self._say(f"trace of steps {self._steps[0]} to {step} in {self._path}; open it at https://ui.perfetto.dev")
+            run.report(f"trace of steps {self._steps[0]} to {run.step} in {path}; open it at https://ui.perfetto.dev")

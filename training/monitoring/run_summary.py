@@ -1,4 +1,4 @@
-"""The closing words of a run: what came out, where it is, and what to try next."""
+"""The summary of a finished run: results, files, and commands to try next."""
 
 import json
 from pathlib import Path
@@ -9,17 +9,17 @@ from training.monitoring.run_history import RunFacts
 
 
 def summary_text(output_dir: Path, facts: RunFacts, *, prompt: str) -> str:
-    """Where everything is, how good it is, a sample, and three commands that work as printed.
+    """Where the files are, the validation loss, a sample, and three commands that work as printed.
 
-    Arguments:
-        output_dir: the run's folder.
-        facts: what came out.
+    Args:
+        output_dir: the run folder.
+        facts: of the finished run.
         prompt: of the first sample.
     """
-    model = output_dir / "model"
+    model, python = output_dir / "model", program("python")
     sample = "\n".join("  | " + line for line in "\n".join(facts.samples[:1]).strip().splitlines())
-    # JSON's strings are Python's too, and their double quotes stand well in a shell's single ones.
-    in_python = (
+    # JSON strings are valid Python, and their double quotes fit into the shell's single quotes.
+    code = (
         "import gpt2_scratch; from transformers import pipeline; "
         f'print(pipeline("text-generation", {json.dumps(str(model))})({json.dumps(prompt)})[0]["generated_text"])'
     )
@@ -38,7 +38,7 @@ The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
 {sample}
 
 To try next:
-  {program("python")} -m gpt2_scratch.generate --model {quote(str(model))} --prompt {quote(prompt)}
-  {program("python")} -c {quote(in_python)}
+  {python} -m gpt2_scratch.generate --model {quote(str(model))} --prompt {quote(prompt)}
+  {python} -c {quote(code)}
   {extend_command(output_dir, facts.steps)}
 """

@@ -1,12 +1,12 @@
-"""The evaluation tasks of a recipe: read and checked before training starts, judged while it goes on.
+"""Evaluation tasks while training: their data is read and checked before training starts.
 
-What it measures is in metrics.jsonl and on the curves by step, and the newest in the run's eval_results.json, in the
-form of `python -m evaluation.run --output`: with the protocol, standard errors and GPT-2's published figures.
+Results go to metrics.jsonl, onto the curves, and into eval_results.json in the format of
+`python -m evaluation.run --output`: with protocol, standard errors and GPT-2's published values.
 """
 
 import datetime
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,66 +19,69 @@ from evaluation.results.results_file import Results
 from evaluation.results.task_runner import TaskResult, judge, read_items
 from evaluation.tasks.registry import default_protocols, task_named
 from evaluation.tasks.task_types import Encoder
+from training.checkpoints.signals import Coordinator
 from training.checkpoints.state_snapshot import bare_model
+from training.monitoring.monitor import Monitor
+from training.monitoring.run_history import TASK_RESULTS
 from training.monitoring.throughput import device_name
 from training.recipe import Recipe
+from training.step.hooks import PeriodicEvaluation, Run
 
 
-class TaskEvaluation:
+class TaskSet:
     """A recipe's tasks with their items.
 
-    Arguments:
-        recipe: its eval_tasks is not empty.
+    Args:
+        recipe: its `eval_tasks` is not empty.
         tokenizer: of the run.
 
     Raises:
-        InputError: a task's data is not there or cannot be used, or the metric modules cannot be loaded.
+        InputError: the data of a task is missing or invalid, or the metric modules cannot be loaded.
     """
 
     def __init__(self, recipe: Recipe, tokenizer: Encoder) -> None:
         self.tasks = list({task.full_name: task for task in map(task_named, recipe.eval_tasks)}.values())
         data_dir = Path(recipe.eval_data_dir) if recipe.eval_data_dir else None
         try:
-            self._items = read_items(self.tasks, data_dir, tokenizer, recipe.positions, recipe.eval_task_limit)
+            self.items = read_items(self.tasks, data_dir, tokenizer, recipe.positions, recipe.eval_task_limit)
         except InputError as error:
             raise InputError(f"recipe key eval_tasks: {str(error).replace('--data_dir', 'eval_data_dir')}") from None
-        self._recipe = recipe
         load_metrics(self.tasks)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of what the items were made from."""
-        data = [(name, [item.data for item in items]) for name, items in sorted(self._items.items())]
+        """A hash of the data of all items."""
+        data = [(name, [item.data for item in items]) for name, items in sorted(self.items.items())]
         return hashlib.sha256(repr(data).encode()).hexdigest()
 
     @property
     def column_names(self) -> set[str]:
-        """The keys of the tasks' figures in metrics.jsonl."""
+        """The keys of the tasks' results in metrics.jsonl."""
         return {column_name(task.full_name, figure.name) for task in self.tasks for figure in task.figures}
 
-    def judge(
+    def evaluate(
         self, accelerator: Accelerator, model: nn.Module, between_batches: Callable[[], None] = lambda: None
     ) -> list[TaskResult]:
-        """Judge the model as it is, with all processes; neither it nor the random numbers of training change.
+        """Evaluate the model on all ranks; the random state of training is left alone.
 
-        Arguments:
-            accelerator: what the processes share.
-            model: as it was prepared.
-            between_batches: is called by all processes equally often; what it raises ends the evaluation.
+        Args:
+            accelerator: of the run.
+            model: as prepared for training.
+            between_batches: called equally often on all ranks; if it raises, the evaluation ends.
 
         Raises:
-            InputError: the model gives NaN.
+            InputError: the model's output is NaN.
         """
         devices = [accelerator.device] if accelerator.device.type == "cuda" else []
         bare = bare_model(accelerator, model)
-        # Compiled blocks would be compiled again for every length.
+        # Compiled blocks would be recompiled for every length.
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.random.fork_rng(devices=devices), accelerator.autocast():
             return [
                 judge(
                     bare,
                     task,
-                    self._items[task.full_name],
+                    self.items[task.full_name],
                     accelerator=accelerator,
                     every_process_scores_all=bool(accelerator.is_fsdp2),
                     between_batches=between_batches,
@@ -86,40 +89,74 @@ class TaskEvaluation:
                 for task in self.tasks
             ]
 
-    def results(self, step: int, judged: Sequence[TaskResult], accelerator: Accelerator, parameters: int) -> Results:
-        """Return what eval_results.json holds for the model after `step`."""
-        recipe = self._recipe
-        return Results(
-            model=Path(recipe.output_dir).resolve().name,
-            revision=None,
-            commit=None,
-            weights="",
-            parameters=parameters,
-            n_positions=recipe.positions,
-            dtype="bfloat16" if accelerator.mixed_precision == "bf16" else "float32",
-            device=device_name(accelerator.device),
-            processes=accelerator.num_processes,
-            data_dir=None,
-            limit=recipe.eval_task_limit,
-            started=datetime.datetime.now(datetime.UTC).astimezone().isoformat(timespec="seconds"),
-            seconds=round(sum(result.seconds for result in judged), 3),
-            tasks=list(judged),
-            step=step,
-        )
+
+class TaskEvaluation(PeriodicEvaluation):
+    """Evaluates the model on the recipe's tasks every `eval_task_steps`."""
+
+    def __init__(self, tasks: TaskSet, monitor: Monitor, coordinator: Coordinator) -> None:
+        self._tasks, self._monitor, self._coordinator = tasks, monitor, coordinator
+
+    def is_due(self, run: Run) -> bool:
+        """Every `eval_task_steps`, and at the end."""
+        return run.is_due(run.recipe.eval_task_steps)
+
+    def is_recorded(self, run: Run) -> bool:
+        """Whether metrics.jsonl has the results of the current step."""
+        lines = self._monitor.log.history.metrics
+        return any(self._tasks.column_names <= line.keys() and line["step"] == run.step for line in lines)
+
+    def evaluate(self, run: Run) -> None:
+        """Evaluate on all ranks, and write metrics.jsonl and eval_results.json."""
+        with self._monitor.pause():
+            results = self._tasks.evaluate(run.accelerator, run.model, self._coordinator.check_stop)
+        if run.accelerator.is_main_process:
+            path = run.output_dir / TASK_RESULTS
+            file = self._monitor.log.history.task_results = _results_file(run, results)
+            try:
+                file.write(path, with_items=False)
+            except OSError as error:
+                run.report(
+                    f"cannot write {path} ({error.strerror}): free some space; training continues, the results are in "
+                    "metrics.jsonl, and the next evaluation writes the file"
+                )
+        values = {"step": run.step, "tokens": run.tokens, **columns(results)}
+        self._monitor.log.tasks(values)
+        self._monitor.plot(run)
+        self._monitor.track(run.step, values)
 
 
-def columns(judged: Iterable[TaskResult]) -> dict[str, float]:
-    """Results as metrics.jsonl has them, by `column_name`."""
+def _results_file(run: Run, results: list[TaskResult]) -> Results:
+    return Results(
+        model=run.output_dir.resolve().name,
+        revision=None,
+        commit=None,
+        weights="",
+        parameters=run.parameters,
+        n_positions=run.recipe.positions,
+        dtype="bfloat16" if run.accelerator.mixed_precision == "bf16" else "float32",
+        device=device_name(run.accelerator.device),
+        processes=run.accelerator.num_processes,
+        data_dir=None,
+        limit=run.recipe.eval_task_limit,
+        started=datetime.datetime.now(datetime.UTC).astimezone().isoformat(timespec="seconds"),
+        seconds=round(sum(result.seconds for result in results), 3),
+        tasks=results,
+        step=run.step,
+    )
+
+
+def columns(results: Iterable[TaskResult]) -> dict[str, float]:
+    """Results by their keys in metrics.jsonl."""
     return {
         column_name(result.task, figure): measured.value
-        for result in judged
+        for result in results
         for figure, measured in result.figures.items()
     }
 
 
-def column_name(task: str, figure: str) -> str:
-    """The key of a task's figure: `hellaswag_acc_norm`, or with a protocol that is not the task's default
-    `hellaswag_harness_acc_norm`.
+def column_name(task: str, metric: str) -> str:
+    """The key of a metric in metrics.jsonl: `hellaswag_acc_norm`, or `hellaswag_harness_acc_norm` for a protocol that
+    is not the task's default.
     """
     name, _, protocol = task.partition(":")
-    return f"{name}_{figure}" if default_protocols()[name].protocol == protocol else f"{name}_{protocol}_{figure}"
+    return f"{name}_{metric}" if default_protocols()[name].protocol == protocol else f"{name}_{protocol}_{metric}"

@@ -1,4 +1,4 @@
-"""How fast a run goes, what its device could do, how much memory it holds, and how long it still takes."""
+"""Throughput, model FLOPs utilization (MFU), memory, and the estimate of the time left."""
 
 import time
 from collections import deque
@@ -9,21 +9,20 @@ from typing import NamedTuple
 import psutil
 import torch
 
-_RECENT_LINES = 10  # logged steps over which the time left is reckoned: long enough to be calm, short enough to be true
-_MEASURED_SECONDS = 0.25
+_RECENT_LINES = 10  # logged steps that the time left is estimated from
 
 
 class Peak(NamedTuple):
-    """What a device multiplies at best, FLOP/s, dense: in bf16, and in fp32 as torch does with TF32 allowed."""
+    """Peak FLOP/s of dense matrix products: in bf16, and in fp32 with TF32 allowed."""
 
     bf16: float
     fp32: float
 
 
 # From the vendor: data sheets of H100, H200, B200, A100, A10, L4, L40S, V100, T4; white papers of the GA102 and AD102
-# chips, appendix "comparison", for the RTX cards. Data sheets print figures with sparsity, these are half of them; of
-# the RTX cards those with fp32 accumulation, which is what torch asks for. Longer names first: "H100 PCIe" is an "H100"
-# too, and "A100" an "A10".
+# chips, appendix "comparison", for the RTX cards. Data sheets give values with sparsity; these are half of them. Values
+# of the RTX cards are with fp32 accumulation, which torch uses. Longer names come first: "H100 PCIe" contains "H100",
+# and "A100" contains "A10".
 PEAKS = {
     "H100 PCIe": Peak(756e12, 378e12),
     "H100 NVL": Peak(835e12, 417e12),
@@ -42,14 +41,14 @@ PEAKS = {
     "RTX 4090": Peak(165e12, 82.6e12),
     "RTX 3090 Ti": Peak(80e12, 40e12),
     "RTX 3090": Peak(71e12, 35.6e12),
-    # No TF32, and bf16 only in software: what their tensor cores do in fp16 stands there, and makes its cost seen.
+    # No TF32, and bf16 only in software: the bf16 column holds the fp16 peak of their tensor cores.
     "V100": Peak(125e12, 15.7e12),
     "T4": Peak(65e12, 8.1e12),
 }
 
 
 def device_name(device: torch.device) -> str:
-    """Return a GPU's name, or the number of CPU threads."""
+    """The device's name for logs: the GPU's model, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -57,9 +56,9 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device_name: str, mixed_precision: str = "bf16") -> float | None:
-    """Peak FLOP/s of one GPU in the precision of the run ("bf16" or "no"); None for one that the table does not know.
+    """Peak FLOP/s of one GPU in the precision of the run ("bf16" or "no"); None for an unknown device.
 
-    A run in fp32 is held against the fp32 peak: on a T4, which has no bf16, 8.1 and not 65 TFLOP/s.
+    A run in fp32 is compared with the fp32 peak: on a T4, which has no bf16, 8.1 and not 65 TFLOP/s.
     """
     found = next((peak for name, peak in PEAKS.items() if name in device_name), None)
     if found is None:
@@ -67,54 +66,26 @@ def peak_flops(device_name: str, mixed_precision: str = "bf16") -> float | None:
     return found.bf16 if mixed_precision == "bf16" else found.fp32
 
 
-def measured_peak_flops(mixed_precision: str, *, again: bool = False) -> float:
-    """FLOP/s of this process's CPU threads in products of square matrices: the best of a quarter of a second.
-
-    No table knows what the cores of a container do, so they are asked, once for a process. Other work on them makes it
-    less, and MFU more: `again` asks for another quarter of a second, and the best of all counts.
-    """
-    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-    measured = _measured.setdefault((dtype, torch.get_num_threads()), [])
-    if again or not measured:
-        measured.append(_measure(dtype))
-    return max(measured)
-
-
-_measured: dict[tuple[torch.dtype, int], list[float]] = {}
-
-
-def _measure(dtype: torch.dtype) -> float:
-    matrices = [torch.full((size, size), 0.5, dtype=dtype) for size in (512, 1024)]
-    best, end = 0.0, time.perf_counter() + _MEASURED_SECONDS
-    while not best or time.perf_counter() < end:
-        for matrix in matrices:
-            start = time.perf_counter()
-            torch.mm(matrix, matrix)
-            best = max(best, 2.0 * matrix.shape[0] ** 3 / (time.perf_counter() - start))
-    return best
-
-
 def flops_per_token(*, parameters: int, n_layer: int, n_embd: int, seq_len: int) -> float:
     """FLOPs of one token's forward and backward pass: 6N + 12·L·n_embd·T (PaLM paper, appendix B).
 
-    N counts the token embedding once, which is right where the head is tied to it: looking a token up multiplies
-    nothing, the head does. The position embedding is counted too, as nanoGPT and build-nanogpt do: 0.6 % at 124M.
-    Attention is counted in full, not only its causal half, so that the figure compares with theirs.
+    N counts the tied token embedding once, for the head; the lookup costs no FLOPs. As in nanoGPT and build-nanogpt, N
+    includes the position embedding (0.6 % at 124M), and attention is counted in full, not only its causal half.
     """
     return 6.0 * parameters + 12.0 * n_layer * n_embd * seq_len
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Memory of this process: the most that its tensors took on a GPU, what is resident now on a CPU."""
+    """Memory of this process: the peak allocated on a GPU, or the current resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return psutil.Process().memory_info().rss
 
 
 class Throughput:
-    """Tokens per second of training itself: pauses for validation, samples and checkpoints are left out.
+    """Tokens per second of training itself: pauses for validation, samples and checkpoints are excluded.
 
-    The time left does count them, at the rate at which they came so far.
+    The time left includes pauses, at their rate so far.
     """
 
     def __init__(self) -> None:
@@ -133,7 +104,7 @@ class Throughput:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Leave the time inside out of account."""
+        """Exclude the time inside."""
         start = time.perf_counter()
         yield
         seconds = time.perf_counter() - start
@@ -152,9 +123,9 @@ class Throughput:
         return rate
 
     def seconds_left(self, tokens_left: int) -> float:
-        """Time that so many tokens will take: the recent pace of training, and the pauses of this start.
+        """Estimated time for `tokens_left`, from the recent pace of training and the pauses of this start.
 
-        The first line is left out once there are others: it holds what only a start costs, such as compiling.
+        The first logged step is ignored once there are others: it includes one-time costs such as compiling.
         """
         recent = list(self._recent)
         if len(recent) > 1 and sum(tokens for _, tokens in recent) == self._all_tokens - self._tokens:

@@ -13,7 +13,6 @@ from accelerate.utils import is_tensorboard_available, is_trackio_available, is_
 
 from common.cli_errors import InputError
 from training.recipe import Recipe
-from training.setup.plan import Plan
 
 PROJECT = "gpt2-scratch"
 _AVAILABLE = {
@@ -41,30 +40,31 @@ def chosen_trackers(recipe: Recipe) -> list[str]:
     return chosen
 
 
-def start_trackers(accelerator: Accelerator, plan: Plan) -> None:
+def start_trackers(accelerator: Accelerator, recipe: Recipe, first_step: int) -> None:
     """Begin a run in each tracker that the recipe names, or go on in the one of an earlier start.
 
     Raises:
         InputError: Weights & Biases does not let us in.
     """
-    names = chosen_trackers(plan.recipe)
+    names = chosen_trackers(recipe)
     if not names:
         return
     options: dict[str, dict[str, Any]] = {"tensorboard": {}, "wandb": {}, "trackio": {}}
-    if plan.first_step:
-        options["tensorboard"] = {"purge_step": plan.first_step + 1}
+    if first_step:
+        options["tensorboard"] = {"purge_step": first_step + 1}
     refusals: tuple[type[Exception], ...] = ()
     if accelerator.is_main_process and {"wandb", "trackio"} & set(names):
-        name = _name_of_run(plan.output_dir)
+        output_dir = Path(recipe.output_dir)
+        name = _name_of_run(output_dir)
         # "allow": the run of this name, or a new one where nobody knows it yet.
-        options["wandb"] = {"id": name, "name": name, "dir": str(plan.output_dir), "resume": "allow"}
+        options["wandb"] = {"id": name, "name": name, "dir": str(output_dir), "resume": "allow"}
         options["trackio"] = {"name": name, "resume": "allow"}
     if "wandb" in names:
         import wandb
 
         refusals = (wandb.errors.Error,)
     # Told once: TensorBoard makes another run of them each time.
-    settings = None if plan.first_step else _settings(plan.recipe)
+    settings = None if first_step else _settings(recipe)
     try:
         accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
     except refusals as error:

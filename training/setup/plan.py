@@ -23,7 +23,7 @@ from training.data.producing.background_producer import BackgroundProducer
 from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer
 from training.hub.publisher import claim_repository
-from training.monitoring.task_evaluation import TaskEvaluation
+from training.monitoring.task_evaluation import TaskSet
 from training.recipe import Recipe
 from training.setup.node_checks import check_nodes_match, data_facts, has_several_nodes
 from training.setup.training_data import open_data
@@ -55,7 +55,7 @@ class Plan:
     resume_from: Path | None
     first_step: int
     repo_id: str | None = None
-    tasks: TaskEvaluation | None = None
+    tasks: TaskSet | None = None
 
     @property
     def folder(self) -> ShardFolder:
@@ -71,10 +71,6 @@ class Plan:
     def document_mark(self) -> int | None:
         """The id that begins a document, if the recipe masks attention across documents."""
         return self.tokenizer.end_of_text_id if self.recipe.document_mask else None
-
-    def is_due(self, done: int, every: int) -> bool:
-        """Whether something that happens `every` steps (0: only at the end) happens after step `done`."""
-        return done == self.total_steps or (every > 0 and done % every == 0)
 
     @property
     def is_complete(self) -> bool:
@@ -131,7 +127,7 @@ def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
         refuse_other_data(state, folder, tokenizer, recipe)
         first_step = state.step
         refuse_earlier_end(resume_from, first_step, end)
-    tasks = TaskEvaluation(recipe, tokenizer) if recipe.eval_tasks else None
+    tasks = TaskSet(recipe, tokenizer) if recipe.eval_tasks else None
     return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step, repo_id, tasks)
 
 

@@ -1,1 +1,1 @@
-"""One optimizer step: forward and backward, batch arithmetic, document mask, guard against bad updates."""
+"""One optimizer step: batch arithmetic, forward and backward, document mask, guard, hooks."""

@@ -17,12 +17,13 @@ from common.cli_errors import InputError
 from training.checkpoints import checkpoint_folder as checkpoint_module
 from training.checkpoints import checkpoint_writer as saving_module
 from training.checkpoints.checkpoint_folder import checkpoint_folder, checkpoints, remove_old_checkpoints
-from training.checkpoints.checkpoint_writer import Saving
 from training.checkpoints.resume import find_resume_point
 from training.checkpoints.state_snapshot import HostMemory
-from training.loop import Run, train
+from training.loop import train
 from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
+from training.step.guard import Guard
+from training.step.hooks import Hook, Run
 
 Make = Callable[..., Recipe]
 
@@ -141,7 +142,7 @@ def test_a_checkpoint_is_the_same_whether_it_is_written_beside_training_or_not(
     beside = tiny_recipe(output_dir=str(tmp_path / "beside"), dropout=0.1, save_total_limit=None, save_steps=1)
     waiting = dataclasses.replace(beside, output_dir=str(tmp_path / "waiting"), async_save=False)
     train(beside)
-    assert "checkpoint saved; training stood still for 0." in capsys.readouterr().out
+    assert "checkpoint saved; training paused for 0." in capsys.readouterr().out
     train(waiting)
     pairs = list(zip(checkpoints(run_of(beside)), checkpoints(run_of(waiting)), strict=True))
     assert len(pairs) == 12
@@ -170,9 +171,9 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     assert names_in(recipe) == {"step-000004", "step-000012"}
     newest = checkpoint_folder(run_of(recipe), 4)
     line = (
-        f"step 8  checkpoint could not be written (No space left on device); training goes on, the newest is {newest}"
+        "step 8  checkpoint could not be written (No space left on device); training continues, the newest checkpoint"
     )
-    assert line in capsys.readouterr().out.splitlines()
+    assert f"{line}, the newest checkpoint is {newest}" in capsys.readouterr().out.splitlines()
 
 
 def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_costs_nothing_that_was_saved(
@@ -184,7 +185,9 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_costs_nothing_that_
     recipe = tiny_recipe()
     train(dataclasses.replace(recipe, max_steps=4))
     monkeypatch.setattr(checkpoint_module, "save_file", full)
-    with pytest.raises(InputError, match=r"the last checkpoint of .* could not be written; make room .*step-000004$"):
+    with pytest.raises(
+        InputError, match=r"the last checkpoint of .* could not be written; free some space .*step-000004$"
+    ):
         train(recipe)
     assert names_in(recipe) == {"step-000004"}
     monkeypatch.undo()
@@ -235,9 +238,9 @@ def test_no_room_for_the_model_folder_is_one_line_and_the_next_start_writes_it(
 
     recipe = tiny_recipe(max_steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr("training.loop.copy_model", full)
+        patch.setattr("training.hub.model_folder.copy_model", full)
         with pytest.raises(
-            InputError, match=r"model could not be written \(No space left on device\); make room"
+            InputError, match=r"model could not be written \(No space left on device\); free some space"
         ) as told:
             train(recipe)
     assert "\n" not in str(told.value)
@@ -282,28 +285,24 @@ def test_removal_keeps_the_newest_and_those_at_round_steps(tmp_path: Path) -> No
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-001000"]
 
 
-def test_others_hear_of_a_checkpoint_when_it_is_whole(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = []
-    init = Saving.__init__
+def test_hooks_are_called_when_a_checkpoint_is_complete(tiny_recipe: Make) -> None:
+    saved = []
 
-    def listening(self: Saving, *args: object, **kwargs: object) -> None:
-        init(self, *args, **kwargs)  # type: ignore[arg-type]
-        self.on_saved.append(lambda folder, step: heard.append((step, find_resume_point(recipe) == folder)))
+    class Saved(Hook):
+        def after_save(self, run: Run, checkpoint: Path, step: int) -> None:
+            saved.append((step, find_resume_point(run.recipe) == checkpoint))
 
-    monkeypatch.setattr(Saving, "__init__", listening)
-    recipe = tiny_recipe()
-    train(recipe)
-    assert heard == [(4, True), (8, True), (12, True)]
+    train(tiny_recipe(), hooks=[Saved()])
+    assert saved == [(4, True), (8, True), (12, True)]
 
 
 def test_what_the_loop_remembers_is_saved_and_comes_back(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    take_steps = Run.take_steps
 
-    def counting(self: Run) -> None:
-        seen.append({name: tensor.clone() for name, tensor in self.loop_state.items()})
-        self.loop_state["starts"] += 1
-        take_steps(self)
+    class Count(Hook):
+        def before_training(self, run: Run) -> None:
+            seen.append({name: tensor.clone() for name, tensor in run.guard.state.items()})
+            run.guard.state["starts"] += 1
 
     def remembering(*args: object, loop_state: dict[str, torch.Tensor], **kwargs: object) -> None:
         loop_state["starts"] = torch.zeros(3)
@@ -315,9 +314,9 @@ def test_what_the_loop_remembers_is_saved_and_comes_back(tiny_recipe: Make, monk
     assert isinstance(stored, dict)
     load = checkpoint_module.load_checkpoint
     monkeypatch.setattr("training.loop.load_checkpoint", remembering)
-    monkeypatch.setattr(Run, "take_steps", counting)
-    train(dataclasses.replace(recipe, max_steps=3))
-    train(dataclasses.replace(recipe, max_steps=4))
+    monkeypatch.setattr(Guard, "check", lambda self, loss, grad_norm: torch.zeros(()))  # it knows its own tensors only
+    train(dataclasses.replace(recipe, max_steps=3), hooks=[Count()])
+    train(dataclasses.replace(recipe, max_steps=4), hooks=[Count()])
     assert [state["starts"].tolist() for state in seen] == [[0, 0, 0], [1, 1, 1]]
 
 

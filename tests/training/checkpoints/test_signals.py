@@ -1,6 +1,7 @@
-"""Leaving when told to: the step is finished and saved, every process leaves after the same one, nothing is lost."""
+"""Stopping on a signal: the step is finished and saved, all ranks stop after the same step, and nothing is lost."""
 
 import dataclasses
+import datetime
 import os
 import signal
 import subprocess
@@ -11,79 +12,77 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.killing import assert_end_alike
+import torch
+from accelerate import Accelerator
+from support.killing import assert_runs_are_equal
 from support.paths import ROOT
 from support.processes import ProcessesOfARun
 from torch import Tensor
 
 from training.checkpoints.checkpoint_folder import checkpoints, step_of
-from training.checkpoints.checkpoint_writer import Saving
-from training.checkpoints.signals import Agreement, SignalWatch
+from training.checkpoints.signals import Coordinator, SignalWatch, StopTraining
 from training.data.loading.loader import validation_batches
 from training.data.shards.shard_reader import Shard
-from training.loop import Run, train
-from training.monitoring.monitor import Watch
+from training.loop import train
 from training.monitoring.run_history import read_metrics
+from training.monitoring.validation import Validation
 from training.recipe import Recipe
+from training.step.hooks import Hook, Run
+from training.step.train_step import StepResult
 
 Make = Callable[..., Recipe]
 
 
-def signal_at(step: int, number: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send this process a signal in the middle of a step."""
-    step_taken, steps = Watch.step_taken, [0]
+class SignalAt(Hook):
+    """Sends this process a signal in a step."""
 
-    def with_signal(self: Watch) -> None:
-        steps[0] += 1
-        if steps[0] == step:
-            os.kill(os.getpid(), number)
-        step_taken(self)
+    def __init__(self, step: int, number: int) -> None:
+        self.step, self.number = step, number
 
-    monkeypatch.setattr(Watch, "step_taken", with_signal)
+    def after_step(self, run: Run, result: StepResult) -> None:
+        if run.step == self.step:
+            os.kill(os.getpid(), self.number)
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 5), (signal.SIGINT, 6), (signal.SIGTERM, 12)])
-def test_a_run_that_is_told_to_leave_saves_and_ends_as_an_unbroken_one(
+def test_a_signal_saves_and_stops_the_run_and_the_resumed_run_ends_bit_identical(
     number: int,
     step: int,  # 6 is validated, which the next start makes up for; 12 is the last
     tiny_recipe: Make,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1)
     train(whole)
     broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
     before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
-    with monkeypatch.context() as patch:
-        signal_at(step, number, patch)
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
-            train(broken)
-    assert left.value.code == 128 + number
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        train(broken, hooks=[SignalAt(step, number)])
+    assert stopped.value.code == 128 + number
     assert {name: signal.getsignal(name) for name in before} == before
     assert checkpoints(tmp_path / "broken")[-1].name == f"step-{step:06d}"
     out, err = capfd.readouterr()
-    assert f"{signal.Signals(number).name}: the step is finished and saved, then the run stops" in err
-    assert f"stopped after step {step} of 12; the run goes on from {checkpoints(tmp_path / 'broken')[-1]} with" in out
+    assert f"{signal.Signals(number).name}: finishing this step and saving. Send it again to exit immediately." in err
+    assert f"stopped after step {step} of 12; resume from {checkpoints(tmp_path / 'broken')[-1]} with" in out
     command = out.splitlines()[-1]
     assert (
         f"launch training/train.py --config {tmp_path / 'broken' / 'recipe.yaml'} --resume_from_checkpoint" in command
     )
     train(broken)
-    assert_end_alike(tmp_path / "broken", tmp_path / "whole")
+    assert_runs_are_equal(tmp_path / "broken", tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("step", [6, 12])  # 12 is the last
-def test_a_validation_is_broken_off_and_made_up_for_by_the_next_start(
+def test_a_signal_stops_a_validation_and_the_next_start_makes_up_for_it(
     step: int, tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1, eval_steps=6, per_device_train_batch_size=4)
     train(whole)
     broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
-    validate, read = Watch.validate, []
+    evaluate, read = Validation.evaluate, []
 
     def batches(shard: Shard, **settings: Any) -> Iterator[tuple[Tensor, Tensor]]:
         for number, batch in enumerate(validation_batches(shard, **settings)):
@@ -92,46 +91,44 @@ def test_a_validation_is_broken_off_and_made_up_for_by_the_next_start(
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    def with_signal(watch: Watch, done: int) -> None:
+    def with_signal(self: Validation, run: Run) -> None:
         with monkeypatch.context() as patch:
-            if done == step:
-                patch.setattr(
-                    "training.monitoring.monitor.validation_batches", lambda shard, **rest: batches(shard=shard, **rest)
-                )
-            validate(watch, done)
+            if run.step == step:
+                patch.setattr("training.monitoring.validation.validation_batches", batches)
+            evaluate(self, run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Watch, "validate", with_signal)
+        patch.setattr(Validation, "evaluate", with_signal)
         with pytest.raises(SystemExit):
             train(broken)
     assert read == [0, 1]
     assert checkpoints(tmp_path / "broken")[-1].name == f"step-{step:06d}"
     assert [line["step"] for line in read_metrics(tmp_path / "broken") if "val_loss" in line] == list(range(6, step, 6))
     train(broken)
-    assert_end_alike(tmp_path / "broken", tmp_path / "whole")
+    assert_runs_are_equal(tmp_path / "broken", tmp_path / "whole")
     assert [line["step"] for line in read_metrics(tmp_path / "broken") if "val_loss" in line] == [6, 12]
     assert (tmp_path / "broken" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_checkpoint_that_falls_due_in_a_validation_is_saved_behind_it(
+def test_a_checkpoint_that_becomes_due_in_a_validation_is_saved_after_it(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(save_steps=0, save_minutes=60.0, eval_steps=6, per_device_train_batch_size=4)
-    validate, strikes = Watch.validate, []
+    evaluate = Validation.evaluate
 
-    def with_a_strike(watch: Watch, done: int) -> None:
-        strikes.extend([True] * (done == 6))
-        validate(watch, done)
+    def an_hour_later(self: Validation, run: Run) -> None:
+        if run.step == 6:
+            self._coordinator._last_save -= 3600.0
+        evaluate(self, run)
 
-    monkeypatch.setattr(Watch, "validate", with_a_strike)
-    monkeypatch.setattr(Saving, "due_by_clock", lambda saving: bool(strikes) and strikes.pop())
+    monkeypatch.setattr(Validation, "evaluate", an_hour_later)
     train(recipe)
     assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000006", "step-000012"]
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_run_that_waits_for_its_corpus_leaves_too_and_loses_no_step(
+def test_a_signal_stops_a_run_that_waits_for_its_corpus_and_no_step_is_lost(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1)
@@ -139,22 +136,22 @@ def test_a_run_that_waits_for_its_corpus_leaves_too_and_loses_no_step(
     broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
     asked = []
 
-    def six_steps_are_there(self: Run, number: int) -> int:
+    def six_steps_are_ready(accelerator: Accelerator, number: int) -> int:
         asked.append(number)
         if len(asked) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
         return min(number, 6 * 8)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "_least", six_steps_are_there)
+        patch.setattr("training.loop.all_reduce_min", six_steps_are_ready)
         with pytest.raises(SystemExit):
             train(broken)
     assert checkpoints(tmp_path / "broken")[-1].name == "step-000006"
     train(broken)
-    assert_end_alike(tmp_path / "broken", tmp_path / "whole")
+    assert_runs_are_equal(tmp_path / "broken", tmp_path / "whole")
 
 
-def test_two_processes_leave_after_the_same_step_when_one_is_told_to(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_two_processes_stop_after_the_same_step_when_one_gets_a_signal(tiny_recipe: Make, tmp_path: Path) -> None:
     long = tiny_recipe(max_steps=100_000, save_steps=10, sample_steps=0, per_device_train_batch_size=1)
     run = Path(long.output_dir)
     # The second time nearly all goes into validations, so the signal comes in the middle of one.
@@ -171,15 +168,42 @@ def test_two_processes_leave_after_the_same_step_when_one_is_told_to(tiny_recipe
         processes.send(number, *ranks)
         assert processes.wait() == [128 + number] * 2
         assert (
-            f"stopped after step {step_of(checkpoints(run)[-1]):,} of 100,000; the run goes on"
+            f"stopped after step {step_of(checkpoints(run)[-1]):,} of 100,000; resume from"
             in processes.printed.read_text()
         )
 
 
-def test_without_other_processes_the_own_wish_holds_at_once() -> None:
-    agreement = Agreement(1, timeout=None)  # type: ignore[arg-type]
-    assert agreement.exchange(15, 1) == [15, 1]
-    assert agreement.settled() is None
+def test_a_single_process_stops_and_saves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    coordinator = Coordinator(save_minutes=1.0, num_processes=1, timeout=datetime.timedelta(hours=1))
+    coordinator.poll()
+    assert (coordinator.stop_signal, coordinator.save_is_due) == (0, False)
+    coordinator._last_save -= 60.0
+    monkeypatch.setattr(SignalWatch, "received", 15)
+    for _ in range(2):  # asking changes nothing
+        with pytest.raises(StopTraining):
+            coordinator.check_stop()
+        assert (coordinator.stop_signal, coordinator.save_is_due) == (15, True)
+    coordinator.restart_clock()
+    coordinator.poll()
+    assert not coordinator.save_is_due
+
+
+def test_a_save_by_the_clock_is_agreed_on_one_poll_later_and_happens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Done:
+        def wait(self) -> None:
+            pass
+
+    monkeypatch.setattr(torch.distributed, "new_group", lambda **_: "group")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, async_op: Done())
+    coordinator = Coordinator(save_minutes=1.0, num_processes=2, timeout=datetime.timedelta(hours=1))
+    coordinator._last_save -= 60.0
+    due = []
+    for _ in range(4):
+        coordinator.poll()
+        due.append(coordinator.save_is_due)
+        if coordinator.save_is_due:
+            coordinator.restart_clock()
+    assert due == [False, True, False, False]
 
 
 WATCH = """
@@ -195,7 +219,7 @@ with SignalWatch() as signals:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_second_signal_leaves_at_once_but_not_a_launchers_echo_of_the_first(processes: int) -> None:
+def test_a_second_signal_exits_immediately_but_not_a_launchers_echo_of_the_first(processes: int) -> None:
     environment = {**os.environ, "WORLD_SIZE": str(processes), "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, env=environment) as watching:
         assert watching.stdout is not None
@@ -223,7 +247,7 @@ finally:
 """
 
 
-def test_who_is_left_closes_its_trackers_though_the_launcher_ends_it_with_the_first_to_go() -> None:
+def test_a_stopping_rank_ignores_the_sigterm_that_the_launcher_sends_when_another_has_exited() -> None:
     environment = {**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", LEAVE], stdout=subprocess.PIPE, env=environment) as leaving:
         assert leaving.stdout is not None
@@ -233,7 +257,7 @@ def test_who_is_left_closes_its_trackers_though_the_launcher_ends_it_with_the_fi
         assert leaving.wait(10) == 143
 
 
-def test_a_launcher_that_is_gone_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_launcher_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     signals = SignalWatch()
     assert signals.received == 0
@@ -241,7 +265,7 @@ def test_a_launcher_that_is_gone_counts_as_sigterm(monkeypatch: pytest.MonkeyPat
     assert signals.received == signal.SIGTERM
 
 
-def test_without_a_launcher_a_shell_may_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_launcher_the_parent_may_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     signals = SignalWatch()

@@ -54,7 +54,7 @@ def test_tensorboard_has_every_step_of_a_continued_run_once_and_samples_as_text(
     events.Reload()
     assert [event.step for event in events.Scalars("train_loss")] == list(range(1, 13))
     assert [event.step for event in events.Scalars("val_loss")] == [6, 12]
-    assert {"learning_rate", "grad_norm", "tokens_per_second", "mfu", "smoothed_loss"} <= set(events.Tags()["scalars"])
+    assert {"learning_rate", "grad_norm", "tokens_per_second", "smoothed_loss"} <= set(events.Tags()["scalars"])
     text = next(tag for tag in events.Tags()["tensors"] if tag.startswith("samples"))
     assert {event.step for event in events.Tensors(text)} == {6, 12}  # only scalars are dropped behind the checkpoint
     assert b"The model" in events.Tensors(text)[0].tensor_proto.string_val[0]

@@ -39,7 +39,7 @@ def test_output_folder_of_another_run_is_an_error(change: dict[str, object], mes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokens_per_step": 200}, "does not divide by per_device_train_batch_size 4 × seq_len 32"),
+        ({"tokens_per_step": 200}, "is not a multiple of per_device_train_batch_size 4 × seq_len 32"),
         ({"corpus": "nowhere"}, "nowhere"),
         ({"tokenizer": "train:999"}, "train:999"),
         ({"data_dir": "absent", "corpus": "absent.txt"}, "absent.txt"),

@@ -1,4 +1,4 @@
-"""The guard: what it skips, what stays untouched, what it tells, and that nothing waits for it."""
+"""The guard: what it skips and reports, what a skipped update leaves alone, and that no step waits for it."""
 
 import dataclasses
 import json
@@ -27,80 +27,75 @@ Make = Callable[..., Recipe]
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-def guard(told: list[Verdict], **changes: Any) -> Guard:
-    settings: dict[str, Any] = {"threshold": 3.0, "window": 4, "skip_spikes": True, "on_verdict": told.append}
+def new_guard(**changes: Any) -> Guard:
+    settings: dict[str, Any] = {"threshold": 3.0, "window": 4, "skip_spikes": True}
     return Guard(torch.device("cpu"), **{**settings, **changes})
 
 
-def skipped_steps(judge: Guard, losses: list[float], norms: list[float] | None = None) -> list[int]:
+def skipped_steps(guard: Guard, losses: list[float], norms: list[float] | None = None) -> list[int]:
     norms = norms or [1.0] * len(losses)
     flags = [
-        judge.judge(step, torch.tensor(loss), torch.tensor(norm)).item()
-        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), start=1)
+        guard.check(torch.tensor(loss), torch.tensor(norm)).item() for loss, norm in zip(losses, norms, strict=True)
     ]
     return [step for step, flag in enumerate(flags, start=1) if flag]
 
 
-# What is skipped
+# Which updates are skipped
 
 
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
-def test_what_is_no_finite_number_is_skipped_and_told(number: float) -> None:
-    told: list[Verdict] = []
-    judge = guard(told, threshold=0.0)
-    assert skipped_steps(judge, [2.0, number, 2.0, 2.0], [1.0, 1.0, 1.0, number]) == [2, 4]
-    judge.look_at_all()
-    assert [(verdict.step, verdict.skipped, verdict.spike, verdict.in_a_row) for verdict in told] == [
+def test_non_finite_losses_and_gradients_are_skipped_and_reported(number: float) -> None:
+    guard = new_guard(threshold=0.0)
+    assert skipped_steps(guard, [2.0, number, 2.0, 2.0], [1.0, 1.0, 1.0, number]) == [2, 4]
+    verdicts = guard.read(wait=True)
+    assert [(verdict.step, verdict.skipped, verdict.spike, verdict.skipped_in_a_row) for verdict in verdicts] == [
         *((2, True, False, 1), (4, True, False, 1))
     ]
-    assert str(told[0].loss) == str(told[1].grad_norm) == str(number)
+    assert str(verdicts[0].loss) == str(verdicts[1].grad_norm) == str(number)
 
 
 def test_a_spike_is_measured_against_the_losses_before_it() -> None:
     # Mean 2.5 and deviation 1.29 of 1, 2, 3, 4: with 3 deviations a spike lies above 6.37.
-    assert skipped_steps(guard([]), [1.0, 2.0, 3.0, 4.0, 6.3]) == []
-    assert skipped_steps(guard([]), [1.0, 2.0, 3.0, 4.0, 6.4]) == [5]
-    assert skipped_steps(guard([]), [1.0, 2.0, 3.0, 6.4]) == []  # not enough losses to tell
-    assert skipped_steps(guard([]), [1.0, 2.0, 3.0, 4.0, -6.4]) == []  # good news is none
+    assert skipped_steps(new_guard(), [1.0, 2.0, 3.0, 4.0, 6.3]) == []
+    assert skipped_steps(new_guard(), [1.0, 2.0, 3.0, 4.0, 6.4]) == [5]
+    assert skipped_steps(new_guard(), [1.0, 2.0, 3.0, 6.4]) == []  # the window is not full
+    assert skipped_steps(new_guard(), [1.0, 2.0, 3.0, 4.0, -6.4]) == []  # a low loss is no spike
 
 
-def test_a_spike_is_only_told_unless_it_is_to_be_skipped() -> None:
-    told: list[Verdict] = []
-    judge = guard(told, skip_spikes=False)
-    assert skipped_steps(judge, [1.0, 2.0, 3.0, 4.0, 9.0]) == []
-    judge.look_at_all()
-    assert told == [Verdict(5, 9.0, 1.0, spike=True, skipped=False, in_a_row=0)]
+def test_without_skip_spikes_a_spike_is_only_reported() -> None:
+    guard = new_guard(skip_spikes=False)
+    assert skipped_steps(guard, [1.0, 2.0, 3.0, 4.0, 9.0]) == []
+    assert guard.read(wait=True) == [Verdict(5, 9.0, 1.0, spike=True, skipped=False, skipped_in_a_row=0)]
 
 
 def test_a_new_level_of_the_loss_does_not_stay_a_spike() -> None:
-    assert skipped_steps(guard([]), [1.0, 1.1, 1.0, 1.1, 9.0, 9.0, 9.0, 9.0]) == [5]
+    assert skipped_steps(new_guard(), [1.0, 1.1, 1.0, 1.1, 9.0, 9.0, 9.0, 9.0]) == [5]
 
 
-def test_no_number_in_the_window_hides_the_next_spike() -> None:
-    assert skipped_steps(guard([]), [1.0, 2.0, 3.0, 4.0, math.nan, 9.0]) == [5, 6]
+def test_a_nan_does_not_enter_the_window() -> None:
+    assert skipped_steps(new_guard(), [1.0, 2.0, 3.0, 4.0, math.nan, 9.0]) == [5, 6]
 
 
-def test_verdicts_are_read_some_steps_later_or_when_asked_for() -> None:
-    told: list[Verdict] = []
-    judge = guard(told)
+def test_verdicts_are_read_some_steps_later_or_with_wait() -> None:
+    guard = new_guard()
+    verdicts: list[Verdict] = []
     for step in range(1, 10):
-        judge.judge(step, torch.tensor(math.nan if step == 2 else 1.0), torch.tensor(1.0))
-        judge.look_back()
-        assert len(told) == (step >= 6)
-    judge.judge(10, torch.tensor(math.nan), torch.tensor(1.0))
-    judge.look_at_all()
-    assert [verdict.step for verdict in told] == [2, 10]
+        guard.check(torch.tensor(math.nan if step == 2 else 1.0), torch.tensor(1.0))
+        verdicts += guard.read()
+        assert len(verdicts) == (step >= 6)
+    guard.check(torch.tensor(math.nan), torch.tensor(1.0))
+    verdicts += guard.read(wait=True)
+    assert [verdict.step for verdict in verdicts] == [2, 10]
 
 
 # What a skipped update leaves alone
 
 
 def one_step(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, judge: Guard | None, *, step: int = 1
-) -> tuple[Tensor, Tensor]:
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, guard: Guard | None, *, step: int = 1
+) -> Tensor:
     windows = torch.randint(97, (2, 9), generator=torch.Generator().manual_seed(step))
     batches = iter([(windows[:, :-1], windows[:, 1:])])
-    verdict = None if judge is None else lambda loss, norm: judge.judge(step, loss, norm)
     return train_step(
         accelerator,
         model,
@@ -109,8 +104,8 @@ def one_step(
         accumulation_steps=1,
         learning_rate=1e-2,
         max_grad_norm=1.0,
-        judge=verdict,
-    )
+        guard=guard,
+    ).loss
 
 
 @pytest.fixture
@@ -136,8 +131,8 @@ def test_a_skipped_update_leaves_weights_moments_and_step_counters_bit_identical
     broken: str, prepared: tuple[Accelerator, nn.Module, Any]
 ) -> None:
     accelerator, model, optimizer = prepared
-    judge = guard([], threshold=0.0)
-    one_step(accelerator, model, optimizer, judge)
+    guard = new_guard(threshold=0.0)
+    one_step(accelerator, model, optimizer, guard)
     before = everything(model, optimizer)
     assert any(name.endswith("/step") for name in before)
     weight = model.lm_head.weight if broken == "loss" else model.transformer.h[0].mlp.c_fc.bias
@@ -147,12 +142,12 @@ def test_a_skipped_update_leaves_weights_moments_and_step_counters_bit_identical
         )
     else:
         hook = weight.register_hook(lambda gradient: gradient / 0.0)
-    one_step(accelerator, model, optimizer, judge, step=2)
+    one_step(accelerator, model, optimizer, guard, step=2)
     hook.remove()
     after = everything(model, optimizer)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert all(parameter.grad is None for parameter in model.parameters())
-    one_step(accelerator, model, optimizer, judge, step=3)
+    one_step(accelerator, model, optimizer, guard, step=3)
     assert not torch.equal(everything(model, optimizer)["transformer.wte.weight"], before["transformer.wte.weight"])
 
 
@@ -162,11 +157,11 @@ def test_a_guard_that_skips_nothing_changes_nothing(prepared: tuple[Accelerator,
     accelerator, model, optimizer = prepared
     start, moments = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
     ends = []
-    for judge in (None, guard([])):
+    for guard in (None, new_guard()):
         model.load_state_dict(start)
         optimizer.load_state_dict(copy.deepcopy(moments))
         for step in range(1, 4):
-            one_step(accelerator, model, optimizer, judge, step=step)
+            one_step(accelerator, model, optimizer, guard, step=step)
         ends.append(everything(model, optimizer))
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
@@ -181,7 +176,7 @@ def test_no_step_waits_for_the_device(
     prepared: tuple[Accelerator, nn.Module, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Reads(TorchDispatchMode):
-        """Counts the operations that bring a number from the device to the host, which waits for it."""
+        """Counts the operations that copy a number from the device to the host, which waits for it."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -194,14 +189,14 @@ def test_no_step_waits_for_the_device(
             )
             return func(*args, **(kwargs or {}))
 
-    # On CPUs the model looks at its ids; on a device it does not.
+    # On CPUs the model checks its ids; on a GPU it does not.
     monkeypatch.setattr("gpt2_scratch.modeling_gpt2_scratch.check_ids", lambda *arguments: None)
     accelerator, model, optimizer = prepared
-    judge = guard([])
+    guard = new_guard()
     with Reads() as reads:
         for step in range(1, 9):
-            loss, _ = one_step(accelerator, model, optimizer, judge, step=step)
-            judge.look_back()
+            loss = one_step(accelerator, model, optimizer, guard, step=step)
+            guard.read()
         assert reads.count == 0
         loss.item()
         assert reads.count == 1
@@ -212,13 +207,13 @@ def test_no_step_waits_for_the_device(
 
 def spoil(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> None:
     """Multiply the losses that the guard sees at some steps."""
-    judge = Guard.judge
+    check = Guard.check
     monkeypatch.setattr(
-        Guard, "judge", lambda self, step, loss, norm: judge(self, step, loss * factors.get(step, 1.0), norm)
+        Guard, "check", lambda self, loss, norm: check(self, loss * factors.get(self._step + 1, 1.0), norm)
     )
 
 
-def test_a_loss_that_is_no_number_is_told_as_it_is_and_training_goes_on(
+def test_training_continues_after_a_non_finite_loss_and_logs_it(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from gpt2_scratch import GPT2ScratchForCausalLM
@@ -259,13 +254,13 @@ def test_too_many_skipped_updates_in_a_row_name_the_newest_good_checkpoint(
     with pytest.raises(InputError, match=message) as caught:
         train(recipe)
     assert "\n" not in str(caught.value)
-    # None was saved after step 4, whose update was skipped; a validation vouched for the weights of step 6.
+    # None was saved after step 4, whose update was skipped. The validation of step 6 gave a finite loss.
     assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000002", "step-000006"]
     monkeypatch.undo()
     train(dataclasses.replace(recipe, max_steps=8))
 
 
-def test_a_resumed_run_judges_as_an_unbroken_one(
+def test_a_resumed_run_skips_the_same_updates_as_an_uninterrupted_one(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = tiny_recipe(
@@ -278,17 +273,17 @@ def test_a_resumed_run_judges_as_an_unbroken_one(
     (tmp_path / "broken" / "recipe.yaml").write_text((tmp_path / "whole" / "recipe.yaml").read_text())
     shutil.move(tmp_path / "whole" / "checkpoints" / "step-000008", tmp_path / "broken" / "checkpoints")
     train(broken)
-    told = [
+    reported = [
         [line for line in read_metrics(run) if "guard" in line] for run in (tmp_path / "whole", tmp_path / "broken")
     ]
-    # Measured against four losses of before the checkpoint: without them, step 9 would not be a spike.
-    assert [(line["step"], line["guard"]) for line in told[0]] == [(9, "skipped"), (10, "skipped")]
-    assert str(told[0]) == str(told[1])  # NaN is not equal to itself
+    # Four losses from before the checkpoint are in the window: without them, step 9 would not be a spike.
+    assert [(line["step"], line["guard"]) for line in reported[0]] == [(9, "skipped"), (10, "skipped")]
+    assert str(reported[0]) == str(reported[1])  # NaN is not equal to itself
     model = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert model[0] == model[1]
 
 
-def test_a_checkpoint_of_the_update_before_the_first_skipped_one_is_not_called_good(
+def test_the_checkpoint_just_before_the_first_skipped_update_is_not_called_good(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(max_steps=40, save_steps=1, save_total_limit=None, eval_steps=0, max_skipped_steps=3)

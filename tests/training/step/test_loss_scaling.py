@@ -1,4 +1,4 @@
-"""Every split of a batch into processes and accumulation steps is the same step, under DDP and FSDP2."""
+"""Every split of a batch into ranks and micro-steps gives the same step, under DDP and FSDP2."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 def assert_same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     for name, tensor in expected.items():
-        # Sums in another order: fp32 rounding.
+        # Sums in a different order: fp32 rounding.
         torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: name + text)
 
 
@@ -32,7 +32,7 @@ def one_pass() -> dict[str, Tensor]:
     return one_step(build_accelerator(recipe()), SEQUENCES)
 
 
-def test_the_step_is_that_of_the_plain_loss_over_all_tokens(one_pass: dict[str, Tensor]) -> None:
+def test_a_step_equals_one_of_the_plain_loss_over_all_tokens(one_pass: dict[str, Tensor]) -> None:
     import torch.nn.functional as F
     from support.one_step import tokens
     from support.tiny_models import tiny
@@ -43,7 +43,7 @@ def test_the_step_is_that_of_the_plain_loss_over_all_tokens(one_pass: dict[str, 
     loss.backward()
     torch.testing.assert_close(one_pass["loss"], loss.detach())
     norm = torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm()
-    assert norm > 0.5  # so that clipping has something to do
+    assert norm > 0.5  # so that it is clipped
     torch.testing.assert_close(one_pass["norm"], norm)
     assert one_pass["validation"][1] == sum(2 * row + 3 for row in range(VALIDATION_SEQUENCES))
 
@@ -58,14 +58,14 @@ def test_two_processes_make_no_difference(config: str, one_pass: dict[str, Tenso
     command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "2"]
     command += ["--mixed_precision", "no", "--main_process_port", "0"]
     command += ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
-    command += [ROOT / "tests" / "one_step.py", tmp_path, "4", "2", "1"]
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command += [ROOT / "tests" / "support" / "one_step.py", tmp_path, "4", "2", "1"]
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **hidden})
     assert done.returncode == 0, done.stderr
     for per_device in (4, 2, 1):
         found = load_file(tmp_path / f"{per_device}.safetensors")
         assert found["sharded"].item() == (config == "fsdp2_8xa100")
         assert_same_step(found, one_pass)
-    # A loss that is no number in one process only: all of them skip the update.
+    # A NaN loss on one rank: all ranks skip the update.
     skipped = load_file(tmp_path / "skipped.safetensors")
-    assert {name: tensor.item() for name, tensor in skipped.items()} == {"left_alone": 1, "moved_on": 1, "told": 1}
+    assert {name: tensor.item() for name, tensor in skipped.items()} == {"unchanged": 1, "updated": 1, "reported": 1}

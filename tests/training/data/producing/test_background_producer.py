@@ -317,7 +317,7 @@ def test_run_dry_names_what_its_producer_died_of(
     train(recipe)
     thread.join()
     waiting = next(line for line in capsys.readouterr().out.splitlines() if "waits for the corpus" in line)
-    assert "and the next is not ready yet; their producer died: the corpus " in waiting
+    assert "and the next is not ready yet; the producer died: the corpus " in waiting
 
 
 def test_producer_has_ended_before_the_log_it_speaks_to_is_closed(

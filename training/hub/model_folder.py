@@ -1,0 +1,74 @@
+"""The model folder at the end of a run, and pushes to the Hub."""
+
+from pathlib import Path
+
+from common.cli_errors import InputError
+from training.checkpoints.checkpoint_folder import copy_model, publish
+from training.checkpoints.checkpoint_writer import CheckpointWriter
+from training.hub.card import write_model_card
+from training.hub.publisher import Publisher
+from training.monitoring.monitor import Monitor
+from training.monitoring.run_history import RunFacts
+from training.monitoring.run_summary import summary_text
+from training.monitoring.samples import Samples
+from training.monitoring.validation import Validation
+from training.step.hooks import Hook, Run
+
+
+class ModelFolder(Hook):
+    """Writes `model/` and `curves.png` at the end of a run, and prints a summary."""
+
+    def __init__(self, writer: CheckpointWriter, validation: Validation, samples: Samples, monitor: Monitor) -> None:
+        self._writer, self._validation, self._samples, self._monitor = writer, validation, samples, monitor
+
+    def after_training(self, run: Run) -> None:
+        """Sample, write the model folder, and print the summary.
+
+        Raises:
+            InputError: the last checkpoint or the model folder could not be written; older checkpoints stay.
+        """
+        if run.accelerator.is_main_process:
+            self._writer.check_last(run)
+        self._samples.sample(run, show=False)
+        if not run.accelerator.is_main_process:
+            return
+        history = self._monitor.log.history
+        history.gzip_bits_per_byte = self._validation.text.gzip_bits_per_byte(run.tokenizer)
+        facts = history.facts(run.recipe, steps=run.step, parameters=run.parameters)
+        try:
+            self._write_model(run, facts)
+        except OSError as error:
+            raise InputError(
+                f"{run.output_dir / 'model'} could not be written ({error.strerror}); free some space and start the "
+                "run again: all steps are saved, and only this is missing"
+            ) from None
+        prompts = run.recipe.sample_prompts
+        run.report(summary_text(run.output_dir, facts, prompt=prompts[0] if prompts else ""))
+
+    def _write_model(self, run: Run, facts: RunFacts) -> None:
+        model, unfinished = run.output_dir / "model", run.output_dir / ".unfinished-model"
+        assert self._writer.newest is not None  # of the last step
+        copy_model(self._writer.newest, unfinished)
+        self._monitor.plot_final(run.output_dir, unfinished)
+        write_model_card(unfinished, run.recipe, facts, run.config, earlier=model)
+        publish(unfinished, model)
+
+
+class Publish(Hook):
+    """Pushes checkpoints and the model folder to the Hub, on rank 0."""
+
+    def __init__(self, publisher: Publisher, writer: CheckpointWriter) -> None:
+        self._publisher, self._writer = publisher, writer
+
+    def after_save(self, run: Run, checkpoint: Path, step: int) -> None:
+        """Push a checkpoint in the background; the last one is pushed as the model folder."""
+        if step < run.total_steps:
+            self._publisher.on_saved(checkpoint, step)
+
+    def after_training(self, run: Run) -> None:
+        """Push the model folder, and wait for it."""
+        self._publisher.finish(run.output_dir / "model", run.step, self._writer.newest)
+
+    def close(self) -> None:
+        """Stop pushing."""
+        self._publisher.close()

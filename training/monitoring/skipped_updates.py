@@ -1,0 +1,82 @@
+"""Reports what the guard found, and stops a run that skips too many updates."""
+
+import math
+
+from common.cli_errors import InputError
+from training.checkpoints.checkpoint_writer import CheckpointWriter
+from training.checkpoints.resume import good_checkpoint
+from training.monitoring.monitor import Monitor
+from training.monitoring.run_history import read_metrics
+from training.monitoring.validation import Validation
+from training.step.guard import Verdict
+from training.step.hooks import Hook, Run
+from training.step.train_step import StepResult
+
+
+class SkippedUpdates(Hook):
+    """Logs spikes and skipped updates.
+
+    All ranks read the same verdicts after the same steps, so all stop together.
+    """
+
+    def __init__(self, monitor: Monitor, validation: Validation, writer: CheckpointWriter) -> None:
+        self._monitor, self._validation, self._writer = monitor, validation, writer
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Log the verdicts that have arrived.
+
+        Raises:
+            InputError: `max_skipped_steps` updates in a row were skipped.
+        """
+        for verdict in run.guard.read():
+            self._report(run, verdict)
+
+    def weights_are_good(self, run: Run) -> bool:
+        """Whether a checkpoint may be saved; waits for the device.
+
+        If the last updates were skipped, the update before them may be what broke the weights, unless a validation of
+        the current step gave a finite loss.
+
+        Raises:
+            InputError: too many updates were skipped, or the weights are not good after the last step.
+        """
+        for verdict in run.guard.read(wait=True):
+            self._report(run, verdict)
+        validated = self._validation.last_step == run.step
+        if not run.guard.skipped_in_a_row or (validated and math.isfinite(self._validation.last_loss)):
+            return True
+        if validated and run.step == run.total_steps:
+            self._writer.wait(run)
+            raise InputError(
+                "the last updates were skipped, and the validation loss is not finite; lower learning_rate or raise "
+                "warmup_steps: " + _good_checkpoint(run, before=run.step - run.guard.skipped_in_a_row + 1)
+            )
+        run.report(f"step {run.step}  no checkpoint while updates are skipped")
+        return False
+
+    def _report(self, run: Run, verdict: Verdict) -> None:
+        samples = run.batch.sequences_per_step
+        first = (verdict.step - 1) * samples
+        self._monitor.log.guarded(
+            {
+                "step": verdict.step,
+                "tokens": verdict.step * run.batch.tokens_per_step,
+                "guard": "skipped" if verdict.skipped else "spike",
+                "loss": verdict.loss,
+                "grad_norm": verdict.grad_norm,
+                "samples": [first, first + samples - 1],
+            }
+        )
+        if verdict.skipped_in_a_row >= run.recipe.max_skipped_steps:
+            self._writer.wait(run)
+            raise InputError(
+                f"{verdict.skipped_in_a_row:,} updates in a row were skipped up to step {verdict.step:,}, with loss "
+                f"{verdict.loss:.4g} and gradient norm {verdict.grad_norm:.4g}; lower learning_rate or raise "
+                "warmup_steps: " + _good_checkpoint(run, before=verdict.step - verdict.skipped_in_a_row + 1)
+            )
+
+
+def _good_checkpoint(run: Run, *, before: int) -> str:
+    lines = read_metrics(run.output_dir)
+    validated = {line["step"] for line in lines if math.isfinite(line.get("val_loss", math.nan))}
+    return good_checkpoint(run.output_dir, before, validated)

@@ -1,0 +1,136 @@
+"""A run in progress, and the hooks that are called around its optimizer steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedConfig
+
+from training.data.loading.training_shards import TrainingShards
+from training.data.tokenization.tokenizer import Tokenizer
+from training.recipe import Recipe
+from training.step.batch_plan import BatchPlan
+from training.step.guard import Guard
+from training.step.train_step import StepResult
+
+
+@dataclass
+class Run:
+    """A run in progress, as its hooks see it.
+
+    Attributes:
+        recipe: all settings.
+        shards: the training shards and the order of their windows; a producer may still be adding shards.
+        tokenizer: the tokenizer of the shards.
+        batch: how a step is split into ranks and micro-steps.
+        first_step: steps taken by earlier starts.
+        total_steps: where the run ends.
+        resume_from: the checkpoint of `first_step`; None at the beginning.
+        model, optimizer: as prepared by accelerate (and compiled, or sharded).
+        config: the model's configuration.
+        parameters: number of parameters of the whole model.
+        guard: decides which updates are skipped.
+        step: steps taken so far.
+        report: prints a line on rank 0, and keeps it in train.log.
+        hooks: all hooks of the run, in the order in which they are called.
+    """
+
+    recipe: Recipe
+    shards: TrainingShards
+    tokenizer: Tokenizer
+    batch: BatchPlan
+    first_step: int
+    total_steps: int
+    resume_from: Path | None
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: Optimizer
+    config: PreTrainedConfig
+    parameters: int
+    guard: Guard
+    step: int
+    report: Callable[[str], None] = print
+    hooks: list["Hook"] = field(default_factory=list)
+
+    @property
+    def output_dir(self) -> Path:
+        """The run folder."""
+        return Path(self.recipe.output_dir)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.batch.tokens_per_step
+
+    @property
+    def document_mark(self) -> int | None:
+        """The token id that starts a document, if the recipe masks attention between documents."""
+        return self.tokenizer.end_of_text_id if self.recipe.document_mask else None
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every `every` steps (0: only at the end) happens after the current step."""
+        return self.step == self.total_steps or (every > 0 and self.step % every == 0)
+
+    def on_any_rank(self, condition: bool) -> bool:
+        """Whether the condition holds on at least one rank; all ranks must call this together."""
+        flag = torch.tensor(int(condition), device=self.accelerator.device)
+        return bool(int(self.accelerator.reduce(flag)))
+
+
+class Hook:
+    """Called around the steps of a run; override what you need.
+
+    All ranks call all hooks in the same order, so a hook may use collective operations. It must then do so on every
+    rank. Reading `result.loss` waits for the device.
+    """
+
+    def before_training(self, run: Run) -> None:
+        """Called once, before the first step of this start."""
+
+    def before_step(self, run: Run, step: int) -> None:
+        """Called before each step; `step` counts from 1."""
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Called after each step; `run.step` is its number."""
+
+    def after_save(self, run: Run, checkpoint: Path, step: int) -> None:
+        """Called on rank 0 when a checkpoint is complete on disk, on the thread that writes it."""
+
+    def after_training(self, run: Run) -> None:
+        """Called once after the last step, when its checkpoint is complete; not if training stopped early."""
+
+    def close(self) -> None:
+        """Called once at the end of this start, even after an error; hooks are closed in reverse order."""
+
+
+class PeriodicEvaluation(Hook):
+    """An evaluation that is due every so many steps.
+
+    If a signal stops the run during the evaluation, the next start makes up for it.
+    """
+
+    def is_due(self, run: Run) -> bool:
+        """Whether the evaluation is due after the current step."""
+        raise NotImplementedError
+
+    def is_recorded(self, run: Run) -> bool:
+        """Whether rank 0 has recorded the evaluation of the current step; False on other ranks."""
+        raise NotImplementedError
+
+    def evaluate(self, run: Run) -> None:
+        """Evaluate the model and record the result; called by all ranks together."""
+        raise NotImplementedError
+
+    def before_training(self, run: Run) -> None:
+        """Evaluate the checkpoint if an earlier start was stopped before it could."""
+        if run.step and self.is_due(run) and not run.on_any_rank(self.is_recorded(run)):
+            self.evaluate(run)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Evaluate if it is due."""
+        if self.is_due(run):
+            self.evaluate(run)
