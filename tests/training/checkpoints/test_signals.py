@@ -67,9 +67,7 @@ def test_a_signal_saves_and_stops_the_run_and_the_resumed_run_ends_bit_identical
     assert f"{signal.Signals(number).name}: finishing this step and saving. Send it again to exit immediately." in err
     assert f"stopped after step {step} of 12; resume from {checkpoints(tmp_path / 'broken')[-1]} with" in out
     command = out.splitlines()[-1]
-    assert (
-        f"launch training/train.py --config {tmp_path / 'broken' / 'recipe.yaml'} --resume_from_checkpoint" in command
-    )
+    assert f"training/train.py --config {tmp_path / 'broken' / 'recipe.yaml'} --resume_from_checkpoint" in command
     train(broken)
     assert_runs_are_equal(tmp_path / "broken", tmp_path / "whole")
 
