@@ -1,15 +1,16 @@
-"""The data engine's claims about speed, all in one run on one machine.
+"""Speed of tokenizing, loading and seeking, measured in one run on one machine.
 
     python benchmarks/data.py [--rounds 5] [--corpus FILE_OR_FOLDER]
 
-Tokenising: our worker processes on batches, against one process with tiktoken in a loop, and against a pool that maps
-one document at a time (build-nanogpt's fineweb.py: `Pool.imap(tokenize, documents, chunksize=16)`), on as many
-processes as ours. Each side is warm: its processes run, and have seen the documents once, before the clock starts.
-Sides take turns; medians, and the ratio round by round. Loading: shuffled batches of 1,024 tokens a row on one core; a
-training step of GPT-2 124M is taken as its FLOPs at the full peak of an A100, which no run reaches. Placing: the first
-batch anywhere in 10B tokens, which sparse files stand in for.
+Tokenizing: the producer's worker processes on batches ("ours"), a loop with tiktoken in one process ("loop"), and a
+pool that maps one document at a time on as many processes as ours ("pool", build-nanogpt's fineweb.py:
+`Pool.imap(tokenize, documents, chunksize=16)`). Every side tokenizes the documents once before it is timed. The sides
+alternate; medians of the times, and of the ratio in each round.
+Loading: shuffled batches of 1,024 tokens a row on one core. A training step of GPT-2 124M is taken as its FLOPs at the
+peak of an A100, which no run reaches.
+Seeking: the first batch at a random step of 10B tokens, in sparse files.
 
-Claimed: on two cores 1.8 times the loop and 1.3 times the pool, 50M tokens/s and under 0.5 % of a step, under 50 ms.
+Claims: on two cores 1.8 times the loop and 1.3 times the pool; 50M tokens/s and under 0.5 % of a step; under 50 ms.
 """
 
 import argparse
@@ -30,7 +31,7 @@ import numpy as np
 import tiktoken
 import torch
 
-# Before benchmarks/, which Python put first and whose evaluation.py is not the package.
+# benchmarks/ comes first on sys.path, and its evaluation.py is not the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from common.cli_errors import InputError, run_command
@@ -53,12 +54,12 @@ _TOKENS_PER_SHARD = 100_000_000
 
 @functools.cache
 def gpt2() -> tiktoken.Encoding:
-    """What build-nanogpt has as a global of its module; read before the pool forks."""
+    """The encoding that build-nanogpt keeps in a global; loaded before the pool forks."""
     return tiktoken.get_encoding("gpt2")
 
 
 def tokenize_one(document: str) -> np.ndarray:
-    """One document, as build-nanogpt's `tokenize` does it."""
+    """The ids of a document, as build-nanogpt's `tokenize` computes them."""
     tokens = [gpt2().eot_token]
     tokens.extend(gpt2().encode_ordinary(document))
     tokens_np = np.array(tokens)
@@ -68,16 +69,16 @@ def tokenize_one(document: str) -> np.ndarray:
 
 
 def seconds(side: Callable[[], Iterable[np.ndarray]], expected: int) -> float:
-    """Time in which a side makes all its arrays of ids."""
+    """The time in which a side yields all its arrays of ids."""
     start = time.perf_counter()
-    made = sum(map(len, side()))
+    tokens = sum(map(len, side()))
     elapsed = time.perf_counter() - start
-    assert made == expected, (made, expected)
+    assert tokens == expected, (tokens, expected)
     return elapsed
 
 
-def tokenising(documents: list[str], rounds: int, num_workers: int) -> None:
-    """Print documents/s of the three sides, and the ratios."""
+def time_tokenizing(documents: list[str], rounds: int, num_workers: int) -> None:
+    """Print documents/s and tokens/s of the three sides, and their ratios."""
     tokenizer = load_tokenizer("gpt2")
     encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")
     expected = sum(len(tokenize_one(document)) for document in documents)
@@ -95,7 +96,7 @@ def tokenising(documents: list[str], rounds: int, num_workers: int) -> None:
         for _ in range(rounds):
             for name, side in sides.items():
                 times[name].append(seconds(side, expected))
-    print(f"tokenising {len(documents):,} documents, {expected:,} tokens of {tokenizer.name}, {num_workers} processes:")
+    print(f"tokenizing {len(documents):,} documents, {expected:,} tokens of {tokenizer.name}, {num_workers} processes:")
     for name, values in times.items():
         median = statistics.median(values)
         line = f"  {name}: {len(documents) / median:,.0f} documents/s, {expected / median / 1e6:.2f}M tokens/s"
@@ -105,7 +106,7 @@ def tokenising(documents: list[str], rounds: int, num_workers: int) -> None:
         print(line)
 
 
-def loading(rounds: int) -> None:
+def time_loading(rounds: int) -> None:
     """Print tokens/s of the loader on one core, and its share of a training step."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -121,16 +122,14 @@ def loading(rounds: int) -> None:
             for inputs, _targets in training_batches(windows, plan, rank=0, first_step=0, end_step=400):
                 tokens += inputs.numel()
             rates.append(tokens / (time.perf_counter() - start))
-    rate = statistics.median(rates[1:])  # the first warms the page cache
+    rate = statistics.median(rates[1:])  # the first round warms the page cache
     flops = flops_per_token(parameters=124_439_808, n_layer=12, n_embd=768, seq_len=_SEQ_LEN)
     share = PEAKS["A100"].bf16 / flops / rate
-    print(
-        f"loading: {rate / 1e6:.0f}M tokens/s shuffled on one core; {share:.2%} of a step at the full peak of an A100"
-    )
+    print(f"loading: {rate / 1e6:.0f}M tokens/s shuffled on one core; {share:.2%} of a step at the peak of an A100")
 
 
-def placing(rounds: int) -> None:
-    """Print how long the first batch takes, anywhere in ten billion tokens."""
+def time_seeking(rounds: int) -> None:
+    """Print how long the first batch takes at a random step of 10B tokens."""
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as name:
         shards = []
@@ -142,7 +141,7 @@ def placing(rounds: int) -> None:
                 file.truncate(file.tell() + 2 * _TOKENS_PER_SHARD)
             shards.append(Shard(path, "train" if number else "val", _TOKENS_PER_SHARD))
         times, openings = [], []
-        # Otherwise one of them pays for Python's look at all of torch's objects, some 90 ms.
+        # Otherwise the garbage collector traverses all of torch's objects during one of the rounds, some 90 ms.
         gc.collect()
         gc.freeze()
         plan = plan_batch(tokens_per_step=512 * _SEQ_LEN, seq_len=_SEQ_LEN, per_device=64, num_processes=8)
@@ -155,33 +154,30 @@ def placing(rounds: int) -> None:
             next(training_batches(windows, plan, rank=3, first_step=step, end_step=step + 1))
             times.append(time.perf_counter() - start)
     print(
-        f"placing: the folder opened and the first batch of 64 rows read anywhere in 10B tokens in "
-        f"{1e3 * statistics.median(times):.1f} ms (longest {1e3 * max(times):.1f} ms), "
-        f"of which opening {1e3 * statistics.median(openings):.1f} ms"
+        f"seeking: {1e3 * statistics.median(times):.1f} ms (at most {1e3 * max(times):.1f} ms) to open 10B tokens and "
+        f"read the first batch of 64 rows; {1e3 * statistics.median(openings):.1f} ms of it to open the folder"
     )
 
 
 def main() -> None:
-    """Run all three."""
+    """Run the three benchmarks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--corpus", default=INSTALLED_DOCS, help="as in python -m training.prepare")
     parser.add_argument("--workers", type=int, default=min(2, usable_cpus()))
     arguments = parser.parse_args()
     if min(arguments.rounds, arguments.workers) < 1:
-        raise InputError(
-            f"expected a round and a worker at least, found {arguments.rounds} rounds and {arguments.workers} workers"
-        )
+        raise InputError(f"--rounds and --workers must be at least 1, found {arguments.rounds} and {arguments.workers}")
     print(
         f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
         f"{platform.python_version()}, tiktoken {tiktoken.__version__}, torch {torch.__version__}; "
         f"medians of {arguments.rounds} rounds"
     )
-    load_tokenizer("gpt2")  # where it is not to be had, that is told now
-    loading(arguments.rounds)
-    placing(arguments.rounds)
+    load_tokenizer("gpt2")  # raises now if it cannot be downloaded
+    time_loading(arguments.rounds)
+    time_seeking(arguments.rounds)
     documents = list(open_corpus(arguments.corpus).documents())
-    tokenising(documents, arguments.rounds, arguments.workers)
+    time_tokenizing(documents, arguments.rounds, arguments.workers)
 
 
 if __name__ == "__main__":

@@ -49,10 +49,6 @@ class TrainingWindows(Dataset[tuple[Tensor, Tensor]]):
         self.vocab_size = vocab_size
         self._open: dict[int, ShardReader] = {}  # by shard; each worker process opens its own
 
-    def __len__(self) -> int:
-        """Samples of the first epoch in the shards that exist; the indices of later epochs follow."""
-        return self.source.order.windows_in_epoch(0)
-
     def __getitem__(self, sample: int) -> tuple[Tensor, Tensor]:
         inputs, targets = self.__getitems__([sample])
         return inputs[0], targets[0]
@@ -91,42 +87,31 @@ def _check_ids(window: np.ndarray, shard: Shard, offset: int, vocab_size: int) -
         )
 
 
-class _RankSampler:
-    """Lists of sample indices for `DataLoader(batch_sampler=…)`, one for each of this rank's micro-steps.
+def _micro_steps(
+    batch: StepSlices,
+    rank: int,
+    steps: range,
+    source: TrainingShards,
+    on_wait: Callable[[int], None],
+    least: Callable[[int], int],
+) -> Iterator[list[int]]:
+    """Yield the sample indices of each of this rank's micro-steps.
 
     A step begins when every node has the shards of all its samples. While a node waits for the Hub, all ranks compare
     their progress twice a second, so that none waits in an all-reduce until it times out.
     """
-
-    def __init__(
-        self,
-        batch: StepSlices,
-        rank: int,
-        first_step: int,
-        end_step: int,
-        source: TrainingShards,
-        on_wait: Callable[[int], None],
-        least: Callable[[int], int],
-    ) -> None:
-        self.batch, self.rank, self.first_step, self.end_step = batch, rank, first_step, end_step
-        self.source, self.on_wait, self.least = source, on_wait, least
-
-    def __len__(self) -> int:
-        return (self.end_step - self.first_step) * self.batch.accumulation_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        ready = 0
-        for step in range(self.first_step, self.end_step):
-            needed = (step + 1) * self.batch.sequences_per_step
-            while ready < needed:
-                if self.source.ready() < needed:
-                    self.source.refresh()
-                ready = self.least(self.source.ready())
-                if ready < needed:
-                    self.on_wait(step)
-                    time.sleep(POLL_SECONDS)
-            for micro_step in range(self.batch.accumulation_steps):
-                yield list(self.batch.samples(step, micro_step, self.rank))
+    ready = 0
+    for step in steps:
+        needed = (step + 1) * batch.sequences_per_step
+        while ready < needed:
+            if source.ready() < needed:
+                source.refresh()
+            ready = least(source.ready())
+            if ready < needed:
+                on_wait(step)
+                time.sleep(POLL_SECONDS)
+        for micro_step in range(batch.accumulation_steps):
+            yield list(batch.samples(step, micro_step, rank))
 
 
 def training_batches(
@@ -143,20 +128,12 @@ def training_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets, both (batch, seq): `batch.accumulation_steps` pairs per step from first to end.
 
-    Args:
-        windows: the dataset.
-        batch: how a step is divided among ranks and micro-steps.
-        rank: this process.
-        first_step: the step to begin with.
-        end_step: the step before which to stop.
-        num_workers: worker processes that read ahead.
-        pin_memory: whether to copy batches into pinned memory.
-        on_wait: called with the step, twice a second, while its shards are not complete.
-        least: the all-reduce MIN over all ranks; they call it at the same steps.
+    `num_workers` processes read ahead. While the shards of a step are not complete, `on_wait` is called with the step,
+    twice a second. `least` is an all-reduce MIN; all ranks call it at the same steps.
     """
     loader = DataLoader(
         windows,
-        batch_sampler=_RankSampler(batch, rank, first_step, end_step, windows.source, on_wait, least),
+        batch_sampler=_micro_steps(batch, rank, range(first_step, end_step), windows.source, on_wait, least),
         collate_fn=_identity,  # the dataset returns batches
         num_workers=num_workers,
         pin_memory=pin_memory,

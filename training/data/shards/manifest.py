@@ -12,7 +12,6 @@ from common.token_files import Split
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
-DTYPES = ("uint16", "uint32")
 
 
 @dataclass(frozen=True)
@@ -103,40 +102,37 @@ class Manifest:
             )
         try:
             return _parse(data)
-        except _InvalidError as error:
+        except ValueError as error:
             raise _invalid(path, str(error)) from None
 
 
-class _InvalidError(Exception):
-    """What makes JSON data an invalid manifest."""
-
-
 def _parse(data: dict[str, Any]) -> Manifest:
+    """Return the manifest with the values in `data`, or raise a ValueError that says what is invalid."""
     records, resume = data.get("shards", []), data.get("resume")
     if not isinstance(records, list):
-        raise _InvalidError("shards is not a list")
+        raise ValueError("shards is not a list")
     shards = tuple(_dataclass_of(ShardRecord, record) for record in records)
     resume = None if resume is None else _dataclass_of(ResumePoint, resume)
     manifest: Manifest = _dataclass_of(Manifest, {**data, "shards": shards, "resume": resume})
-    if manifest.dtype not in DTYPES:
-        raise _InvalidError(f"dtype is {manifest.dtype}")
+    if manifest.dtype not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {manifest.dtype}")
     if not 0 <= manifest.end_of_text_id < manifest.vocab_size:
-        raise _InvalidError(f"end_of_text_id {manifest.end_of_text_id} with vocab_size {manifest.vocab_size}")
+        raise ValueError(f"end_of_text_id {manifest.end_of_text_id} with vocab_size {manifest.vocab_size}")
     if min(manifest.shard_tokens, manifest.val_tokens) < 1:
-        raise _InvalidError("shard_tokens or val_tokens below 1")
+        raise ValueError("shard_tokens or val_tokens below 1")
     splits = [shard.split for shard in shards]
     if splits != sorted(splits, reverse=True) or splits[:1] == ["train"]:
-        raise _InvalidError("validation shards must precede training shards")
+        raise ValueError("validation shards must precede training shards")
     if manifest.complete and shards and "train" not in splits:
-        raise _InvalidError("complete, but without a training shard")
+        raise ValueError("complete, but without a training shard")
     if any(shard.tokens < 1 or shard.documents < 0 for shard in shards):
-        raise _InvalidError("a shard has no tokens, or a negative number of documents")
+        raise ValueError("a shard has no tokens, or a negative number of documents")
     if len({shard.file for shard in shards}) < len(shards):
-        raise _InvalidError("two shards have the same file")
+        raise ValueError("two shards have the same file")
     if any(Path(shard.file).name != shard.file or not shard.file.isprintable() for shard in shards):
-        raise _InvalidError("a shard's file is not a file name")
+        raise ValueError("a shard's file is not a file name")
     if manifest.resume is not None and not 0 <= manifest.resume.document < max(1, manifest.documents):
-        raise _InvalidError(f"resume.document {manifest.resume.document} of {manifest.documents} documents")
+        raise ValueError(f"resume.document {manifest.resume.document} of {manifest.documents} documents")
     return manifest
 
 
@@ -145,12 +141,12 @@ def _dataclass_of(kind: type[Any], data: Any) -> Any:
     required = {item.name for item in fields(kind) if item.default is MISSING}
     hints = get_type_hints(kind)
     if not isinstance(data, dict) or not required <= set(data) <= set(hints):
-        raise _InvalidError(f"the keys are not those of {kind.__name__}")
+        raise ValueError(f"the keys are not those of {kind.__name__}")
     for name, value in data.items():
         hint = hints[name]
         allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         if not any(_is_a(value, kind) for kind in allowed):
-            raise _InvalidError(f"{name} is {value!r:.40}")
+            raise ValueError(f"{name} is {value!r:.40}")
     return kind(**data)
 
 

@@ -55,7 +55,7 @@ def stream(shards: list[Shard], *, per_device: int, ranks: int, steps: range, wo
 def test_targets_are_the_inputs_shifted_by_one_at_the_offset_that_the_order_gives(shards: list[Shard]) -> None:
     order = order_of(shards)
     windows = TrainingWindows(source(shards), vocab_size=4000)
-    for sample in range(len(windows)):
+    for sample in range(windows.source.order.windows_in_epoch(0)):
         window = order.locate(sample)
         inputs, targets = windows[sample]
         expected = window.shard * 1000 + window.offset + np.arange(SEQ + 1)
@@ -101,7 +101,7 @@ def test_id_outside_the_vocabulary_is_refused_with_its_offset(shards: list[Shard
     # The last complete window of the last shard ends at 384.
     windows = TrainingWindows(source(shards), vocab_size=2384)
     with pytest.raises(InputError, match=r"count_train_000002.npy holds token id 2,384 at offset 384, .* 2,384 ids"):
-        [windows[sample] for sample in range(len(windows))]
+        [windows[sample] for sample in range(windows.source.order.windows_in_epoch(0))]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
