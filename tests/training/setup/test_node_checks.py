@@ -222,7 +222,7 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
     changed = tmp_path / "corpus.jsonl"
     changed.write_text('{"text": "not the corpus of the folder"}\n')
     lines: list[str] = []
-    nodes.producers[0].say = lines.append
+    nodes.producers[0].report = lines.append
     with locked(folders[1].path):  # the other node's producer waits
         plans = nodes.plan(
             tiny_recipe(data_dir=str(folders[0].path), corpus=str(changed)),
@@ -242,7 +242,7 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
     deadline = time.monotonic() + 10
     while not any("died" in line for line in lines) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert any("has changed since" in line and "training goes on with the shards there are" in line for line in lines)
+    assert any("has changed since" in line and "training continues with the shards" in line for line in lines)
 
 
 def test_error_of_a_producer_is_shared_in_the_next_gather(nodes: TwoNodes) -> None:

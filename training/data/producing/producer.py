@@ -18,7 +18,7 @@ from common.folder_lock import locked
 from common.hub_retry import hub_cache_error, is_disk_error
 from common.rate_limited_log import RateLimitedLog
 from common.worker_processes import map_in_order
-from training.data.producing.progress import Progress
+from training.data.producing.progress import ProducerProgress
 from training.data.producing.shard_download import download_shards, list_ready_shards
 from training.data.shards.folder_lifecycle import create_folder, removing_partial_files, resume_folder
 from training.data.shards.manifest import Manifest, ResumePoint
@@ -122,16 +122,11 @@ def _fill(
     # The workers draw batches ahead of the writer; tee keeps those in between.
     ahead, written = itertools.tee(batches(documents, manifest.documents))
     encoded = map_in_order(encode, (batch.texts for batch in ahead), num_workers=num_workers)
-    with Progress(tokens=writer.tokens, report=report) as progress, contextlib.closing(encoded):
+    with ProducerProgress(writer.tokens, report) as progress, contextlib.closing(encoded):
         for batch, ids in zip(written, encoded, strict=True):
             corpus_progress.add(batch)
             writer.add(ids)
-            progress.update(
-                tokens=writer.tokens,
-                documents=writer.manifest.documents,
-                shards=len(writer.manifest.shards),
-                share=_fraction_done(writer, corpus, batch),
-            )
+            progress.show(writer.manifest, writer.tokens, _fraction_done(writer, corpus, batch))
             if writer.full:
                 break
     replaced = writer.finish().replaced_documents

@@ -1,68 +1,43 @@
-"""Progress of the producer: a bar on a terminal, elsewhere a log line now and then."""
+"""Progress of the producer, with the time left where the size of the corpus is known."""
 
-import sys
 import time
 from collections.abc import Callable
 
 from common.durations import format_duration
+from common.progress import Progress
+from training.data.shards.manifest import Manifest
 
 SECONDS_BETWEEN_REPORTS = 10.0
 
 
-class Progress:
-    """How far a producer is; a context manager.
+class ProducerProgress(Progress):
+    """A bar of tokens on a terminal, log lines elsewhere; a context manager.
 
     Args:
-        tokens: in the folder when this run of the producer began.
-        report: is given the lines, where there is no terminal.
+        tokens: in the folder at the start.
+        report: receives the lines.
     """
 
-    def __init__(self, *, tokens: int, report: Callable[[str], None]) -> None:
-        from tqdm import tqdm
+    def __init__(self, tokens: int, report: Callable[[str], None]) -> None:
+        super().__init__(initial=tokens, unit="tokens", report=report, seconds_between_lines=SECONDS_BETWEEN_REPORTS)
+        self._tokens = tokens
+        self._start: tuple[float, float] | None = None  # time and fraction
+        self._time_left = ""
 
-        self._bar = tqdm(
-            initial=tokens,
-            unit=" tokens",
-            unit_scale=True,
-            smoothing=0,  # the rate of the whole run
-            disable=not sys.stderr.isatty(),
-        )
-        self._report = report
-        self._started = self._reported = time.perf_counter()
-        self._first_tokens = tokens
-        self._first_share: float | None = None
-        self._share: float | None = None
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def update(self, *, tokens: int, documents: int, shards: int, share: float | None) -> None:
-        """Show how far the folder is.
+    def show(self, manifest: Manifest, tokens: int, fraction: float | None) -> None:
+        """Show the state of the folder.
 
         Args:
-            tokens: in it, and on their way into it.
-            documents: that begin in its whole shards.
-            shards: that are whole.
-            share: of all there is to do, between 0 and 1; None where nothing new is known.
+            manifest: of the folder.
+            tokens: in shards and on their way into one.
+            fraction: of the work that is done, in [0, 1]; None where it is unknown at the moment.
         """
-        now = time.perf_counter()
-        self._share = share = self._share if share is None else share
-        if share is not None and self._first_share is None:
-            self._first_share = share
-        left = ""
-        if share is not None and self._first_share is not None and share > self._first_share:
-            seconds = (now - self._started) * (1 - share) / (share - self._first_share)
-            left = f"{share:.0%}, {format_duration(seconds)} left"
-        if not self._bar.disable:
-            self._bar.set_postfix_str(f"{shards} shards, {documents:,} documents, {left}", refresh=False)
-            self._bar.update(tokens - self._bar.n)
-        elif now - self._reported >= SECONDS_BETWEEN_REPORTS:
-            self._reported = now
-            rate = (tokens - self._first_tokens) / (now - self._started)
-            self._report(
-                f"{tokens:,} tokens at {rate:,.0f} a second, {shards} shards with {documents:,} documents"
-                + (f", {left}" if left else "")
-            )
+        if fraction is not None:
+            now = time.monotonic()
+            self._start = self._start or (now, fraction)
+            elapsed, done = now - self._start[0], fraction - self._start[1]
+            if done > 0:
+                self._time_left = f", {fraction:.0%}, {format_duration(elapsed * (1 - fraction) / done)} left"
+        status = f"{len(manifest.shards)} shards, {manifest.documents:,} documents{self._time_left}"
+        self.update(tokens - self._tokens, status)
+        self._tokens = tokens

@@ -16,7 +16,7 @@ import numpy as np
 from common.atomic_files import file_sha256, fsync
 from common.cli_errors import InputError
 from common.token_files import split_of
-from training.data.producing.progress import Progress
+from training.data.producing.progress import ProducerProgress
 from training.data.shards.folder_lifecycle import create_folder
 from training.data.shards.manifest import Manifest, ShardRecord
 from training.data.shards.shard_reader import Shard
@@ -97,7 +97,7 @@ def download_shards(
     disable_progress_bars()
     total = sum(file.size for file in files)
     tokens = manifest.tokens if manifest else 0
-    with _download_folder(spec.folder) as downloads, Progress(tokens=tokens, report=report) as progress:
+    with _download_folder(spec.folder) as downloads, ProducerProgress(tokens, report) as progress:
         for index in range(len(manifest.shards) if manifest else 0, len(files)):
             file, remaining = files[index], sum(file.size for file in files[index:])
             require_space(spec.folder, remaining if spec.max_tokens is None else file.size)
@@ -120,12 +120,7 @@ def download_shards(
             fsync(spec.folder)
             manifest = replace(manifest, shards=(*manifest.shards, record))
             manifest.write(spec.folder)
-            progress.update(
-                tokens=manifest.tokens,
-                documents=manifest.documents,
-                shards=len(manifest.shards),
-                share=1 - (remaining - file.size) / total,
-            )
+            progress.show(manifest, manifest.tokens, 1 - (remaining - file.size) / total)
             train_tokens = sum(record.tokens for record in manifest.shards if record.split == "train")
             if spec.max_tokens is not None and train_tokens >= spec.max_tokens:
                 break

@@ -1,8 +1,8 @@
-"""GPT-2's way from text to ids, by tiktoken, in the forms of its pattern that tiktoken's engine matches fastest.
+"""GPT-2's encoding with tiktoken, in forms of its pattern that tiktoken's regex engine matches fastest.
 
-What is slow in GPT-2's pattern is `\\s+(?!\\S)`, the look-ahead that leaves the last character of some white space to
-the word behind it: with one, the engine walks through alternatives and back instead of running an automaton. Text in
-which no white space follows on white space needs none. In other text the same cuts can be made beforehand.
+The slow part of GPT-2's pattern is the look-ahead `\\s+(?!\\S)`, which leaves the last character of a run of white
+space to the next word: the engine has to backtrack instead of running an automaton. Text without two white-space
+characters in a row does not need the look-ahead; in other text, the same cuts can be made beforehand.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 import tiktoken
 
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-"""Pre-tokenisation as GPT-2's encoder.py has it."""
+"""Pre-tokenization as in GPT-2's encoder.py."""
 
 _WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"""
 _SAME_AS_GPT2 = _WORDS + r"|\s+$|\s+(?!\S)|\s"
@@ -25,10 +25,10 @@ _BEFORE_LAST_SPACE_OF_A_RUN = re.compile(f"(?<=[{_SPACE}])(?=[{_SPACE}][^{_SPACE
 
 
 class BytePairEncoding:
-    """Text to ids and back; picklable, also where tiktoken knows an encoding of that name and would fetch it again.
+    """Text to ids and back; can be pickled, and unpickled without a download.
 
     Args:
-        name: for people.
+        name: for `repr`.
         ranks: token bytes -> id; a lower id merges first.
         special_tokens: text -> id.
     """
@@ -40,14 +40,12 @@ class BytePairEncoding:
         )
 
     def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, (tokens,), uint32; a special token's text is text here."""
+        """Return the ids of `text`, (tokens,), uint32; special tokens in it are plain text."""
         try:
-            if _RUN_OF_SPACE.search(text) is None:
-                return _ids(self._without_look_ahead, text)
-            return _ids(self._exact, text)
-        except UnicodeEncodeError:  # half of a surrogate pair, for which tiktoken's other methods have U+FFFD too
+            return _ids(self._exact if _RUN_OF_SPACE.search(text) else self._without_look_ahead, text)
+        except UnicodeEncodeError:  # a lone surrogate, which tiktoken's other methods replace by U+FFFD
             return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
-        except ValueError:  # the engine's stack is full after some hundred thousand characters of white space
+        except ValueError:  # the engine's stack overflows after some hundred thousand white-space characters
             parts = _BEFORE_LAST_SPACE_OF_A_RUN.split(text)
             return np.concatenate([_ids(self._without_look_ahead, part) for part in parts])
 
@@ -56,14 +54,9 @@ class BytePairEncoding:
         return self._exact.decode_bytes(ids)
 
 
-def _ids(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
-    # As an array, which spares an object for each id.
-    return encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
-
-
 @dataclass(frozen=True)
 class EncodeDocuments:
-    """Documents -> their ids as one array, (tokens,), an end-of-text token before each document."""
+    """Documents -> their ids as one array, (tokens,), an end-of-text token before each document; picklable."""
 
     bpe: BytePairEncoding
     end_of_text_id: int
@@ -74,3 +67,8 @@ class EncodeDocuments:
         end_of_text = np.array([self.end_of_text_id], dtype=self.dtype)
         parts = [part for document in documents for part in (end_of_text, self.bpe.encode(document))]
         return np.concatenate(parts or [end_of_text[:0]], dtype=self.dtype, casting="same_kind")
+
+
+def _ids(encoding: tiktoken.Encoding, text: str) -> np.ndarray:
+    # An array avoids one Python object per id.
+    return encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())

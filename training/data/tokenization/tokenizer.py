@@ -1,10 +1,9 @@
 """Text to token ids and back: GPT-2's byte-level BPE, or one of the same kind trained on the corpus.
 
-Two libraries share the work. `tiktoken` encodes, because it is several times faster; `tokenizer.json` is what the rest
-of the ecosystem loads. Both must give the same ids. tiktoken merges the adjacent pair whose union has the lowest rank,
-in whatever way it splits; `tokenizers` follows a list of merges. For a vocabulary that BPE training made the two agree
-when the list holds, for each token, the one split by which its bytes arise from tokens of lower rank: inside a span
-that nothing crosses, the order of merges is determined, so no other split of that token is ever met.
+`tiktoken` encodes, because it is several times faster; `tokenizer.json` is what the ecosystem loads. Both give the same
+ids. tiktoken merges the adjacent pair whose union has the lowest rank; `tokenizers` follows a list of merges. For a
+vocabulary from BPE training they agree if the list holds, for each token, the one split into which tokens of lower rank
+merge its bytes: the merges inside a token do not depend on what surrounds it, so no other split ever occurs.
 """
 
 import hashlib
@@ -24,11 +23,11 @@ END_OF_TEXT = "<|endoftext|>"
 
 _GPT2_FINGERPRINT = "51d32a77888dd9f57aec65782b437014a7f0bc1afbc94624d0fe3e27b5002601"
 
-SMALLEST_VOCABULARY = 257  # 256 bytes and the end of text
+_MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 
 
 class Tokenizer:
-    """A byte-level BPE with GPT-2's pre-tokenisation.
+    """A byte-level BPE with GPT-2's pre-tokenization.
 
     Args:
         ranks: token bytes -> id; a lower id merges first.
@@ -40,17 +39,17 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.vocab_size: int = len(self.ranks) + len(self.special_tokens)
         self.end_of_text_id: int = self.special_tokens[END_OF_TEXT]
-        self.beginning: tuple[int, ...] = ()  # as the saved tokenizer's own call: it puts nothing before a text
+        self.beginning: tuple[int, ...] = ()  # ids that an encoding starts with, for evaluation; GPT-2 has none
         self.fingerprint: str = _fingerprint(self.ranks, self.special_tokens)
         self.name: str = "gpt2" if self.fingerprint == _GPT2_FINGERPRINT else f"bpe-{self.vocab_size}"
         self.bpe = BytePairEncoding(self.name, self.ranks, self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` as plain text: a literal `<|endoftext|>` in it is not the special token."""
+        """Return the ids of plain text; a literal `<|endoftext|>` in it does not become the special token."""
         return self.bpe.encode(text).tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids`, with U+FFFD where they do not form valid UTF-8."""
+        """Return the text of `ids`, with U+FFFD for invalid UTF-8."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -58,7 +57,7 @@ class Tokenizer:
         return self.bpe.decode_bytes(ids)
 
     def token_byte_lengths(self) -> np.ndarray:
-        """Return how many bytes of text each id stands for, (vocab_size,), 0 for special tokens."""
+        """Return the number of bytes of each token, (vocab_size,); 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         for token, rank in self.ranks.items():
             lengths[rank] = len(token)
@@ -68,12 +67,12 @@ class Tokenizer:
         """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` loads.
 
         Args:
-            folder: made if absent.
-            model_max_length: the longest sequence of the model that the tokenizer belongs to, in tokens.
+            folder: created if missing.
+            model_max_length: maximum sequence length of the model, in tokens.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        # Written by us: the library's own error of a full disk is a bare Exception.
+        # The library's own `save` raises a bare Exception when the disk is full.
         backend = _backend(self.ranks, self.special_tokens).to_str(pretty=True)
         (folder / "tokenizer.json").write_text(backend, encoding="utf-8")
         config: dict[str, Any] = {
@@ -91,44 +90,40 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Read a folder's `tokenizer.json`, ours or anybody's, provided that it is byte-level BPE like GPT-2's.
+        """Return the tokenizer of a folder's `tokenizer.json`, which must be byte-level BPE like GPT-2's.
 
         Raises:
-            InputError: the file is absent, broken, or describes another kind of tokenizer.
+            InputError: the file is missing, corrupted, or describes another kind of tokenizer.
         """
         path = Path(folder) / "tokenizer.json"
         try:
-            text = path.read_text(encoding="utf-8")
+            data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(
-                f"expected a folder with a tokenizer.json, found none that can be read at {path} ({error.strerror}); "
-                "give 'gpt2', 'train:4096', or the folder of a saved tokenizer"
+                f"cannot read {path} ({error.strerror}); give 'gpt2', 'train:4096', or the folder of a saved tokenizer"
             ) from None
-        except UnicodeDecodeError:
-            raise _not_usable(path, "it is not UTF-8 text") from None
-        try:
-            return cls(*_parse(json.loads(text), path))
-        except json.JSONDecodeError as error:
-            raise _not_usable(path, f"it is not JSON ({error})") from None
+        except ValueError as error:
+            raise _unsupported(path, f"it is not JSON ({error})") from None
+        return cls(*_parse(data, path))
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer that `spec` names: "gpt2", a folder with a `tokenizer.json`, or a Hub dataset with one.
+    """Return the tokenizer that `spec` names: "gpt2", a folder with `tokenizer.json`, or a Hub dataset with one.
 
     Raises:
-        InputError: there is no such tokenizer, or its files are neither cached nor to be had.
+        InputError: there is no such tokenizer, or its files are neither cached nor reachable.
     """
     if spec == "gpt2":
         return _load_gpt2()
     if parse_train_spec(spec) is not None:
-        raise InputError(f"expected a tokenizer that exists, found '{spec}'; only preparing a corpus trains one")
+        raise InputError(f"'{spec}' names no existing tokenizer; only preparing a corpus trains one")
     if spec.count("/") == 1 and not spec.startswith((".", "/", "~")) and not Path(spec).exists():
         return _load_from_hub(spec)
     return Tokenizer.load(spec)
 
 
 def _load_from_hub(repo_id: str) -> Tokenizer:
-    """Return the tokenizer that lies beside the shards of a dataset."""
+    """Return the tokenizer that a dataset holds next to its shards."""
     from huggingface_hub import snapshot_download
 
     from common.hub_retry import network_errors
@@ -138,45 +133,42 @@ def _load_from_hub(repo_id: str) -> Tokenizer:
         folder = snapshot_download(repo_id, repo_type="dataset", allow_patterns=files)
     except network_errors() as error:
         raise InputError(
-            "expected the tokenizer gpt2, a folder with tokenizer.json or a dataset of the Hub with one, found no "
-            f"folder {repo_id}, and on the Hub {type(error).__name__}; check the path"
+            f"no tokenizer {repo_id}: there is no such folder, and no dataset on the Hub ({type(error).__name__}); "
+            "give gpt2, a folder with tokenizer.json, or a Hub dataset with one"
         ) from None
     return Tokenizer.load(folder)
 
 
 def parse_train_spec(spec: str) -> int | None:
-    """Return the vocabulary size in "train:4096", or None when `spec` does not ask for training.
+    """Return the vocabulary size in "train:4096"; None where `spec` does not request training.
 
     Raises:
-        InputError: it does, with a size that is no number or too small.
+        InputError: the size is not a number, or too small.
     """
     kind, _, size = spec.partition(":")
     if kind != "train":
         return None
     if not (size.isascii() and size.isdigit()):
-        raise InputError(f"expected a vocabulary size as in 'train:4096', found '{spec}'")
-    return _checked_size(int(size))
+        raise InputError(f"'{spec}' has no vocabulary size; write it as in train:4096")
+    _check_vocab_size(int(size))
+    return int(size)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE: 256 bytes first, then the merges, `<|endoftext|>` last with id `vocab_size - 1`.
-
-    Args:
-        texts: read once.
-        vocab_size: tokens in all; at least 257.
+    """Return a byte-level BPE trained on `texts`: the 256 bytes, the merges, and `<|endoftext|>` with the last id.
 
     Raises:
-        InputError: the vocabulary is too small to hold all bytes, or the texts too small to fill it.
+        InputError: the vocabulary is too small to hold all bytes, or the texts are too short to fill it.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
 
-    _checked_size(vocab_size)
+    _check_vocab_size(vocab_size)
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
-        min_frequency=2,  # a token met once teaches nothing
+        min_frequency=2,  # a token that occurs once teaches nothing
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -184,41 +176,34 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     ranks = {_to_bytes(token): rank for token, rank in backend.get_vocab().items()}
     if len(ranks) < vocab_size - 1:
         raise InputError(
-            f"expected text enough for a vocabulary of {vocab_size:,} tokens, found that it gives {len(ranks) + 1:,}; "
-            f"ask for at most that many, or give a larger corpus"
+            f"the corpus is too small for a vocabulary of {vocab_size:,} tokens: it gives {len(ranks) + 1:,}; "
+            "request at most that many, or give a larger corpus"
         )
     return Tokenizer(ranks, {END_OF_TEXT: vocab_size - 1})
 
 
 def _load_gpt2() -> Tokenizer:
-    way_out = (
-        "connect once, or point TIKTOKEN_CACHE_DIR at a folder where tiktoken has kept them, or train one (train:4096)"
-    )
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' errors are OSErrors
+    except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors), or other bytes than OpenAI's
         raise InputError(
-            f"expected GPT-2's vocabulary in tiktoken's cache or from the network, found neither "
-            f"({type(error).__name__}); {way_out}"
-        ) from None
-    except ValueError as error:
-        raise InputError(
-            f"expected OpenAI's GPT-2 vocabulary, found other bytes ({' '.join(str(error).split())[:120]}); {way_out}"
+            f"cannot get GPT-2's vocabulary from tiktoken's cache or the network ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:120]}); connect once, set TIKTOKEN_CACHE_DIR to a folder where tiktoken "
+            "has cached it, or train a tokenizer (train:4096)"
         ) from None
     return Tokenizer(encoding._mergeable_ranks, encoding._special_tokens)
 
 
-def _checked_size(vocab_size: int) -> int:
-    if vocab_size < SMALLEST_VOCABULARY:
+def _check_vocab_size(vocab_size: int) -> None:
+    if vocab_size < _MIN_VOCAB_SIZE:
         raise InputError(
-            f"expected a vocabulary of at least {SMALLEST_VOCABULARY} tokens (256 bytes and the end of text), "
-            f"found {vocab_size:,}; 4096 is a good size for a small corpus"
+            f"a vocabulary needs at least {_MIN_VOCAB_SIZE} tokens (256 bytes and the end of text), found "
+            f"{vocab_size:,}; 4096 is a good size for a small corpus"
         )
-    return vocab_size
 
 
 def _fingerprint(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
-    """Return a sha256 of all that decides ids, whatever library or version spells it."""
+    """Return a sha256 of everything that determines ids, independent of libraries and their versions."""
     digest = hashlib.sha256(GPT2_PATTERN.encode())
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         digest.update(f"\n{rank} {token.hex()}".encode())
@@ -238,7 +223,7 @@ def _to_bytes(token: str) -> bytes:
 
 
 def _split(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two tokens that merge into `token`: what its bytes become when only lower ranks may merge."""
+    """Return the two tokens that merge into `token`: the result of merging its bytes with lower ranks only."""
     limit = ranks[token]
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
@@ -249,21 +234,19 @@ def _split(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
         i = pair_ranks.index(lowest)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     if len(parts) != 2:
-        raise InputError(
-            f"expected a vocabulary from BPE training, found the token {token!r}, which no merge of two others gives"
-        )
+        raise InputError(f"the vocabulary is not from BPE training: no merge of two tokens gives {token!r}")
     return parts[0], parts[1]
 
 
 def _backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> Any:
-    """Return the `tokenizers.Tokenizer` that gives the same ids."""
+    """Return the `tokenizers.Tokenizer` with the same ids."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
     from tokenizers import Tokenizer as Backend
 
     in_order = sorted(ranks, key=ranks.__getitem__)
     merges = [_split(token, ranks) for token in in_order if len(token) > 1]
     vocab = {_to_text(token): rank for token, rank in ranks.items()}
-    # Special tokens stand in the vocabulary too, as in the official file: added tokens could not choose their ids.
+    # Special tokens are in the vocabulary too, as in the official file, because added tokens cannot choose their ids.
     vocab.update(special_tokens)
     backend = Backend(models.BPE(vocab, [(_to_text(left), _to_text(right)) for left, right in merges]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -273,9 +256,9 @@ def _backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> A
     return backend
 
 
-def _not_usable(path: Path, found: str) -> InputError:
+def _unsupported(path: Path, reason: str) -> InputError:
     return InputError(
-        f"expected a byte-level BPE tokenizer like GPT-2's in {path}, found that {found}; "
+        f"{path} is not a byte-level BPE tokenizer like GPT-2's: {reason}; "
         "give 'gpt2', 'train:4096', or the folder of a tokenizer of this kind"
     )
 
@@ -284,28 +267,28 @@ def _parse(data: Any, path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
     """Return ranks and special tokens of a `tokenizer.json`."""
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
-        raise _not_usable(path, "it has no BPE model")
+        raise _unsupported(path, "it has no BPE model")
     pre_tokenizer = data.get("pre_tokenizer") or {}
     if pre_tokenizer.get("type") != "ByteLevel" or not pre_tokenizer.get("use_regex", True):
-        raise _not_usable(path, "its pre-tokenisation is another one")
+        raise _unsupported(path, "its pre-tokenization differs")
     if pre_tokenizer.get("add_prefix_space") or data.get("normalizer"):
-        raise _not_usable(path, "it changes the text before it encodes")
+        raise _unsupported(path, "it changes the text before encoding")
 
     special_tokens = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
     if END_OF_TEXT not in special_tokens:
-        raise _not_usable(path, f"it has no {END_OF_TEXT}")
+        raise _unsupported(path, f"it has no {END_OF_TEXT}")
     try:
         ranks = {_to_bytes(token): rank for token, rank in model["vocab"].items() if token not in special_tokens}
     except KeyError as error:
-        raise _not_usable(path, f"a token holds the character {error}, which stands for no byte") from None
+        raise _unsupported(path, f"a token holds the character {error}, which represents no byte") from None
     if sorted([*ranks.values(), *special_tokens.values()]) != list(range(len(ranks) + len(special_tokens))):
-        raise _not_usable(path, "its ids have gaps or repetitions")
+        raise _unsupported(path, "its ids have gaps or duplicates")
     if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise _not_usable(path, "some bytes have no token")
+        raise _unsupported(path, "some bytes have no token")
 
     merges = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
     merged_ids = [model["vocab"].get("".join(merge), -1) for merge in merges]
     expected_ids = sorted(rank for token, rank in ranks.items() if len(token) > 1)
     if merged_ids != expected_ids:
-        raise _not_usable(path, "its ids do not follow the order of its merges")
+        raise _unsupported(path, "its ids do not follow the order of its merges")
     return ranks, special_tokens

@@ -1,41 +1,39 @@
-"""A tokenizer for a corpus, trained on what validation will not see."""
+"""Train a tokenizer on the training part of a corpus."""
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from common.cli_errors import InputError
 from training.data.sources.base import Corpus
 from training.data.tokenization.tokenizer import Tokenizer, train_bpe
 
-TOKENIZER_TRAINING_CHARACTERS = 64_000_000
+_MAX_CHARACTERS = 64_000_000
 _RESERVED_CHARACTERS_PER_TOKEN = 6
 
 
-def train_tokenizer(
-    source: Corpus, vocab_size: int, *, val_tokens: int, report: Callable[[str], None] = print
-) -> Tokenizer:
-    """Return a BPE trained on what follows the validation part, on at most 64 million characters of it.
+def train_tokenizer(corpus: Corpus, vocab_size: int, *, val_tokens: int, report: Callable[[str], None]) -> Tokenizer:
+    """Return a BPE trained on at most 64 million characters after the validation part.
 
-    How far `val_tokens` tokens reach is known only when the tokenizer is: so a beginning is set aside by characters,
-    and twice as much when it turns out too short.
+    Where the validation part ends is known only once there is a tokenizer. So a number of characters is reserved for
+    it, and doubled if it turns out too small.
 
     Raises:
-        InputError: the corpus is too small for that.
+        InputError: the corpus is too small.
     """
     reserved = _RESERVED_CHARACTERS_PER_TOKEN * val_tokens
     while True:
-        report(f"training a vocabulary of {vocab_size:,} tokens on {source.name} …")
-        rest = (text for _, text in _set_aside(source.documents(), reserved) if text)
-        first = next(rest, None)
+        report(f"training a vocabulary of {vocab_size:,} tokens on {corpus.name} …")
+        texts = _training_texts(corpus, reserved)
+        first = next(texts, None)
         if first is None:
             raise InputError(
-                f"expected a corpus of more than the {reserved:,} characters that are set aside for "
-                f"val_tokens={val_tokens:,}, found nothing behind them to train a tokenizer on; "
-                "give a larger corpus, or a smaller --val_tokens"
+                f"nothing is left to train a tokenizer on: the corpus has no more than the {reserved:,} characters "
+                f"reserved for val_tokens={val_tokens:,}; give a larger corpus, or a smaller --val_tokens"
             )
-        tokenizer = train_bpe(_limited(first, rest, TOKENIZER_TRAINING_CHARACTERS), vocab_size)
+        tokenizer = train_bpe(itertools.chain([first], texts), vocab_size)
         tokens = 0
-        for text, _ in _set_aside(source.documents(), reserved):
+        for text, _ in _split(corpus, reserved):
             if not text or tokens >= val_tokens:
                 break
             tokens += 1 + len(tokenizer.encode(text))
@@ -44,25 +42,26 @@ def train_tokenizer(
         reserved *= 2
 
 
-def _set_aside(documents: Iterable[str], characters: int) -> Iterator[tuple[str, str]]:
-    """Yield each document as (what belongs to the first `characters` of the corpus, the rest).
-
-    The cut is moved on to where a word ends, so that it is also a cut between tokens.
-    """
-    for document in documents:
-        end = 0
-        if characters > 0:
-            word_end = re.compile(r"\S(?=\s)").search(document, characters - 1)
-            end = word_end.end() if word_end else len(document)
-            characters -= end
-        yield document[:end], document[end:]
-
-
-def _limited(first: str, rest: Iterable[str], characters: int) -> Iterator[str]:
-    yield first[:characters]
-    characters -= len(first)
-    for text in rest:
-        if characters <= 0:
+def _training_texts(corpus: Corpus, reserved: int) -> Iterator[str]:
+    """Yield the texts after the reserved characters, truncated to the maximum number of characters."""
+    remaining = _MAX_CHARACTERS
+    for _, text in _split(corpus, reserved):
+        if remaining <= 0:
             return
-        yield text[:characters]
-        characters -= len(text)
+        if text:
+            yield text[:remaining]
+        remaining -= len(text)
+
+
+def _split(corpus: Corpus, reserved: int) -> Iterator[tuple[str, str]]:
+    """Yield each document as (its part of the first `reserved` characters, the rest), cut after a word.
+
+    A cut after a word is a cut between tokens.
+    """
+    for document in corpus.documents():
+        end = 0
+        if reserved > 0:
+            word_end = re.compile(r"\S(?=\s)").search(document, reserved - 1)
+            end = word_end.end() if word_end else len(document)
+            reserved -= end
+        yield document[:end], document[end:]

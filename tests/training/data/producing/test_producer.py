@@ -328,5 +328,5 @@ def test_interrupted_producer_keeps_the_tokenizer_that_it_trained(tmp_path, sett
 def test_corpus_that_validation_uses_up_trains_no_tokenizer(tmp_path, corpus, settings):
     from training.data.sources.open_corpus import open_corpus
 
-    with pytest.raises(InputError, match="found nothing behind them to train a tokenizer on"):
+    with pytest.raises(InputError, match="nothing is left to train a tokenizer on"):
         train_tokenizer(open_corpus(str(corpus)), 300, val_tokens=1_000_000, report=lambda line: None)

@@ -25,9 +25,9 @@ from training.data.shards.shard_reader import ShardFolder
     ("change", "message"),
     [
         ({"val_tokens": 10_000_000}, "training need at least 10,000,002"),
-        ({"tokenizer": "train:30000"}, "found that it gives"),
+        ({"tokenizer": "train:30000"}, "is too small for a vocabulary of 30,000 tokens"),
         ({"text_field": "body"}, "no field 'body' in"),
-        ({"tokenizer": "nowhere"}, "expected a folder with a tokenizer.json"),
+        ({"tokenizer": "nowhere"}, "cannot read nowhere/tokenizer.json"),
         ({"corpus": "nowhere"}, "unknown corpus 'nowhere'"),
         ({"shard_tokens": 0}, "shard_tokens must be at least 2, found 0"),
         ({"val_tokens": 0}, "val_tokens must be at least 1, found 0"),
@@ -158,15 +158,15 @@ def test_progress_is_told_by_lines_where_there_is_no_terminal(tmp_path, settings
     assert "documents" in lines[-1]
 
 
-def test_rate_on_a_terminal_is_that_of_the_whole_run(monkeypatch):
+def test_rate_on_a_terminal_is_that_of_the_whole_run(shard_folder, monkeypatch):
     seconds = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: seconds[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.Progress(tokens=1000, report=lambda line: None) as shown:
-        for second in range(1, 11):  # ten tokens a second, and a thousand in the last one
+    manifest = Manifest.read(shard_folder)
+    with progress.ProducerProgress(1000, lambda line: None) as shown:
+        for second in range(1, 11):  # ten tokens per second, and a thousand more in the last one
             seconds[0] += 1
-            tokens = 1000 + 10 * second + (1000 if second == 10 else 0)
-            shown.update(tokens=tokens, documents=1, shards=1, share=None)
+            shown.show(manifest, 1000 + 10 * second + (1000 if second == 10 else 0), None)
         assert "110 tokens/s" in str(shown._bar)
 
 

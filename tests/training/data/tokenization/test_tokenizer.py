@@ -217,7 +217,7 @@ def test_vocabulary_without_room_for_the_bytes_is_refused():
 
 
 def test_corpus_too_small_for_the_vocabulary_is_refused_with_the_size_it_can_give():
-    with pytest.raises(InputError, match=r"4,096 tokens, found that it gives 259\b"):
+    with pytest.raises(InputError, match=r"4,096 tokens: it gives 259\b"):
         train_bpe(["abc abc"], 4096)
     train_bpe(["abc abc"], 259)
 
@@ -266,10 +266,10 @@ def _edited(trained: Tokenizer, folder: Path, edit) -> Path:
         (lambda data: data.update(added_tokens=[]), "no <|endoftext|>"),
         (lambda data: data.update(normalizer={"type": "Lowercase"}), "changes the text"),
         (lambda data: data["pre_tokenizer"].update(add_prefix_space=True), "changes the text"),
-        (lambda data: data.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenisation"),
+        (lambda data: data.update(pre_tokenizer={"type": "Whitespace"}), "pre-tokenization"),
         (lambda data: data["model"]["vocab"].update({"zzzz": 9999}), "gaps"),
         (lambda data: data["model"]["merges"].reverse(), "order of its merges"),
-        (lambda data: data["model"]["vocab"].update({"\n": 600}), "stands for no byte"),
+        (lambda data: data["model"]["vocab"].update({"\n": 600}), "represents no byte"),
     ],
 )
 def test_tokenizer_of_another_kind_is_refused(trained, tmp_path, edit, found):
@@ -285,13 +285,13 @@ def test_merges_written_as_strings_load_too(trained, tmp_path):
 
 
 def test_missing_and_broken_tokenizer_files_are_refused(tmp_path):
-    with pytest.raises(InputError, match=r"expected a folder with a tokenizer\.json"):
+    with pytest.raises(InputError, match=r"cannot read .*tokenizer\.json"):
         load_tokenizer(str(tmp_path / "nowhere"))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(InputError, match="not JSON"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(InputError, match="not UTF-8"):
+    with pytest.raises(InputError, match="not JSON"):
         load_tokenizer(str(tmp_path))
 
 
