@@ -52,8 +52,9 @@ def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterat
     finally:
         path.unlink(missing_ok=True)  # while it is locked: whoever locks it later notices that it is gone
         lock.release()
-        if created and not any(folder.iterdir()):
-            folder.rmdir()
+        if created:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _holder(path: Path) -> str:

@@ -281,7 +281,7 @@ def _training_batches(
         num_workers=run.recipe.dataloader_num_workers,
         pin_memory=run.accelerator.device.type == "cuda",
         on_wait=on_wait,
-        least=lambda number: all_reduce_min(run.accelerator, number),
+        all_reduce_min=lambda number: all_reduce_min(run.accelerator, number),
     )
 
 

@@ -87,33 +87,6 @@ def _check_ids(window: np.ndarray, shard: Shard, offset: int, vocab_size: int) -
         )
 
 
-def _micro_steps(
-    batch: StepSlices,
-    rank: int,
-    steps: range,
-    source: TrainingShards,
-    on_wait: Callable[[int], None],
-    least: Callable[[int], int],
-) -> Iterator[list[int]]:
-    """Yield the sample indices of each of this rank's micro-steps.
-
-    A step begins when every node has the shards of all its samples. While a node waits for the Hub, all ranks compare
-    their progress twice a second, so that none waits in an all-reduce until it times out.
-    """
-    ready = 0
-    for step in steps:
-        needed = (step + 1) * batch.sequences_per_step
-        while ready < needed:
-            if source.ready() < needed:
-                source.refresh()
-            ready = least(source.ready())
-            if ready < needed:
-                on_wait(step)
-                time.sleep(POLL_SECONDS)
-        for micro_step in range(batch.accumulation_steps):
-            yield list(batch.samples(step, micro_step, rank))
-
-
 def training_batches(
     windows: TrainingWindows,
     batch: StepSlices,
@@ -124,16 +97,33 @@ def training_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     on_wait: Callable[[int], None] = lambda step: None,
-    least: Callable[[int], int] = lambda number: number,
+    all_reduce_min: Callable[[int], int] = lambda number: number,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets, both (batch, seq): `batch.accumulation_steps` pairs per step from first to end.
 
-    `num_workers` processes read ahead. While the shards of a step are not complete, `on_wait` is called with the step,
-    twice a second. `least` is an all-reduce MIN; all ranks call it at the same steps.
+    A step begins when every node has the shards of all its samples. While a node waits for the Hub, all ranks compare
+    their progress by `all_reduce_min` twice a second, so that none waits in an all-reduce until it times out, and call
+    `on_wait` with the step. `num_workers` processes read ahead.
     """
+    source = windows.source
+
+    def samples_of_micro_steps() -> Iterator[list[int]]:
+        ready = 0
+        for step in range(first_step, end_step):
+            needed = (step + 1) * batch.sequences_per_step
+            while ready < needed:
+                if source.ready() < needed:
+                    source.refresh()
+                ready = all_reduce_min(source.ready())
+                if ready < needed:
+                    on_wait(step)
+                    time.sleep(POLL_SECONDS)
+            for micro_step in range(batch.accumulation_steps):
+                yield list(batch.samples(step, micro_step, rank))
+
     loader = DataLoader(
         windows,
-        batch_sampler=_micro_steps(batch, rank, range(first_step, end_step), windows.source, on_wait, least),
+        batch_sampler=samples_of_micro_steps(),
         collate_fn=_identity,  # the dataset returns batches
         num_workers=num_workers,
         pin_memory=pin_memory,

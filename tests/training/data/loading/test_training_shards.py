@@ -114,13 +114,19 @@ def test_node_with_all_shards_waits_for_one_that_has_fewer(growing: GrowingFolde
         if len(waited) == 2:
             elsewhere[0] = 8 * 16
 
-    def least(number: int) -> int:
+    def all_reduce_min(number: int) -> int:
         asked.append(number)
         return min(number, elsewhere[0])
 
     shards = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
     batches = training_batches(
-        TrainingWindows(shards, 300), plan, rank=0, first_step=0, end_step=8, on_wait=on_wait, least=least
+        TrainingWindows(shards, 300),
+        plan,
+        rank=0,
+        first_step=0,
+        end_step=8,
+        on_wait=on_wait,
+        all_reduce_min=all_reduce_min,
     )
     assert len(list(batches)) == 8
     assert waited == [3, 3]
