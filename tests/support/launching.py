@@ -10,7 +10,7 @@ from training.recipe import Recipe
 
 
 def launched(recipe: Recipe, config: str) -> str:
-    """Train in two processes, and return what they said."""
+    """Train in two processes, and return their standard output."""
     path = Path(recipe.output_dir).with_suffix(".yaml")
     recipe.save(path)
     command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "2"]

@@ -1,7 +1,7 @@
-"""Runs of one or several processes that can be killed or told to leave, and that start in a fraction of a second.
+"""Runs of one or several processes that can be killed or sent signals, and that start in a fraction of a second.
 
-Importing torch and transformers takes seconds; here one process imports them, and all others are forked from it
-(`multiprocessing`'s forkserver). They take part in a run as `torchrun`'s processes do.
+Importing torch and transformers takes seconds. Here one process imports them, and all others are forked from it
+(`multiprocessing`'s forkserver), with the environment that `torchrun` would set.
 """
 
 import datetime
@@ -22,10 +22,10 @@ class ProcessesOfARun:
     """The processes of one start of a run, in the order of their ranks.
 
     Args:
-        recipe: path of the recipe's YAML file; several, one for each process, make each a machine of its own.
+        recipe: path of the recipe's YAML file; a list makes each process a node of its own.
         number: of processes.
-        printed: file that everything printed is appended to.
-        timeout_seconds: how long processes may keep each other waiting; as in training when None.
+        printed: file to which all output is appended.
+        timeout_seconds: how long processes wait for each other; as in training if None.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class ProcessesOfARun:
 
     @property
     def alive(self) -> bool:
-        """Whether any process is still there."""
+        """Whether any process is running."""
         return any(process.is_alive() for process in self.processes)
 
     def send(self, number: int, *ranks: int) -> None:
@@ -57,12 +57,12 @@ class ProcessesOfARun:
                 os.kill(pid, number)
 
     def kill(self) -> None:
-        """Kill whatever is left."""
+        """Kill all processes."""
         self.send(signal.SIGKILL)
         self.wait()
 
     def wait(self, timeout: float = 120.0) -> list[int | None]:
-        """Wait for all processes, and return their exit codes; as from a shell, 143 for one that SIGTERM ended."""
+        """Wait for all processes, and return their exit codes: 143 after SIGTERM, as in a shell."""
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -93,6 +93,6 @@ def _train(recipe: str, place: dict[str, str], printed: str, timeout_seconds: fl
 
     if timeout_seconds is not None:
         accelerator.PROCESS_TIMEOUT = datetime.timedelta(seconds=timeout_seconds)
-    # Always as many, because sums round by the number of threads; one, because these models are tiny.
+    # A fixed number, because rounding depends on it; one, because these models are tiny.
     accelerator.use_all_cores = lambda: torch.set_num_threads(1)
     run_command(lambda: train(load_recipe(Path(recipe))))

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def launched(recipe: Recipe, path: Path, *, processes: int = 1) -> "subprocess.CompletedProcess[str]":
-    """Train in new processes, as a user does."""
+    """Train under `accelerate launch`."""
     recipe.save(path)
     config = "cpu.yaml" if processes == 1 else "cpu_2_processes.yaml"
     command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet"]
@@ -63,7 +63,7 @@ def losses(recipe: Recipe) -> dict[tuple[int, str], float]:
     }
 
 
-def test_a_run_leaves_what_the_design_promises(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_writes_the_files_that_the_design_lists(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(save_total_limit=2)
     train(recipe)
     run = Path(recipe.output_dir)
@@ -100,7 +100,7 @@ def test_a_run_leaves_what_the_design_promises(tiny_recipe: Make, capsys: pytest
         assert part in printed
 
 
-def test_a_warm_up_longer_than_the_run_is_told(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warm_up_longer_than_the_run_is_logged(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny_recipe(max_steps=2, warmup_steps=2, eval_steps=0))
     assert "the learning rate never reaches its peak: 2 warmup_steps of 2 steps" in capsys.readouterr().out
 
@@ -165,7 +165,7 @@ def test_the_model_folder_loads_through_the_auto_classes(tiny_recipe: Make) -> N
     assert type(model).__name__ == "GPT2ScratchForCausalLM"
     assert tokenizer.model_max_length == model.config.n_positions == 32
     assert tokenizer.eos_token_id == model.config.eos_token_id == model.config.vocab_size - 1
-    # As a user calls it first: the pipeline's own 256 new tokens would not fit 32 positions.
+    # The pipeline's default of 256 new tokens would not fit into 32 positions.
     text = pipeline("text-generation", model=folder)("The model")[0]["generated_text"]
     assert text.startswith("The model")
     assert len(tokenizer.encode(text)) <= 32
@@ -178,18 +178,18 @@ def test_checkpoints_load_as_model_folders(tiny_recipe: Make) -> None:
     train(recipe)
     run = Path(recipe.output_dir)
     model = AutoModelForCausalLM.from_pretrained(checkpoints(run)[-1])
-    # The head is tied, so it is not stored twice.
+    # The head is tied, so it is not stored.
     stored = weights(run / "model")
     assert "lm_head.weight" not in stored
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in stored.items())
 
 
 @pytest.mark.parametrize("stop", [4, 8])
-def test_an_interrupted_run_ends_bit_identical_to_an_unbroken_one(stop: int, tiny_recipe: Make, tmp_path: Path) -> None:
+def test_an_interrupted_run_ends_bit_identical_to_a_complete_one(stop: int, tiny_recipe: Make, tmp_path: Path) -> None:
     whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1, save_total_limit=None)
     train(whole)
     broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
-    # What a run looks like that was killed behind a checkpoint: later lines of the log are there already.
+    # A run that was killed after a checkpoint: its log already has later lines.
     run = Path(broken.output_dir)
     (run / "checkpoints").mkdir(parents=True)
     Path(tmp_path / "whole" / "checkpoints" / f"step-{stop:06d}").rename(run / "checkpoints" / f"step-{stop:06d}")
@@ -208,7 +208,7 @@ def test_accumulation_gives_the_same_weights_as_one_large_batch(tiny_recipe: Mak
     small = tiny_recipe(output_dir=str(tmp_path / "small"), per_device_train_batch_size=1, max_steps=4)
     train(large)
     train(small)
-    # Same sums in another order: fp32 rounding, enlarged by AdamW's division where a gradient is almost 0.
+    # Sums in a different order: fp32 rounding, amplified by AdamW where a gradient is almost 0.
     for key, loss in losses(large).items():
         assert losses(small)[key] == pytest.approx(loss, abs=1e-5), key
 
@@ -229,21 +229,21 @@ def test_two_processes_equal_one(tiny_recipe: Make, tmp_path: Path) -> None:
     }
 
 
-def test_a_run_of_two_processes_goes_on_with_one_over_the_same_samples(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_a_run_of_two_processes_resumes_on_one_over_the_same_samples(tiny_recipe: Make, tmp_path: Path) -> None:
     whole = tiny_recipe(output_dir=str(tmp_path / "whole"))
     train(whole)
     parted = dataclasses.replace(whole, output_dir=str(tmp_path / "parted"))
-    # The same schedule, stopped by a kill after step 8: its later checkpoint and lines are taken away.
+    # The same schedule, killed after step 8: its later checkpoint is moved away.
     assert launched(parted, tmp_path / "parted.yaml", processes=2).returncode == 0
     run = Path(parted.output_dir)
     newest = checkpoints(run)[-1]
-    newest.rename(tmp_path / "taken")
+    newest.rename(tmp_path / "moved")
     train(parted)
     for key, loss in losses(whole).items():
         assert losses(parted)[key] == pytest.approx(loss, abs=1e-5), key
 
 
-def test_a_second_start_says_that_the_run_is_complete(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_start_reports_that_the_run_is_complete(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(max_steps=2)
     train(recipe)
     model = Path(recipe.output_dir) / "model" / "model.safetensors"
@@ -256,14 +256,14 @@ def test_a_second_start_says_that_the_run_is_complete(tiny_recipe: Make, capsys:
     assert (model.stat().st_mtime_ns, read_metrics(Path(recipe.output_dir))) == before
 
 
-def test_a_complete_run_goes_on_to_a_new_end(tiny_recipe: Make) -> None:
+def test_a_complete_run_resumes_to_a_later_end(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=2)
     train(recipe)
     train(dataclasses.replace(recipe, max_steps=5))
     assert [line["step"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line] == [1, 2, 3, 4, 5]
 
 
-def test_a_run_killed_before_it_wrote_its_model_only_finishes(tiny_recipe: Make) -> None:
+def test_a_run_killed_before_it_wrote_its_model_folder_only_writes_that(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=4)
     train(recipe)
     run = Path(recipe.output_dir)
@@ -275,7 +275,7 @@ def test_a_run_killed_before_it_wrote_its_model_only_finishes(tiny_recipe: Make)
     assert read_metrics(run) == metrics
 
 
-def test_weights_of_an_earlier_model_are_where_training_starts(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_training_starts_from_the_weights_of_init_from(tiny_recipe: Make, tmp_path: Path) -> None:
     first = tiny_recipe(output_dir=str(tmp_path / "first"), max_steps=8)
     train(first)
     second = tiny_recipe(
@@ -297,7 +297,7 @@ def test_metrics_reach_tensorboard(tiny_recipe: Make) -> None:
     assert any(b"train_loss" in path.read_bytes() for path in events)
 
 
-def test_a_truncated_shard_is_one_line_and_no_traceback(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_a_truncated_shard_gives_an_error_of_one_line(tiny_recipe: Make, tmp_path: Path) -> None:
     import shutil
 
     recipe = tiny_recipe()
@@ -342,7 +342,7 @@ train(load_recipe(Path({str(tmp_path / "r.yaml")!r})))
     ("capabilities", "expected"),
     [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16"), ({"avx2": True}, "no"), ({}, "no")],
 )
-def test_cpus_take_bf16_only_where_they_multiply_it(
+def test_cpus_use_bf16_only_with_hardware_support(
     capabilities: dict[str, bool], expected: str, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
@@ -369,19 +369,19 @@ def test_bf16_trains_to_nearly_the_same_loss(tiny_recipe: Make, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("knob", ["activation_checkpointing", "compile"])
-def test_knobs_of_speed_and_memory_leave_the_losses_alone(knob: str, tiny_recipe: Make, tmp_path: Path) -> None:
+def test_settings_for_speed_and_memory_do_not_change_the_losses(knob: str, tiny_recipe: Make, tmp_path: Path) -> None:
     plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=4, eval_steps=2, sample_steps=2)
     train(plain)
     changed = dataclasses.replace(plain, output_dir=str(tmp_path / "changed"), **{knob: True})
     train(changed)
     for key, loss in losses(plain).items():
-        # The compiler fuses operations, which rounds otherwise.
+        # The compiler fuses operations, which changes rounding.
         assert losses(changed)[key] == pytest.approx(loss, abs=1e-5), key
     saved = weights(Path(changed.output_dir) / "model")
     assert saved.keys() == weights(Path(plain.output_dir) / "model").keys()  # no `_orig_mod.`
 
 
-def test_the_card_names_no_path_of_the_machine(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_the_card_contains_no_local_path(tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(max_steps=1)
     train(recipe)
     card = (Path(recipe.output_dir) / "model" / "README.md").read_text()

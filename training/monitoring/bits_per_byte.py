@@ -1,4 +1,4 @@
-"""Loss as compression: bits per byte, which compares across tokenizers, and gzip's on the same text."""
+"""Bits per byte, which can be compared across tokenizers, of a model and of gzip on the same text."""
 
 import gzip
 import math
@@ -12,11 +12,11 @@ from training.data.tokenization.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class ScoredText:
-    """The text that a validation predicts.
+    """The text that a validation scores.
 
     Attributes:
-        tokens: the targets of all validation windows, in order, one-dimensional ids.
-        byte_count: bytes of their text; an end-of-text token is none, for the model as for gzip.
+        tokens: the targets of all validation windows in order, one-dimensional ids.
+        byte_count: bytes of their text; end-of-text tokens have none.
     """
 
     tokens: np.ndarray
@@ -29,11 +29,11 @@ class ScoredText:
         return cls(tokens, int(tokenizer.token_byte_lengths()[tokens].sum()))
 
     def bits_per_byte(self, nats_per_token: float) -> float:
-        """Bits that a model with this mean loss spends on a byte of the text, ends of documents included."""
+        """Bits per byte of a model with this mean loss, including its loss on end-of-text tokens."""
         return nats_per_token * len(self.tokens) / (math.log(2) * self.byte_count)
 
     def gzip_bits_per_byte(self, tokenizer: Tokenizer) -> float:
-        """Bits that `gzip -9` spends on a byte of the same text, documents parted by a line feed."""
+        """Bits per byte of `gzip -9` on the same text, with documents separated by a newline."""
         documents = np.split(self.tokens, np.flatnonzero(self.tokens == tokenizer.end_of_text_id))
         text = b"\n".join(tokenizer.decode_bytes(part[part != tokenizer.end_of_text_id].tolist()) for part in documents)
         return 8 * len(gzip.compress(text, compresslevel=9)) / self.byte_count

@@ -1,13 +1,12 @@
-"""What a run says while it goes: progress bar, metrics.jsonl, log.txt, train.log and samples.txt.
+"""The log of a run: progress bar, metrics.jsonl, log.txt, train.log and samples.txt.
 
-Only the main process writes. A resumed run first drops the lines behind its checkpoint, so every step stands once.
+Only rank 0 writes. A resumed run first drops lines after its checkpoint, so that each step is logged once.
 """
 
 import json
 import math
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -16,21 +15,21 @@ from tqdm import tqdm
 
 from common.atomic_files import write_atomically
 from common.durations import format_duration
+from common.progress import Progress
 from training.monitoring.run_history import RunHistory, is_complete_line
 
-_UNWRITTEN_BYTES = 1 << 20  # some thousand lines
-
-_SMOOTHING = 0.9  # weight of the past in the smoothed loss: it tells of the last ten or twenty logged steps
+_BUFFER_BYTES = 1 << 20  # some thousand lines
+_SMOOTHING = 0.9  # weight of the past in the smoothed loss, which averages the last ten or twenty logged steps
 
 
 class Smoothed:
-    """Exponential moving average, corrected for its beginning (as Adam's), so that it does not start at zero."""
+    """Exponential moving average with bias correction (as in Adam)."""
 
     def __init__(self, weight: float) -> None:
         self._weight, self._sum, self._count = weight, 0.0, 0
 
     def add(self, value: float) -> float:
-        """The average with one more value; one that is not finite is given back, and leaves the average as it was."""
+        """Add a value and return the average; a non-finite value is returned and not added."""
         if not math.isfinite(value):
             return value
         self._count += 1
@@ -39,16 +38,16 @@ class Smoothed:
 
 
 class RunLog:
-    """The files and the terminal of a run; every method does nothing on other processes than the main one.
+    """The files and the terminal output of a run; on ranks other than 0, all methods do nothing.
 
-    Arguments:
-        output_dir: the run's folder, which exists.
-        enabled: whether this is the main process.
-        first_step: lines of this step and later ones, left by a run that died behind its checkpoint, are dropped.
+    Args:
+        output_dir: the run folder, which exists.
+        enabled: whether this is rank 0.
+        first_step: later lines are dropped; a run that was killed after its checkpoint leaves some.
         total_steps: length of the progress bar.
 
     Attributes:
-        history: what was recorded, over all starts of the run; empty on other processes.
+        history: what was recorded by all starts of the run; empty on other ranks.
     """
 
     def __init__(self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int) -> None:
@@ -66,39 +65,31 @@ class RunLog:
         for line in self.history.metrics:
             if "train_loss" in line:
                 self._smoothed.add(line["train_loss"])
-        on_terminal = _is_terminal(sys.stderr)
-        tqdm.set_lock(threading.RLock())  # its own is one between processes, which a killed run leaves behind
-        self._bar = tqdm(
+        self._progress = Progress(
             total=total_steps,
             initial=first_step,
-            dynamic_ncols=True,
-            disable=not on_terminal,
+            status_below=True,
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}  {elapsed}{desc}",
         )
-        # A line of its own: beside the bar, a terminal of 80 columns would cut the figures off.
-        self._figures = tqdm(total=0, position=1, dynamic_ncols=True, disable=not on_terminal, bar_format="{desc}")
         self._total_steps = total_steps
 
     def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one, and keep it in train.log."""
+        """Print a line, above the progress bar if there is one, and append it to train.log."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-            self._keep(text)
-
-    def _keep(self, text: str) -> None:
-        self._append(self._printed, text + "\n")
+            self._append(self._printed, text + "\n")
 
     def advance(self) -> None:
-        """Move the bar by one step."""
+        """Advance the progress bar by one step."""
         if self.enabled:
-            self._bar.update()
+            self._progress.update()
 
     def training(self, values: Mapping[str, Any], seconds_left: float = math.nan) -> dict[str, Any]:
-        """Record a logged step: a line of metrics.jsonl, one of log.txt, and the bar (without one, a line).
+        """Record a logged step in metrics.jsonl and log.txt, and show it in the progress bar or else as a line.
 
         Returns:
-            The values as recorded, `smoothed_loss` among them; no values on other processes.
+            The values with `smoothed_loss`; no values on other ranks.
         """
         if not self.enabled:
             return {}
@@ -108,18 +99,18 @@ class RunLog:
             if key == "train_loss":
                 recorded["smoothed_loss"] = self._smoothed.add(value)
         self._record(recorded, {"train": values["train_loss"]})
-        figures, left = _figures(recorded), f"{format_duration(seconds_left)} left"
-        line = f"step {values['step']}/{self._total_steps}  {figures}  {left}"
-        if self._bar.disable:
-            self.say(line)
+        status, left = _status(recorded), f"{format_duration(seconds_left)} left"
+        line = f"step {values['step']}/{self._total_steps}  {status}  {left}"
+        if self._progress.has_bar:
+            self._progress.describe(f"  {left}")
+            self._progress.update(0, status)
+            self._append(self._printed, line + "\n")
         else:
-            self._bar.set_description_str(f"  {left}", refresh=False)
-            self._figures.set_description_str(figures)
-            self._keep(line)
+            self.say(line)
         return recorded
 
     def guarded(self, values: Mapping[str, Any]) -> None:
-        """Record what the guard found in a step: a line of metrics.jsonl, and one on the terminal."""
+        """Record a spike or a skipped update in metrics.jsonl, and print it."""
         if not self.enabled:
             return
         self._write(values)
@@ -131,7 +122,7 @@ class RunLog:
         )
 
     def validation(self, values: Mapping[str, Any]) -> None:
-        """Record a validation: a line of metrics.jsonl, one of log.txt, and one on the terminal."""
+        """Record a validation in metrics.jsonl and log.txt, and print it."""
         if not self.enabled:
             return
         self._record(values, {"val": values["val_loss"]})
@@ -142,11 +133,11 @@ class RunLog:
         )
 
     def tasks(self, values: Mapping[str, Any]) -> None:
-        """Record results of evaluation tasks: a line of metrics.jsonl, and one on the terminal.
+        """Record results of evaluation tasks in metrics.jsonl, and print them.
 
-        Arguments:
+        Args:
             values: `step`, `tokens`, and results by task and metric: `hellaswag_acc_norm`, `lambada_acc`, `cbt_cn_acc`,
-                … HellaSwag's, in the completion style, is also a line of log.txt, `step hella 0.2955`.
+                … `hellaswag_acc_norm` also goes to log.txt, as `step hella 0.2955`.
         """
         if not self.enabled:
             return
@@ -155,7 +146,7 @@ class RunLog:
         self.say(f"step {values['step']}  " + "  ".join(results))
 
     def samples(self, step: int, texts: Sequence[str], *, show: bool = True) -> None:
-        """Keep samples of the model after `step` in samples.txt, once for each step, and show them."""
+        """Append samples to samples.txt, once per step; with `show`, print them."""
         if not self.enabled or step <= self._last_samples:
             return
         self.history.samples[step] = list(texts)
@@ -166,7 +157,7 @@ class RunLog:
         self._last_samples = step
 
     def has_samples(self, step: int) -> bool:
-        """Whether samples of the model after `step` are kept already; never on other processes."""
+        """Whether samples.txt has samples of `step`; False on other ranks."""
         return self.enabled and step <= self._last_samples
 
     def _record(self, values: Mapping[str, Any], columns: Mapping[str, float]) -> None:
@@ -176,29 +167,29 @@ class RunLog:
 
     def _write(self, values: Mapping[str, Any]) -> None:
         self.history.metrics.append(dict(values))
-        line = json.dumps({key: _strict(value) for key, value in values.items()}, allow_nan=False)
+        line = json.dumps({key: _json_value(value) for key, value in values.items()}, allow_nan=False)
         self._append(self._metrics, line + "\n")
 
     def _append(self, file: TextIO, text: str) -> None:
-        """Write to a file of the run; what a full disk does not take stays in the file's buffer until it does."""
+        """Write to a file of the run; on a full disk, the text stays in the file's buffer until there is space."""
         try:
             file.write(text)
             file.flush()
         except OSError as error:
             if not self._unwritten:
                 tqdm.write(
-                    f"cannot write {file.name} ({error.strerror}): free some space; training goes on, and what is not "
-                    "written is kept in memory"
+                    f"cannot write {file.name} ({error.strerror}): free some space; training continues, and "
+                    "unwritten lines are kept in memory"
                 )
             self._unwritten.add(file.name)
         else:
             self._unwritten.discard(file.name)
 
     def flush_to_disk(self) -> None:
-        """Make what was recorded so far survive a crash; called before a checkpoint counts.
+        """Force all lines to disk; called before a checkpoint gets its final name.
 
         Raises:
-            OSError: the disk is full; a checkpoint without its lines in the metrics must not count.
+            OSError: the disk is full; a checkpoint must not appear without its lines in metrics.jsonl.
         """
         if self.enabled:
             for file in (self._metrics, self._columns, self._samples):
@@ -206,19 +197,18 @@ class RunLog:
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """End the bar and close the files."""
+        """Close the progress bar and the files."""
         if self.enabled:
-            self._figures.close()
-            self._bar.close()
+            self._progress.close()
             for file in (self._metrics, self._columns, self._samples, self._printed):
                 try:
                     file.close()
                 except OSError as error:
-                    print(f"{file.name} lacks its last lines ({error.strerror})", file=sys.stderr)
+                    print(f"could not write the last lines of {file.name} ({error.strerror})", file=sys.stderr)
 
 
-def _figures(values: Mapping[str, Any]) -> str:
-    """The figures of a logged step, in less than 80 columns."""
+def _status(values: Mapping[str, Any]) -> str:
+    """The values of a logged step, in less than 80 columns."""
     mfu, memory = values.get("mfu"), values.get("memory_gib")
     parts = [
         f"loss {values['train_loss']:.4f} ~{values['smoothed_loss']:.4f}",
@@ -232,31 +222,21 @@ def _figures(values: Mapping[str, Any]) -> str:
 
 
 def _short(rate: float) -> str:
-    """A rate in three or more digits: `13,800`, `182k`, `1.75M`."""
+    """A rate with at least three digits: `13,800`, `182k`, `1.75M`."""
     if rate < 1e5:
         return f"{rate:,.0f}"
     return f"{rate / 1e3:.0f}k" if rate < 999_500 else f"{rate / 1e6:.2f}M"
 
 
-def _is_terminal(stream: TextIO) -> bool:
-    """Whether a bar can be shown: not on a terminal without a height, as some containers have, where tqdm hides it."""
-    if not stream.isatty():
-        return False
-    try:
-        return os.get_terminal_size(stream.fileno()).lines > 0
-    except (OSError, ValueError):
-        return True
-
-
 def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
-    """samples.txt opened for appending without the samples behind `last_step`, and the last step that has some."""
+    """samples.txt opened for appending, without samples after `last_step`, and the last step that has samples."""
     kept: list[str] = []
     last, keep = -1, True
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ()
     for line in lines:
         if line.startswith("step "):
             number = line.split()[1:]
-            step = int(number[0]) if number and number[0].isdecimal() else last_step + 1  # torn by a crash
+            step = int(number[0]) if number and number[0].isdecimal() else last_step + 1  # truncated by a crash
             keep = step <= last_step
             last = step if keep else last
         kept += [line] if keep else []
@@ -266,7 +246,7 @@ def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
 
 
 def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> TextIO:
-    """The file opened for appending; lines behind `last_step` and those that a crash tore are dropped."""
+    """The file opened for appending, without truncated lines and lines after `last_step`."""
     if path.exists():
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if is_complete_line(line, step_of) and step_of(line) <= last_step]
@@ -276,12 +256,12 @@ def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> Text
 
 
 def _appending(path: Path) -> TextIO:
-    """The file opened for appending, with a buffer that holds what is not written while the disk is full."""
-    return path.open("a", encoding="utf-8", buffering=_UNWRITTEN_BYTES)
+    """The file opened for appending, with a buffer for lines that cannot be written while the disk is full."""
+    return path.open("a", encoding="utf-8", buffering=_BUFFER_BYTES)
 
 
-def _strict(value: Any) -> Any:
-    """A number that JSON has no word for as a string, `float()` of which gives it back (as protobuf's JSON has it)."""
+def _json_value(value: Any) -> Any:
+    """A non-finite float as a string that `float()` can parse (as in protobuf's JSON)."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -1,7 +1,7 @@
-"""Trackers that get the metrics too: TensorBoard, Weights & Biases and Trackio, through accelerate.
+"""Trackers: TensorBoard, Weights & Biases and Trackio, through accelerate.
 
-A run that goes on from a checkpoint goes on in the same run of its tracker. TensorBoard drops what was written behind
-the checkpoint; Weights & Biases keeps what it has of a step, which is the same; Trackio shows such steps twice.
+A resumed run continues the same run of its tracker. TensorBoard drops values after the checkpoint; Weights & Biases
+keeps the first values of a step, which are the same; Trackio shows such steps twice.
 """
 
 import secrets
@@ -23,10 +23,10 @@ _AVAILABLE = {
 
 
 def chosen_trackers(recipe: Recipe) -> list[str]:
-    """The trackers that `report_to` names; "all" are those that are installed.
+    """The trackers that `report_to` names; "all" stands for all that are installed.
 
     Raises:
-        InputError: one of them is not installed.
+        InputError: a tracker is not installed.
     """
     if "all" in recipe.report_to:
         return [name for name in _AVAILABLE if _AVAILABLE[name]()]
@@ -34,17 +34,17 @@ def chosen_trackers(recipe: Recipe) -> list[str]:
     missing = [name for name in chosen if not _AVAILABLE[name]()]
     if missing:
         raise InputError(
-            f"report_to names {' and '.join(missing)}, not installed here; "
+            f"report_to names {' and '.join(missing)}, which cannot be imported; run "
             f"pip install -c constraints.txt -e '.[{','.join(missing)}]'"
         )
     return chosen
 
 
 def start_trackers(accelerator: Accelerator, recipe: Recipe, first_step: int) -> None:
-    """Begin a run in each tracker that the recipe names, or go on in the one of an earlier start.
+    """Start a run in each tracker that the recipe names, or continue the run of an earlier start.
 
     Raises:
-        InputError: Weights & Biases does not let us in.
+        InputError: Weights & Biases cannot be started, such as without a login.
     """
     names = chosen_trackers(recipe)
     if not names:
@@ -52,38 +52,38 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, first_step: int) ->
     options: dict[str, dict[str, Any]] = {"tensorboard": {}, "wandb": {}, "trackio": {}}
     if first_step:
         options["tensorboard"] = {"purge_step": first_step + 1}
-    refusals: tuple[type[Exception], ...] = ()
+    wandb_errors: tuple[type[Exception], ...] = ()
     if accelerator.is_main_process and {"wandb", "trackio"} & set(names):
         output_dir = Path(recipe.output_dir)
-        name = _name_of_run(output_dir)
-        # "allow": the run of this name, or a new one where nobody knows it yet.
+        name = _tracker_run_name(output_dir)
+        # "allow": continue the run of this name, or create it.
         options["wandb"] = {"id": name, "name": name, "dir": str(output_dir), "resume": "allow"}
         options["trackio"] = {"name": name, "resume": "allow"}
     if "wandb" in names:
         import wandb
 
-        refusals = (wandb.errors.Error,)
-    # Told once: TensorBoard makes another run of them each time.
+        wandb_errors = (wandb.errors.Error,)
+    # Only at the first start: TensorBoard makes a separate run of them each time.
     settings = None if first_step else _settings(recipe)
     try:
         accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
-    except refusals as error:
+    except wandb_errors as error:
         raise InputError(
-            f"Weights & Biases does not start: {str(error).strip().splitlines()[0]}; "
-            "`wandb login` first, or keep the run on this machine with WANDB_MODE=offline"
+            f"Weights & Biases cannot be started: {str(error).strip().splitlines()[0]}; "
+            "run `wandb login`, or set WANDB_MODE=offline"
         ) from None
 
 
 def _settings(recipe: Recipe) -> dict[str, bool | int | float | str]:
-    """The recipe in the types that every tracker takes."""
+    """The recipe in the types that all trackers accept."""
     return {
         key: value if isinstance(value, bool | int | float | str) else str(value)
         for key, value in recipe.to_dict().items()
     }
 
 
-def _name_of_run(output_dir: Path) -> str:
-    """The run's name in its trackers: its folder's, and something that another machine's run of that name has not."""
+def _tracker_run_name(output_dir: Path) -> str:
+    """The run's name in its trackers: the name of its folder, and a random suffix that makes it unique."""
     path = output_dir / "tracker_run.txt"
     if not path.exists():
         path.write_text(f"{output_dir.name}-{secrets.token_hex(4)}\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The profiler's trace of some steps."""
+"""Traces of the profiler."""
 
 import dataclasses
 import gzip
@@ -15,9 +15,7 @@ Make = Callable[..., Recipe]
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_a_run_leaves_a_trace_of_the_steps_it_was_asked_for(
-    tiny_recipe: Make, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_writes_a_trace_of_the_profiled_steps(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(max_steps=5, profile_steps="2-3", eval_steps=0, sample_steps=0, save_steps=0)
     train(recipe)
     path = Path(recipe.output_dir) / "trace-steps-2-3.json.gz"
@@ -31,12 +29,12 @@ def test_a_run_leaves_a_trace_of_the_steps_it_was_asked_for(
 @pytest.mark.parametrize(
     ("text", "steps"), [("10-12", [10, 11, 12]), (" 7 ", [7]), ("12-10", []), ("0-3", []), ("1e3", []), ("", [])]
 )
-def test_steps_are_named_as_in_the_logs(text: str, steps: list[int]) -> None:
+def test_profile_steps_are_parsed(text: str, steps: list[int]) -> None:
     assert list(profiled_steps(text)) == steps
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_steps_that_a_start_does_not_take_are_left_out(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_steps_that_a_start_does_not_take_are_not_traced(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(max_steps=2, profile_steps="2-9", eval_steps=0, sample_steps=0, save_steps=0)
     train(recipe)
     assert (Path(recipe.output_dir) / "trace-steps-2-2.json.gz").is_file()

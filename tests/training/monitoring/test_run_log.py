@@ -207,7 +207,7 @@ def test_a_full_disk_ends_no_run_and_loses_no_line(
         log.tasks({"step": step, "tokens": step, "lambada_acc": 0.5})
     with pytest.raises(OSError, match="No space left"):
         log.flush_to_disk()
-    assert capsys.readouterr().out.count("free some space; training goes on") == 1
+    assert capsys.readouterr().out.count("free some space; training continues") == 1
     disk.is_full = False
     log.tasks({"step": 3, "tokens": 3, "lambada_acc": 0.5})
     log.flush_to_disk()

@@ -1,4 +1,4 @@
-"""Tasks while training goes on: what is recorded, that nothing else changes, and what is told before the first step."""
+"""Evaluation tasks while training: what is recorded, that nothing else changes, and errors before the first step."""
 
 import dataclasses
 import errno
@@ -31,7 +31,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tasks(tmp_path_factory.mktemp("tasks"), count=6)
 
 
-def judged(recipe: Recipe, data: Path, **changes: object) -> Recipe:
+def with_tasks(recipe: Recipe, data: Path, **changes: object) -> Recipe:
     values = {
         "eval_tasks": ["hellaswag", "hellaswag:harness", "lambada:word"],
         "eval_task_steps": 4,
@@ -48,10 +48,10 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_tasks_are_recorded_and_change_nothing_else(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
     plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=6, dropout=0.1, n_positions=96)
-    with_tasks = judged(plain, data, output_dir=str(tmp_path / "judged"))
+    evaluated = with_tasks(plain, data, output_dir=str(tmp_path / "evaluated"))
     train(plain)
-    train(with_tasks)
-    run = Path(with_tasks.output_dir)
+    train(evaluated)
+    run = Path(evaluated.output_dir)
     assert files(run) == files(Path(plain.output_dir))  # weights, optimizer and random numbers of every checkpoint
 
     lines = [line for line in read_metrics(run) if "hellaswag_acc_norm" in line]
@@ -70,13 +70,13 @@ def test_tasks_are_recorded_and_change_nothing_else(tiny_recipe: Make, data: Pat
     assert "The tasks were evaluated after step 6." in card
     assert not any(
         score.references for score in task_scores(RunHistory.load(run).task_results)
-    )  # those are of all items
+    )  # published values are of all items
     (run / "eval_results.json").write_text(json.dumps({**results, "limit": None}))
     assert "0.3114" in str(task_scores(RunHistory.load(run).task_results))
 
-    # The command judges the model that the run has left alike.
+    # The command gives the same results for the final model.
     places = ["--model", str(run / "model"), "--data_dir", str(data), "--output", str(tmp_path / "r.json")]
-    main([*places, "--limit", "5", "--tasks", *with_tasks.eval_tasks])
+    main([*places, "--limit", "5", "--tasks", *evaluated.eval_tasks])
     by_command = json.loads((tmp_path / "r.json").read_text())["tasks"]
     assert {name: task["figures"] for name, task in by_command.items()} == {
         name: task["figures"] for name, task in results["tasks"].items()
@@ -90,19 +90,19 @@ def test_a_full_disk_does_not_end_training(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("evaluation.results.results_file.write_atomically", full)
-    recipe = judged(tiny_recipe(max_steps=2), data, eval_tasks=["lambada"], eval_task_steps=2)
+    recipe = with_tasks(tiny_recipe(max_steps=2), data, eval_tasks=["lambada"], eval_task_steps=2)
     train(recipe)
     run = Path(recipe.output_dir)
-    assert "eval_results.json (No space left on device): free some space; training goes on" in capsys.readouterr().out
+    assert "eval_results.json (No space left on device): free some space; training continues" in capsys.readouterr().out
     assert not (run / "eval_results.json").exists()
     assert [line["step"] for line in read_metrics(run) if "lambada_acc" in line] == [2]
     assert (run / "model" / "model.safetensors").is_file()
 
 
-def test_tasks_are_broken_off_by_a_signal_and_made_up_for_by_the_next_start(
+def test_a_signal_stops_the_tasks_and_the_next_start_makes_up_for_them(
     tiny_recipe: Make, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = judged(tiny_recipe(max_steps=6, eval_steps=0), data, eval_tasks=["hellaswag"])
+    recipe = with_tasks(tiny_recipe(max_steps=6, eval_steps=0), data, eval_tasks=["hellaswag"])
     run, forward, passes = Path(recipe.output_dir), ForwardPasses.shared, []
 
     def with_signal(self: ForwardPasses, *args: object) -> object:
@@ -122,8 +122,8 @@ def test_tasks_are_broken_off_by_a_signal_and_made_up_for_by_the_next_start(
     assert [line["step"] for line in read_metrics(run) if "hellaswag_acc" in line] == [4, 6]
 
 
-def test_processes_that_share_the_weights_judge_together(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
-    one = judged(tiny_recipe(output_dir=str(tmp_path / "one"), max_steps=4, per_device_train_batch_size=2), data)
+def test_ranks_with_sharded_weights_evaluate_together(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
+    one = with_tasks(tiny_recipe(output_dir=str(tmp_path / "one"), max_steps=4, per_device_train_batch_size=2), data)
     two = dataclasses.replace(one, output_dir=str(tmp_path / "two"), eval_task_steps=2)
     train(one)
     launched(two, "fsdp2_8xa100")
@@ -131,27 +131,27 @@ def test_processes_that_share_the_weights_judge_together(tiny_recipe: Make, data
     assert expected is not None
     assert found is not None
     assert found.processes == 2
-    # Weights differ by rounding, which no argmax of so few items stands on.
+    # Weights differ by rounding, which changes no argmax of so few items.
     assert [task.figures for task in found.tasks] == [task.figures for task in expected.tasks]
 
 
-def test_mistakes_are_told_before_anything_is_written(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
+def test_errors_come_before_anything_is_written(tiny_recipe: Make, data: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"recipe key eval_tasks: unknown task 'hellaswg'; .* did you mean"):
         tiny_recipe(eval_tasks=["hellaswg"])
-    recipe = judged(tiny_recipe(), data, eval_data_dir=str(tmp_path / "empty"))
+    recipe = with_tasks(tiny_recipe(), data, eval_data_dir=str(tmp_path / "empty"))
     with pytest.raises(InputError, match=r"eval_tasks: expected hellaswag_val\.jsonl .* leave out eval_data_dir"):
         train(recipe)
     cut = write_tasks(tmp_path / "cut")
     (cut / "lambada_test.jsonl").write_text('{"text": "a b"}\n{"te')
     with pytest.raises(InputError, match=r"in line 2 of .*lambada_test\.jsonl"):
-        train(judged(tiny_recipe(), data, eval_tasks=["lambada"], eval_data_dir=str(cut)))
+        train(with_tasks(tiny_recipe(), data, eval_tasks=["lambada"], eval_data_dir=str(cut)))
     with pytest.raises(InputError, match="recipe key eval_task_limit"):
         tiny_recipe(eval_task_limit=0)
     assert not Path(recipe.output_dir).exists()
 
 
 def test_facts_have_no_task_results_of_a_later_step(tiny_recipe: Make, data: Path) -> None:
-    recipe = judged(tiny_recipe(max_steps=2), data, eval_tasks=["lambada"], eval_task_steps=2)
+    recipe = with_tasks(tiny_recipe(max_steps=2), data, eval_tasks=["lambada"], eval_task_steps=2)
     assert RunHistory.load(Path(recipe.output_dir)).task_results is None
     train(recipe)
     history = RunHistory.load(Path(recipe.output_dir))

@@ -1,4 +1,4 @@
-"""How fast a run goes and what its device could do."""
+"""Throughput, peak FLOP/s and memory."""
 
 import math
 
@@ -14,7 +14,7 @@ def set_clock(monkeypatch: pytest.MonkeyPatch, *times: float) -> None:
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
 
 
-def test_throughput_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_throughput_excludes_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     set_clock(monkeypatch, 0.0, 10.0, 30.0, 40.0, 41.0)
     throughput = Throughput()
     throughput.add(600)
@@ -22,16 +22,16 @@ def test_throughput_leaves_pauses_out(monkeypatch: pytest.MonkeyPatch) -> None:
         pass
     assert throughput.take() == 600 / 20  # 40 seconds, 20 of them paused
     throughput.add(5)
-    assert throughput.take() == 5.0  # counted anew
+    assert throughput.take() == 5.0  # counted from zero
 
 
-def test_the_time_left_counts_pauses_as_they_came_and_forgets_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_includes_pauses_and_forgets_the_first_line(monkeypatch: pytest.MonkeyPatch) -> None:
     set_clock(monkeypatch, 0.0, 0.0, 60.0, 70.0, 75.0, 85.0)
     throughput = Throughput()
     assert throughput.take() == 0.0
     assert math.isnan(throughput.seconds_left(100))  # nothing is known yet
     throughput.add(100)
-    assert throughput.take() == 100 / 60  # with what a start costs
+    assert throughput.take() == 100 / 60  # with the one-time costs of a start
     assert throughput.seconds_left(1000) == 1000 * 0.6
     throughput.add(100)
     with throughput.pause():  # from 70 to 75
@@ -73,8 +73,8 @@ def test_unknown_gpus_and_cpus_have_no_peak() -> None:
     assert peak_flops(device_name(torch.device("cpu"))) is None
 
 
-def test_memory_grows_with_what_is_held() -> None:
+def test_memory_grows_with_tensors() -> None:
     before = memory_bytes(torch.device("cpu"))
     held = torch.ones(64 * 2**20, dtype=torch.uint8)
-    # Other tests' memory may go back meanwhile: half of it is enough to tell.
+    # Memory of other tests may be freed meanwhile.
     assert memory_bytes(torch.device("cpu")) - before > held.numel() / 2

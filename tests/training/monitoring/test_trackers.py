@@ -1,4 +1,4 @@
-"""What reaches the trackers, and what is said where one is missing."""
+"""Trackers: what they receive, resumed runs, and missing packages."""
 
 import dataclasses
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def launched(recipe: Recipe, path: Path, **environment: str) -> "subprocess.CompletedProcess[str]":
-    """Train in a process of its own: trackers read their environment when they are imported."""
+    """Train in a separate process: trackers read the environment when they are imported."""
     recipe.save(path)
     return subprocess.run(
         [sys.executable, ROOT / "training" / "train.py", "--config", path],
@@ -35,20 +35,20 @@ def launched(recipe: Recipe, path: Path, **environment: str) -> "subprocess.Comp
     )
 
 
-def forget_steps_behind(recipe: Recipe, step: int) -> None:
-    """Leave a run as one that was killed while it went on from a checkpoint."""
+def forget_steps_after(recipe: Recipe, step: int) -> None:
+    """Make a run look as if it had been killed before it saved later checkpoints."""
     for checkpoint in checkpoints(Path(recipe.output_dir)):
         if int(checkpoint.name.removeprefix("step-")) > step:
             checkpoint.rename(Path(recipe.output_dir).parent / checkpoint.name)
 
 
-def test_tensorboard_has_every_step_of_a_continued_run_once_and_samples_as_text(tiny_recipe: Make) -> None:
+def test_tensorboard_has_each_step_of_a_resumed_run_once_and_samples_as_text(tiny_recipe: Make) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     recipe = tiny_recipe(report_to=["tensorboard"], save_total_limit=None)
     train(recipe)
-    forget_steps_behind(recipe, 4)
+    forget_steps_after(recipe, 4)
     train(recipe)
     events = EventAccumulator(str(Path(recipe.output_dir) / trackers.PROJECT))
     events.Reload()
@@ -56,12 +56,12 @@ def test_tensorboard_has_every_step_of_a_continued_run_once_and_samples_as_text(
     assert [event.step for event in events.Scalars("val_loss")] == [6, 12]
     assert {"learning_rate", "grad_norm", "tokens_per_second", "smoothed_loss"} <= set(events.Tags()["scalars"])
     text = next(tag for tag in events.Tags()["tensors"] if tag.startswith("samples"))
-    assert {event.step for event in events.Tensors(text)} == {6, 12}  # only scalars are dropped behind the checkpoint
+    assert {event.step for event in events.Tensors(text)} == {6, 12}  # only scalars after the checkpoint are dropped
     assert b"The model" in events.Tensors(text)[0].tensor_proto.string_val[0]
 
 
 @pytest.mark.slow
-def test_weights_and_biases_keeps_a_run_on_this_machine(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_weights_and_biases_works_offline(tiny_recipe: Make, tmp_path: Path) -> None:
     pytest.importorskip("wandb", reason="wandb is an extra: pip install -c constraints.txt -e '.[wandb]'")
     recipe = tiny_recipe(report_to=["wandb"], max_steps=3)
     for steps in (3, 5):
@@ -83,11 +83,11 @@ def test_weights_and_biases_without_a_key_is_one_line(tiny_recipe: Make, tmp_pat
     done = launched(recipe, tmp_path / "r.yaml", HOME=str(tmp_path), NETRC=str(tmp_path / "none"), WANDB_MODE="online")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    assert "Weights & Biases does not start: " in done.stderr.splitlines()[-1]
+    assert "Weights & Biases cannot be started: " in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
-def test_trackio_goes_on_in_the_run_of_an_earlier_start(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_trackio_continues_the_run_of_an_earlier_start(tiny_recipe: Make, tmp_path: Path) -> None:
     pytest.importorskip("trackio", reason="trackio is an extra: pip install -c constraints.txt -e '.[trackio]'")
     recipe = tiny_recipe(report_to=["trackio"], max_steps=3)
     for steps in (3, 5):
@@ -102,14 +102,16 @@ def test_trackio_goes_on_in_the_run_of_an_earlier_start(tiny_recipe: Make, tmp_p
     assert any(b"samples" in metrics for _, _, metrics in rows)
 
 
-def test_a_tracker_that_is_missing_is_told_with_the_command_that_brings_it(
+def test_an_error_names_the_missing_tracker_and_the_command_that_installs_it(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
         trackers, "_AVAILABLE", {"tensorboard": lambda: True, "wandb": lambda: False, "trackio": lambda: False}
     )
     recipe = tiny_recipe(report_to=["trackio", "wandb", "tensorboard"])
-    with pytest.raises(InputError, match=r"names wandb and trackio, not installed.*-e '\.\[wandb,trackio\]'") as caught:
+    with pytest.raises(
+        InputError, match=r"names wandb and trackio, which cannot be imported.*-e '\.\[wandb,trackio\]'"
+    ) as caught:
         train(recipe)
     assert "\n" not in str(caught.value)
     assert not Path(recipe.output_dir).exists()
@@ -121,13 +123,13 @@ def test_a_tracker_that_is_missing_is_told_with_the_command_that_brings_it(
     ("written", "read"),
     [("wandb", ["wandb"]), ("[tensorboard, wandb]", ["tensorboard", "wandb"]), ("none", ["none"]), ("all", ["all"])],
 )
-def test_one_tracker_may_stand_without_brackets(written: str, read: list[str], tmp_path: Path) -> None:
+def test_one_tracker_needs_no_brackets(written: str, read: list[str], tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text((ROOT / "training/recipes/quickstart.yaml").read_text() + f"\nreport_to: {written}\n")
     assert load_recipe(path).report_to == read
 
 
-def test_a_tracker_that_nobody_knows_is_refused(tmp_path: Path) -> None:
+def test_an_unknown_tracker_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text((ROOT / "training/recipes/quickstart.yaml").read_text() + "\nreport_to: [tensorboard, mlflow]\n")
     with pytest.raises(InputError, match=r"report_to: expected one of none, all, tensorboard, .* found 'mlflow'"):

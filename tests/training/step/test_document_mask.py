@@ -1,4 +1,4 @@
-"""Documents apart in one window: positions, masks, losses."""
+"""Document masks: positions, masks, losses."""
 
 import dataclasses
 import warnings
@@ -23,7 +23,20 @@ Make = Callable[..., Recipe]
 EOT = 99
 WINDOWS = torch.tensor(
     [
-        [5, 6, 7, EOT, 8, 9, EOT, EOT, 10, 11, 12, 13],  # the end of one, one whole, an empty one, a beginning
+        [
+            5,
+            6,
+            7,
+            EOT,
+            8,
+            9,
+            EOT,
+            EOT,
+            10,
+            11,
+            12,
+            13,
+        ],  # an end, a complete document, an empty one, a beginning
         [EOT, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11],  # one document
     ]
 )
@@ -38,7 +51,7 @@ def model(attention: str, n_positions: int = 16) -> GPT2ScratchForCausalLM:
 
 @pytest.fixture(autouse=True)
 def uncompiled(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Flex attention compiles itself otherwise, for half a minute, and warns where it does not."""
+    """Without this, flex attention compiles itself for half a minute; with it, it warns."""
     if {"slow", "gpu"} & set(request.keywords):
         yield
         return
@@ -47,8 +60,8 @@ def uncompiled(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
-def logits(net: GPT2ScratchForCausalLM, windows: Tensor, *, apart: bool) -> Tensor:
-    inputs = model_inputs((windows, windows), torch.device("cpu"), EOT if apart else None)
+def logits(net: GPT2ScratchForCausalLM, windows: Tensor, *, masked: bool) -> Tensor:
+    inputs = model_inputs((windows, windows), torch.device("cpu"), EOT if masked else None)
     del inputs["shift_labels"]
     with torch.no_grad():
         return net(**inputs, use_cache=False).logits
@@ -62,20 +75,20 @@ def test_positions_restart_at_each_end_of_text() -> None:
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-def test_each_document_of_a_window_is_seen_as_if_it_were_alone(attention: str) -> None:
+def test_a_document_in_a_window_gets_the_logits_that_it_gets_alone(attention: str) -> None:
     net = model(attention)
-    packed = logits(net, WINDOWS, apart=True)
+    packed = logits(net, WINDOWS, masked=True)
     for row, start, end in ((0, 0, 3), (0, 3, 6), (0, 6, 7), (0, 7, 12), (1, 0, 12)):
-        alone = logits(net, WINDOWS[row : row + 1, start:end], apart=False)
+        alone = logits(net, WINDOWS[row : row + 1, start:end], masked=False)
         # Sums in another order: a few units in the last place of values near 1.
         torch.testing.assert_close(packed[row, start:end], alone[0], atol=1e-5, rtol=1e-4)
 
 
-def test_without_the_mask_documents_do_see_each_other() -> None:
+def test_without_the_mask_documents_attend_to_each_other() -> None:
     net = model("sdpa")
-    apart, together = logits(net, WINDOWS, apart=True), logits(net, WINDOWS, apart=False)
-    assert not torch.allclose(apart[0, 3:], together[0, 3:], atol=1e-3)
-    torch.testing.assert_close(apart[1], together[1], atol=1e-5, rtol=1e-4)
+    masked, unmasked = logits(net, WINDOWS, masked=True), logits(net, WINDOWS, masked=False)
+    assert not torch.allclose(masked[0, 3:], unmasked[0, 3:], atol=1e-3)
+    torch.testing.assert_close(masked[1], unmasked[1], atol=1e-5, rtol=1e-4)
 
 
 def test_flex_and_dense_masks_give_the_same_loss() -> None:
@@ -134,29 +147,29 @@ def test_gradients_stay_inside_a_document() -> None:
     assert embedded.grad[0, 7:].abs().min(dim=-1).values.max() > 0
 
 
-def test_gpus_take_flex_attention_where_it_can_do_what_is_asked(tiny_recipe: Make) -> None:
-    apart = tiny_recipe(document_mask=True)
-    assert attention_for(apart, "cuda") == "flex_attention"
-    assert attention_for(apart, "cpu") == "sdpa"
-    assert attention_for(dataclasses.replace(apart, dropout=0.1), "cuda") == "sdpa"
-    assert attention_for(dataclasses.replace(apart, attn_implementation="eager"), "cuda") == "eager"
+def test_gpus_use_flex_attention_unless_there_is_dropout(tiny_recipe: Make) -> None:
+    masked = tiny_recipe(document_mask=True)
+    assert attention_for(masked, "cuda") == "flex_attention"
+    assert attention_for(masked, "cpu") == "sdpa"
+    assert attention_for(dataclasses.replace(masked, dropout=0.1), "cuda") == "sdpa"
+    assert attention_for(dataclasses.replace(masked, attn_implementation="eager"), "cuda") == "eager"
     assert attention_for(tiny_recipe(), "cuda") == "sdpa"
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_recipe_that_keeps_documents_apart_trains_and_cannot_change_its_mind(
+def test_a_run_with_a_document_mask_trains_and_cannot_resume_without_it(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from common.cli_errors import InputError
 
     monkeypatch.setattr("training.setup.accelerator.use_all_cores", lambda: torch.set_num_threads(1))
-    together = tiny_recipe(output_dir=str(tmp_path / "together"), max_steps=4)
-    apart = tiny_recipe(output_dir=str(tmp_path / "apart"), max_steps=4, document_mask=True)
+    unmasked = tiny_recipe(output_dir=str(tmp_path / "unmasked"), max_steps=4)
+    masked = tiny_recipe(output_dir=str(tmp_path / "masked"), max_steps=4, document_mask=True)
     losses = {}
-    for recipe in (together, apart):
+    for recipe in (unmasked, masked):
         train(recipe)
         losses[recipe.output_dir] = [line.get("val_loss") for line in read_metrics(Path(recipe.output_dir))]
-    assert losses[together.output_dir] != losses[apart.output_dir]
-    assert checkpoints(Path(apart.output_dir))
+    assert losses[unmasked.output_dir] != losses[masked.output_dir]
+    assert checkpoints(Path(masked.output_dir))
     with pytest.raises(InputError, match="document_mask: True → False"):
-        train(dataclasses.replace(apart, document_mask=False))
+        train(dataclasses.replace(masked, document_mask=False))
