@@ -1,1 +1,1 @@
-"""Code without GPT-2 in it: command-line errors, atomic files, Hub retries, logs. Imports only the standard library."""
+"""Command-line errors, atomic files, Hub retries, progress: code without GPT-2 in it, and cheap to import."""

@@ -1,8 +1,8 @@
-"""A GPT-2 written by hand that Hugging Face's Auto classes know.
+"""A hand-written GPT-2 for Hugging Face's Auto classes.
 
-Importing this package registers `model_type: gpt2_scratch`, so that `AutoModelForCausalLM.from_pretrained(folder)`
-works from then on, and makes every saved folder carry its own code for `trust_remote_code=True`. That needs
-`transformers` and torch, and costs their import time of a few seconds.
+Importing this package registers `model_type: gpt2_scratch`, so `AutoModelForCausalLM.from_pretrained(folder)` works.
+Saved folders also carry their own code, for `trust_remote_code=True`. The import takes
+seconds, because it imports transformers and torch.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification

@@ -1,7 +1,7 @@
-"""The shape of a GPT-2: every number that decides its parameters and its arithmetic.
+"""The configuration of a GPT-2.
 
-Field names and defaults are those of the official `gpt2` checkpoints, so that their config.json reads as it is. What we
-do not implement is refused instead of ignored: a model that silently computes something else is worse than an error.
+Field names and defaults are those of the official `gpt2` checkpoints, so their config.json loads unchanged. Unknown
+keys, and options that are not implemented here, are errors: ignoring them would silently compute another model.
 """
 
 import difflib
@@ -13,10 +13,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
-# Variants of GPT-2's attention that exist in `transformers` and not here. False is what we do anyway.
+# Variants of GPT-2's attention in `transformers` that are not implemented here. False is accepted.
 _NOT_IMPLEMENTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
 
-# Where a folder's own code keeps the classes that the Auto classes look for under `trust_remote_code=True`.
+# Where the Auto classes find our classes in a saved folder, under `trust_remote_code=True`.
 AUTO_MAP = {
     "AutoConfig": "configuration_gpt2_scratch.GPT2ScratchConfig",
     "AutoModel": "modeling_gpt2_scratch.GPT2ScratchModel",
@@ -24,7 +24,7 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_gpt2_scratch.GPT2ScratchForSequenceClassification",
 }
 
-# Keys without a meaning for this model which stand in config.json files of GPT-2, from every age of `transformers`.
+# Keys in config.json files of GPT-2, from all versions of `transformers`, that have no effect on this model.
 _WITHOUT_EFFECT = {
     *("n_ctx", "n_special", "predict_special_tokens", "output_past", "gradient_checkpointing", "task_specific_params"),
     *("summary_type", "summary_use_proj", "summary_activation", "summary_proj_to_labels", "summary_first_dropout"),
@@ -34,7 +34,7 @@ _WITHOUT_EFFECT = {
     *("decoder_start_token_id", "transformers_weights", "tie_last_hidden_states", "conversational", "xla_device"),
     *("output_scores", "eos_token_ids", "is_encoder_decoder", "num_labels", "use_return_dict", "loss_type"),
 }
-# Notes of transformers itself, of Unsloth, and of programs that name themselves, like `transformers.js_config`.
+# Keys that transformers, Unsloth and programs such as `transformers.js` add.
 _NOTES = ("_*", "unsloth_*", "*.js_config")
 
 
@@ -42,28 +42,28 @@ _NOTES = ("_*", "unsloth_*", "*.js_config")
 class GPT2ScratchConfig(PreTrainedConfig):
     """The configuration of a `GPT2ScratchModel` or `GPT2ScratchForCausalLM`.
 
-    Arguments:
-        vocab_size: tokens in the vocabulary.
-        n_positions: the longest sequence, in tokens; the rows of the position embedding.
+    Args:
+        vocab_size: number of tokens in the vocabulary.
+        n_positions: maximum sequence length; rows of the position embedding.
         n_embd: width of the residual stream.
         n_layer: number of blocks.
         n_head: attention heads per block; head_dim is n_embd / n_head.
-        n_inner: width inside the MLP, 4 * n_embd when None.
-        activation_function: a name from `transformers.activations`; GPT-2's is the tanh form of GELU.
-        resid_pdrop: dropout probability where attention and MLP enter the residual stream.
+        n_inner: hidden width of the MLP; None is 4 * n_embd.
+        activation_function: a name from `transformers.activations`; GPT-2 uses the tanh approximation of GELU.
+        resid_pdrop: dropout probability of the outputs of attention and MLP.
         embd_pdrop: dropout probability of the summed embeddings.
         attn_pdrop: dropout probability of the attention weights.
         layer_norm_epsilon: added to the variance in every LayerNorm.
         initializer_range: standard deviation of the initial weights.
         scale_attn_weights: divide attention scores by sqrt(head_dim).
-        use_cache: return keys and values for the next call. Pass `use_cache=False` in training.
-        bos_token_id: the token that begins a document, GPT-2's end-of-text.
-        eos_token_id: the token, or tokens, that end generation.
-        pad_token_id: the token of padding; GPT-2 has none.
-        tie_word_embeddings: `lm_head` is the token embedding itself.
+        use_cache: return the key-value cache. Pass `use_cache=False` in training.
+        bos_token_id: the token that starts a document; GPT-2's end-of-text token.
+        eos_token_id: the token or tokens that end generation.
+        pad_token_id: the padding token; GPT-2 has none.
+        tie_word_embeddings: share the token embedding with `lm_head`.
 
     Raises:
-        ValueError: for an unknown keyword, a variant that is not implemented, or sizes that do not fit each other.
+        ValueError: an unknown key, an option that is not implemented, or sizes that do not fit together.
     """
 
     model_type = "gpt2_scratch"
@@ -95,45 +95,41 @@ class GPT2ScratchConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Check the fields, and refuse keywords that nothing would read."""
+        """Check the fields, and refuse unknown keys."""
         for name in _NOT_IMPLEMENTED:
             if kwargs.pop(name, False):
-                raise ValueError(
-                    f"expected {name}=False, found True: this attention is not implemented here; "
-                    "use transformers.GPT2LMHeadModel for such a model"
-                )
-        # A file of the official class names its own type; kept as an attribute it would hide ours.
+                raise ValueError(f"{name}=True is not implemented here; use transformers.GPT2LMHeadModel")
+        # Official files name their own type, which would shadow ours.
         kwargs.pop("model_type", None)
         for name in kwargs:
             if not _is_known(name):
                 raise ValueError(
-                    f"expected a keyword of {type(self).__name__}, found {name!r}{_suggestion(name)}; "
-                    f"known are {', '.join(_FIELDS)}"
+                    f"unknown key {name!r} of {type(self).__name__}{_suggestion(name)}; known are {', '.join(_FIELDS)}"
                 )
         super().__post_init__(**kwargs)
 
         for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"expected {name} of at least 1, found {value}; give a positive number")
+                raise ValueError(f"expected {name} of at least 1, found {value}")
         for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
             value = getattr(self, name)
             if not 0 <= value <= 1:
-                raise ValueError(f"expected {name} between 0 and 1, found {value}; it is a probability")
+                raise ValueError(f"expected {name} between 0 and 1, found {value}")
         if self.activation_function not in ACT2FN:
             raise ValueError(
-                f"expected activation_function to be a name from transformers.activations, found "
-                f"{self.activation_function!r}{_suggestion(self.activation_function, ACT2FN)}; GPT-2's is 'gelu_new'"
+                f"unknown activation_function {self.activation_function!r}"
+                f"{_suggestion(self.activation_function, ACT2FN)}; GPT-2 uses 'gelu_new'"
             )
         if self.n_embd % self.n_head != 0:
             raise ValueError(
-                f"expected n_embd to be a multiple of n_head, found n_embd={self.n_embd} and n_head={self.n_head}; "
-                f"try n_embd={-(-self.n_embd // self.n_head) * self.n_head} or another number of heads"
+                f"n_embd must be a multiple of n_head, found n_embd={self.n_embd} and n_head={self.n_head}; "
+                f"try n_embd={-(-self.n_embd // self.n_head) * self.n_head}"
             )
 
     @classmethod
     def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return what a folder's config.json says; an official one is of our type, and no reason for a warning."""
+        """Return the content of config.json. Model type gpt2 becomes ours, without a warning."""
         config_dict, kwargs = super().get_config_dict(*args, **kwargs)
         if config_dict.get("model_type") == "gpt2":
             config_dict = {**config_dict, "model_type": cls.model_type}
@@ -141,39 +137,38 @@ class GPT2ScratchConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Return the configuration that a config.json describes, with `kwargs` in place of what it says.
+        """Return the configuration of a config.json, with overrides from `kwargs`, which are checked like the file.
 
-        What is given in place of a file's value is checked as the value itself; keywords that are not ours are options
-        of loading, and go on to the base class.
+        Other `kwargs` are loading options of the base class.
 
         Raises:
-            ValueError: as the class itself.
+            ValueError: as in the constructor.
         """
         for name in list(kwargs):
             if name in _FIELDS or name in _NOT_IMPLEMENTED:
                 config_dict = {**config_dict, cls.attribute_map.get(name, name): kwargs.pop(name)}
             elif not _is_known(name) and _suggestion(name):
-                raise ValueError(f"expected a keyword of {cls.__name__}, found {name!r}{_suggestion(name)}")
+                raise ValueError(f"unknown key {name!r} of {cls.__name__}{_suggestion(name)}")
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def gpt2(cls, **overrides: Any) -> Self:
-        """The configuration of GPT-2 with 124,439,808 parameters."""
+        """Return the configuration of GPT-2 with 124,439,808 parameters."""
         return cls(**{"n_embd": 768, "n_layer": 12, "n_head": 12, **overrides})
 
     @classmethod
     def gpt2_medium(cls, **overrides: Any) -> Self:
-        """The configuration of GPT-2 with 354,823,168 parameters."""
+        """Return the configuration of GPT-2 with 354,823,168 parameters."""
         return cls(**{"n_embd": 1024, "n_layer": 24, "n_head": 16, **overrides})
 
     @classmethod
     def gpt2_large(cls, **overrides: Any) -> Self:
-        """The configuration of GPT-2 with 774,030,080 parameters."""
+        """Return the configuration of GPT-2 with 774,030,080 parameters."""
         return cls(**{"n_embd": 1280, "n_layer": 36, "n_head": 20, **overrides})
 
     @classmethod
     def gpt2_xl(cls, **overrides: Any) -> Self:
-        """The configuration of GPT-2 with 1,557,611,200 parameters."""
+        """Return the configuration of GPT-2 with 1,557,611,200 parameters."""
         return cls(**{"n_embd": 1600, "n_layer": 48, "n_head": 25, **overrides})
 
 
@@ -182,9 +177,9 @@ _GENERATION = GenerationConfig().to_dict()
 
 
 def _is_known(name: str) -> bool:
-    """Whether a key is a field of ours, something the base class reads or writes, or a harmless note of others."""
+    """Return whether a key is a field, known to the base class, or without effect."""
     if callable(getattr(PreTrainedConfig, name, None)):
-        return False  # a method, which the value would hide
+        return False  # a method, which the value would shadow
     return (
         name in _FIELDS
         or name in _WITHOUT_EFFECT
@@ -197,6 +192,6 @@ def _is_known(name: str) -> bool:
 
 
 def _suggestion(name: str, known: Iterable[str] = _FIELDS) -> str:
-    """', did you mean …?' when the name is close to a known one, else an empty string."""
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-    return f", did you mean {nearest[0]!r}?" if nearest else ""
+    """Return `, did you mean 'X'?` if a known name is close, else an empty string."""
+    closest = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+    return f", did you mean {closest[0]!r}?" if closest else ""

@@ -1,17 +1,16 @@
-"""A model folder in the other of our two worlds: native `gpt2`, or `gpt2_scratch` with its own code.
+"""Converts a model folder between `gpt2`, which transformers loads by itself, and `gpt2_scratch`, with our code.
 
     python -m gpt2_scratch.export --model runs/quickstart/model --output my-gpt2 --format gpt2
     python -m gpt2_scratch.export --model openai-community/gpt2 --output gpt2-ours --format gpt2_scratch
 
-Names and layouts of the weights are the same in both, so their files are copied as they are and a round trip returns
-every byte; what changes is config.json and the code beside it. Only `--dtype` rewrites weights. No model is built in
-memory: the weights are checked by the headers of their files, and cast one at a time.
+Both formats have the same weight names and layouts. Weight files are copied, so a round trip returns every byte; only
+config.json and the code change. `--dtype` casts the weights, one file at a time. No model is built in memory: weights
+are checked by the headers of their files.
 """
 
-import contextlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,219 +36,196 @@ _OFFICIAL_NAMES: dict[type[GPT2ScratchPreTrainedModel], str] = {
     GPT2ScratchForSequenceClassification: "GPT2ForSequenceClassification",
     GPT2ScratchModel: "GPT2Model",
 }
-_FLOATING = ("BF16", "F16", "F32", "F64")  # as safetensors calls them
+_CLASSES = {name: ours for ours, official in _OFFICIAL_NAMES.items() for name in (official, ours.__name__)}
+_FLOATING = ("BF16", "F16", "F32", "F64")  # names of safetensors
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-# Tokenizer, generation config, card and its pictures; not weights of other frameworks, nor an optimizer's state.
-_CARRIED = ("*.json", "*.txt", "*.jinja", "*.md", "*.png", "LICENSE*")
-_NOT_CARRIED = {"config.json", _INDEX, "pytorch_model.bin.index.json"}
+# Tokenizer, generation config, model card and its images. Not weights of other frameworks, nor optimizer state.
+_COPIED = ("*.json", "*.txt", "*.jinja", "*.md", "*.png", "LICENSE*")
+_NOT_COPIED = {"config.json", _INDEX, "pytorch_model.bin.index.json"}
 
 
 def export(model: str, output: Path, model_format: str, dtype: torch.dtype | None = None) -> str:
-    """Write the model of a folder or Hub id as another folder, which appears only when it is whole.
+    """Write the model of a folder or Hub repository to a new folder, which appears only when it is complete.
 
-    Arguments:
-        model: a folder or Hub id with config.json and safetensors, of either format.
-        output: a folder that does not exist yet.
+    Args:
+        model: a folder or Hub repository of either format, with config.json and safetensors.
+        output: the folder to create.
         model_format: "gpt2" or "gpt2_scratch".
-        dtype: the dtype of the new weights, the old one when None.
+        dtype: cast the weights; None keeps their dtype.
 
     Returns:
-        A sentence on what was written.
+        A sentence that says what was written.
 
     Raises:
-        InputError: when `model` is no GPT-2 that we implement, or not a whole one, or `output` exists.
+        InputError: `model` is not a complete GPT-2 that is implemented here, or `output` exists or cannot be written.
     """
     if "\0" in str(output):
-        raise InputError(f"expected --output to be a path, found {str(output)!r} with a NUL in it; choose another name")
+        raise InputError(f"--output {str(output)!r} contains a NUL character; choose another name")
     if output.exists() or output.is_symlink():
-        raise InputError(f"expected --output to be a new folder, found that {output} exists; choose another name")
-    source = find_source(model)
-    config_dict, model_class = read_config(source)
-    files = weight_files(source)
-    with torch.device("meta"):
-        # The attention that config.json asks for need not be installed here.
-        skeleton = model_class(GPT2ScratchConfig.from_dict(_without_attention(config_dict)))
-    check_weights(source, files, skeleton)
+        raise InputError(f"--output {output} exists; choose another name")
+    source = _find_source(model)
+    config_dict, skeleton = read_config(source)
+    files = check_weights(source, skeleton)
 
-    unfinished = output.with_name(f".unfinished-{output.name}")
-    new_parents = [parent for parent in output.parents if not parent.exists()]  # innermost first
+    # In the nearest folder that exists: a failed export creates no parents.
+    partial = next(parent for parent in output.parents if parent.exists()) / f".unfinished-{output.name}"
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write_weights(source, unfinished, files, dtype)
-        write_config(unfinished, config_dict, model_class, model_format, dtype)
-        carry_other_files(source, unfinished, model_format)
+        partial.mkdir()
+        write_weights(source, partial, files, dtype)
+        write_config(partial, config_dict, type(skeleton), model_format, dtype)
+        copy_other_files(source, partial, model_format)
         if model_format == "gpt2_scratch":
-            custom_object_save(skeleton, unfinished)
-        unfinished.rename(output)
+            custom_object_save(skeleton, partial)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(output)
     except OSError as error:
-        raise InputError(f"expected to write {output}, found {error}; choose another --output") from error
+        raise InputError(f"cannot write {output}: {error}; choose another --output") from error
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        for parent in [] if output.exists() else new_parents:
-            with contextlib.suppress(OSError):  # never made, or no longer empty
-                parent.rmdir()
-    name = _OFFICIAL_NAMES[model_class] if model_format == "gpt2" else model_class.__name__
+        shutil.rmtree(partial, ignore_errors=True)
+    name = _OFFICIAL_NAMES[type(skeleton)] if model_format == "gpt2" else type(skeleton).__name__
     return f"wrote {output}: model_type {model_format}, {name}, {skeleton.num_parameters():,} parameters"
 
 
-def find_source(model: str) -> Path:
-    """Return the folder of a model, downloaded when `model` is a Hub id."""
+def _find_source(model: str) -> Path:
+    """Return the model's folder, after downloading it if `model` is a Hub repository."""
     if Path(model).is_dir():
         return Path(model)
     try:
-        return Path(snapshot_download(model, allow_patterns=[*_CARRIED, "*.safetensors"], ignore_patterns=["*/*"]))
+        return Path(snapshot_download(model, allow_patterns=[*_COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"expected --model to be a folder or Hub id, found {model!r}: {reason}") from error
+        raise InputError(f"--model {model!r} is neither a folder nor a repository on the Hub: {reason}") from error
 
 
-def read_config(source: Path) -> tuple[dict[str, Any], type[GPT2ScratchPreTrainedModel]]:
-    """Return what config.json says, and the class of ours that it describes.
+def read_config(source: Path) -> tuple[dict[str, Any], GPT2ScratchPreTrainedModel]:
+    """Return the content of config.json, and the model that it describes, on the meta device.
 
     Raises:
-        InputError: when there is none, or not that of a GPT-2 that we implement.
+        InputError: there is no valid config.json, or it is not that of a GPT-2 that is implemented here.
     """
     path = source / "config.json"
     try:
         config_dict = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"expected a model folder, found no config.json in {source}; check --model") from None
-    except OSError as error:
-        raise InputError(f"expected to read {path}, found {error}; check --model") from error
-    except ValueError as error:
-        raise InputError(f"expected JSON in {path}, found {error}; check --model") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path}: {error}; check --model") from error
     model_type = config_dict.get("model_type") if isinstance(config_dict, dict) else None
     if model_type not in FORMATS:
-        raise InputError(f"expected model_type gpt2 or gpt2_scratch in {path}, found {model_type!r}; check --model")
+        raise InputError(f"{path} has model_type {model_type!r}; expected gpt2 or gpt2_scratch")
     if config_dict.get("quantization_config"):
-        raise InputError(
-            f"expected weights as they were trained, found a quantization_config in {path}; dequantize the model, "
-            "and save that"
-        )
+        raise InputError(f"{path} has a quantization_config; dequantize the model and save it first")
+    # The attention implementation that the file names may not be installed here.
+    values = {key: value for key, value in config_dict.items() if key.lstrip("_") != "attn_implementation"}
     try:
-        GPT2ScratchConfig.from_dict(_without_attention(config_dict))
+        config = GPT2ScratchConfig.from_dict(values | {"attn_implementation": "eager"})
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"expected a GPT-2 as we implement it in {path}: {' '.join(str(error).split())}") from error
-
-    classes = {name: ours for ours, official in _OFFICIAL_NAMES.items() for name in (official, ours.__name__)}
-    architectures = config_dict.get("architectures") or ["GPT2LMHeadModel"]
-    if not isinstance(architectures, list) or architectures[0] not in list(classes):
-        found = architectures[0] if isinstance(architectures, list) else repr(architectures)
+        raise InputError(f"{path} describes an unsupported model: {' '.join(str(error).split())}") from error
+    architecture = str((config_dict.get("architectures") or ["GPT2LMHeadModel"])[0])
+    if architecture not in _CLASSES:
         raise InputError(
-            f"expected one of {', '.join(classes)} as architecture in {path}, found {found}; "
-            "load it with the class you want, and save that"
+            f"{path} names the architecture {architecture}; supported are {', '.join(_CLASSES)}: load the model with "
+            "one of these classes and save it"
         )
-    return config_dict, classes[architectures[0]]
+    with torch.device("meta"):
+        return config_dict, _CLASSES[architecture](config)
 
 
-def _without_attention(config_dict: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with the attention that needs no package."""
-    config_dict = {key: value for key, value in config_dict.items() if key.lstrip("_") != "attn_implementation"}
-    return config_dict | {"attn_implementation": "eager"}
+def check_weights(source: Path, skeleton: GPT2ScratchPreTrainedModel) -> list[str]:
+    """Return the names of the weight files, after checking by their headers that they fill the model exactly.
+
+    Raises:
+        InputError: a weight is missing, unexpected, duplicate, quantized or of the wrong shape.
+    """
+    files = _weight_files(source)
+    expected = {_bare(name): tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
+    found: dict[str, tuple[int, ...]] = {}
+    for name, dtype, shape in _headers(source, files):
+        if _bare(name) in found:
+            raise InputError(f"{source} contains {name} twice; save the model again")
+        if dtype not in _FLOATING:
+            raise InputError(f"{name} in {source} has dtype {dtype}; dequantize the model and save it first")
+        found[_bare(name)] = shape
+    optional = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()
+    for problem, names in (("lacks", set(expected) - set(found) - optional), ("adds", set(found) - set(expected))):
+        if names:
+            raise InputError(
+                f"{source} {problem} {', '.join(sorted(names)[:3])} ({len(names)} in total), compared with a "
+                f"{type(skeleton).__name__} of its config.json; save the complete model, and nothing else"
+            )
+    for name, shape in sorted(found.items()):
+        if shape != expected[name]:
+            raise InputError(
+                f"{name} in {source} has shape {shape} instead of {expected[name]}; use the config.json that belongs "
+                "to these weights"
+            )
+    return files
 
 
-def weight_files(source: Path) -> list[str]:
-    """Return the names of the safetensors files, one or several when sharded."""
+def _weight_files(source: Path) -> list[str]:
+    """Return the names of the safetensors files: one, or the shards of an index."""
     if (source / _WEIGHTS).is_file():
         return [_WEIGHTS]
-    if (source / _INDEX).is_file():
-        try:
-            files = sorted(set(json.loads((source / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise InputError(f"expected a weight_map in {source / _INDEX}, found {error!r}; check --model") from error
-        for name in files:
-            if not isinstance(name, str) or Path(name).name != name or not (source / name).is_file():
-                raise InputError(f"expected the shard {name} beside {source / _INDEX}, found none; download it again")
-        return files
-    found = sorted(path.name for path in source.glob("pytorch_model*.bin"))
-    hint = "; load the model with use_safetensors=False and save it, if you trust it" if found else "; check --model"
-    raise InputError(f"expected {_WEIGHTS} in {source}, found {', '.join(found) or 'no weights'}{hint}")
-
-
-def check_weights(source: Path, files: Sequence[str], skeleton: GPT2ScratchPreTrainedModel) -> None:
-    """Refuse weights that would not fill the model exactly; only headers are read.
-
-    Arguments:
-        source: the folder of the files.
-        files: their names.
-        skeleton: the model on the meta device.
-    """
-    expected = {_bare(name): tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
-    required = set(expected)
-    if skeleton.config.tie_word_embeddings:
-        required.discard("lm_head.weight")
-    found: dict[str, tuple[int, ...]] = {}
-    repeated: list[str] = []
-    other_types: list[str] = []
-    for name in files:
-        try:
-            with safe_open(source / name, framework="pt") as weights:
-                for key in weights.keys():  # noqa: SIM118
-                    if key.endswith((".attn.bias", ".attn.masked_bias")):
-                        continue  # a causal mask
-                    weight = weights.get_slice(key)
-                    repeated += [key] if _bare(key) in found else []
-                    other_types += [f"{weight.get_dtype()} in {key}"] if weight.get_dtype() not in _FLOATING else []
-                    found[_bare(key)] = tuple(weight.get_shape())
-        except SafetensorError as error:
-            raise InputError(
-                f"expected safetensors in {source / name}, found {error}; download or save it again"
-            ) from error
-    if repeated:
-        raise InputError(f"expected every weight once in {source}, found {repeated[0]} twice; save the model again")
-    if other_types:
-        raise InputError(
-            f"expected {', '.join(_FLOATING)} in {source}, found {other_types[0]}; dequantize the model, and save that"
+    index = source / _INDEX
+    if not index.is_file():
+        pickles = sorted(path.name for path in source.glob("pytorch_model*.bin"))
+        advice = (
+            "if you trust it, load the model with use_safetensors=False and save it" if pickles else "check --model"
         )
-    for problem, keys in (("without", sorted(required - set(found))), ("with", sorted(set(found) - set(expected)))):
-        if keys:
-            raise InputError(
-                f"expected the weights of a {type(skeleton).__name__} in {source}, found them {problem} "
-                f"{', '.join(keys[:3])} ({len(keys)} such weights); save the whole model, and nothing else"
-            )
-    for key, shape in sorted(found.items()):
-        if shape != expected[key]:
-            raise InputError(
-                f"expected {key} of shape {expected[key]} by config.json, found {shape} in {source}; "
-                "take the config that belongs to these weights"
-            )
+        raise InputError(f"no {_WEIGHTS} in {source}, only {', '.join(pickles) or 'other files'}; {advice}")
+    try:
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} has no valid weight_map ({error!r}); check --model") from error
+    for name in files:
+        if Path(str(name)).name != name or not (source / name).is_file():
+            raise InputError(f"{index} lists the shard {name}, which is missing; download the model again")
+    return files
+
+
+def _headers(source: Path, files: Sequence[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Yield name, dtype and shape of every weight, without the causal masks of old checkpoints."""
+    for file in files:
+        try:
+            with safe_open(source / file, framework="pt") as weights:
+                for name in weights.keys():  # noqa: SIM118
+                    if not name.endswith((".attn.bias", ".attn.masked_bias")):
+                        weight = weights.get_slice(name)
+                        yield name, weight.get_dtype(), tuple(weight.get_shape())
+        except SafetensorError as error:
+            raise InputError(f"{source / file} is corrupted ({error}); download or save it again") from error
 
 
 def _bare(name: str) -> str:
-    """A weight's name in the older spelling of the official checkpoints, that of the base model alone."""
+    """Return a weight's name without the prefix of the base model, which old official checkpoints lack."""
     return name.removeprefix("transformer.")
 
 
 def write_weights(source: Path, target: Path, files: Sequence[str], dtype: torch.dtype | None) -> None:
     """Copy the weights, or cast them one file at a time."""
     total_size = 0
-    for name in files:
+    for file in files:
         if dtype is None:
-            shutil.copyfile(source / name, target / name)
+            shutil.copyfile(source / file, target / file)
             continue
-        with safe_open(source / name, framework="pt") as weights:
-            cast = {key: _cast(key, weights.get_tensor(key), dtype) for key in weights.keys()}  # noqa: SIM118
+        with safe_open(source / file, framework="pt") as weights:
+            cast = {name: _cast(name, weights.get_tensor(name), dtype) for name in weights.keys()}  # noqa: SIM118
             metadata = weights.metadata() or {"format": "pt"}
         total_size += sum(tensor.nbytes for tensor in cast.values())
-        save_file(cast, target / name, metadata=metadata)
+        save_file(cast, target / file, metadata=metadata)
     if files != [_WEIGHTS]:
         index = json.loads((source / _INDEX).read_text(encoding="utf-8"))
         if dtype is not None:
-            metadata = index.get("metadata")
-            index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_size}
+            index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_size}
         _write_json(target / _INDEX, index)
 
 
 def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weight in `dtype`; the causal masks of old checkpoints may be of integers, and stay."""
+    """Return the weight in `dtype`; causal masks of old checkpoints, which are integers, stay as they are."""
     if not weight.is_floating_point():
         return weight
     cast = weight.to(dtype)
     if not torch.equal(cast.isfinite(), weight.isfinite()):
-        raise InputError(
-            f"expected numbers that {dtype} can hold, found {weight.abs().max():.3g} in {name}; use --dtype bfloat16"
-        )
+        raise InputError(f"{name} holds {weight.abs().max():.3g}, too large for {dtype}; use --dtype bfloat16")
     return cast
 
 
@@ -260,7 +236,7 @@ def write_config(
     model_format: str,
     dtype: torch.dtype | None,
 ) -> None:
-    """Write config.json: all that it said before, but for the type, the class, and where its code is."""
+    """Write config.json with another model type, class, code location and dtype; all other keys stay."""
     config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
     config_dict["model_type"] = model_format
     if model_format == "gpt2":
@@ -279,10 +255,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def carry_other_files(source: Path, target: Path, model_format: str) -> None:
-    """Copy tokenizer, generation config and card; the card of a native folder no longer asks for trust in code."""
-    for path in sorted({path for pattern in _CARRIED for path in source.glob(pattern)}):
-        if path.is_file() and path.name not in _NOT_CARRIED:
+def copy_other_files(source: Path, target: Path, model_format: str) -> None:
+    """Copy tokenizer, generation config and model card; in format gpt2 the card no longer asks to trust our code."""
+    for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
+        if path.is_file() and path.name not in _NOT_COPIED:
             shutil.copyfile(path, target / path.name)
     card = target / "README.md"
     if model_format == "gpt2" and card.exists():
@@ -293,12 +269,12 @@ def carry_other_files(source: Path, target: Path, model_format: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Export as the command line says."""
+    """Run the command line."""
     parser = CommandParser(prog="python -m gpt2_scratch.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a folder or a Hub id")
-    parser.add_argument("--output", required=True, type=Path, help="the new folder")
+    parser.add_argument("--model", required=True, help="a folder or a repository on the Hub")
+    parser.add_argument("--output", required=True, type=Path, help="the folder to create")
     parser.add_argument("--format", required=True, choices=FORMATS, help="gpt2 loads without our code")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the new weights; the old one when not given")
+    parser.add_argument("--dtype", choices=DTYPES, help="cast the weights (default: keep their dtype)")
     options = parser.parse_args(arguments)
     print(export(options.model, options.output, options.format, DTYPES.get(options.dtype)))
 

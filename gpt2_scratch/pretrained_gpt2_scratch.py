@@ -1,12 +1,10 @@
-"""What the ecosystem asks of every model here: how its weights begin, how it is loaded, how it is saved.
+"""The base class of all models here: initialization, loading, saving; and the input checks of their forward passes.
 
-The mathematics stand in `modeling_gpt2_scratch.py`; this is the contract around it. Where it differs from Hugging
-Face's default, it is stricter: a checkpoint that does not fill the model is an error instead of a warning, and a pickle
-is read only when asked for.
+Loading is stricter than in transformers. A checkpoint that does not fill the model is an error instead of a warning,
+and pickled weights are read only on request.
 """
 
 import dataclasses
-import functools
 import logging
 import math
 import os
@@ -25,20 +23,20 @@ from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig
 
 # The name of the key-value cache in calls and outputs: "cache" since transformers 5.24, "past_key_values" before.
 CACHE_NAME = (
-    "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else ("past_key_values")
+    "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
 )
 
-# Everything that an attention implementation of transformers or vLLM may read, passed through to it.
+# Arguments that attention implementations of transformers and vLLM read.
 ATTENTION_ARGUMENTS = frozenset(
     {
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"),  # flash attention
         "kernel_options",  # flex attention
         *("read_index", "write_index", "block_table"),  # paged attention
-        *("logits_indices", "logits_processor_args"),  # part of the same call; continuous batching reads them itself
+        *("logits_indices", "logits_processor_args"),  # passed along with these by continuous batching
         "attention_instances",  # vLLM
     }
 )
-# Read outside the model's own forward: by `capture_outputs`, and by the loss of a classification head.
+# Read by decorators and by the loss of a classification head.
 _READ_ELSEWHERE = frozenset({"output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch"})
 # Arguments of the official class that are not implemented here. Libraries pass them as None.
 _OFFICIAL_ONLY = frozenset(
@@ -47,7 +45,7 @@ _OFFICIAL_ONLY = frozenset(
 
 
 def check_arguments(model_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments for the attention implementation, and refuse every argument that nothing would read.
+    """Return the arguments for the attention implementation.
 
     Raises:
         TypeError: an argument of the official class that is not implemented here, or an unknown one.
@@ -57,42 +55,73 @@ def check_arguments(model_class: type, arguments: dict[str, Any]) -> dict[str, A
             continue
         if name in _OFFICIAL_ONLY:
             raise TypeError(f"{model_class.__name__} does not implement {name}; use transformers.GPT2LMHeadModel")
-        raise TypeError(f"{model_class.__name__}.forward() got an unexpected argument {name!r}; nothing would read it")
+        raise TypeError(f"{model_class.__name__}.forward() got an unexpected argument {name!r}")
     return {name: value for name, value in arguments.items() if name in ATTENTION_ARGUMENTS}
 
 
-def the_one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Return the cache by whichever of its two names it was passed.
+def single_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """Return the cache, which has two names.
 
     Raises:
-        ValueError: two caches.
+        ValueError: both are given.
     """
     if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one argument; pass one of them")
+        raise ValueError("cache and past_key_values are two names of the same argument; pass only one of them")
     return past_key_values if cache is None else cache
 
 
-def residual_projection(n_in: int, n_embd: int) -> Conv1D:
-    """Return the affine layer by which attention or MLP enters the residual stream, marked for its smaller init.
+def check_inputs(
+    model: "GPT2ScratchPreTrainedModel",
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cache: Cache | None,
+) -> None:
+    """Check the inputs of `GPT2ScratchModel.forward`, as far as that costs nothing.
 
-    The mark is on the layer itself because `_init_weights` never sees modules that own no parameters.
+    Raises:
+        ValueError: not exactly one of `input_ids` and `inputs_embeds`; a wrong number of dimensions; a sequence longer
+            than n_positions; a cache under activation checkpointing; on CPU, an id or a position out of range.
     """
-    projection = Conv1D(n_embd, n_in)
-    projection.enters_residual_stream = True
-    return projection
+    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    if inputs is None or (input_ids is not None and inputs_embeds is not None):
+        found = "neither" if inputs is None else "both"
+        raise ValueError(f"expected either input_ids or inputs_embeds, found {found}; pass exactly one")
+    name, shape = ("input_ids", "batch, seq") if inputs_embeds is None else ("inputs_embeds", "batch, seq, n_embd")
+    if inputs.dim() != shape.count(",") + 1:
+        raise ValueError(f"expected {name} of shape ({shape}), found {tuple(inputs.shape)}; reshape it")
+    if inputs_embeds is None:
+        model.warn_if_padding_and_no_attention_mask(inputs, attention_mask)
+        _check_range("input_ids", inputs, model.config.vocab_size)
+
+    past_seq = 0 if cache is None else cache.get_seq_length()
+    if model.gradient_checkpointing and model.training and past_seq > 0:
+        raise ValueError(
+            "activation checkpointing in training cannot use a key-value cache; pass the whole sequence, or disable "
+            "checkpointing"
+        )
+    compiling = torch.compiler.is_compiling()
+    if isinstance(past_seq, Tensor):  # a static cache; a compiled graph cannot read the value
+        past_seq = 0 if compiling else int(past_seq)
+    length, n_positions = past_seq + inputs.shape[1], model.config.n_positions
+    # Packed documents have positions of their own, and may be longer in total.
+    if length > n_positions and (position_ids is None or (not compiling and bool(position_ids.max() >= n_positions))):
+        raise sequence_too_long(None if compiling else length, n_positions)  # a compiled graph cannot print a symbol
+    if position_ids is not None:
+        _check_range("position_ids", position_ids, n_positions)
 
 
-def check_dimensions(**expected: tuple[Tensor | None, str]) -> None:
-    """Refuse tensors that have not the dimensions whose names follow them."""
-    for name, (tensor, dimensions) in expected.items():
-        if tensor is not None and tensor.dim() != dimensions.count(",") + 1:
-            raise ValueError(f"expected {name} of shape ({dimensions}), found {tuple(tensor.shape)}; reshape it")
+def check_labels(labels: Tensor | None, ignore_index: int, vocab_size: int) -> None:
+    """Check on CPU that labels are token ids or `ignore_index`."""
+    if labels is not None:
+        _check_range("labels", labels.masked_fill(labels == ignore_index, 0), vocab_size)
 
 
-def check_ids(name: str, ids: Tensor, limit: int) -> None:
-    """Refuse ids outside 0 … limit - 1 with their name, instead of a bare IndexError.
+def _check_range(name: str, ids: Tensor, limit: int) -> None:
+    """Raise a ValueError that names the tensor, instead of a bare IndexError, for ids outside 0 … limit - 1.
 
-    Only where looking costs nothing: on a GPU it would wait for the device, and a compiled graph cannot.
+    Only on CPU and outside torch.compile: on a GPU the check would wait for the device.
     """
     if ids.device.type != "cpu" or torch.compiler.is_compiling() or ids.numel() == 0:
         return
@@ -104,14 +133,14 @@ def check_ids(name: str, ids: Tensor, limit: int) -> None:
         )
 
 
-def too_long(length: int | None, n_positions: int) -> ValueError:
-    """Return the refusal of a sequence that the position embedding has no rows for."""
+def sequence_too_long(length: int | None, n_positions: int) -> ValueError:
+    """Return the error for a sequence that is longer than the position embedding."""
     found = "" if length is None else f" of {length:,} tokens"
     return ValueError(f"sequence{found} exceeds n_positions={n_positions}; shorten it, or train with more positions")
 
 
 class GPT2ScratchPreTrainedModel(PreTrainedModel):
-    """The base of all models here."""
+    """The base class of all models here."""
 
     config_class = GPT2ScratchConfig
     config: GPT2ScratchConfig
@@ -119,27 +148,27 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["GPT2ScratchBlock"]  # noqa: RUF012 - the base class reads plain lists
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
-    # Old checkpoints carry the causal mask as a buffer of every layer.
+    # Old checkpoints store the causal mask as a buffer of every layer.
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)attn\.(masked_)?bias$"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # Weights that a checkpoint of another class may lack: the head of a new task.
+    # Prefix of weights that a checkpoint may lack: the head of a new task.
     new_head_prefix: str | None = None
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw weights from N(0, initializer_range), biases zero, LayerNorm the identity.
+        """Draw weights from N(0, initializer_range); set biases to zero and LayerNorm to the identity.
 
-        Projections into the residual stream are drawn smaller by sqrt(2 * n_layer): that many of them are summed up,
-        and so the variance of the stream does not grow with depth (Radford et al. 2019, section 2.3).
+        The standard deviation of projections into the residual stream is divided by sqrt(2 * n_layer). The stream sums
+        that many of them, and so its variance does not grow with depth (Radford et al. 2019, section 2.3).
         """
         super()._init_weights(module)
         if isinstance(module, Conv1D):
             std = self.config.initializer_range
-            if getattr(module, "enters_residual_stream", False):
+            if getattr(module, "is_residual_projection", False):
                 std /= math.sqrt(2 * self.config.n_layer)
             init.normal_(module.weight, mean=0.0, std=std)
             init.zeros_(module.bias)
@@ -154,30 +183,30 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
         output_loading_info: bool = False,
         **kwargs: Any,
     ) -> Any:
-        """Return the model of a folder or Hub id, with every weight from there.
+        """Return the model of a folder or Hub repository, ours or an official GPT-2, with every weight loaded.
 
-        Arguments:
-            pretrained_model_name_or_path: of our models or of official GPT-2 ones.
-            args: as for `PreTrainedModel.from_pretrained`, like all arguments that are not listed here.
-            use_safetensors: False reads `pytorch_model.bin` instead. Where we differ from Hugging Face: this must be
-                asked for, because such a file is a pickle.
-            ignore_mismatched_sizes: draw weights anew whose shapes do not fit, instead of raising.
-            output_loading_info: return the model and what was missing, unexpected or mismatched.
-            kwargs: the rest.
+        Args:
+            pretrained_model_name_or_path: the folder or repository.
+            args: as in `PreTrainedModel.from_pretrained`, like every argument that is not listed here.
+            use_safetensors: False reads `pytorch_model.bin`. Unlike in transformers this must be requested, because
+                such a file is a pickle.
+            ignore_mismatched_sizes: initialize weights of a wrong shape instead of raising.
+            output_loading_info: also return the missing, unexpected and mismatched keys.
+            kwargs: see `args`.
 
         Raises:
-            ValueError: when weights are missing or have another shape. A classification head may be new.
-            FileNotFoundError: when there is only a `pytorch_model.bin`.
+            ValueError: weights are missing or have a wrong shape. A new classification head is allowed.
+            FileNotFoundError: there is only a `pytorch_model.bin`.
         """
         if use_safetensors is None and pretrained_model_name_or_path is not None:
-            _refuse_pickle(Path(pretrained_model_name_or_path))
+            folder = Path(pretrained_model_name_or_path)
+            if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
+                raise FileNotFoundError(
+                    f"no model.safetensors in {folder}, only pytorch_model.bin, a pickle, which may run code; if you "
+                    "trust it, pass use_safetensors=False and save the model again"
+                )
             use_safetensors = True
-        # The base class's report of what does not fit suggests to go on regardless: it is shown when we do.
-        reports: list[logging.LogRecord] = []
-        logger = logging.getLogger("transformers.modeling_utils")
-        hold_back = functools.partial(_hold_back, reports)
-        logger.addFilter(hold_back)
-        try:
+        with _DelayedLoadReport() as load_report:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *args,
@@ -186,48 +215,54 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
                 output_loading_info=True,
                 **kwargs,
             )
-        finally:
-            logger.removeFilter(hold_back)
-        if info["mismatched_keys"] and not ignore_mismatched_sizes:
+        mismatched = sorted(info["mismatched_keys"])
+        if mismatched and not ignore_mismatched_sizes:
             found = "; ".join(
-                f"{name} of shape {tuple(expected)}, found {tuple(shape)}"
-                for name, shape, expected in sorted(info["mismatched_keys"])[:3]
+                f"{name} has shape {tuple(shape)} instead of {tuple(expected)}"
+                for name, shape, expected in mismatched[:3]
             )
             raise ValueError(
-                f"expected {found}, in {pretrained_model_name_or_path}: weights and config.json do not belong together "
-                f"({len(info['mismatched_keys'])} such weights); correct the config, or pass "
-                "ignore_mismatched_sizes=True to begin with new ones"
+                f"weights in {pretrained_model_name_or_path} do not fit config.json: {found} ({len(mismatched)} in "
+                "total); correct the config, or pass ignore_mismatched_sizes=True to initialize them"
             )
         new_head = cls.new_head_prefix
         missing = sorted(name for name in info["missing_keys"] if new_head is None or not name.startswith(new_head))
         if missing:
             raise ValueError(
-                f"expected every weight of {cls.__name__} in {pretrained_model_name_or_path}, found {len(missing)} "
-                f"missing: {', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}; take a complete checkpoint"
+                f"{pretrained_model_name_or_path} lacks weights of {cls.__name__}: {', '.join(missing[:3])} "
+                f"({len(missing)} in total); use a complete checkpoint"
             )
-        for report in reports:
-            logger.handle(report)
+        load_report.emit()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """Save weights, configuration and code, so that the folder loads under every Auto class it can serve."""
+        """Save weights, config and code; the folder loads with `trust_remote_code=True` in every Auto class."""
         if self._auto_class is not None:
             self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def _hold_back(reports: list[logging.LogRecord], record: logging.LogRecord) -> bool:
-    """Keep a load report for later; a filter of a logger, which passes on all else."""
-    is_report = "LOAD REPORT" in record.getMessage()
-    if is_report:
-        reports.append(record)
-    return not is_report
+class _DelayedLoadReport(logging.Filter):
+    """Holds back the load report of transformers, which suggests to continue, until it is clear that we do."""
 
+    _logger = logging.getLogger("transformers.modeling_utils")
 
-def _refuse_pickle(folder: Path) -> None:
-    """Say how to read a local folder with nothing but a pickle; `from_pretrained` says the rest of what can fail."""
-    if any(folder.glob("pytorch_model*.bin")) and not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"expected model.safetensors in {folder}, found only pytorch_model.bin, a pickle, which may run code; "
-            "if you trust it, pass use_safetensors=False and save the model again"
-        )
+    def __enter__(self) -> "_DelayedLoadReport":
+        self._records: list[logging.LogRecord] = []
+        self._logger.addFilter(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.removeFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep load reports, pass on other records."""
+        is_report = "LOAD REPORT" in record.getMessage()
+        if is_report:
+            self._records.append(record)
+        return not is_report
+
+    def emit(self) -> None:
+        """Log the reports."""
+        for record in self._records:
+            self._logger.handle(record)

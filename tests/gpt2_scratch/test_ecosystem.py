@@ -1,4 +1,4 @@
-"""The tools that people bring along: Trainer, peft, accelerate."""
+"""Trainer, peft and accelerate work with our models."""
 
 import pytest
 import torch
@@ -10,12 +10,12 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification
 
-# peft still asks for activation checkpointing under the name that transformers has deprecated.
+# peft enables activation checkpointing under the name that transformers deprecated.
 peft_warns = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def examples(count=32):
-    """Sequences that count upwards: easy to learn."""
+    """Return sequences that count upwards, which are easy to learn."""
     starts = torch.randint(0, 60, (count, 1), generator=torch.Generator().manual_seed(0))
     return [{"input_ids": row.tolist(), "labels": row.tolist()} for row in starts + torch.arange(16)]
 
@@ -60,9 +60,9 @@ def test_trainer_trains_evaluates_saves_and_resumes(tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-def test_trainer_trains_us_as_the_official_model(tmp_path):
+def test_trainer_gives_the_losses_of_the_official_model(tmp_path):
     ours, official = pair()
-    # Trainer does not recognise the loss of the official class by its name, and counts a target too many in each row.
+    # Trainer does not recognize the official class's loss by name, and counts one target too many per row.
     official.loss_type = "ForCausalLM"
     found = []
     for number, model in enumerate((ours, official)):
@@ -117,7 +117,7 @@ def test_lora_attaches_to_c_attn_trains_and_merges_back(tmp_path, task):
         assert torch.equal(again(**batch).logits, expected.logits)
     merged = adapted.merge_and_unload()
     assert type(merged) is type(model)
-    # Adding the product of the adapters to the weight first rounds otherwise.
+    # Adding the product of the adapters to the weight first rounds differently.
     torch.testing.assert_close(merged(**batch).logits, expected.logits, rtol=1e-4, atol=1e-4)
     changed = {name for name, weight in merged.state_dict().items() if not torch.equal(weight, before[name])}
     assert changed - {"score.weight"} == {f"transformer.h.{i}.attn.c_attn.weight" for i in range(3)}
@@ -150,7 +150,7 @@ def test_lora_trains_with_activation_checkpointing(use_reentrant):
 
 
 @peft_warns
-def test_adapter_finds_its_base_model_by_its_folder(tmp_path):
+def test_adapter_finds_its_base_model(tmp_path):
     tiny().save_pretrained(tmp_path / "model")
     model = GPT2ScratchForCausalLM.from_pretrained(tmp_path / "model")
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False)
@@ -161,7 +161,7 @@ def test_adapter_finds_its_base_model_by_its_folder(tmp_path):
         assert torch.equal(loaded(tokens()).logits, adapted(tokens()).logits)
 
 
-def test_affine_layers_are_those_that_tools_know():
+def test_affine_layers_are_transformers_conv1d():
     names = {name.split(".")[-1] for name, module in tiny().named_modules() if isinstance(module, Conv1D)}
     assert names == {"c_attn", "c_proj", "c_fc"}
 

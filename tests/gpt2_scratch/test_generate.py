@@ -38,14 +38,14 @@ def folder(tmp_path_factory):
 
 
 def generate(capfdbinary, *arguments):
-    """What a command line prints: bytes, because random weights do not write UTF-8."""
+    """Return what a command line prints, as bytes, because random weights do not generate valid UTF-8."""
     main([str(argument) for argument in ("--device", "cpu", *arguments)])
     captured = capfdbinary.readouterr()
     return captured.out, captured.err.decode()
 
 
 def refusal(capsys, *arguments):
-    """The message with which a command line is refused."""
+    """Return the error message of a command line."""
     with pytest.raises(SystemExit) as stop:
         run_command(lambda: main([str(argument) for argument in arguments]))
     captured = capsys.readouterr()
@@ -54,7 +54,7 @@ def refusal(capsys, *arguments):
     return captured.err
 
 
-def test_text_begins_with_the_prompt_and_speed_goes_to_standard_error(folder, capfdbinary):
+def test_text_starts_with_the_prompt_and_speed_goes_to_standard_error(folder, capfdbinary):
     out, err = generate(capfdbinary, "--model", folder, "--prompt", "Once upon", "--max_new_tokens", 8)
     assert out.startswith(b"Once upon")
     assert "8 tokens in " in err
@@ -78,7 +78,7 @@ def test_temperature_zero_is_greedy(folder, capfdbinary):
     assert len(texts) == 1
 
 
-def test_samples_differ_and_the_second_is_that_of_the_next_seed(folder, capfdbinary):
+def test_samples_differ_and_the_second_equals_that_of_the_next_seed(folder, capfdbinary):
     options = ("--model", folder, "--prompt", "a", "--max_new_tokens", 20)
     both, _ = generate(capfdbinary, *options, "--num_samples", 2, "--seed", 5)
     second, _ = generate(capfdbinary, *options, "--seed", 6)
@@ -87,7 +87,7 @@ def test_samples_differ_and_the_second_is_that_of_the_next_seed(folder, capfdbin
     assert second_text == second != first_text
 
 
-def test_prompt_comes_from_standard_input_when_not_given(folder, capfdbinary, monkeypatch):
+def test_prompt_is_read_from_standard_input_by_default(folder, capfdbinary, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("From a pipe\n"))
     out, _ = generate(capfdbinary, "--model", folder, "--max_new_tokens", 2)
     assert out.startswith(b"From a pipe")
@@ -107,18 +107,18 @@ def test_generation_stops_at_the_last_position(folder, capfdbinary):
 
 def test_prompt_longer_than_the_model_is_refused(folder, capsys):
     message = refusal(capsys, "--model", folder, "--prompt", "a" * 70, "--device", "cpu")
-    assert "positions (64), found 70; shorten the prompt" in message
+    assert "a prompt of 70 tokens leaves no room in the model's 64 positions; shorten it" in message
 
 
 def test_missing_folder_is_refused(tmp_path, capsys):
     message = refusal(capsys, "--model", tmp_path / "nothing", "--prompt", "a")
-    assert "found no folder" in message
+    assert "there is no folder" in message
     assert len(message.splitlines()) == 1
 
 
 def test_folder_without_a_model_is_refused(tmp_path, capsys):
     message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
-    assert "found no causal language model in" in message
+    assert "cannot load a causal language model from" in message
     assert len(message.splitlines()) == 1
 
 
@@ -126,7 +126,7 @@ def test_folder_without_a_tokenizer_is_refused(folder, tmp_path, capsys):
     GPT2ScratchForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
     capsys.readouterr()
     message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
-    assert "found no tokenizer in" in message
+    assert "cannot load a tokenizer from" in message
     assert len(message.splitlines()) == 1
 
 
@@ -181,18 +181,18 @@ def misfit(folder):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (cut_weights, "found no causal language model in"),
+        (cut_weights, "cannot load a causal language model from"),
         (lambda folder: change_config(folder, n_layer="two"), "'n_layer': .*expected int, got str"),
         (lambda folder: change_config(folder, dtype="floaty"), "floaty"),
         (lambda folder: change_config(folder, attn_implementation="flash_attention_2"), "(?i)flash"),
-        (misfit, r"found none that fit transformer.wpe.weight \(1 such weights\)"),
-        (lose_a_weight, r"found none that fit transformer.ln_f.bias \(1 such weights\)|found 1 missing"),
-        (shrink_the_vocabulary, "ids below the model's vocabulary of 50, found"),
+        (misfit, r"do not fit its config.json: transformer.wpe.weight \(1 in total\)"),
+        (lose_a_weight, r"transformer.ln_f.bias \(1 in total\)"),
+        (shrink_the_vocabulary, "but the model's vocabulary has 50 tokens"),
     ],
 )
-def test_folder_that_cannot_be_used_is_refused_in_one_line(folder, tmp_path, capsys, model_type, damage, message):
+def test_unusable_folder_gives_a_one_line_error(folder, tmp_path, capsys, model_type, damage, message):
     if "flash" in message and torch.cuda.is_available():
-        pytest.skip("what a machine with a GPU does depends on the packages on it")
+        pytest.skip("with a GPU this depends on the installed packages")
     shutil.copytree(folder, tmp_path / "model")
     damage(tmp_path / "model")
     change_config(tmp_path / "model", model_type=model_type, auto_map={})
@@ -202,7 +202,7 @@ def test_folder_that_cannot_be_used_is_refused_in_one_line(folder, tmp_path, cap
     assert re.search(message, found), found
 
 
-def test_beams_of_the_generation_config_are_not_asked_for(folder, tmp_path, capfdbinary):
+def test_beams_of_the_generation_config_are_ignored(folder, tmp_path, capfdbinary):
     shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"num_beams": 4, "num_return_sequences": 2}))
@@ -210,21 +210,21 @@ def test_beams_of_the_generation_config_are_not_asked_for(folder, tmp_path, capf
     assert out.startswith(b"Once")
 
 
-def test_prompt_that_is_not_text_is_refused(monkeypatch, capsys):
+def test_prompt_that_is_not_utf8_is_refused(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9 au lait"), encoding="utf-8"))
     for prompt in ([], ["--prompt", "caf\udce9"]):
         message = refusal(capsys, "--model", "no/model", *prompt)
-        assert "expected a prompt in UTF-8" in message
+        assert "the prompt is not valid UTF-8" in message
         assert len(message.splitlines()) == 1
 
 
 def test_closed_standard_input_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", None)
-    assert "found that it is closed; pass --prompt" in refusal(capsys, "--model", "x")
+    assert "standard input is closed; pass --prompt" in refusal(capsys, "--model", "x")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the device that is always full is Linux's")
-def test_output_that_takes_no_more_is_told_in_one_line(folder):
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists on Linux only")
+def test_full_standard_output_gives_a_one_line_error(folder):
     command = [
         sys.executable,
         "-m",
@@ -239,11 +239,11 @@ def test_output_that_takes_no_more_is_told_in_one_line(folder):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: expected standard output to take the text, found No space left on device")
+    assert done.stderr.startswith("error: cannot write to standard output: No space left on device")
     assert done.stderr.count("\n") == 1
 
 
-def test_reader_that_has_read_enough_ends_the_text_in_silence(folder):
+def test_closed_pipe_ends_the_command_silently(folder):
     command = [sys.executable, "-m", "gpt2_scratch.generate", "--model", folder, "--prompt", "Once upon a time"]
     process = subprocess.Popen(
         command,

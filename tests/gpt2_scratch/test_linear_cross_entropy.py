@@ -6,13 +6,13 @@ import torch.nn.functional as F
 
 from gpt2_scratch import linear_cross_entropy
 
-# The package exports the function under the module's own name.
+# The package exports the function under the name of its module.
 module = sys.modules["gpt2_scratch.linear_cross_entropy"]
 
 
 @pytest.fixture(autouse=True, params=["many chunks", "default chunks"])
 def chunks(request, monkeypatch):
-    """Everything is checked with chunks and softmax blocks that divide nothing evenly too."""
+    """Also use chunks and softmax blocks that do not divide the input evenly."""
     if request.param == "many chunks":
         monkeypatch.setattr(module, "_CHUNK_TOKENS", {"cpu": 13})
         monkeypatch.setattr(module, "_SOFTMAX_LOGITS", {"cpu": 5 * 101 + 3})
@@ -44,23 +44,23 @@ def test_fp32_loss_and_gradients_equal_the_plain_expression(reduction, ignored):
     expected = loss_and_gradients(plain, *arguments, reduction=reduction)
     found = loss_and_gradients(linear_cross_entropy, *arguments, reduction=reduction)
     for one, other in zip(found, expected, strict=True):
-        # The sums run over the chunks in another order: a few units in the last place of fp32.
+        # Chunks are summed in another order, which changes a few units in the last place of fp32.
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
     assert found[0].dtype == torch.float32
 
 
-def test_factor_from_above_scales_the_gradients():
+def test_upstream_gradient_scales_the_gradients():
     arguments = problem()
     once = loss_and_gradients(linear_cross_entropy, *arguments)
     scaled = loss_and_gradients(linear_cross_entropy, *arguments, factor=0.25)
     for one, other in zip(scaled[1:], once[1:], strict=True):
-        # A power of two scales exactly, up to the mean's own division.
+        # A power of two scales exactly, except for the division of the mean.
         torch.testing.assert_close(one, other * 0.25, rtol=1e-6, atol=0)
 
 
 def test_gradients_equal_finite_differences():
     arguments = problem(tokens=29, n_embd=5, vocab_size=11, dtype=torch.float64, ignored=3)
-    # The loss is kept in fp32, whose 7 digits bound what finite differences can show: a step of 1e-2 and 2 digits.
+    # With the 7 digits of an fp32 loss, finite differences of step 1e-2 are accurate to 2 digits.
     gradients = torch.autograd.grad(linear_cross_entropy(*arguments), arguments[:2])
     for argument, gradient in zip(arguments[:2], gradients, strict=True):
         for index in range(0, argument.numel(), 7):
@@ -74,14 +74,14 @@ def test_gradients_equal_finite_differences():
             assert gradient.view(-1)[index].item() == pytest.approx(slope, rel=2e-2, abs=2e-4)
 
 
-def test_bf16_autocast_is_as_near_to_fp32_as_the_plain_expression():
+def test_bf16_autocast_is_as_close_to_fp32_as_the_plain_expression():
     arguments = problem(tokens=200, ignored=20)
     exact = loss_and_gradients(plain, *arguments)
     reference = loss_and_gradients(plain, *arguments, autocast=True)
     found = loss_and_gradients(linear_cross_entropy, *arguments, autocast=True)
     for one, other, true in zip(found, reference, exact, strict=True):
         assert one.dtype == torch.float32
-        # Products of bf16 (8 bits) have this much error however they are chunked.
+        # Products in bf16 (8 bits) have this error with and without chunks.
         assert (one - true).norm() <= 1.5 * (other - true).norm() + 1e-4 * true.norm()
 
 
@@ -108,7 +108,7 @@ def test_without_gradients_only_the_loss_is_computed():
     torch.testing.assert_close(loss, plain(hidden_states, weight, targets).detach(), rtol=1e-6, atol=1e-6)
 
 
-def test_only_the_wanted_gradient_is_returned():
+def test_only_the_required_gradient_is_computed():
     hidden_states, weight, targets = problem()
     loss = linear_cross_entropy(hidden_states.detach(), weight, targets)
     loss.backward()
@@ -127,7 +127,7 @@ def test_matrix_products_of_frozen_inputs_are_not_computed(frozen, products, mon
     assert loss.requires_grad == (frozen != "both")
 
 
-def test_factor_from_above_is_not_rounded_to_the_parameters_dtype():
+def test_upstream_gradient_is_not_rounded_to_the_parameters_dtype():
     # 1 / 50 in bf16 is 0.02002: every gradient would be larger by a thousandth.
     arguments = problem(tokens=50, n_embd=64, dtype=torch.bfloat16)
     summed = loss_and_gradients(linear_cross_entropy, *arguments, reduction="sum")
@@ -138,7 +138,7 @@ def test_factor_from_above_is_not_rounded_to_the_parameters_dtype():
         assert ratio.item() == pytest.approx(1 / 50, rel=3e-4)
 
 
-def test_backward_can_run_twice_over_a_kept_graph():
+def test_backward_can_run_twice_on_a_retained_graph():
     hidden_states, weight, targets = problem()
     loss = linear_cross_entropy(hidden_states, weight, targets)
     first = torch.autograd.grad(3 * loss, weight, retain_graph=True)[0]
@@ -146,7 +146,7 @@ def test_backward_can_run_twice_over_a_kept_graph():
     torch.testing.assert_close(first, 3 * second)
 
 
-def test_leading_dimensions_may_be_several():
+def test_several_leading_dimensions_are_accepted():
     hidden_states, weight, targets = problem()
     folded = linear_cross_entropy(hidden_states.view(5, 10, -1), weight, targets.view(5, 10))
     assert folded == linear_cross_entropy(hidden_states, weight, targets)
@@ -170,7 +170,7 @@ def test_all_targets_ignored_gives_what_the_plain_expression_gives():
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_no_tokens_at_all_give_what_the_plain_expression_gives(reduction):
+def test_empty_input_gives_what_the_plain_expression_gives(reduction):
     found, expected = (
         loss_and_gradients(function, *problem(tokens=0), reduction=reduction)
         for function in (linear_cross_entropy, plain)
@@ -178,7 +178,7 @@ def test_no_tokens_at_all_give_what_the_plain_expression_gives(reduction):
     torch.testing.assert_close(found, expected, equal_nan=True)
 
 
-def test_meta_device_gives_a_loss_and_gradients_without_numbers():
+def test_meta_device_gives_a_loss_and_gradients():
     hidden_states, weight, targets = (part.detach().to("meta") for part in problem())
     arguments = hidden_states.requires_grad_(), weight.requires_grad_(), targets
     loss, *gradients = loss_and_gradients(linear_cross_entropy, *arguments)

@@ -33,7 +33,7 @@ def test_options_of_the_architecture_equal_the_official_ones(option):
 
 def test_sdpa_agrees_with_eager():
     input_ids = tokens()
-    # Another order of summation in fp32: a few units in the last place of numbers near 10.
+    # Another order of summation in fp32 changes a few units in the last place of values near 10.
     torch.testing.assert_close(
         tiny(attn_implementation="sdpa")(input_ids).logits, tiny()(input_ids).logits, rtol=1e-4, atol=1e-4
     )
@@ -49,7 +49,7 @@ def test_padding_on_either_side_equals_the_official_result_and_the_unpadded_one(
     assert torch.equal(logits[real], official(**batch).logits[real])
     for row in range(3):
         alone = ours(batch["input_ids"][row][real[row]].unsqueeze(0)).logits[0]
-        # Sums over a longer row that ends in zeros may be grouped otherwise.
+        # The kernel may group the sum over a longer row differently.
         torch.testing.assert_close(logits[row][real[row]], alone, rtol=1e-4, atol=1e-4)
 
 
@@ -64,7 +64,7 @@ def test_position_ids_and_inputs_embeds_are_used():
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_cached_decoding_equals_the_official_one_and_the_whole_sequence(attn_implementation):
+def test_cached_decoding_equals_the_official_one_and_a_full_forward_pass(attn_implementation):
     ours, official = pair(attn_implementation)
     input_ids, caches, pieces = tokens(), {}, []
     for piece in input_ids.split([9, 1, 1, 5, 4], dim=1):
@@ -76,14 +76,14 @@ def test_cached_decoding_equals_the_official_one_and_the_whole_sequence(attn_imp
     torch.testing.assert_close(torch.cat(pieces, 1), ours(input_ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_cache_is_returned_only_when_asked_for():
+def test_cache_is_returned_only_on_request():
     assert cache_of(tiny()(tokens(), use_cache=False)) is None
     assert cache_of(tiny(use_cache=False)(tokens())) is None
     assert cache_of(tiny()(tokens())) is not None
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_cache_is_taken_by_its_name_before_and_since_transformers_5_24(name):
+def test_cache_is_accepted_under_both_its_names(name):
     model, input_ids = tiny(), tokens()
     for taker in (model, model.transformer):
         cache = cache_of(taker(input_ids[:, :12]))
@@ -95,7 +95,7 @@ def test_cache_is_taken_by_its_name_before_and_since_transformers_5_24(name):
 def test_two_caches_are_refused():
     model = tiny()
     cache = cache_of(model(tokens()))
-    with pytest.raises(ValueError, match="two names of one argument"):
+    with pytest.raises(ValueError, match="two names of the same argument"):
         model(tokens(seq=1), cache=cache, past_key_values=cache)
 
 
@@ -117,7 +117,7 @@ def test_base_model_equals_the_official_one():
     assert torch.equal(ours.transformer(tokens()).last_hidden_state, base(tokens()).last_hidden_state)
 
 
-def test_dropout_draws_as_the_official_one():
+def test_dropout_draws_the_same_masks_as_the_official_model():
     ours, official = pair(resid_pdrop=0.1, embd_pdrop=0.2, attn_pdrop=0.3)
     logits = []
     for model in (ours.train(), official.train()):
@@ -188,7 +188,7 @@ def test_gradient_checkpointing_changes_no_gradient(use_reentrant):
 
 
 @pytest.mark.parametrize("num_items_in_batch", [None, torch.tensor(57)])
-def test_shifted_targets_give_loss_and_gradients_of_labels(num_items_in_batch):
+def test_shift_labels_give_the_loss_and_gradients_of_labels(num_items_in_batch):
     model, input_ids = tiny(), tokens(seq=21)
     labels = input_ids.masked_fill(torch.rand(input_ids.shape, generator=torch.Generator().manual_seed(0)) < 0.2, -100)
     found = []
@@ -203,11 +203,11 @@ def test_shifted_targets_give_loss_and_gradients_of_labels(num_items_in_batch):
         found.append((out.loss.detach(), gradients(model)))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
     for name, gradient in found[0][1].items():
-        # The same sums in another order, in fp32.
+        # The same fp32 sums in another order.
         torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_shifted_targets_beside_labels_give_what_the_official_model_does():
+def test_shift_labels_with_labels_equal_the_official_model():
     targets = tokens(seed=5)
     one, other = (model(tokens(), labels=tokens(), shift_labels=targets) for model in pair())
     assert torch.equal(one.loss, other.loss)

@@ -1,4 +1,4 @@
-"""The classifier, held to the official one."""
+"""Parity of the classifier with the official one."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ LABELS = {
 
 
 def classifiers(attn_implementation="eager", **overrides):
-    """Our classifier and the official one with the same weights."""
+    """Return our classifier and the official one with the same weights."""
     settings = {**TINY, "pad_token_id": 0, "num_labels": 3, "attn_implementation": attn_implementation, **overrides}
     torch.manual_seed(0)
     ours = GPT2ScratchForSequenceClassification(GPT2ScratchConfig(**settings, initializer_range=0.2)).eval()
@@ -52,13 +52,13 @@ def test_last_token_before_the_padding_is_classified(side, attn_implementation):
         torch.testing.assert_close(logits[row], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_batch_without_a_token_for_padding_is_refused():
+def test_batch_without_a_padding_token_is_refused():
     with pytest.raises(ValueError, match="padding token"):
         classifiers(pad_token_id=None)[0](tokens())
     assert classifiers(pad_token_id=None)[0](tokens(1)).logits.shape == (1, 3)
 
 
-def test_fine_tuning_starts_from_a_pre_trained_folder_and_returns_to_it(tmp_path):
+def test_fine_tuning_loads_a_pretrained_folder_and_saves_one(tmp_path):
     pretrained = tiny()
     pretrained.save_pretrained(tmp_path / "model")
     model = AutoModelForSequenceClassification.from_pretrained(

@@ -1,4 +1,4 @@
-"""Under `torch.compile`: one graph, the same numbers, no recompilation while lengths change."""
+"""torch.compile: one graph, the same values, no recompilation for other lengths."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def _forget_compiled_code():
     torch._dynamo.reset()
 
 
-# Inductor itself uses a deprecated part of torch.jit.
+# Inductor uses a deprecated part of torch.jit.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_model_compiles_to_one_graph_forward_and_backward():
     model = tiny(n_layer=1, attn_implementation="sdpa").train()
@@ -31,7 +31,7 @@ def test_model_compiles_to_one_graph_forward_and_backward():
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_attention_gets_a_mask_only_for_positions_that_were_given(packed):
+def test_compiled_attention_gets_a_mask_only_with_position_ids(packed):
     seen = []
 
     def watch(graph, _):
@@ -46,9 +46,9 @@ def test_compiled_attention_gets_a_mask_only_for_positions_that_were_given(packe
     assert [call["attn_mask"] is None for call in seen] == [not packed] * 3
 
 
-def test_lengths_of_an_evaluation_compile_once():
+def test_lengths_marked_dynamic_compile_once():
     model = tiny(attn_implementation="sdpa")
-    # Tracing is what a new length would repeat; generating code for a CPU would only take longer.
+    # Recompilation shows in tracing; generating CPU code would only take time.
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=counter)
     with torch.no_grad():
@@ -61,7 +61,7 @@ def test_lengths_of_an_evaluation_compile_once():
     assert counter.frame_count == 1
 
 
-def test_lengths_compile_at_most_twice_when_nothing_is_said_about_them():
+def test_unmarked_lengths_compile_at_most_twice():
     model = tiny(n_layer=1, attn_implementation="sdpa")
     counter = CompileCounter()
     compiled = torch.compile(model, fullgraph=True, backend=counter)
@@ -79,7 +79,7 @@ def test_state_dict_of_a_compiled_model_saves_and_loads(tmp_path):
     assert all(torch.equal(loaded[name], weight) for name, weight in model.state_dict().items())
 
 
-def test_compiled_model_refuses_a_sequence_that_is_too_long_with_our_message():
+def test_compiled_model_refuses_a_sequence_that_is_too_long():
     compiled = torch.compile(tiny(n_layer=1, attn_implementation="sdpa"), backend="eager", dynamic=True)
     with torch.no_grad():
         compiled(tokens(), use_cache=False)

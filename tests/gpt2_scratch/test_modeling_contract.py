@@ -1,4 +1,4 @@
-"""What Hugging Face's tools expect of any model: the properties of transformers' common model tests that apply here."""
+"""The properties of transformers' common model tests that apply here."""
 
 import inspect
 import pickle
@@ -31,7 +31,7 @@ def build(model_class, **overrides):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_tuple_holds_what_the_named_output_holds(model_class):
+def test_tuple_output_equals_the_named_output(model_class):
     model = build(model_class)
     wanted = {"output_hidden_states": True, "output_attentions": True, "use_cache": False}
     named = model(tokens(), **wanted)
@@ -44,7 +44,7 @@ def test_tuple_holds_what_the_named_output_holds(model_class):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_hidden_states_and_attentions_can_be_asked_for_in_the_config(model_class):
+def test_hidden_states_and_attentions_can_be_requested_in_the_config(model_class):
     model = build(model_class, output_hidden_states=True, output_attentions=True)
     out = model(tokens())
     assert [state.shape for state in out.hidden_states] == [(2, 20, 32)] * 4
@@ -74,14 +74,14 @@ def test_gradients_reach_hidden_states_and_attentions():
 def test_logits_to_keep_returns_those_positions():
     ours, input_ids = tiny(), tokens()
     whole = ours(input_ids).logits
-    # A product of another shape may sum in another order.
+    # Matrix products of another shape may sum in another order.
     torch.testing.assert_close(ours(input_ids, logits_to_keep=3).logits, whole[:, -3:], rtol=1e-5, atol=1e-5)
     kept = torch.tensor([0, 7])
     torch.testing.assert_close(ours(input_ids, logits_to_keep=kept).logits, whole[:, kept], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [None, 57, torch.tensor(57)])
-def test_number_of_items_divides_the_loss_as_in_the_official_class(count):
+def test_num_items_in_batch_divides_the_loss_as_in_the_official_class(count):
     found = []
     for model in pair():
         loss = model(tokens(), labels=tokens(), num_items_in_batch=count).loss
@@ -91,7 +91,7 @@ def test_number_of_items_divides_the_loss_as_in_the_official_class(count):
     assert all(torch.equal(gradient, found[1][1][name]) for name, gradient in found[0][1].items())
 
 
-def test_keywords_of_the_loss_reach_it_as_in_the_official_class():
+def test_loss_keywords_are_passed_on_as_in_the_official_class():
     labels = tokens().masked_fill(torch.arange(20) < 7, -1)
     ours, official = pair()
     losses = [model(tokens(), labels=labels, ignore_index=-1).loss for model in (ours, official)]
@@ -119,24 +119,24 @@ def test_input_ids_come_first_and_are_the_main_input(model_class):
     assert model_class.main_input_name == "input_ids"
 
 
-def test_every_argument_of_the_official_causal_model_that_we_implement_has_its_name():
+def test_arguments_have_the_names_of_the_official_causal_model():
     official = set(inspect.signature(GPT2LMHeadModel.forward).parameters)
     ours = set(inspect.signature(GPT2ScratchForCausalLM.forward).parameters)
     refused = {"token_type_ids", "encoder_hidden_states", "encoder_attention_mask"}
     assert official - ours <= refused | {"cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 
 
-def test_a_row_gives_the_same_in_any_batch():
+def test_a_row_gives_the_same_result_in_any_batch():
     model, input_ids = tiny(), tokens(4)
     together = model(input_ids).logits
     for row in range(4):
-        # A product of another shape may sum in another order.
+        # Matrix products of another shape may sum in another order.
         torch.testing.assert_close(model(input_ids[row : row + 1]).logits[0], together[row], rtol=1e-4, atol=1e-4)
     assert torch.equal(model(input_ids).logits, together)
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_mask_of_four_dimensions_is_used_as_it_is(attn_implementation):
+def test_four_dimensional_mask_is_used_unchanged(attn_implementation):
     model, input_ids = tiny(attn_implementation=attn_implementation), tokens(1)
     allowed = torch.ones(20, 20).tril().bool()
     allowed[10:, :10] = False  # two documents
@@ -148,7 +148,7 @@ def test_mask_of_four_dimensions_is_used_as_it_is(attn_implementation):
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_documents_packed_by_their_positions_do_not_see_each_other(attn_implementation):
+def test_packed_documents_do_not_attend_to_each_other(attn_implementation):
     model, input_ids = tiny(attn_implementation=attn_implementation), tokens(1)
     position_ids = torch.cat([torch.arange(13), torch.arange(7)]).unsqueeze(0)
     found = model(input_ids, position_ids=position_ids, use_cache=False).logits
@@ -170,16 +170,16 @@ def test_attention_implementation_can_be_changed_in_a_loaded_model(attn_implemen
         raise AssertionError("eager attention is still in use")
 
     monkeypatch.setattr(modeling_gpt2_scratch, "eager_attention", refuse)
-    # flex_attention compiles itself, which this test can do without, and says so. It has no gradients on a CPU.
+    # Without compilation flex_attention warns. It has no gradients on a CPU.
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), torch.no_grad():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(model(input_ids).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_flash_attention_is_offered_where_it_is_installed_and_named_where_not():
+def test_flash_attention_works_if_installed_and_is_named_in_the_error_otherwise():
     assert GPT2ScratchForCausalLM._supports_flash_attn
     if torch.cuda.is_available():
-        pytest.skip("what a machine with a GPU does depends on the packages on it")
+        pytest.skip("with a GPU this depends on the installed packages")
     with pytest.raises((ImportError, ValueError), match=r"(?i)flash"):
         tiny(attn_implementation="flash_attention_2")
 
@@ -231,7 +231,7 @@ def test_vocabulary_can_grow_and_shrink_tied_or_not(size, tie_word_embeddings, t
     assert torch.equal(loaded(tokens() % size).logits, model(tokens() % size).logits)
 
 
-def test_new_tokens_begin_near_the_mean_of_the_old_ones():
+def test_new_tokens_start_near_the_mean_of_the_old_ones():
     model = tiny()
     mean = model.transformer.wte.weight.mean(0)
     with warnings.catch_warnings():
@@ -266,7 +266,7 @@ def test_model_can_be_pickled_and_stays_tied():
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_model_on_the_meta_device_costs_nothing(model_class):
+def test_model_on_the_meta_device_allocates_nothing(model_class):
     with torch.device("meta"):
         model = model_class(GPT2ScratchConfig.gpt2_xl())
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
@@ -274,7 +274,7 @@ def test_model_on_the_meta_device_costs_nothing(model_class):
 
 
 @pytest.mark.parametrize("model_class", CLASSES)
-def test_model_made_on_the_meta_device_can_be_initialised_on_another(model_class):
+def test_model_from_the_meta_device_can_be_initialized_on_another(model_class):
     with torch.device("meta"):
         model = model_class(GPT2ScratchConfig(**TINY))
     model.to_empty(device="cpu")

@@ -1,4 +1,4 @@
-"""The official class and ours, side by side in every configuration: equal bit for bit.
+"""Parity of our classes with the official ones, bit for bit, in every configuration.
 
 Only flex attention sums in another order than the official attention that it is compared to, and has no gradients on a
 CPU.
@@ -20,7 +20,7 @@ OFFICIAL = {
     "gpt2-large": {"n_embd": 1280, "n_layer": 36, "n_head": 20},
     "gpt2-xl": {"n_embd": 1600, "n_layer": 48, "n_head": 25},
 }
-# The head counts are the official ones; widths are narrowed, and depths odd and even.
+# Official numbers of heads, smaller widths, odd and even depths.
 NARROWED = {
     "gpt2": {"n_embd": 48, "n_layer": 4, "n_head": 12},
     "gpt2-medium": {"n_embd": 128, "n_layer": 3, "n_head": 16},
@@ -41,26 +41,26 @@ def test_names_shapes_and_order_of_the_parameters_are_the_official_ones(geometry
 
 @contextlib.contextmanager
 def uncompiled():
-    """flex_attention compiles itself otherwise, and warns where it does not."""
+    """Disable the compilation of flex_attention, and its warning about that."""
     with warnings.catch_warnings(), torch.compiler.set_stance("force_eager"), torch.no_grad():
         warnings.simplefilter("ignore")
         yield
 
 
 def twins(geometry, dtype, attn_implementation):
-    """Our model and the official one; flex attention is held to the official eager attention."""
+    """Return our model and the official one; flex attention is compared with official eager attention."""
     ours, official = pair("eager" if attn_implementation == "flex_attention" else attn_implementation, **geometry)
     ours.set_attn_implementation(attn_implementation)
     return ours.to(dtype), official.to(dtype)
 
 
 def batch_of(padding):
-    """Inputs, labels and which tokens are real."""
+    """Return inputs, labels and a mask of real tokens."""
     if padding == "none":
         return {"input_ids": tokens(3)}, tokens(3), torch.ones(3, 20, dtype=torch.bool)
     batch = padded(padding)
     real = batch["attention_mask"].bool()
-    # A sequence's first token after padding would be predicted by the padding.
+    # Padding would predict the first token after it.
     after_real = torch.nn.functional.pad(real, (1, 0))[:, :-1]
     return batch, batch["input_ids"].masked_fill(~(real & after_real), -100), real
 
@@ -71,7 +71,7 @@ def assert_same(ours, official, attn_implementation, dtype):
     elif dtype == torch.float32:
         torch.testing.assert_close(ours, official, rtol=1e-4, atol=1e-4)
     else:
-        # bfloat16 has 8 bits: each of up to 5 layers may round the other way.
+        # bfloat16 has 8 bits: each of up to 5 layers may round differently.
         difference = (ours.float() - official.float()).norm() / official.float().norm()
         assert difference < 0.03
 
@@ -80,7 +80,7 @@ def assert_same(ours, official, attn_implementation, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("geometry", NARROWED)
-def test_everything_that_the_official_model_returns(geometry, attn_implementation, dtype, padding):
+def test_all_outputs_equal_the_official_ones(geometry, attn_implementation, dtype, padding):
     ours, official = models = twins(NARROWED[geometry], dtype, attn_implementation)
     batch, labels, real = batch_of(padding)
     eager, flex = attn_implementation == "eager", attn_implementation == "flex_attention"
@@ -94,7 +94,7 @@ def test_everything_that_the_official_model_returns(geometry, attn_implementatio
                 continue
             assert len(one[name]) == len(other[name]) == count
             for a, b in zip(one[name], other[name], strict=True):
-                # What a padded position computes is nobody's business, and differs between masks.
+                # Outputs at padded positions are meaningless, and differ between masks.
                 rows = (a[real], b[real]) if name == "hidden_states" else (a, b)
                 assert_same(*rows, attn_implementation, dtype)
         assert_same(one.logits[real], other.logits[real], attn_implementation, dtype)
@@ -107,7 +107,7 @@ def test_everything_that_the_official_model_returns(geometry, attn_implementatio
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_everything_under_bf16_autocast(attn_implementation):
+def test_all_outputs_under_bf16_autocast_equal_the_official_ones(attn_implementation):
     found = []
     for model in twins(NARROWED["gpt2"], torch.float32, attn_implementation):
         with torch.autocast("cpu", torch.bfloat16):
@@ -125,7 +125,7 @@ def test_everything_under_bf16_autocast(attn_implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("geometry", NARROWED)
-def test_pieces_after_a_cache(geometry, attn_implementation, dtype, padding):
+def test_chunks_after_a_cache_equal_the_official_ones(geometry, attn_implementation, dtype, padding):
     models = twins(NARROWED[geometry], dtype, attn_implementation)
     batch, _, real = batch_of(padding)
     caches, past = [None, None], 0
@@ -148,7 +148,7 @@ def test_pieces_after_a_cache(geometry, attn_implementation, dtype, padding):
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("geometry", NARROWED)
-def test_ten_optimizer_steps_have_the_official_losses(geometry, attn_implementation):
+def test_ten_optimizer_steps_have_the_losses_of_the_official_model(geometry, attn_implementation):
     losses = []
     for model in twins(NARROWED[geometry], torch.float32, attn_implementation):
         optimizer = torch.optim.AdamW(model.train().parameters(), lr=3e-3, weight_decay=0.1)

@@ -1,4 +1,4 @@
-"""What a person can get wrong, and what the model says then."""
+"""Wrong inputs and folders, and the errors of the model."""
 
 import logging
 
@@ -32,12 +32,12 @@ def test_cache_that_grows_past_the_positions_is_refused(static):
         model(tokens(1, 1), **given(cache))
 
 
-def test_packed_documents_may_be_longer_in_all_than_the_positions():
+def test_packed_documents_may_exceed_n_positions_in_total():
     packed = {"input_ids": tokens(1, 90), "position_ids": torch.arange(90).unsqueeze(0) % 45}
     assert tiny()(**packed, use_cache=False).logits.shape == (1, 90, 97)
 
 
-def test_both_or_no_inputs_and_inputs_of_other_variants_are_refused():
+def test_exactly_one_kind_of_input_is_accepted():
     model = tiny()
     with pytest.raises(ValueError, match="found neither"):
         model()
@@ -50,14 +50,14 @@ def test_both_or_no_inputs_and_inputs_of_other_variants_are_refused():
     ["labelz", "past_key_value", "cache_params", "flubber", "sliding_window", "seq_idx", "pixel_values"],
 )
 @pytest.mark.parametrize("value", [torch.ones(2, 20), True, None], ids=["tensor", "flag", "None"])
-def test_arguments_that_nothing_reads_are_refused_by_name(argument, value):
+def test_unknown_arguments_are_refused_by_name(argument, value):
     for model in (tiny(), tiny().transformer):
         with pytest.raises(TypeError, match=f"got an unexpected argument '{argument}'"):
             model(tokens(), **{argument: value})
 
 
 @pytest.mark.parametrize("argument", ["token_type_ids", "encoder_hidden_states", "encoder_attention_mask"])
-def test_arguments_of_the_official_class_that_we_lack_are_refused_unless_none(argument):
+def test_unimplemented_arguments_of_the_official_class_are_refused_unless_none(argument):
     model = tiny()
     with pytest.raises(TypeError, match=f"does not implement {argument}; use transformers.GPT2LMHeadModel"):
         model(tokens(), **{argument: tokens()})
@@ -88,7 +88,7 @@ def test_arguments_of_attention_implementations_reach_them():
     assert received["dropout"] == 0.0
 
 
-def test_inputs_of_other_dimensions_are_refused_with_the_expected_ones():
+def test_inputs_with_a_wrong_number_of_dimensions_are_refused():
     model = tiny()
     for shape in ((20,), (1, 1, 20)):
         with pytest.raises(ValueError, match=r"expected input_ids of shape \(batch, seq\), found \(.*20.*\)"):
@@ -116,31 +116,29 @@ def test_positions_without_an_embedding_are_refused(bad):
         tiny()(tokens(), position_ids=position_ids)
 
 
-def test_cache_is_not_forgotten_by_activation_checkpointing():
+def test_cache_is_refused_under_activation_checkpointing():
     model = tiny()
     cache = cache_of(model(tokens(), use_cache=True))
     name = "activation_checkpointing_enable"
     getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")()
-    with pytest.raises(ValueError, match="expected no cache with activation checkpointing in training"):
+    with pytest.raises(ValueError, match="activation checkpointing in training cannot use a key-value cache"):
         model.train()(tokens(), **given(cache))
     assert cache_of(model.eval()(tokens(1, 1).expand(2, 1), **given(cache))).get_seq_length() == 21
 
 
 def change_weights(folder, change):
-    """Rewrite the weights of a folder as `change` turns their dictionary."""
+    """Apply `change` to the dictionary of weights of a folder."""
     path = folder / "model.safetensors"
     save_file(change(load_file(path)), path, metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("model_class", [GPT2ScratchForCausalLM, GPT2ScratchModel])
-def test_checkpoint_of_another_shape_is_refused_with_the_weight_and_both_shapes_and_no_other_report(
-    tmp_path, model_class, caplog, monkeypatch
-):
+def test_weight_of_another_shape_is_an_error_and_nothing_else_is_logged(tmp_path, model_class, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     tiny().save_pretrained(tmp_path)
     name = "transformer.h.1.mlp.c_fc.weight"
     change_weights(tmp_path, lambda weights: weights | {name: torch.zeros(32, 64)})
-    with pytest.raises(ValueError, match=r"expected .*h.1.mlp.c_fc.weight of shape \(32, 128\), found \(32, 64\), in"):
+    with pytest.raises(ValueError, match=r"h.1.mlp.c_fc.weight has shape \(32, 64\) instead of \(32, 128\)"):
         model_class.from_pretrained(tmp_path)
     assert caplog.text == ""
     model_class.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
@@ -154,18 +152,20 @@ def test_missing_weights_are_an_error(tmp_path, model_class):
     tiny().save_pretrained(tmp_path)
     missing = {"transformer.ln_f.bias", "transformer.h.2.attn.c_proj.weight"}
     change_weights(tmp_path, lambda weights: {k: v for k, v in weights.items() if k not in missing})
-    with pytest.raises(ValueError, match=r"found 2 missing: .*h.2.attn.c_proj.weight, .*ln_f.bias; take a complete"):
+    with pytest.raises(
+        ValueError, match=r"lacks weights of .*h.2.attn.c_proj.weight, .*ln_f.bias \(2 in total\); use a complete"
+    ):
         model_class.from_pretrained(tmp_path)
 
 
 def test_missing_head_of_an_untied_model_is_an_error(tmp_path):
     tiny(tie_word_embeddings=False).save_pretrained(tmp_path)
     change_weights(tmp_path, lambda weights: {k: v for k, v in weights.items() if k != "lm_head.weight"})
-    with pytest.raises(ValueError, match=r"found 1 missing: lm_head.weight"):
+    with pytest.raises(ValueError, match=r"lacks weights of GPT2ScratchForCausalLM: lm_head.weight \(1 in total\)"):
         GPT2ScratchForCausalLM.from_pretrained(tmp_path)
 
 
-def test_new_classification_head_is_announced(tmp_path, caplog, monkeypatch):
+def test_new_classification_head_is_logged(tmp_path, caplog, monkeypatch):
     tiny().save_pretrained(tmp_path)
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     with caplog.at_level(logging.WARNING, "transformers"):
@@ -173,7 +173,7 @@ def test_new_classification_head_is_announced(tmp_path, caplog, monkeypatch):
     assert {line.split()[0] for line in caplog.text.splitlines() if "| MISSING" in line} == {"score.weight"}
 
 
-def test_mask_buffers_of_old_checkpoints_are_ignored_in_silence(tmp_path, caplog, monkeypatch):
+def test_mask_buffers_of_old_checkpoints_are_ignored_silently(tmp_path, caplog, monkeypatch):
     tiny().save_pretrained(tmp_path)
     buffers = {
         f"transformer.h.{i}.attn.{name}": torch.ones(1, 1, 4, 4) for i in range(3) for name in ("bias", "masked_bias")
@@ -188,17 +188,17 @@ def test_mask_buffers_of_old_checkpoints_are_ignored_in_silence(tmp_path, caplog
     change_weights(tmp_path, lambda weights: weights | {"transformer.h.0.attn.biases": torch.ones(1)})
     with caplog.at_level(logging.WARNING, "transformers"):
         GPT2ScratchForCausalLM.from_pretrained(tmp_path)
-    # The report folds numbers of layers together.
+    # The report merges layer numbers.
     for name in ("c_attn.bias", "cattn.bias", "attn.biases"):
         assert name in caplog.text
 
 
-def test_pickled_weights_are_read_only_when_asked_for(tmp_path):
+def test_pickled_weights_are_read_only_on_request(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"found only pytorch_model.bin, a pickle"):
+    with pytest.raises(FileNotFoundError, match=r"only pytorch_model.bin, a pickle"):
         GPT2ScratchForCausalLM.from_pretrained(tmp_path)
     loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path, use_safetensors=False, attn_implementation="eager")
     assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)

@@ -1,4 +1,4 @@
-"""Model folders: ours and official ones, read and written."""
+"""Loading and saving model folders, ours and official ones."""
 
 import logging
 import math
@@ -15,7 +15,7 @@ from transformers import GPT2LMHeadModel
 from gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchModel, modeling_gpt2_scratch
 
 
-def test_drawing_a_weight_anew_leaves_the_loaded_ones_alone(tmp_path):
+def test_initializing_a_mismatched_weight_keeps_the_loaded_ones(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -37,7 +37,7 @@ def test_saving_a_loaded_model_gives_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["with prefix", "without prefix and with mask buffers"])
-def test_official_folder_loads_in_silence_with_difference_zero(tmp_path, spelling, caplog, monkeypatch):
+def test_official_folder_loads_silently_with_equal_logits(tmp_path, spelling, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     _, official = pair()
     official.save_pretrained(tmp_path)
@@ -75,7 +75,7 @@ def test_sharded_safetensors_load(tmp_path):
     assert all((tmp_path / "ours" / name).read_bytes() == (tmp_path / name).read_bytes() for name in shards)
 
 
-def test_weights_in_bfloat16_load_as_they_are_or_as_wished(tmp_path):
+def test_bfloat16_weights_load_unchanged_or_in_the_requested_dtype(tmp_path):
     model, official = pair()
     official.bfloat16().save_pretrained(tmp_path)
     for options, dtype in (({}, torch.bfloat16), ({"dtype": torch.float32}, torch.float32)):
@@ -87,7 +87,7 @@ def test_weights_in_bfloat16_load_as_they_are_or_as_wished(tmp_path):
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])
-def test_head_is_tied_or_not_as_the_official_folder_says(tmp_path, tie_word_embeddings):
+def test_head_is_tied_if_the_official_folder_says_so(tmp_path, tie_word_embeddings):
     _, official = pair(tie_word_embeddings=tie_word_embeddings)
     official.save_pretrained(tmp_path)
     loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
@@ -95,7 +95,7 @@ def test_head_is_tied_or_not_as_the_official_folder_says(tmp_path, tie_word_embe
     assert torch.equal(loaded(tokens()).logits, official(tokens()).logits)
 
 
-def test_loading_draws_no_random_weights_and_holds_them_once(tmp_path, monkeypatch):
+def test_loading_initializes_nothing_and_allocates_weights_once(tmp_path, monkeypatch):
     tiny().save_pretrained(tmp_path)
     devices = []
 
@@ -120,7 +120,7 @@ def test_device_map_places_the_model(tmp_path, device_map):
     torch.testing.assert_close(loaded(tokens().to(expected)).logits.cpu(), model(tokens()).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_blocks_on_disk_are_read_when_they_are_needed(tmp_path):
+def test_blocks_offloaded_to_disk_are_read_when_needed(tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path / "model")
     device_map = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}

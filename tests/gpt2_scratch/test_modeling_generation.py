@@ -1,4 +1,4 @@
-"""`generate()` in every way, token for token with the official class."""
+"""Parity of `generate()` with the official class, token for token, in every mode."""
 
 import pytest
 import torch
@@ -51,13 +51,13 @@ def test_scores_hidden_states_and_attentions_of_generation_equal_the_official_on
     assert cache_of(ours).get_seq_length() == ours.sequences.shape[1] - 1
 
 
-def test_batch_with_left_padding_generates_what_each_prompt_does_alone():
+def test_left_padded_batch_generates_what_each_prompt_does_alone():
     model, batch = tiny(), left_padded()
     together = generate(model, batch, do_sample=False)
     for row, mask in enumerate(batch["attention_mask"]):
         alone = generate(model, {"input_ids": batch["input_ids"][row][mask.bool()].unsqueeze(0)}, do_sample=False)
         new = together[row, 20:]
-        # A row that is done is padded until the longest is.
+        # A finished row is padded until the longest one is finished.
         assert torch.equal(new[: len(alone[0]) - int(mask.sum())], alone[0, int(mask.sum()) :])
 
 
@@ -68,7 +68,7 @@ def test_assisted_generation_equals_greedy_generation():
         assert torch.equal(found, generate(model, {"input_ids": input_ids}, do_sample=False))
 
 
-def test_we_assist_the_official_model_and_it_assists_us():
+def test_assisted_generation_works_with_the_official_model_in_both_roles():
     ours, official = pair()
     batch = {"input_ids": tokens(1)}
     expected = generate(official, batch, do_sample=False)
@@ -77,7 +77,7 @@ def test_we_assist_the_official_model_and_it_assists_us():
 
 
 class Collector(BaseStreamer):
-    """Keep what arrives."""
+    """Records what it receives."""
 
     def __init__(self):
         self.tokens, self.ended = [], False
@@ -139,7 +139,7 @@ def test_generation_ends_at_the_end_of_text_token():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_generation_past_the_positions_is_refused_with_our_message(cache, compiled):
+def test_generation_past_n_positions_is_refused(cache, compiled):
     model = tiny(n_layer=1)
     if compiled:
         torch._dynamo.reset()
@@ -149,7 +149,7 @@ def test_generation_past_the_positions_is_refused_with_our_message(cache, compil
         model.generate(tokens(seq=40), cache_implementation=cache, disable_compile=True, **options)
 
 
-def test_left_padding_takes_no_positions():
+def test_left_padding_uses_no_positions():
     input_ids, mask = tokens(seq=50), torch.ones(2, 50, dtype=torch.long)
     mask[:, :20] = 0
     options = {"max_new_tokens": 10, "pad_token_id": 96, "do_sample": False, "eos_token_id": -1}

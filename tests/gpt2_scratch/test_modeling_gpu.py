@@ -1,4 +1,4 @@
-"""What only a GPU can show: attention kernels that a CPU does not have, or has no gradients for."""
+"""Attention kernels that need a GPU, at least for their gradients."""
 
 import importlib.util
 
@@ -28,7 +28,7 @@ def test_loss_and_gradients_equal_those_of_eager_attention(attn_implementation, 
     labels[:, 0] = -100
     found = []
     for implementation in ("eager", attn_implementation):
-        # Heads of 16 or more are what the kernels are made for; flash attention computes in half precision only.
+        # The kernels need a head_dim of 16 or more; flash attention needs half precision.
         model = tiny(n_embd=64, attn_implementation=implementation).to("cuda", torch.bfloat16 if flash else None)
         loss = model(**batch, labels=labels, use_cache=False).loss
         loss.backward()
@@ -37,6 +37,6 @@ def test_loss_and_gradients_equal_those_of_eager_attention(attn_implementation, 
     torch.testing.assert_close(found[1][0], found[0][0], rtol=tolerance, atol=tolerance)
     for name, gradient in found[0][1].items():
         if name.endswith("c_attn.bias"):
-            continue  # a third of it, the keys', is zero but for rounding
+            continue  # the gradient of the keys, a third of it, is zero except for rounding
         difference = (found[1][1][name] - gradient).float().norm()
         assert difference <= tolerance * gradient.float().norm() + 1e-6, name

@@ -1,9 +1,9 @@
-"""The official checkpoints: published figures, and nothing lost on the way here and back.
+"""The official checkpoints give the values that llm.c and lm-evaluation-harness publish, and survive a round trip.
 
-    GPT2_OFFICIAL_DIR=~/models pytest -m network tests/test_official.py
+    GPT2_OFFICIAL_DIR=~/models pytest -m network tests/gpt2_scratch/test_official.py
 
-reads `~/models/gpt2`, `gpt2-medium`, … (or `~/models` itself, when that is a model folder); without the variable they
-come from the Hub. Figures are those of llm.c and lm-evaluation-harness, in the shared data.
+reads `~/models/gpt2`, `~/models/gpt2-medium`, … (or `~/models` itself, if it is a model folder). Without the variable
+the checkpoints are downloaded from the Hub. The published values are in the shared data.
 """
 
 import functools
@@ -27,12 +27,12 @@ SIZES = {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_
 END_OF_TEXT = 50256
 
 needs_shared_data = pytest.mark.skipif(
-    not (SHARED_DATA / "golden").is_dir(), reason=f"published figures are read from {SHARED_DATA}, which is not there"
+    not (SHARED_DATA / "golden").is_dir(), reason=f"needs the published values in {SHARED_DATA}"
 )
 
 
 def official(name: str) -> str:
-    """The folder of an official checkpoint, or its id on the Hub."""
+    """Return the folder of an official checkpoint, or its id on the Hub."""
     folder = os.environ.get("GPT2_OFFICIAL_DIR")
     if folder is None:
         return f"openai-community/{name}"
@@ -44,7 +44,7 @@ def official(name: str) -> str:
 
 
 def network(test):
-    """Mark a test that needs official weights, and allow it the time to fetch them."""
+    """Mark a test that needs official weights, with time for the download."""
     return pytest.mark.network(pytest.mark.timeout(1800)(test))
 
 
@@ -62,11 +62,11 @@ def golden(name):
     return json.loads((SHARED_DATA / "golden" / f"{name}.json").read_text())
 
 
-# --- the figures and our reading of them agree, without any weights ---------------------------------------------------
+# --- without weights: our reading of the published values -------------------------------------------------------------
 
 
 def shakespeare():
-    """llm.c's tokens: end of text before every section, sections end with an empty line."""
+    """Return the tokens of llm.c: end-of-text before every section; a section ends with an empty line."""
     text = (SHARED_DATA / "tinyshakespeare" / "input.txt").read_text()
     *sections, last = text.split("\n\n")
     pieces = [section + "\n\n" for section in sections] + [last]
@@ -74,13 +74,13 @@ def shakespeare():
 
 
 def pairs():
-    """lm-evaluation-harness's requests: context and continuation, tokenised apart."""
+    """Yield the requests of lm-evaluation-harness, with context and continuation tokenized separately."""
     for request in golden("lm_eval_gpt2_loglikelihoods")["loglikelihood"]:
         yield request, *(tokenizer().encode_ordinary(request[part]) for part in ("context", "continuation"))
 
 
 def rolling_windows(ids, max_length):
-    """Windows of tokens to read, and how many of the last predictions count: every token once, in fewest windows."""
+    """Return windows of tokens and how many of their last predictions count: each token once, in few windows."""
     first = min(max_length, len(ids))
     windows = [([END_OF_TEXT, *ids[: first - 1]], first)]
     done = first
@@ -92,7 +92,7 @@ def rolling_windows(ids, max_length):
 
 
 @needs_shared_data
-def test_tokens_are_those_that_the_figures_count():
+def test_tokens_are_those_of_the_published_values():
     assert len(shakespeare()) == 32_768 + 305_260  # as llm.c's data script reports
     for request, context, continuation in pairs():
         assert (len(context), len(continuation)) == (request["n_ctx"], request["n_cont"]), request
@@ -128,7 +128,7 @@ def test_official_checkpoint_loads_with_nothing_missing_and_gives_the_official_l
 
 
 @network
-def test_greedy_text_is_the_published_one():
+def test_greedy_text_equals_the_published_one():
     # transformers, tests/models/gpt2/test_modeling_gpt2.py.
     text = gpt2().generate(torch.tensor([[464, 3290]]), do_sample=False, max_length=20, pad_token_id=END_OF_TEXT)
     expected = "The dog was found in a field near the intersection of West and West Streets.\n\nThe dog"
@@ -137,7 +137,7 @@ def test_greedy_text_is_the_published_one():
 
 @network
 @needs_shared_data
-def test_ten_optimizer_steps_have_the_losses_that_llm_c_publishes():
+def test_ten_optimizer_steps_have_the_losses_published_by_llm_c():
     published = golden("llmc_test_gpt2_losses")
     model = gpt2(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
@@ -153,7 +153,7 @@ def test_ten_optimizer_steps_have_the_losses_that_llm_c_publishes():
 
 
 def log_probabilities(model, ids, count):
-    """Log-probabilities of the last `count` of `ids`, and whether each is the likeliest."""
+    """Return log-probabilities of the last `count` ids, and whether each is the most likely token."""
     with torch.no_grad():
         scores = model(torch.tensor([ids[:-1]])).logits[0, -count:].log_softmax(-1)
     targets = torch.tensor(ids[-count:])
@@ -162,7 +162,7 @@ def log_probabilities(model, ids, count):
 
 @network
 @needs_shared_data
-def test_log_likelihoods_are_those_that_lm_evaluation_harness_publishes():
+def test_log_likelihoods_are_those_published_by_lm_evaluation_harness():
     figures, model = golden("lm_eval_gpt2_loglikelihoods"), gpt2()
     found, greedy = {}, {}
     for request, context, continuation in pairs():
@@ -180,9 +180,9 @@ def test_log_likelihoods_are_those_that_lm_evaluation_harness_publishes():
 
 @network
 @needs_shared_data
-def test_scoring_gives_the_log_likelihoods_that_lm_evaluation_harness_publishes():
+def test_scoring_gives_the_log_likelihoods_published_by_lm_evaluation_harness():
     figures, asked = golden("lm_eval_gpt2_loglikelihoods"), list(pairs())
-    # All in one item: contexts and continuations that begin alike are read once.
+    # All in one item, so that common prefixes are computed once.
     item = Item(0, tuple(Request(tuple(context), tuple(continuation)) for _, context, continuation in asked))
     apart = [Item(place, (request,)) for place, request in enumerate(item.requests)]
     model = gpt2()
@@ -197,7 +197,7 @@ def test_scoring_gives_the_log_likelihoods_that_lm_evaluation_harness_publishes(
 
 @network
 @needs_shared_data
-def test_greedy_continuation_is_the_one_that_lm_evaluation_harness_publishes():
+def test_greedy_continuation_is_the_one_published_by_lm_evaluation_harness():
     request = golden("lm_eval_gpt2_loglikelihoods")["greedy_until"]
     input_ids = torch.tensor([tokenizer().encode_ordinary(request["context"])])
     text = gpt2().generate(input_ids, do_sample=False, max_new_tokens=32, pad_token_id=END_OF_TEXT)
@@ -210,7 +210,7 @@ def test_greedy_continuation_is_the_one_that_lm_evaluation_harness_publishes():
 @network
 @needs_shared_data
 @pytest.mark.parametrize(("figure", "max_length"), [("full_context", 1024), ("max_length_5", 5)])
-def test_rolling_log_probabilities_are_those_that_lm_evaluation_harness_publishes(figure, max_length):
+def test_rolling_log_probabilities_are_those_published_by_lm_evaluation_harness(figure, max_length):
     figures, model = golden("lm_eval_gpt2_loglikelihoods"), gpt2()
     ids, found, done = figures["rolling"]["ids"], [], 0
     for read, count in rolling_windows(ids, max_length):
@@ -221,7 +221,7 @@ def test_rolling_log_probabilities_are_those_that_lm_evaluation_harness_publishe
 
 
 @network
-def test_official_folder_comes_back_from_a_round_trip_byte_for_byte(tmp_path):
+def test_round_trip_of_the_official_folder_returns_every_byte(tmp_path):
     export(official("gpt2"), tmp_path / "ours", "gpt2_scratch")
     export(str(tmp_path / "ours"), tmp_path / "native", "gpt2")
     export(official("gpt2"), tmp_path / "direct", "gpt2")

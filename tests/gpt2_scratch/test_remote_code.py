@@ -1,4 +1,4 @@
-"""A saved folder under the Auto classes, in a new process: with the project installed, and without it."""
+"""Auto classes load a saved folder in a new process, with and without our package."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from support.tiny_models import one_thread, tiny  # noqa: F401 - a fixture for a
 from gpt2_scratch import GPT2ScratchForSequenceClassification
 
 INSTALLED = "import gpt2_scratch"
-# Even an editable installation in this environment cannot be imported then.
+# Hides an editable install in this environment.
 NOT_INSTALLED = 'import sys; sys.modules["gpt2_scratch"] = None'
 LOAD = """
 import sys, torch
@@ -57,7 +57,7 @@ def saved(tmp_path_factory):
 def run(folder, script, **environment):
     """Run a script offline, away from the project's folder."""
     (folder / "load.py").write_text(script)
-    # A script's folder, not the working directory, is on the path: gpt2_scratch is not imported by accident.
+    # Python puts the script's folder on the path, not the working directory, so our package is not found.
     return subprocess.run(
         [sys.executable, "load.py"],
         cwd=folder,
@@ -95,7 +95,7 @@ def test_code_of_a_folder_is_not_run_without_trust(saved):
     assert "contains custom code which must be executed" in result.stderr
 
 
-def test_folder_carries_nothing_but_its_own_code(saved):
+def test_folder_contains_exactly_the_code_it_imports(saved):
     sources = {path.name for path in (saved[0] / "model").glob("*.py")}
     imported = {"modeling_gpt2_scratch.py", "configuration_gpt2_scratch.py", "pretrained_gpt2_scratch.py"}
     assert sources == imported | {"linear_cross_entropy.py"}

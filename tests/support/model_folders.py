@@ -1,4 +1,4 @@
-"""A model folder as training leaves it, and the export command on it."""
+"""A model folder like that of a finished run, and the export command."""
 
 import json
 
@@ -43,7 +43,7 @@ With the `gpt2-scratch` package installed, `import gpt2_scratch` takes the place
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory):
-    """A model folder as training leaves it: weights, code, tokenizer, generation config, card, picture."""
+    """A model folder like that of a finished run: weights, code, tokenizer, generation config, card, image."""
     path = tmp_path_factory.mktemp("export") / "model"
     save(GPT2ScratchForCausalLM, path)
     vocabulary = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -72,7 +72,7 @@ def export(source, output, model_format, *flags):
 
 
 def refusal(capsys, source, output, model_format="gpt2", *flags):
-    """The message with which an export is refused; nothing may be left behind."""
+    """Return the error message of an export, which must leave nothing on disk."""
     before = sorted(output.parent.iterdir())
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:

@@ -1,4 +1,4 @@
-"""Tiny models of ours, official twins with the same weights, and inputs for both."""
+"""Tiny models, official models with the same weights, and inputs for both."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ TINY = {
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Matrices this small are slower on two threads, which wait for each other."""
+    """Use one thread: two are slower for matrices this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -32,14 +32,14 @@ def one_thread():
 
 def tiny(**overrides):
     torch.manual_seed(0)
-    # Weights ten times the usual make attention and predictions far from uniform.
+    # Weights ten times larger than usual make attention and predictions far from uniform.
     return GPT2ScratchForCausalLM(
         GPT2ScratchConfig(**{**TINY, "initializer_range": 0.2, "attn_implementation": "eager", **overrides})
     ).eval()
 
 
 def pair(attn_implementation="eager", **overrides):
-    """Our model and the official one with the same weights."""
+    """Return our model and the official one with the same weights."""
     ours = tiny(attn_implementation=attn_implementation, **overrides)
     config = GPT2Config(**{**TINY, "attn_implementation": attn_implementation, **overrides})
     config.loss_type = "ForCausalLM"  # the official class guesses it, with a warning
@@ -49,12 +49,12 @@ def pair(attn_implementation="eager", **overrides):
 
 
 def given(cache):
-    """The argument that hands a cache to a forward, by its name in this version of transformers."""
+    """Return the keyword argument for a cache in this version of transformers."""
     return {CACHE_NAME: cache}
 
 
 def cache_of(output):
-    """The cache that a forward returned."""
+    """Return the cache of a model output."""
     return getattr(output, CACHE_NAME)
 
 
@@ -63,7 +63,7 @@ def tokens(batch=2, seq=20, seed=1):
 
 
 def padded(side, lengths=(20, 13, 7)):
-    """Token ids, mask and position ids of sequences of several lengths."""
+    """Return padded token ids, mask and position ids of sequences of several lengths."""
     input_ids, mask = tokens(len(lengths)), torch.zeros(len(lengths), 20, dtype=torch.long)
     for row, length in enumerate(lengths):
         mask[row, slice(20 - length, None) if side == "left" else slice(0, length)] = 1

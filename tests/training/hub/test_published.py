@@ -163,9 +163,9 @@ def test_a_folder_without_a_complete_model_is_rejected(hub: LoopbackHub, tmp_pat
     (tmp_path / "folder").mkdir()
     refused(r"there is neither a config.json nor a checkpoint")
     (tmp_path / "folder" / "config.json").write_text('{"model_type": "bert"}')
-    refused(r"expected model_type gpt2 or gpt2_scratch")
+    refused("expected gpt2 or gpt2_scratch")
     GPT2ScratchForCausalLM.config_class(n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "folder")
-    refused(r"expected model.safetensors")
+    refused("no model.safetensors in")
     with pytest.raises(InputError, match="repo_id"):
         main(["push", str(tmp_path / "folder")])
     assert not hub.requests
@@ -173,5 +173,5 @@ def test_a_folder_without_a_complete_model_is_rejected(hub: LoopbackHub, tmp_pat
 
 def test_a_run_without_a_checkpoint_cannot_generate(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("output_dir: x\n")
-    with pytest.raises(InputError, match="found no checkpoint yet"):
+    with pytest.raises(InputError, match="has no checkpoint yet"):
         generate(["--model", str(tmp_path), "--prompt", "x"])
