@@ -24,7 +24,7 @@ class _HashingStream:
 def write_atomically(path: Path, content: str | Callable[[Any], object]) -> str:
     """Write a file that appears only when it is complete, and return its sha256.
 
-    Arguments:
+    Args:
         path: the file.
         content: its text, or a function that writes to the stream it is given.
     """

@@ -79,7 +79,7 @@ def is_transient(error: BaseException) -> bool:
 class HubRetry:
     """Retries with exponential backoff, at most a minute between attempts and a day in all.
 
-    Arguments:
+    Args:
         repository: the repository that is read, for messages.
         log: receives one line a minute during an outage.
         advice: what to do when retrying is pointless, for the error message.

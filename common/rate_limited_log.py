@@ -7,7 +7,7 @@ from collections.abc import Callable
 class RateLimitedLog:
     """Passes on the first line, then at most one every `seconds`; drops the others.
 
-    Arguments:
+    Args:
         seconds: minimum time between two lines.
         log: receives the lines.
     """
