@@ -1,11 +1,11 @@
-"""Scoring a 124M model: shared prefixes against every candidate by itself, and ours against lm-evaluation-harness.
+"""Time to score a 124M model: with and without shared prefixes, and against lm-evaluation-harness.
 
     python benchmarks/evaluation.py [--part prefixes harness] [--data_dir ../shared/data] [--rounds 3] [--dtype float32]
 
-All sides score the same items with the same random weights (transformers' GPT2LMHeadModel) in one process, in turn;
-medians, and the ratio round by round. lm-evaluation-harness (the extra `judge`) tries several batch sizes first, and
-its best one counts. Both are given tokens, so that neither's reading of data is timed. It takes some twelve minutes on
-two cores.
+All sides score the same items with the same random weights (transformers' GPT2LMHeadModel), alternating in one process.
+Medians, and the median ratio of the rounds, are printed. lm-evaluation-harness (the extra `judge`) runs with the
+fastest of several batch sizes. Both get token ids, so the time to read the data does not count. It takes about twelve
+minutes on two cores.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-# The folder of a script comes first on the path, and there this file's name hides the package.
+# Python puts this folder first on the path, where this file hides the package `evaluation`.
 sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
 
 from evaluation.scoring.scorer import score  # noqa: E402
-from evaluation.scoring.tokenizer_adapter import HubEncoder  # noqa: E402
+from evaluation.scoring.tokenizer_adapter import TokenizerAdapter  # noqa: E402
 from evaluation.tasks.registry import task_named  # noqa: E402
 from evaluation.tasks.task_types import Item, Request  # noqa: E402
 
@@ -41,7 +41,7 @@ _BATCH_SIZES = (2, 4, 8, 16, 32)
 
 
 def gpt2_tokenizer(data_dir: Path) -> Any:
-    """GPT-2's tokenizer as transformers loads it, from tiktoken's files."""
+    """GPT-2's tokenizer of transformers, made from tiktoken's files."""
     from transformers import AutoTokenizer
 
     from training.data.tokenization.tokenizer import load_tokenizer
@@ -52,10 +52,10 @@ def gpt2_tokenizer(data_dir: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
 
 
-def items_of(task: str, folder: Path, encoder: HubEncoder, count: int) -> list[Item]:
-    """`count` items as long as the real rows; where these are fewer they come again, each with another first token.
+def items_of(task: str, folder: Path, encoder: TokenizerAdapter, count: int) -> list[Item]:
+    """`count` items with the lengths of the real rows, repeated if there are fewer.
 
-    Items must differ, because lm-evaluation-harness reads what is asked twice only once.
+    Each gets its own first token, because lm-evaluation-harness scores equal requests only once.
     """
     real = task_named(task).items(folder, encoder, 1024, count)
     items = []
@@ -66,16 +66,16 @@ def items_of(task: str, folder: Path, encoder: HubEncoder, count: int) -> list[I
 
 
 def seconds(action: Callable[[], Any]) -> float:
-    """Time of one call."""
+    """Seconds that one call takes."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
 def compare(title: str, count: int, rounds: int, sides: dict[str, Callable[[], Any]]) -> None:
-    """Print each side's items per second, and the first side's lead over each other one."""
+    """Print each side's items per second, and how much faster the first one is."""
     times: dict[str, list[float]] = {name: [] for name in sides}
-    next(iter(sides.values()))()  # what happens only once is not timed
+    next(iter(sides.values()))()  # warm up
     for _ in range(rounds):
         for name, action in sides.items():
             times[name].append(seconds(action))
@@ -83,25 +83,25 @@ def compare(title: str, count: int, rounds: int, sides: dict[str, Callable[[], A
     print(f"{title}, {count} items", flush=True)
     for name, values in times.items():
         ratio = statistics.median(b / a for a, b in zip(times[first], values, strict=True))
-        lead = "" if name == first else f"  {first} is {ratio:.2f} times as fast"
-        print(f"  {name:<34}{count / statistics.median(values):>8.2f} items/s{lead}", flush=True)
+        faster = "" if name == first else f"  {first} is {ratio:.2f} times as fast"
+        print(f"  {name:<34}{count / statistics.median(values):>8.2f} items/s{faster}", flush=True)
 
 
 def harness(model: Any, tokenizer: Any, items: Sequence[Item]) -> Callable[[int], Callable[[], Any]]:
-    """lm-evaluation-harness on the tokens of `items`, by its batch size."""
+    """A function from batch size to lm-evaluation-harness scoring `items`."""
     from lm_eval.models.huggingface import HFLM
 
-    asked = [(("", ""), list(r.context), list(r.continuation)) for item in items for r in item.requests]  # type: ignore[union-attr]
+    requests = [(("", ""), list(r.context), list(r.continuation)) for item in items for r in item.requests]  # type: ignore[union-attr]
 
     def at(batch_size: int) -> Callable[[], Any]:
-        judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-        return lambda: judge._loglikelihood_tokens(asked, disable_tqdm=True)
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
+        return lambda: lm._loglikelihood_tokens(requests, disable_tqdm=True)
 
     return at
 
 
 def main() -> None:
-    """Print a table for each task."""
+    """Print a table for each task of the selected parts."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data_dir", type=Path, default=Path(__file__).parents[2] / "shared" / "data")
     parser.add_argument("--rounds", type=int, default=3)
@@ -118,13 +118,13 @@ def main() -> None:
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config()).eval().to(device, getattr(torch, flags.dtype))
     tokenizer = gpt2_tokenizer(flags.data_dir)
-    encoder = HubEncoder(tokenizer)
+    encoder = TokenizerAdapter(tokenizer)
 
     for task, count in _PARTS["prefixes"].items() if "prefixes" in flags.part else ():
         items = items_of(task, flags.data_dir, encoder, count)
         sides = {
             "shared prefixes": lambda items=items: score(model, items),
-            "every candidate by itself": lambda items=items: score(model, items, share_prefixes=False),
+            "separate candidates": lambda items=items: score(model, items, share_prefixes=False),
         }
         compare(task, count, flags.rounds, sides)
     if "harness" not in flags.part:

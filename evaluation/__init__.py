@@ -1,1 +1,1 @@
-"""Evaluation of causal language models on the tasks that the GPT-2 paper reports."""
+"""Evaluation of causal language models on the tasks of the GPT-2 paper."""

@@ -1,4 +1,4 @@
-"""What `python -m evaluation.run --model … --tasks …` does, behind its command line."""
+"""The work of `python -m evaluation.run --model … --tasks …`: load, evaluate, print and write."""
 
 import argparse
 import datetime
@@ -14,76 +14,77 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
-from evaluation.results.item_cache import FinishedItems, items_path, model_fingerprint, refuse_another_model
+from evaluation.results.item_cache import ItemCache, cache_path, model_fingerprint, refuse_another_model
 from evaluation.results.metric_values import load_metrics
 from evaluation.results.report import is_table, markdown_table, terminal_table
-from evaluation.results.results_file import Results, read_results
-from evaluation.results.task_runner import agreed, judge, on_every_process, read_items
+from evaluation.results.results_file import Results, TaskResult, read_results
+from evaluation.results.task_runner import from_main_process, on_every_process, read_items, run_task
 from evaluation.scoring.scorer import n_positions_of
-from evaluation.scoring.tokenizer_adapter import HubEncoder
+from evaluation.scoring.tokenizer_adapter import TokenizerAdapter
 from gpt2_scratch.generate import load
 
-_LEAST_SHARE_OF_ROWS = 0.75
+_MIN_SHARE_OF_VOCABULARY = 0.75
 _PROCESS_TIMEOUT = datetime.timedelta(hours=6)  # one process downloads while the others wait
 
 
 def evaluate_model(options: argparse.Namespace) -> None:
-    """Judge the model, print the table, and write what was asked for.
+    """Evaluate the model, print the table, and write the output files.
 
     Args:
-        options: as `evaluation.run.parse` gives them.
+        options: from `evaluation.run.parse`.
 
     Raises:
-        InputError: the model, the data or a place for results cannot be used.
+        InputError: the model, the data or an output path cannot be used.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     accelerator = Accelerator(
-        # Told so outright: several CPU processes would otherwise not find each other.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not torch.accelerator.is_available(),  # explicit, or several CPU processes would not form a group
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)],
     )
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":  # launchers say so
+    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":  # set by launchers
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     try:
-        _evaluate(options, accelerator)
+        from_main_process(accelerator, lambda: _check_outputs(options))
+        from_main_process(accelerator, lambda: load_metrics(options.tasks))
+        model, tokenizer = on_every_process(accelerator, lambda: _load(options, accelerator.device))
+        results = _evaluate(options, accelerator, model, tokenizer)
+        if accelerator.is_main_process:
+            print(terminal_table(results))
+            _write(results, options)
     finally:
         accelerator.end_training()
 
 
-def _evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
-    agreed(accelerator, lambda: _check_places(options))
-    agreed(accelerator, lambda: load_metrics(options.tasks))
-    model, tokenizer = on_every_process(accelerator, lambda: _load(options, accelerator.device))
+def _evaluate(options: argparse.Namespace, accelerator: Accelerator, model: Any, tokenizer: Any) -> Results:
     started, begin = datetime.datetime.now(datetime.UTC).astimezone(), time.perf_counter()
     weights, dtype = model_fingerprint(model, tokenizer), str(model.dtype).removeprefix("torch.")
-    if options.output is not None:
-        agreed(accelerator, lambda: _refuse_other_results(options.output, weights, dtype))
     n_positions = n_positions_of(model)
+    if options.output is not None:
+        from_main_process(accelerator, lambda: _refuse_other_results(options.output, weights, dtype))
+    encoder = TokenizerAdapter(tokenizer)
     items = on_every_process(
-        accelerator,
-        lambda: read_items(options.tasks, options.data_dir, HubEncoder(tokenizer), n_positions, options.limit),
+        accelerator, lambda: read_items(options.tasks, options.data_dir, encoder, n_positions, options.limit)
     )
-    finished = _finished(options, accelerator, weights, dtype)
+    cache = _open_cache(options, accelerator, weights, dtype)
+    tasks: list[TaskResult] = []
     try:
-        judged = [
-            judge(
+        for task in options.tasks:
+            result = run_task(
                 model,
                 task,
                 items[task.full_name],
                 accelerator=accelerator,
                 tokens_per_batch=options.tokens_per_batch,
-                finished=finished,
-                show=True,
+                cache=cache,
+                show_progress=True,
             )
-            for task in options.tasks
-        ]
+            tasks.append(result)
     finally:
-        if finished is not None:
-            finished.close()
-    if not accelerator.is_main_process:
-        return
-    results = Results(
+        if cache is not None:
+            cache.close()
+    device = accelerator.device
+    return Results(
         model=options.model,
         revision=options.revision,
         commit=getattr(model.config, "_commit_hash", None),
@@ -91,20 +92,18 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator) -> None:
         parameters=model.num_parameters(),
         n_positions=n_positions,
         dtype=dtype,
-        device=_device_name(accelerator.device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         processes=accelerator.num_processes,
         data_dir=None if options.data_dir is None else str(options.data_dir),
         limit=options.limit,
         started=started.isoformat(timespec="seconds"),
         seconds=round(time.perf_counter() - begin, 3),
-        tasks=judged,
+        tasks=tasks,
     )
-    print(terminal_table(results))
-    _write(results, options)
 
 
 def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
-    """Return the model on the device, and its tokenizer."""
+    """Return the model, on the device, and its tokenizer."""
     model, tokenizer = load(
         options.model,
         str(device),
@@ -112,37 +111,29 @@ def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
         dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
         trust_remote_code=options.trust_remote_code,
     )
-    _refuse_another_tokenizer(model, tokenizer)
+    # Vocabularies are padded by some hundred rows at most. A tokenizer with too many tokens shows by its ids.
+    vocab_size, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
+    if tokens < _MIN_SHARE_OF_VOCABULARY * vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokens:,} tokens, but the model's vocabulary size is {vocab_size:,}; use the "
+            "tokenizer that the model was trained with"
+        )
     return model, tokenizer
 
 
-def _refuse_another_tokenizer(model: Any, tokenizer: Any) -> None:
-    """Refuse a tokenizer of far fewer tokens than the model has: a vocabulary is padded by some hundred rows at most.
-
-    One with more tokens is found by the ids that it gives.
-    """
-    rows, tokens = model.get_input_embeddings().weight.shape[0], len(tokenizer)
-    if tokens < _LEAST_SHARE_OF_ROWS * rows:
-        raise InputError(
-            f"expected a tokenizer of about as many tokens as the model's vocabulary ({rows:,}), found {tokens:,}; "
-            "give the tokenizer that the model was trained with"
-        )
-
-
-def _finished(options: argparse.Namespace, accelerator: Accelerator, weights: str, dtype: str) -> FinishedItems | None:
-    """Return the finished items on the main process, None on others and without --output."""
-    opened: list[FinishedItems] = []
-
-    def open_on_the_main_process() -> None:
-        opened.append(FinishedItems(items_path(options.output), model=options.model, weights=weights, dtype=dtype))
-
+def _open_cache(options: argparse.Namespace, accelerator: Accelerator, weights: str, dtype: str) -> ItemCache | None:
+    """Return the item cache on the main process; None on the others, and without --output."""
+    caches: list[ItemCache] = []
     if options.output is not None:
-        agreed(accelerator, open_on_the_main_process)
-    return opened[0] if opened else None
+        path = cache_path(options.output)
+        from_main_process(
+            accelerator, lambda: caches.append(ItemCache(path, model=options.model, weights=weights, dtype=dtype))
+        )
+    return caches[0] if caches else None
 
 
-def _check_places(options: argparse.Namespace) -> None:
-    """Refuse places that nothing can be written to, before the hours that come first."""
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Refuse paths that cannot be written, before the long computation."""
     for flag in ("output", "markdown", "plot"):
         path: Path | None = getattr(options, flag)
         if path is None:
@@ -150,35 +141,34 @@ def _check_places(options: argparse.Namespace) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"expected --{flag} in a folder, found {error}; choose another place") from None
+            raise InputError(f"--{flag}: cannot create the folder: {error}; choose another path") from None
         if not os.access(path.parent, os.W_OK):
-            raise InputError(f"expected --{flag} where files can be written, found {path.parent}; choose another place")
+            raise InputError(f"--{flag}: the folder {path.parent} is not writable; choose another path")
         if path.is_dir():
-            raise InputError(f"expected --{flag} to be a file, found the folder {path}; name a file in it")
+            raise InputError(f"--{flag}: {path} is a folder; name a file in it")
     table = _table_path(options)
     if options.markdown is None and table is not None and table.exists() and not is_table(table):
         raise InputError(
-            f"expected no file of yours at {table}, where the table goes, found one; choose another --output, or name "
-            "the table's place by --markdown"
+            f"the table would overwrite {table}, which is another file; choose another --output, or name the table by "
+            "--markdown"
         )
 
 
 def _table_path(options: argparse.Namespace) -> Path | None:
-    """Return where the table in Markdown goes: beside the results unless it is named."""
+    """Return the path of the Markdown table: --markdown, or next to --output."""
     if options.markdown is not None or options.output is None:
         return options.markdown
     return options.output.with_suffix(".md")
 
 
 def _refuse_other_results(output: Path, weights: str, dtype: str) -> None:
-    """Refuse to write over results of another model, or over another file."""
+    """Refuse to overwrite results of another model, or another file."""
     if output.exists():
-        found = read_results(output)
-        refuse_another_model(output, vars(found), weights, dtype)
+        refuse_another_model(output, vars(read_results(output)), weights, dtype)
 
 
 def _write(results: Results, options: argparse.Namespace) -> None:
-    """Write results.json, the table and the chart, and say where they are."""
+    """Write results.json, the table and the chart, and print their paths."""
     markdown = _table_path(options)
     try:
         if options.output is not None:
@@ -190,11 +180,7 @@ def _write(results: Results, options: argparse.Namespace) -> None:
 
             plot_results(options.plot, results)
     except OSError as error:
-        raise InputError(f"expected to write the results, found {error}; free the place, or choose another") from None
+        raise InputError(f"cannot write the results: {error}; free some space, or choose another path") from None
     written = [str(path) for path in (options.output, markdown, options.plot) if path is not None]
     if written:
         print(f"\nwrote {', '.join(written)}")
-
-
-def _device_name(device: Any) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

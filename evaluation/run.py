@@ -1,9 +1,9 @@
-"""Judge a causal language model on tasks of the GPT-2 paper, beside GPT-2's published figures.
+"""Evaluate a causal language model on tasks of the GPT-2 paper, next to GPT-2's published results.
 
     python -m evaluation.run --model runs/quickstart/model --tasks hellaswag lambada --output results.json
     python -m evaluation.run --compare a.json b.json
 
-`accelerate launch -m evaluation.run …` spreads the items over processes.
+`accelerate launch -m evaluation.run …` distributes the items over processes.
 """
 
 import argparse
@@ -13,16 +13,15 @@ from pathlib import Path
 
 from common.cli_errors import CommandParser, InputError, run_command
 from evaluation.tasks.registry import default_protocols, task_named
-from evaluation.tasks.task_types import Task
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-CHART_FORMATS = ("png", "svg", "pdf")
+CHART_FORMATS = (".png", ".svg", ".pdf")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Do what the command line asks for."""
+    """Run the command line."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    # torch and transformers take seconds to import: a mistake on the command line is told before that.
+    # Imported late, because torch and transformers take seconds: mistakes in the command line are reported before that.
     if options.list:
         from evaluation.results.report import protocol_list
 
@@ -39,62 +38,54 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the checked command line; `tasks` are the tasks themselves, each once.
+    """Return the checked options; `tasks` are `Task` objects without duplicates.
 
     Raises:
-        InputError: a flag, a task or a value that there is not, or flags that do not go together.
+        InputError: an unknown flag or task, a wrong value, or flags that exclude each other.
     """
     parser = CommandParser(
         prog="python -m evaluation.run", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )
-    parser.add_argument("--model", help="a folder or a Hub id with a causal language model and its tokenizer")
-    parser.add_argument("--revision", help="branch, tag or commit on the Hub")
-    parser.add_argument(
-        "--tasks", nargs="+", metavar="TASK", default=[], help="such as hellaswag, or hellaswag:harness; see --list"
+    add = parser.add_argument
+    add("--model", help="folder or Hub id of a causal language model and its tokenizer")
+    add("--revision", help="branch, tag or commit on the Hub")
+    add("--tasks", nargs="+", metavar="TASK", default=[], help="such as hellaswag or hellaswag:harness; see --list")
+    add("--limit", type=int, help="evaluate only the first LIMIT items of each task")
+    add("--data_dir", type=Path, help="folder with the official raw files, or with shards (default: read the Hub)")
+    add(
+        "--output", type=Path, help="results.json; the table and the item cache, to resume from, are written next to it"
     )
-    parser.add_argument("--limit", type=int, help="only the first so many items of each task")
-    parser.add_argument(
-        "--data_dir", type=Path, help="a folder with the official raw files, or with shards; else the Hub"
-    )
-    parser.add_argument("--output", type=Path, help="results.json; beside it results.md, and the finished items")
-    parser.add_argument("--save_items", action="store_true", help="keep every item in --output, as --compare needs")
-    parser.add_argument("--markdown", type=Path, help="where the table goes; beside --output when not given")
-    parser.add_argument("--plot", type=Path, help="a bar chart, .png, .svg or .pdf")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as they were saved")
-    parser.add_argument(
+    add("--save_items", action="store_true", help="include the record of every item in --output, as --compare needs")
+    add("--markdown", type=Path, help="file for the table (default: next to --output)")
+    add("--plot", type=Path, help="file for a bar chart, .png, .svg or .pdf")
+    add("--dtype", choices=DTYPES, default="auto", help="dtype of the weights (default: as saved)")
+    add(
         "--tokens_per_batch",
         type=int,
-        help="in a forward pass; by default what the device likes, halved without memory",
+        help="maximum tokens per forward pass (default: 4096 on CPU, 16384 otherwise; halved on out-of-memory)",
     )
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that the model carries")
-    parser.add_argument(
-        "--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="two results, by a paired test"
-    )
-    parser.add_argument("--list", action="store_true", help="list tasks and protocols")
+    add("--trust_remote_code", action="store_true", help="run the code in the model's repository")
+    add("--compare", nargs=2, type=Path, metavar=("A.json", "B.json"), help="compare two results by a paired test")
+    add("--list", action="store_true", help="list tasks and protocols")
     options = parser.parse_args(arguments)
     if options.list or options.compare:
         return options
-    options.tasks = _tasks(options.tasks)
+    if not options.tasks:
+        raise InputError(f"no tasks given; choose --tasks from {', '.join(default_protocols())}")
+    options.tasks = list({task.full_name: task for task in map(task_named, options.tasks)}.values())
     if options.model is None:
-        raise InputError("expected a model, found none; name a folder or a Hub id by --model")
+        raise InputError("no model given; name a folder or a Hub id by --model")
     for flag in ("limit", "tokens_per_batch"):
         value = getattr(options, flag)
         if value is not None and value < 1:
-            raise InputError(f"expected --{flag} to be at least 1, found {value}")
+            raise InputError(f"--{flag} must be at least 1, not {value}")
     if options.save_items and options.output is None:
-        raise InputError("expected --output for --save_items, found none; name the file")
-    if options.plot is not None and options.plot.suffix.removeprefix(".") not in CHART_FORMATS:
-        raise InputError(f"expected --plot to end in .{', .'.join(CHART_FORMATS)}, found {options.plot.name!r}")
+        raise InputError("--save_items needs --output; name the file")
+    if options.plot is not None and options.plot.suffix not in CHART_FORMATS:
+        raise InputError(f"--plot must end in {', '.join(CHART_FORMATS)}, not {options.plot.name!r}")
     if options.output is not None and options.output.suffix != ".json":
-        raise InputError(f"expected --output to end in .json, found {options.output.name!r}")
+        raise InputError(f"--output must end in .json, not {options.output.name!r}")
     return options
-
-
-def _tasks(names: Sequence[str]) -> list[Task]:
-    if not names:
-        raise InputError(f"expected tasks, found none; --tasks takes {', '.join(default_protocols())}")
-    tasks = {task.full_name: task for task in map(task_named, names)}
-    return list(tasks.values())
 
 
 if __name__ == "__main__":

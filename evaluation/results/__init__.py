@@ -1,1 +1,1 @@
-"""Metrics, standard errors, cached items, reports, comparisons and published references."""
+"""From scores to results: metrics, the item cache, results.json, tables, charts, comparisons, published references."""

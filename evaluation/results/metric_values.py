@@ -1,4 +1,4 @@
-"""What a task reports: its records through the `evaluate` metric modules of this project."""
+"""The metrics of a task, computed from its records by the `evaluate` modules in `evaluation/metrics/`."""
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,73 +7,69 @@ from pathlib import Path
 from typing import Any
 
 from common.cli_errors import InputError
-from evaluation.tasks.task_types import Figure, Task
+from evaluation.tasks.task_types import Metric, Task
 
 METRICS = Path(__file__).parents[1] / "metrics"
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A figure as measured.
+class MetricValue:
+    """The value of a metric.
 
     Attributes:
-        value: a fraction for accuracies; infinite for a perplexity beyond a float.
-        stderr: its standard error; None for a single item.
-        interval: where it lies with 95 %; None for a loss of a single item.
-        metric: the module that computed it.
+        value: a fraction for accuracies; infinite for a perplexity that overflows a float.
+        stderr: standard error; None for a single item.
+        interval: 95 % confidence interval; None for the loss of a single item.
+        module: the metric module that computed it.
     """
 
     value: float
     stderr: float | None
     interval: tuple[float, float] | None
-    metric: str
+    module: str
 
 
 def load_metrics(tasks: Iterable[Task]) -> None:
-    """Load the metric modules that the tasks need, so that what keeps them from loading is told before any scoring.
+    """Load the metric modules of the tasks, so that a failure shows before the scoring.
 
     Raises:
-        InputError: their cache cannot be written.
+        InputError: the modules' cache is not writable.
     """
-    for metric in {figure.metric for task in tasks for figure in task.figures}:
-        _module(metric)
+    for module in {metric.module for task in tasks for metric in task.metrics}:
+        _load(module)
 
 
-def measure(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, Measured]:
-    """Return the task's figures by name, in its order.
-
-    Args:
-        task: whose records these are.
-        records: as `Task.predict` gives them, at least one.
+def compute_metrics(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, MetricValue]:
+    """Return the task's metrics by name, computed from at least one record.
 
     Raises:
-        InputError: the modules' cache cannot be written, or the items are too few for a figure.
+        InputError: the modules' cache is not writable, or the records are too few for a metric.
     """
-    return {figure.name: _measured(task, figure, records) for figure in task.figures}
+    return {metric.name: _compute(task, metric, records) for metric in task.metrics}
 
 
-def _measured(task: Task, figure: Figure, records: Sequence[Mapping[str, Any]]) -> Measured:
-    predictions = [record[figure.prediction] for record in records]
-    references = [record[figure.reference] for record in records]
-    if figure.metric != "accuracy" and not sum(references):
+def _compute(task: Task, metric: Metric, records: Sequence[Mapping[str, Any]]) -> MetricValue:
+    predictions = [record[metric.prediction] for record in records]
+    references = [record[metric.reference] for record in records]
+    if metric.module != "accuracy" and not sum(references):
         raise InputError(
-            f"expected items of {task.full_name} with {figure.reference}, found none in {len(records)} of them; "
-            "raise the limit"
+            f"the {len(records)} items of {task.full_name} hold no {metric.reference}, so there is no "
+            f"{metric.name}; raise the limit"
         )
-    result = _module(figure.metric).compute(predictions=predictions, references=references)
+    result = _load(metric.module).compute(predictions=predictions, references=references)
     interval = result["interval"]
-    return Measured(result[figure.metric], result["stderr"], tuple(interval) if interval else None, figure.metric)
+    return MetricValue(result[metric.module], result["stderr"], tuple(interval) if interval else None, metric.module)
 
 
 @functools.cache
-def _module(metric: str) -> Any:
+def _load(module: str) -> Any:
     try:
         import evaluate
 
-        # In memory: a file on disk would be shared, and fought over, by everything that evaluates on this machine.
-        return evaluate.load(str(METRICS / metric), keep_in_memory=True)
+        # In memory, because all programs on the machine would share a file on disk.
+        return evaluate.load(str(METRICS / module), keep_in_memory=True)
     except OSError as error:
         raise InputError(
-            f"expected a cache for evaluate's metric modules that can be written, found {error}; "
-            "name a folder of yours in the environment variable HF_HOME"
+            f"cannot write the cache of evaluate's metric modules ({error}); set the environment variable HF_HOME to a "
+            "writable folder"
         ) from None

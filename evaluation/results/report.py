@@ -1,19 +1,19 @@
-"""Results as a table, for the terminal and in Markdown, with GPT-2's published figures of the same protocol."""
+"""Results as a table, for the terminal and in Markdown, with GPT-2's published results of the same protocol."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.results.metric_values import Measured
+from evaluation.results.metric_values import MetricValue
 from evaluation.results.references import SIZES, one_per_size, published
 from evaluation.results.results_file import Results
 from evaluation.tasks.registry import default_protocols, tasks
 
-_HEADINGS = ("task", "protocol", "figure", "value", "± stderr", "95 %", "items")
+_HEADINGS = ("task", "protocol", "metric", "value", "± stderr", "95 %", "items")
 
 
 def terminal_table(results: Results) -> str:
-    """Return the table in columns, under a line about the model."""
+    """Return a line about the model, and the table in columns."""
     rows, sources = _table(results)
     lines = [heading(results), "", *aligned(rows)]
     if sources:
@@ -22,7 +22,7 @@ def terminal_table(results: Results) -> str:
 
 
 def markdown_table(results: Results) -> str:
-    """Return the table in Markdown, with each protocol's text handling under it."""
+    """Return the table in Markdown, followed by a description of each protocol."""
     rows, sources = _table(results)
     head, *body = [f"| {' | '.join(row)} |" for row in rows]
     lines = [f"# {results.model}", "", heading(results), "", head, "|" + " --- |" * len(rows[0]), *body, ""]
@@ -37,15 +37,15 @@ def markdown_table(results: Results) -> str:
 
 
 def is_table(path: Path) -> bool:
-    """Return whether a file holds what `markdown_table` gives; one that cannot be read does not."""
+    """Return whether a file was written by `markdown_table`; False if it cannot be read."""
     try:
-        return f"\n| {' | '.join(_HEADINGS)} |".encode() in path.read_bytes()
+        return f"\n| {' | '.join(_HEADINGS[:2])} |".encode() in path.read_bytes()
     except OSError:
         return False
 
 
 def heading(results: Results) -> str:
-    """Return one line about the model and how it was judged."""
+    """Return one line about the model and its evaluation."""
     at = f" at {results.revision or results.commit}" if results.revision or results.commit else ""
     processes = f" × {results.processes}" if results.processes > 1 else ""
     limited = f", the first {results.limit:,} items of each task" if results.limit else ""
@@ -56,55 +56,54 @@ def heading(results: Results) -> str:
 
 
 def protocol_list() -> str:
-    """Return every task with its protocols and what they do, for --list."""
+    """Return the text of --list: every task with its protocols."""
     defaults = default_protocols()
     lines = []
     for name, task in tasks().items():
-        mark = f"  (what `{task.name}` means)" if defaults[task.name] is task else ""
-        figures = ", ".join(figure.name for figure in task.figures)
-        lines += [f"{name}{mark}", f"    {task.description}", f"    figures: {figures}; source: {task.source}"]
+        mark = f"  (default of {task.name})" if defaults[task.name] is task else ""
+        metrics = ", ".join(metric.name for metric in task.metrics)
+        lines += [f"{name}{mark}", f"    {task.description}", f"    metrics: {metrics}; source: {task.source}"]
     return "\n".join(lines)
 
 
 def number(value: float) -> str:
-    """Return a figure with four digits behind the point, or as many digits as a large one needs."""
+    """Return a value with four decimals, or two or none for large ones."""
     if math.isinf(value):
         return "∞"
     return f"{value:.4f}" if abs(value) < 100 else f"{value:,.2f}" if abs(value) < 1e6 else f"{value:.3e}"
 
 
 def _table(results: Results) -> tuple[list[list[str]], list[str]]:
-    """Return heading and rows, and the sources of the published figures in them."""
+    """Return heading and rows, and the sources of the published results in them."""
     found = {
         (result.task, name): one_per_size(published(result.task, name))
         for result in results.tasks
-        for name in result.figures
+        for name in result.metrics
     }
     sizes = [size for size in SIZES if any(size in references for references in found.values())]
     rows = [[*_HEADINGS, *(f"GPT-2 {size}" for size in sizes)]]
     for result in results.tasks:
-        for name, measured in result.figures.items():
+        for name, metric in result.metrics.items():
             references = found[result.task, name]
             task, _, protocol = result.task.partition(":")
             shown = [number(references[size].value) if size in references else "" for size in sizes]
-            rows.append([task, protocol, name, *_shown(measured), f"{result.items:,}", *shown])
+            rows.append([task, protocol, name, *_shown(metric), f"{result.items:,}", *shown])
     sources = {each.source: None for references in found.values() for each in references.values()}
     return rows, list(sources)
 
 
-def _shown(measured: Measured) -> tuple[str, str, str]:
-    error = "" if measured.stderr is None else number(measured.stderr)
-    interval = "" if measured.interval is None else " – ".join(number(end) for end in measured.interval)
-    return number(measured.value), error, interval
+def _shown(metric: MetricValue) -> tuple[str, str, str]:
+    error = "" if metric.stderr is None else number(metric.stderr)
+    interval = "" if metric.interval is None else " – ".join(number(end) for end in metric.interval)
+    return number(metric.value), error, interval
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows in columns: names to the left, numbers to the right."""
+    """Return rows in aligned columns: the first three to the left, numbers to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    names = 3
     return [
         "  ".join(
-            cell.ljust(width) if column < names else cell.rjust(width)
+            cell.ljust(width) if column < 3 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

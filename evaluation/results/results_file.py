@@ -1,4 +1,4 @@
-"""results.json: what a model reached on which tasks, and all that is needed to know what that means."""
+"""results.json: the metrics of a model, and everything needed to interpret them."""
 
 import importlib.metadata
 import json
@@ -11,9 +11,8 @@ from typing import Any
 
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
-from evaluation.results.metric_values import Measured
+from evaluation.results.metric_values import MetricValue
 from evaluation.results.references import published
-from evaluation.results.task_runner import TaskResult
 from evaluation.tasks.registry import task_named
 
 FORMAT_VERSION = 1
@@ -22,36 +21,55 @@ _PACKAGES = ("gpt2-scratch", "torch", "transformers", "tokenizers", "datasets", 
 
 def _versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
-    found = {"python": platform.python_version()}
+    versions = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The result of a model on a task.
+
+    Attributes:
+        task: full name, "hellaswag:harness".
+        items: number of items.
+        seconds: of scoring the items that were not cached.
+        metrics: by name, in the task's order.
+        records: of all items, in the order of the data; empty if read from a file without them.
+    """
+
+    task: str
+    items: int
+    seconds: float
+    metrics: dict[str, MetricValue]
+    records: list[dict[str, Any]] = field(repr=False)
 
 
 @dataclass(frozen=True)
 class Results:
-    """A model judged on tasks.
+    """The results of a model.
 
     Attributes:
-        model: the folder or Hub id.
-        revision: what was asked for on the Hub; None for a folder, or the newest.
-        commit: what that was.
-        weights: a hash of all weights, the config and the tokenizer.
-        parameters: of the model.
-        n_positions: the longest sequence that it takes.
+        model: folder or Hub id.
+        revision: as requested on the Hub; None for a folder or the latest one.
+        commit: the commit that was loaded from the Hub.
+        weights: a hash of weights, config and tokenizer.
+        parameters: number of parameters.
+        n_positions: the longest sequence that the model takes.
         dtype: "float32".
-        device: "cpu", or the GPU's name.
-        processes: that shared the work.
-        data_dir: where the data lay; None for the Hub.
-        limit: the most items of a task; None for all.
-        started: the time, ISO 8601 with its zone.
-        seconds: of everything behind the model's loading.
-        tasks: the results.
+        device: "cpu", or the name of the GPU.
+        processes: number of processes.
+        data_dir: folder of the data; None for the Hub.
+        limit: maximum items per task; None for all.
+        started: time in ISO 8601 with its zone.
+        seconds: of everything after loading the model.
+        tasks: a result for each.
         versions: of packages.
-        step: of the run that trains the model; None for a finished one.
+        step: of the run that trains the model; None outside training.
     """
 
     model: str
@@ -72,30 +90,28 @@ class Results:
     step: int | None = None
 
     def write(self, path: Path, *, with_items: bool) -> None:
-        """Write results.json, whole or not at all; `with_items` keeps the record of every item."""
-        text = json.dumps(self.to_json(with_items=with_items), indent=1, ensure_ascii=False, allow_nan=False)
-        write_atomically(path, text + "\n")
-
-    def to_json(self, *, with_items: bool) -> dict[str, Any]:
-        """Return what results.json holds."""
+        """Write results.json atomically; `with_items` includes the record of every item."""
         values = {name: value for name, value in vars(self).items() if name != "tasks"}
         tasks = {result.task: _task_to_json(result, with_items=with_items) for result in self.tasks}
-        return {"format_version": FORMAT_VERSION, **values, "tasks": tasks}
+        content = {"format_version": FORMAT_VERSION, **values, "tasks": tasks}
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+        write_atomically(path, text + "\n")
 
 
 def _task_to_json(result: TaskResult, *, with_items: bool) -> dict[str, Any]:
     task = task_named(result.task)
-    figures = {}
-    for name, measured in result.figures.items():
-        figures[name] = {
-            "value": _finite(measured.value),
-            "stderr": _finite(measured.stderr),
-            "interval_95": [_finite(end) for end in measured.interval] if measured.interval else None,
-            "metric": measured.metric,
+    metrics = {
+        name: {
+            "value": _finite(metric.value),
+            "stderr": _finite(metric.stderr),
+            "interval_95": [_finite(end) for end in metric.interval] if metric.interval else None,
+            "metric": metric.module,
             "published": [
                 {"size": each.size, "value": each.value, "source": each.source} for each in published(result.task, name)
             ],
         }
+        for name, metric in result.metrics.items()
+    }
     values = {
         "task": task.name,
         "protocol": task.protocol,
@@ -103,50 +119,48 @@ def _task_to_json(result: TaskResult, *, with_items: bool) -> dict[str, Any]:
         "source": task.source,
         "items": result.items,
         "seconds": round(result.seconds, 3),
-        "figures": figures,
+        "figures": metrics,
     }
     return {**values, "records": result.records} if with_items else values
 
 
 def _finite(value: float | None) -> float | None:
-    """Return None for what JSON has no number for: a perplexity beyond a float."""
+    """Return None for infinity, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None
 
 
 def read_results(path: Path) -> Results:
-    """Return what a results.json holds; a task without records has none.
+    """Return the content of a results.json; tasks have no records if it was written without them.
 
     Raises:
-        InputError: there is no such file, or it is another one.
+        InputError: the file does not exist, or is something else.
     """
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:
         raise InputError(
-            f"expected results at {path}, found {error.strerror}; make them with python -m evaluation.run --output"
+            f"cannot read {path}: {error.strerror}; python -m evaluation.run --output writes results"
         ) from None
     except ValueError:
         values = None
     try:
         if values["format_version"] != FORMAT_VERSION:
             raise InputError(
-                f"expected results of format {FORMAT_VERSION} in {path}, found {values['format_version']}; make them "
-                "again with python -m evaluation.run --output"
+                f"{path} has format version {values['format_version']} instead of {FORMAT_VERSION}; evaluate the model "
+                "again with this version"
             )
         tasks = [_task_from_json(name, task) for name, task in values.pop("tasks").items()]
         del values["format_version"]
         return Results(**values, tasks=tasks)
     except (TypeError, KeyError, AttributeError):
-        raise InputError(
-            f"expected results that python -m evaluation.run --output wrote in {path}, found another file; name theirs"
-        ) from None
+        raise InputError(f"{path} was not written by python -m evaluation.run --output; choose another file") from None
 
 
 def _task_from_json(name: str, values: Mapping[str, Any]) -> TaskResult:
-    figures = {}
-    for figure, given in values["figures"].items():
+    metrics = {}
+    for metric, given in values["figures"].items():
         interval = given["interval_95"]
         value = math.inf if given["value"] is None else given["value"]
-        figures[figure] = Measured(value, given["stderr"], tuple(interval) if interval else None, given["metric"])
+        metrics[metric] = MetricValue(value, given["stderr"], tuple(interval) if interval else None, given["metric"])
     records = [{"index": record["index"], **record} for record in values.get("records", [])]
-    return TaskResult(name, values["items"], values["seconds"], figures, records)
+    return TaskResult(name, values["items"], values["seconds"], metrics, records)

@@ -1,8 +1,8 @@
-"""How far a figure may be from what endlessly many items of the same kind would give.
+"""Standard errors and confidence intervals of metrics.
 
-Standard errors are those of lm-evaluation-harness where it has a formula (a sample's standard deviation, with n - 1,
-over the square root of n). Where it draws bootstrap samples, for perplexities, the delta method gives the same without
-drawing: it agrees with them to their own noise, and is the same in every run.
+Standard errors are those of lm-evaluation-harness where it has a formula (the sample standard deviation over the square
+root of n). For perplexities, where it draws bootstrap samples, the delta method gives the same up to the noise of the
+draws.
 """
 
 import math
@@ -12,7 +12,7 @@ Z = 1.959963984540054  # 95 % of a normal distribution lie within so many standa
 
 
 def accuracy_standard_error(right: int, total: int) -> float | None:
-    """Return the standard error of `right` out of `total`; None for a single item."""
+    """Return the standard error of the share `right` / `total`; None for a single item."""
     if total < 2:
         return None
     share = right / total
@@ -20,9 +20,9 @@ def accuracy_standard_error(right: int, total: int) -> float | None:
 
 
 def wilson_interval(right: int, total: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share: Wilson's, which stays between 0 and 1 and is right for few items too.
+    """Return Wilson's 95 % interval of a share: it stays between 0 and 1, and is accurate for few items.
 
-    Source: Wilson 1927; Brown, Cai and DasGupta 2001 recommend it.
+    Source: Wilson 1927; recommended by Brown, Cai and DasGupta 2001.
     """
     share, squared = right / total, Z**2 / total
     middle = (share + squared / 2) / (1 + squared)
@@ -31,18 +31,15 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
 
 
 def ratio_of_sums(values: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
-    """Return sum(values) / sum(counts) and its standard error, by the delta method; None for a single item.
+    """Return sum(values) / sum(counts) and its standard error by the delta method; None for a single item.
 
     Args:
-        values: of an item each, such as a passage's loss in nats.
-        counts: of the same items, such as their tokens; not all zero.
-
-    Raises:
-        ValueError: other numbers of values than of counts, or nothing to divide by.
+        values: one per item, such as its loss in nats.
+        counts: one per item, such as its number of tokens; not all zero.
     """
     total = math.fsum(counts)
     if len(values) != len(counts) or total <= 0:
-        raise ValueError(f"expected as many values as counts, and counts above 0; found {len(values)}, {len(counts)}")
+        raise ValueError(f"needs as many values as counts, and counts above 0; got {len(values)} and {len(counts)}")
     ratio = math.fsum(values) / total
     number = len(values)
     if number < 2:

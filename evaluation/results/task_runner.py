@@ -1,43 +1,28 @@
-"""A model judged on tasks: items from the data, scores from the model, records, figures.
+"""A model on a task: items, cached or scored, become records, and records become metrics.
 
-The command line and training both go through here. Everything happens on every process of the accelerator together;
-records are complete on the main process.
+The command line and training both use it. All processes of the accelerator take part together.
 """
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from accelerate.utils import gather_object
+
 from common.cli_errors import InputError
 from common.progress import Progress
-from evaluation.results.item_cache import FinishedItems, item_key
-from evaluation.results.metric_values import Measured, measure
+from common.ranks import Ranks
+from evaluation.results.item_cache import ItemCache, item_key
+from evaluation.results.metric_values import compute_metrics
+from evaluation.results.results_file import TaskResult
 from evaluation.results.running_metric import RunningMetric
+from evaluation.scoring.scorer import score_batches
 from evaluation.tasks.task_types import Encoder, Item, Task
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class TaskResult:
-    """What a model reached on a task.
-
-    Attributes:
-        task: with its protocol, "hellaswag:harness".
-        items: how many.
-        seconds: of scoring those that were not finished before.
-        figures: by name, as the task orders them.
-        records: of each item, in the data's order.
-    """
-
-    task: str
-    items: int
-    seconds: float
-    figures: dict[str, Measured]
-    records: list[dict[str, Any]] = field(repr=False)
 
 
 def read_items(
@@ -46,126 +31,110 @@ def read_items(
     """Return each task's items by its full name.
 
     Raises:
-        InputError: a task's data is not there, or cannot be used.
+        InputError: the data of a task is missing or malformed.
     """
-    found = {}
-    for task in tasks:
-        found[task.full_name] = task.items(data_dir, encoder, n_positions, limit)
-        if not found[task.full_name]:
-            raise InputError(f"expected items of {task.full_name}, found none; give other data by --data_dir")
-    return found
+    items = {task.full_name: task.items(data_dir, encoder, n_positions, limit) for task in tasks}
+    for name, found in items.items():
+        if not found:
+            raise InputError(f"the data of {name} has no items; name another folder by --data_dir")
+    return items
 
 
-def judge(
+def run_task(
     model: Any,
     task: Task,
     items: Sequence[Item],
     *,
     accelerator: Any,
     tokens_per_batch: int | None = None,
-    every_process_scores_all: bool = False,
-    finished: FinishedItems | None = None,
-    show: bool = False,
+    sharded_model: bool = False,
+    cache: ItemCache | None = None,
+    show_progress: bool = False,
     between_batches: Callable[[], None] = lambda: None,
 ) -> TaskResult:
-    """Return what the model reaches on a task, on every process the same.
+    """Return the result of a model on a task, the same on every process.
 
     Args:
-        model: any causal language model of transformers, on its device, not wrapped.
+        model: any causal language model of transformers, on its device, unwrapped.
         task: which.
-        items: the task's, as `read_items` gives them.
-        accelerator: spreads the items over its processes.
-        tokens_per_batch: tokens in a forward pass; None for what the device likes.
-        every_process_scores_all: the model is sharded, so its forward passes need all processes alike.
-        finished: records that are known already, and where new ones are kept; None on all but the main process.
-        show: the progress.
-        between_batches: as of `scoring.score`.
+        items: of the task, from `read_items`.
+        accelerator: distributes the items over its processes.
+        tokens_per_batch: as of `score_batches`.
+        sharded_model: forward passes need all processes, so each process scores all items.
+        cache: of the main process; None on the others, or without a cache.
+        show_progress: on the main process.
+        between_batches: is called equally often on every process; may raise to stop the evaluation.
 
     Raises:
-        InputError: from `scoring.score`, or from `figures.measure`.
+        InputError: from `score_batches` or `compute_metrics`.
     """
-    from evaluation.scoring.scorer import score
-
     started = time.perf_counter()
     keys = [item_key(task, item) for item in items]
-    records = agreed(accelerator, lambda: [finished.records.get(key) if finished else None for key in keys])
-    missing = [place for place, record in enumerate(records) if record is None]
-    place_of = {item.index: place for place, item in enumerate(items)}
+    cached = from_main_process(accelerator, lambda: [cache.records.get(key) if cache else None for key in keys])
+    records: dict[int, dict[str, Any]] = {n: record for n, record in enumerate(cached) if record is not None}
+    missing = [n for n in range(len(items)) if n not in records]
+    running = RunningMetric(task)
     progress = Progress(
         total=len(items),
         description=task.full_name,
-        enabled=show and accelerator.is_main_process,
+        enabled=show_progress and accelerator.is_main_process,
         report=lambda line: print(line, file=sys.stderr),
     )
-    running = RunningMetric(task)
 
     def count(record: dict[str, Any]) -> None:
         running.add(record)
         progress.update(status=str(running))
 
-    for record in records:
-        if record is not None:
-            count(record)
-
-    def recorded(item: Item, answers: Sequence[Any]) -> dict[str, Any]:
-        return {**task.predict(item, answers), "data": item.data}
-
-    def keep(item: Item, answers: Sequence[Any]) -> None:
-        record = recorded(item, answers)
-        if finished is not None:
-            finished.add(keys[place_of[item.index]], record)
+    for record in records.values():
         count(record)
-
-    answers = score(
+    batches = score_batches(
         model,
-        [items[place] for place in missing],
-        accelerator=None if every_process_scores_all else accelerator,
+        [items[n] for n in missing],
+        accelerator=None if sharded_model else accelerator,
         tokens_per_batch=tokens_per_batch,
-        on_result=keep,
-        between_batches=between_batches,
     )
-    for place, given in zip(missing, answers, strict=True):
-        records[place] = recorded(items[place], given)
-    progress.close()
-    complete = [record for record in records if record is not None]
-    figures = agreed(accelerator, lambda: measure(task, complete))
-    return TaskResult(task.full_name, len(items), time.perf_counter() - started, figures, complete)
+    with progress, contextlib.closing(batches):
+        for batch in batches:
+            for position, scores in batch:
+                n = missing[position]
+                records[n] = {**task.record(items[n], scores), "data": items[n].data}
+                if cache is not None:
+                    cache.add(keys[n], records[n])
+                count(records[n])
+            if len(records) < len(items):
+                between_batches()
+    ordered = [records[n] for n in range(len(items))]
+    metrics = from_main_process(accelerator, lambda: compute_metrics(task, ordered))
+    return TaskResult(task.full_name, len(items), time.perf_counter() - started, metrics, ordered)
 
 
 def on_every_process(accelerator: Any, compute: Callable[[], _T]) -> _T:
-    """Return what `compute` gives on this process, first on its machine's main one, which downloads for the others.
+    """Return the result of `compute` on this process; a node's main process goes first and downloads for the others.
 
-    An `InputError` that any process meets is raised on every one: none is left waiting, and it is told once.
+    An `InputError` on any process is raised on all of them.
     """
-    found: list[_T] = []
-    trouble: str | None = None
+    ranks = _ranks(accelerator)
+    result: list[_T] = []
+    error: InputError | None = None
     with accelerator.local_main_process_first():
         try:
-            found.append(compute())
-        except InputError as error:
-            trouble = str(error)
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        trouble = next((each for each in gather_object([trouble]) if each is not None), None)
-    if trouble is not None:
-        raise InputError(trouble)
-    return found[0]
+            result.append(compute())
+        except InputError as raised:  # leaving the block by an exception would skip its barrier
+            error = raised
+    with ranks.share_errors():
+        if error is not None:
+            raise error
+    ranks.gather(None)
+    return result[0]
 
 
-def agreed(accelerator: Any, compute: Callable[[], _T]) -> _T:
-    """Return what `compute` gives on the main process, on every process; so is an `InputError` raised on every one."""
-    if accelerator.num_processes == 1:
-        return compute()
-    from accelerate.utils import broadcast_object_list
+def from_main_process(accelerator: Any, compute: Callable[[], _T]) -> _T:
+    """Return the main process's result of `compute` on every process; its `InputError` is raised on every process."""
+    ranks = _ranks(accelerator)
+    with ranks.share_errors():
+        result = compute() if accelerator.is_main_process else None
+    return ranks.gather(result)[0]  # type: ignore[return-value]
 
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = compute()
-        except InputError as error:
-            outcome[1] = str(error)
-    broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise InputError(outcome[1])
-    return outcome[0]
+
+def _ranks(accelerator: Any) -> Ranks:
+    return Ranks(gather_object if accelerator.num_processes > 1 else None)

@@ -1,1 +1,1 @@
-"""Log-likelihoods of continuations under any causal language model."""
+"""Scores of requests: log-likelihoods and greedy continuations of any causal language model."""

@@ -1,1 +1,1 @@
-"""Benchmarks: HellaSwag, LAMBADA, CBT, WikiText and validation shards, and their registry."""
+"""The tasks: HellaSwag, LAMBADA, CBT, WikiText-2 and validation shards, and their registry."""

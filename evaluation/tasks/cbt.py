@@ -1,188 +1,162 @@
-"""Children's Book Test: which of ten words is missing in a sentence that follows twenty others (Hill et al. 2016).
+"""Children's Book Test: which of ten words is missing in a sentence after twenty others (Hill et al. 2016).
 
-2,500 test questions each for common nouns and named entities. A protocol without `_raw` reads the text as the GPT-2
-paper does, with the traces of Penn Treebank tokenisation removed; with `_raw` as it stands. (The paper's own figures
-are those of the validation questions: one of the test books is in its training data.)
+There are 2,500 test questions each for common nouns (CN) and named entities (NE). A protocol without `_raw` removes the
+traces of Penn Treebank tokenization, as the GPT-2 paper does; with `_raw` it keeps the text as it is. The paper's
+accuracies are those of the validation questions, because one of the test books is in its training data.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.tasks.context_split import behind_the_same_context, context_of, cut_together
-from evaluation.tasks.data_sources import check_row, find_file, hub_rows, not_usable, read_lines
-from evaluation.tasks.detokenizers import detokenise_penn_treebank
-from evaluation.tasks.hellaswag import first_largest
-from evaluation.tasks.task_types import Encoder, Figure, Item, LogLikelihood, Request, Task, data_hash
+from evaluation.tasks.data_sources import RowSource, read_lines, unusable
+from evaluation.tasks.detokenizers import detokenize_penn_treebank
+from evaluation.tasks.encoding import context_tokens, encode_candidates, truncate_together
+from evaluation.tasks.task_types import Encoder, Item, LogLikelihood, Metric, Request, Task, argmax, data_hash
 
-BLANK = "XXXXX"
+_BLANK = "XXXXX"
 _SENTENCES = 20
 _CANDIDATES = 10
-_FIELDS: dict[str, type | tuple[type, ...]] = {"sentences": list, "question": str, "answer": str, "options": list}
 
 
-class _Cbt(Task):
-    figures: ClassVar = (Figure("acc", "accuracy", "prediction"),)
-
-    def __init__(self, kind: str, *, detokenised: bool) -> None:
-        self.kind = kind
-        self.name = f"cbt_{kind.lower()}"
-        self.detokenised = detokenised
-        if not detokenised:
-            self.protocol = f"{type(self).protocol}_raw"
-            self.description = f"{type(self).description} The text as it stands."
-
-    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        """Return the first `limit` items, as `Task.items` says."""
-        items = []
-        for index, row in enumerate(read_rows(data_dir, self.kind, limit)):
-            requests = self._cut(self._requests(row, encoder), n_positions)
-            items.append(
-                Item(
-                    index,
-                    requests,
-                    gold=row["options"].index(row["answer"]),
-                    data=data_hash([row[field] for field in _FIELDS]),
-                )
-            )
-        return items
-
-    def predict(self, item: Item, answers: Sequence[LogLikelihood]) -> dict[str, Any]:
-        """Return the record, as `Task.predict` says."""
-        return {
-            "index": item.index,
-            "gold": item.gold,
-            "prediction": first_largest([self._merit(answer) for answer in answers]),
-            "log_likelihoods": [answer.sum for answer in answers],
-            "tokens": [answer.tokens for answer in answers],
-        }
-
-    def _requests(self, row: dict[str, Any], encoder: Encoder) -> Sequence[Request]:
-        before, _, after = row["question"].partition(BLANK)
-        context = " ".join([*(row["sentences"] if self._with_sentences else ()), before])
-        texts = [f"{context}{option}{after}" for option in row["options"]]
-        return behind_the_same_context(encoder, self._written(context), [self._written(text) for text in texts])
-
-    def _written(self, text: str) -> str:
-        return detokenise_penn_treebank(text) if self.detokenised else text
-
-    _with_sentences: ClassVar = True
-
-    def _cut(self, requests: Sequence[Request], n_positions: int) -> tuple[Request, ...]:
-        """Return requests that fit, all candidates behind the same context."""
-        return cut_together(requests, n_positions)
-
-    def _merit(self, answer: LogLikelihood) -> float:
-        return answer.sum
-
-
-class CbtPaper(_Cbt):
-    """The candidate and the rest of its sentence, behind everything before."""
-
-    protocol = "paper"
-    description = (
-        "Twenty sentences and the question up to the blank as context; the candidate with the highest probability of "
-        "itself and the rest of the sentence. Too long contexts lose their beginning."
-    )
-    source = "GPT-2 paper, section 3.2"
-
-
-class CbtSentence(_Cbt):
-    """As the paper, from the sentence alone."""
-
-    protocol = "sentence"
-    description = (
-        "The question alone, without the twenty sentences: the candidate with the highest probability of itself and "
-        "the rest of the sentence."
-    )
-    source = "CBT paper (Hill et al. 2016), section 4.3: language models on the query alone"
-    _with_sentences: ClassVar = False
-
-
-class CbtFullSequence(_Cbt):
-    """The candidate that makes the whole text the most likely, by the mean over its tokens."""
-
-    protocol = "full_sequence"
-    description = (
-        "Twenty sentences and the question with the candidate in its place: the candidate with the lowest mean loss "
-        "over all tokens of the text but the first."
-    )
-    source = "from-scratch projects that compare the model's loss of each filled-in text"
-
-    def _requests(self, row: dict[str, Any], encoder: Encoder) -> Sequence[Request]:
-        filled = [row["question"].replace(BLANK, option, 1) for option in row["options"]]
-        texts = [encoder.encode(self._written(" ".join([*row["sentences"], sentence]))) for sentence in filled]
-        return [Request(context_of(encoder, ids[:1]), tuple(ids[1:])) for ids in texts]
-
-    def _cut(self, requests: Sequence[Request], n_positions: int) -> tuple[Request, ...]:
-        """Return texts that fit: the context is the first token, so what is scored loses as much of its beginning."""
-        surplus = max(0, max(len(request.continuation) for request in requests) - n_positions)
-        if not surplus:
-            return tuple(requests)
-        texts = [(request.context[-1:] + request.continuation)[surplus:] for request in requests]
-        return tuple(Request(text[:1], text[1:]) for text in texts)
-
-    def _merit(self, answer: LogLikelihood) -> float:
-        return answer.sum / answer.tokens
-
-
-def cbt_tasks(kind: str) -> list[Task]:
-    """Return every protocol for `kind`, "CN" or "NE", the default first."""
-    classes = (CbtPaper, CbtFullSequence, CbtSentence)
-    return [each(kind, detokenised=detokenised) for each in classes for detokenised in (True, False)]
-
-
-def read_rows(data_dir: Path | None, kind: str, limit: int | None) -> list[dict[str, Any]]:
-    """Return questions as {"sentences": twenty, "question", "answer", "options": ten}.
-
-    Raises:
-        InputError: a question is not of that form.
-    """
-    if data_dir is None:
-        where = "cam-cst/cbt"
-        rows = hub_rows(where, kind, "test", limit)
-        for number, row in enumerate(rows, 1):
-            check_row(row, _FIELDS, where, number)
-            _check(row, where, number)
-        return rows
-    return _parse(find_file(data_dir, [f"cbtest_{kind}_test_2500ex.txt", f"cbtest_{kind}_test*.txt"]), limit)
-
-
-def _parse(path: Path, limit: int | None) -> list[dict[str, Any]]:
-    """Read the official form: numbered lines, the 21st with tabs: question, answer, nothing, candidates with bars."""
-    rows: list[dict[str, Any]] = []
+def _questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Parse the official file: numbered lines, the 21st with tabs between question, answer, nothing and candidates."""
     sentences: list[str] = []
     number = 0
     for number, line in enumerate(read_lines(path), 1):
-        if len(rows) == limit:
-            return rows
-        if not line.strip():
-            if sentences:
-                raise not_usable(path, number, f"sentence {len(sentences) + 1} of a question", "an empty line")
+        if not line.strip() and not sentences:
             continue
-        place, _, text = line.rstrip("\n").partition(" ")
-        if place != str(len(sentences) + 1):
-            raise not_usable(path, number, f"a line that begins with {len(sentences) + 1}", repr(line[:30]))
+        position, _, text = line.rstrip("\n").partition(" ")
+        if position != str(len(sentences) + 1):
+            raise unusable(path, number, f"sentence {len(sentences) + 1} of a question is missing: {line[:30]!r}")
         if len(sentences) < _SENTENCES:
             sentences.append(text)
             continue
         parts = text.split("\t")
         if len(parts) != 4:
-            raise not_usable(path, number, "question, answer, nothing and candidates between tabs", repr(line[-40:]))
-        row = {"sentences": sentences, "question": parts[0], "answer": parts[1], "options": parts[3].split("|")}
-        _check(row, path, number)
-        rows.append(row)
+            raise unusable(path, number, f"not question, answer and candidates between tabs: {line[-40:]!r}")
+        yield number, {"sentences": sentences, "question": parts[0], "answer": parts[1], "options": parts[3].split("|")}
         sentences = []
     if sentences:
-        raise not_usable(path, number + 1, f"sentence {len(sentences) + 1} of a question", "the end of the file")
-    return rows
+        raise unusable(path, number + 1, f"the file ends before sentence {len(sentences) + 1} of a question")
 
 
-def _check(row: dict[str, Any], where: Path | str, number: int) -> None:
+def _problem(row: dict[str, Any]) -> str | None:
     if len(row["sentences"]) != _SENTENCES:
-        raise not_usable(where, number, f"{_SENTENCES} sentences", str(len(row["sentences"])))
-    if BLANK not in row["question"]:
-        raise not_usable(where, number, f"a question with {BLANK}", repr(row["question"][:40]))
+        return f"{len(row['sentences'])} sentences instead of {_SENTENCES}"
+    if _BLANK not in row["question"]:
+        return f"no {_BLANK} in the question: {row['question'][:40]!r}"
     if len(row["options"]) != _CANDIDATES or row["answer"] not in row["options"]:
-        found = f"{row['answer']!r} and {row['options']!r}"
-        raise not_usable(where, number, f"{_CANDIDATES} candidates with the answer among them", found[:80])
+        return f"the answer {row['answer']!r} is not among {_CANDIDATES} candidates: {row['options']!r:.60}"
+    return None
+
+
+class _Cbt(Task):
+    """A protocol for one kind of question, "CN" or "NE"."""
+
+    metrics: ClassVar = (Metric("acc", "accuracy", "prediction"),)
+
+    def __init__(self, kind: str, *, raw: bool) -> None:
+        self.name = f"cbt_{kind.lower()}"
+        self._raw = raw
+        if raw:
+            self.protocol = f"{type(self).protocol}_raw"
+            self.description = f"{type(self).description} The text is left as it is."
+        self._rows = RowSource(
+            repository="cam-cst/cbt",
+            config=kind,
+            split="test",
+            file_names=(f"cbtest_{kind}_test_2500ex.txt", f"cbtest_{kind}_test*.txt"),
+            fields={"sentences": list, "question": str, "answer": str, "options": list},
+            problem=_problem,
+            parse=_questions,
+        )
+
+    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
+        return [
+            Item(
+                index,
+                self._requests(row, encoder, n_positions),
+                gold=row["options"].index(row["answer"]),
+                data=data_hash([row[field] for field in self._rows.fields]),
+            )
+            for index, row in enumerate(self._rows.read(data_dir, limit))
+        ]
+
+    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
+        return {
+            "index": item.index,
+            "gold": item.gold,
+            "prediction": argmax([self._compared(score) for score in scores]),
+            "log_likelihoods": [score.sum for score in scores],
+            "tokens": [score.tokens for score in scores],
+        }
+
+    def _text(self, text: str) -> str:
+        return text if self._raw else detokenize_penn_treebank(text)
+
+    def _sentences(self, row: dict[str, Any]) -> list[str]:
+        """Return the sentences before the question that the model reads."""
+        return list(row["sentences"])
+
+    def _requests(self, row: dict[str, Any], encoder: Encoder, n_positions: int) -> tuple[Request, ...]:
+        before, _, after = row["question"].partition(_BLANK)
+        context = " ".join([*self._sentences(row), before])
+        texts = [self._text(f"{context}{option}{after}") for option in row["options"]]
+        return truncate_together(encode_candidates(encoder, self._text(context), texts), n_positions)
+
+    def _compared(self, score: LogLikelihood) -> float:
+        """Return the value by which candidates are compared."""
+        return score.sum
+
+
+class CbtPaper(_Cbt):
+    """The candidate and the rest of its sentence, after everything before them."""
+
+    protocol = "paper"
+    description = (
+        "Context: twenty sentences and the question up to the blank. Right if the answer has the highest probability "
+        "of itself and the rest of the sentence. Contexts that are too long are truncated on the left."
+    )
+    source = "GPT-2 paper, section 3.2"
+
+
+class CbtSentence(_Cbt):
+    """As in the paper, but without the twenty sentences."""
+
+    protocol = "sentence"
+    description = (
+        "Context: the question up to the blank, without the twenty sentences. Right if the answer has the highest "
+        "probability of itself and the rest of the sentence."
+    )
+    source = "CBT paper (Hill et al. 2016), section 4.3: language models on the query alone"
+
+    def _sentences(self, row: dict[str, Any]) -> list[str]:
+        return []
+
+
+class CbtFullSequence(_Cbt):
+    """The candidate with which the whole text has the lowest mean loss per token."""
+
+    protocol = "full_sequence"
+    description = (
+        "Twenty sentences and the question with the candidate filled in. Right if the answer gives the lowest mean "
+        "loss over all tokens of the text but the first."
+    )
+    source = "from-scratch projects that compare the model's loss of each filled-in text"
+
+    def _requests(self, row: dict[str, Any], encoder: Encoder, n_positions: int) -> tuple[Request, ...]:
+        questions = [row["question"].replace(_BLANK, option, 1) for option in row["options"]]
+        texts = [encoder.encode(self._text(" ".join([*row["sentences"], question]))) for question in questions]
+        surplus = max(0, max(map(len, texts)) - 1 - n_positions)
+        if surplus:  # truncated texts have no beginning-of-sequence tokens: their context is a token of the text
+            return tuple(Request(tuple(ids[surplus : surplus + 1]), tuple(ids[surplus + 1 :])) for ids in texts)
+        return tuple(Request(context_tokens(encoder, ids[:1]), tuple(ids[1:])) for ids in texts)
+
+    def _compared(self, score: LogLikelihood) -> float:
+        return score.sum / score.tokens
+
+
+def cbt_tasks(kind: str) -> list[Task]:
+    """Return every protocol for `kind`, "CN" or "NE", the default first."""
+    return [protocol(kind, raw=raw) for protocol in (CbtPaper, CbtFullSequence, CbtSentence) for raw in (False, True)]

@@ -1,11 +1,13 @@
-"""Where tasks find their data: a folder with the official raw files, or the Hub.
+"""Where tasks find their data: a folder with the official files, or the Hub.
 
-From the Hub the parquet conversion is read that it keeps of every data set (`refs/convert/parquet`), because
-`datasets` runs no loading scripts any more. Every complaint about a file names the line.
+On the Hub, the parquet conversion of the data set is read (`refs/convert/parquet`), because `datasets` no longer runs
+loading scripts. Errors name the line.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +16,83 @@ from common.cli_errors import InputError
 _PARQUET_BRANCH = "refs/convert/parquet"
 
 
-def hub_rows(repository: str, config: str, split: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Return the first `limit` rows of a data set on the Hub, all when None.
-
-    Args:
-        repository: "Rowan/hellaswag".
-        config: the data set's configuration, "default" where it has one only.
-        split: "validation" or "test".
-        limit: how many rows.
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield line number and value of each line of a JSON-lines file.
 
     Raises:
-        InputError: the Hub cannot be reached and has not been before.
+        InputError: a line is not JSON.
+    """
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            json.dumps(row, ensure_ascii=False).encode()  # "\\ud800" is JSON, but not text
+        except (ValueError, RecursionError) as error:
+            raise unusable(path, number, f"not JSON: {line.strip()[:40]!r} ({str(error)[:60]})") from None
+        yield number, row
+
+
+@dataclass(frozen=True)
+class RowSource:
+    """A data set of rows.
+
+    Attributes:
+        repository: on the Hub, "Rowan/hellaswag".
+        config: of the data set on the Hub.
+        split: "validation" or "test".
+        file_names: names or glob patterns of the official file.
+        fields: the fields of every row with their types.
+        problem: returns what else is wrong with a row, or None.
+        parse: yields line number and row from the official file.
+    """
+
+    repository: str
+    config: str
+    split: str
+    file_names: Sequence[str]
+    fields: Mapping[str, type | tuple[type, ...]]
+    problem: Callable[[dict[str, Any]], str | None]
+    parse: Callable[[Path], Iterable[tuple[int, Any]]] = json_lines
+
+    def read(self, data_dir: Path | None, limit: int | None) -> list[dict[str, Any]]:
+        """Return the first `limit` rows, or all, from `data_dir` or else from the Hub.
+
+        Raises:
+            InputError: the data is missing, or a row is malformed.
+        """
+        where: Path | str
+        rows: Iterable[tuple[int, Any]]
+        if data_dir is None:
+            where = self.repository
+            rows = enumerate(hub_rows(self.repository, self.config, self.split, limit), 1)
+        else:
+            where = find_file(data_dir, self.file_names)
+            rows = self.parse(where)
+        found = []
+        for number, row in islice(rows, limit):
+            problem = self._wrong_field(row) or self.problem(row)
+            if problem:
+                raise unusable(where, number, problem)
+            found.append(row)
+        return found
+
+    def _wrong_field(self, row: Any) -> str | None:
+        if not isinstance(row, dict):
+            return f"not a JSON object: {row!r:.40}"
+        for name, kind in self.fields.items():
+            if name not in row:
+                return f"no field {name!r}"
+            if not isinstance(row[name], kind):
+                return f"field {name!r} has the wrong type: {row[name]!r:.40}"
+        return None
+
+
+def hub_rows(repository: str, config: str, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Return the first `limit` rows of a data set on the Hub, or all.
+
+    Raises:
+        InputError: the data set cannot be downloaded and is not in the cache.
     """
     import datasets
     from datasets.utils.logging import disable_progress_bar
@@ -35,102 +103,48 @@ def hub_rows(repository: str, config: str, split: str, limit: int | None = None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"expected the data set {repository} on the Hub, found that it cannot be read ({type(error).__name__}: "
-            f"{reason}); connect, or give a folder with the official files by --data_dir"
+            f"cannot read the data set {repository} from the Hub ({type(error).__name__}: {reason}); check the "
+            "connection, or give a folder with the official files by --data_dir"
         ) from None
     return list(rows if limit is None else rows.select(range(min(limit, len(rows)))))
 
 
 def find_file(data_dir: Path, names: Sequence[str]) -> Path:
-    """Return the first of `names` that stands in `data_dir` or anywhere below it.
+    """Return the first of `names`, which may be glob patterns, in `data_dir` or any folder below it.
 
     Raises:
-        InputError: none does.
+        InputError: there is no such file.
     """
     for name in names:
         for path in (data_dir / name, *sorted(data_dir.rglob(name))):
             if path.is_file():
                 return path
-    found = "no such folder" if not data_dir.is_dir() else "none"
+    where = f"in {data_dir}" if data_dir.is_dir() else f"because the folder {data_dir} does not exist"
     raise InputError(
-        f"expected {' or '.join(names)} in {data_dir}, found {found}; put the official file there, or leave out "
-        "--data_dir to read the Hub"
+        f"no file {' or '.join(names)} {where}; put the official file there, or omit --data_dir to read the Hub"
     )
 
 
 def read_lines(path: Path) -> list[str]:
-    """Return the lines of a text file, each with its end, as only "\\n" and "\\r\\n" make one.
+    r"""Return the lines of a text file with their ends; only "\n" and "\r\n" end a line.
 
     Raises:
-        InputError: it cannot be read, or is no UTF-8 text.
+        InputError: the file is unreadable, empty or not UTF-8.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise InputError(f"expected a file that can be read at {path}, found {error.strerror}") from None
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
-        raise not_usable(path, line, "UTF-8 text", "other bytes") from None
+        raise unusable(path, content[: error.start].count(b"\n") + 1, "not UTF-8") from None
     if not text.strip():
-        raise not_usable(path, 1, "data", "an empty file")
+        raise unusable(path, 1, "the file is empty")
     lines = text.replace("\r\n", "\n").split("\n")
     return [f"{line}\n" for line in lines[:-1]] + ([lines[-1]] if lines[-1] else [])
 
 
-def json_rows(
-    path: Path,
-    fields: dict[str, type | tuple[type, ...]],
-    limit: int | None,
-    check: Callable[[dict[str, Any], Path | str, int], None],
-) -> list[dict[str, Any]]:
-    """Return the first `limit` rows of a JSON-lines file, all when None.
-
-    Args:
-        path: the file.
-        fields: what every row must have, and of which type.
-        limit: how many rows.
-        check: what else there is to refuse; gets the row, the file and the line.
-
-    Raises:
-        InputError: a line is not JSON, or lacks a field.
-    """
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(read_lines(path), 1):
-        if len(rows) == limit:
-            break
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            json.dumps(row, ensure_ascii=False).encode()  # "\\ud800" is JSON, but no text
-        except (ValueError, RecursionError) as error:
-            raise not_usable(path, number, "a JSON object", f"{line.strip()[:40]!r} ({str(error)[:60]})") from None
-        check_row(row, fields, path, number)
-        check(row, path, number)
-        rows.append(row)
-    return rows
-
-
-def check_row(row: Any, fields: dict[str, type | tuple[type, ...]], path: Path | str, number: int) -> None:
-    """Refuse a row that lacks a field or has it of another type.
-
-    Raises:
-        InputError: with the line.
-    """
-    if not isinstance(row, dict):
-        raise not_usable(path, number, f"a JSON object with {', '.join(fields)}", repr(row)[:40])
-    for name, kind in fields.items():
-        if name not in row:
-            raise not_usable(path, number, f"the field {name}", ", ".join(row) or "none")
-        if not isinstance(row[name], kind):
-            kinds = " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            raise not_usable(path, number, f"{name} of type {kinds}", repr(row[name])[:40])
-
-
-def not_usable(path: Path | str, line: int, expected: str, found: str) -> InputError:
-    """Return the complaint about a line of a file."""
-    return InputError(
-        f"expected {expected} in line {line:,} of {path}, found {found}; fetch the official file again, it may be cut"
-    )
+def unusable(where: Path | str, line: int, problem: str) -> InputError:
+    """Return the error for a line of a file, or a row of a data set."""
+    return InputError(f"{where}, line {line:,}: {problem}; download the official file again, it may be truncated")

@@ -1,7 +1,7 @@
-"""The way back from tokenised corpora to text as people write it.
+"""Detokenizers: from tokenized corpora back to ordinary text.
 
-The GPT-2 paper (section 3.1) removes the traces of tokenisation from its test sets, since WebText has none, and does
-not print how. These are ours, for Penn Treebank's conventions (CBT) and WikiText's.
+The GPT-2 paper (section 3.1) uses detokenizers that it does not print. These are ours, for the conventions of the Penn
+Treebank (CBT) and of WikiText.
 """
 
 import re
@@ -22,7 +22,7 @@ _PENN_TREEBANK = _rules(
     (r"`` ?", '"'),
     (r" ?''", '"'),
     (r"` ?", "'"),
-    (r"([,:;]) ' (?=[A-Z])", r"\1 '"),  # some books open a quotation with the sign that closes it
+    (r"([,:;]) ' (?=[A-Z])", r"\1 '"),  # some books open a quotation with a closing mark
     (r" '(?= |$)", "'"),
     (_CONTRACTIONS, "'"),
     (r" n't\b", "n't"),
@@ -44,13 +44,13 @@ _WIKITEXT = _rules(
 )
 
 
-def detokenise_penn_treebank(text: str) -> str:
-    """Return `text` with quotation marks, brackets, contractions and punctuation as they are written."""
+def detokenize_penn_treebank(text: str) -> str:
+    """Return `text` with ordinary quotation marks, brackets, contractions and punctuation."""
     return _apply(_PENN_TREEBANK, text)
 
 
-def detokenise_wikitext(text: str) -> str:
-    """Return WikiText with numbers, hyphens, punctuation, brackets, quotations and headings as they are written."""
+def detokenize_wikitext(text: str) -> str:
+    """Return WikiText with ordinary numbers, hyphens, punctuation, brackets, quotations and headings."""
     return _apply(_WIKITEXT, text)
 
 

@@ -1,4 +1,4 @@
-"""The tasks by name: "hellaswag" is a task under its default protocol, "hellaswag:completion" under another."""
+"""The tasks by name: "hellaswag" is a task under its default protocol, "hellaswag:harness" under another one."""
 
 import functools
 
@@ -11,41 +11,11 @@ from evaluation.tasks.task_types import Task
 from evaluation.tasks.validation import Validation
 from evaluation.tasks.wikitext import WikiText2, WikiText2Raw
 
-__all__ = ["Task", "default_protocols", "task_named", "tasks"]
-
-
-def tasks() -> dict[str, Task]:
-    """Return every task under every protocol by its full name; a task's first protocol is its default."""
-    return {task.full_name: task for task in _all()}
-
-
-def default_protocols() -> dict[str, Task]:
-    """Return each task's name with the task under its default protocol."""
-    defaults: dict[str, Task] = {}
-    for task in _all():
-        defaults.setdefault(task.name, task)
-    return defaults
-
-
-def task_named(name: str) -> Task:
-    """Return the task that `name` asks for: "hellaswag", or with a protocol "hellaswag:completion".
-
-    Raises:
-        InputError: there is no such task or protocol; the message lists those that there are.
-    """
-    known, defaults = tasks(), default_protocols()
-    if found := known.get(name) or defaults.get(name):
-        return found
-    task, _, _ = name.partition(":")
-    if task in defaults:
-        protocols = ", ".join(full_name for full_name in known if full_name.startswith(f"{task}:"))
-        raise InputError(f"expected a protocol of {task}, found '{name}'; there are {protocols}")
-    raise InputError(f"unknown task '{name}'; tasks are {', '.join(defaults)}{did_you_mean(task, defaults)}")
-
 
 @functools.cache
-def _all() -> list[Task]:
-    return [
+def tasks() -> dict[str, Task]:
+    """Return every task under every protocol by its full name; the first protocol of a task is its default."""
+    every = (
         HellaSwagCompletion(),
         HellaSwagHarness(),
         LambadaHarness(),
@@ -57,4 +27,29 @@ def _all() -> list[Task]:
         WikiText2(),
         WikiText2Raw(),
         Validation(),
-    ]
+    )
+    return {task.full_name: task for task in every}
+
+
+def default_protocols() -> dict[str, Task]:
+    """Return each task under its default protocol, by the task's name."""
+    defaults: dict[str, Task] = {}
+    for task in tasks().values():
+        defaults.setdefault(task.name, task)
+    return defaults
+
+
+def task_named(name: str) -> Task:
+    """Return the task called `name`, "hellaswag" or "hellaswag:completion".
+
+    Raises:
+        InputError: there is no such task or protocol; the message lists those that exist.
+    """
+    defaults = default_protocols()
+    if found := tasks().get(name) or defaults.get(name):
+        return found
+    task, _, protocol = name.partition(":")
+    if task in defaults:
+        protocols = [full_name for full_name in tasks() if full_name.startswith(f"{task}:")]
+        raise InputError(f"{task} has no protocol {protocol!r}; choose from {', '.join(protocols)}")
+    raise InputError(f"unknown task '{name}'; tasks are {', '.join(defaults)}{did_you_mean(task, defaults)}")

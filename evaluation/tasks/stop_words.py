@@ -1,4 +1,4 @@
-"""English stop words: those of the Snowball stemmer's list (snowballstem.org), function words that end no passage."""
+"""English stop words: the function words of the Snowball stemmer's list (snowballstem.org)."""
 
 STOP_WORDS = frozenset(
     """
@@ -8,5 +8,5 @@ STOP_WORDS = frozenset(
     because as until while of at by for with about against between into through during before after above below
     to from up down in out on off over under again further then once here there when where why how all any both
     each few more most other some such no nor not only own same so than too very can will just
-    """.split()  # noqa: SIM905 - a list of a line each would hide them
+    """.split()  # noqa: SIM905 - a list would take a line per word
 )

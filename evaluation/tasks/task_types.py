@@ -1,9 +1,14 @@
-"""What a task asks of a model, and what comes back: the vocabulary that tasks, scoring and reports share.
+"""What every task consists of, and the way from its data to its metrics:
 
-A task turns data into items (a question, a passage, a window of a document); an item asks for log-likelihoods of
-continuations, or for generated tokens; scoring answers in the item's order; the task turns the answers into a record,
-which is what a report keeps and what the metrics are computed from. Everything here is token ids: how the boundary
-between context and continuation is tokenised is part of a protocol.
+    item -> requests -> scores -> record -> metrics
+
+1. `Task.items` reads the data and makes an `Item` of each question, passage or window. An item holds requests: a
+   `Request` asks for the log-likelihood of a continuation, a `Generation` for new tokens.
+2. `evaluation.scoring` computes the score of each request: a `LogLikelihood`, or `Generated` tokens.
+3. `Task.record` turns an item and its scores into a record: what the model predicted, and what would have been right.
+4. Each `Metric` of the task is computed from two keys of all records, by a module of `evaluation/metrics/`.
+
+Requests hold token ids, because a protocol also fixes how the text around the end of the context is tokenized.
 """
 
 import hashlib
@@ -22,30 +27,30 @@ class Encoder(Protocol):
 
     @property
     def end_of_text_id(self) -> int:
-        """The token that stands before a text that has nothing before it."""
+        """The context of a text that has no context."""
 
     @property
-    def beginning(self) -> Ids:
-        """The tokens that the model has seen before every text: none for GPT-2, often the one for a beginning."""
+    def bos_ids(self) -> Ids:
+        """The tokens that the model expects before every text: none for GPT-2, often a beginning-of-sequence token."""
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of `text` as plain text."""
+        """Return the ids of `text`; special tokens spelled out in it are plain text."""
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids`."""
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """Return the exact bytes that `ids` stand for."""
+        """Return the bytes of `ids`, exact even where they begin or end inside a character."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """A log-likelihood to compute: the sum of log p(token | all before it) over the continuation.
+    """Asks for the sum of log p(token | all tokens before it) over a continuation.
 
     Attributes:
-        context: what stands before; cut from the left where the model has too few positions. Not empty.
-        continuation: the tokens to score; not empty.
-        excluded: tokens that the greedy choice passes over; they change `greedy`, not the log-likelihood.
+        context: the tokens before; truncated on the left if the model has too few positions. Not empty.
+        continuation: the tokens to score. Not empty.
+        excluded: tokens that the greedy choice ignores; they change `greedy`, not the log-likelihood.
     """
 
     context: Ids
@@ -55,11 +60,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """Tokens to generate greedily behind a context.
+    """Asks for a greedy continuation.
 
     Attributes:
-        context: what stands before; cut from the left so that context and new tokens fit the model.
-        max_new_tokens: how many; fewer come where the model ends the text.
+        context: the tokens before; truncated on the left so that context and new tokens fit the model.
+        max_new_tokens: fewer are generated if the model ends the text.
     """
 
     context: Ids
@@ -68,12 +73,12 @@ class Generation:
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """The answer to a `Request`.
+    """The score of a `Request`.
 
     Attributes:
         sum: natural logarithm of the continuation's probability.
-        tokens: in the continuation.
-        greedy: whether every token of the continuation is the model's first choice.
+        tokens: number of tokens in the continuation.
+        greedy: whether every token of the continuation is the model's most likely one.
     """
 
     sum: float
@@ -83,7 +88,7 @@ class LogLikelihood:
 
 @dataclass(frozen=True)
 class Generated:
-    """The answer to a `Generation`: the new tokens."""
+    """The score of a `Generation`: the new tokens."""
 
     ids: Ids
 
@@ -93,41 +98,40 @@ class Item:
     """A question, a passage, or a window of a document.
 
     Attributes:
-        index: its place in the data; an item keeps it whatever the limit and the order of scoring.
-        requests: what it asks; the answers come in the same order.
-        gold: the right answer in the form of the record's "prediction"; None where there is none.
-        facts: what else the protocol needs for the record (lengths of the candidates in bytes, words, …).
-        data: the `data_hash` of the row or text that it was made from, whatever the tokenizer: results of two models
-            are compared only where it is the same.
+        index: its position in the data.
+        requests: their scores come in the same order.
+        gold: the right answer; None if there is none.
+        extra: what else the record is made from: lengths of the candidates in bytes, numbers of words, …
+        data: the `data_hash` of the row or text, the same for every tokenizer. Two models' results are compared only
+            where it is equal.
     """
 
     index: int
     requests: tuple[Request | Generation, ...]
     gold: Any = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
     data: str = ""
 
 
 def data_hash(data: Any) -> str:
-    """Return a hash of a row, a text or whatever JSON can hold."""
+    """Return a hash of anything that JSON can hold."""
     return hashlib.blake2b(json.dumps(data, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A number that a task reports, and the entries of its records that a metric computes it from.
+class Metric:
+    """A number that a task reports.
 
     Attributes:
         name: in results.json and in `evaluation/results/references.py`: "acc_norm".
-        metric: the module in `evaluation/metrics/`: "accuracy" compares predictions with references; "perplexity",
-            "loss" and "bits_per_byte" take log-likelihoods in nats as predictions and counts (of tokens, words,
-            passages or bytes) as references.
-        prediction: the record's key for the metric's predictions.
-        reference: the record's key for the metric's references.
+        module: of `evaluation/metrics/`. "accuracy" compares predictions with references; "perplexity", "loss" and
+            "bits_per_byte" take log-likelihoods in nats and counts (of tokens, words, passages or bytes).
+        prediction: the record's key for the module's predictions.
+        reference: the record's key for the module's references.
     """
 
     name: str
-    metric: str
+    module: str
     prediction: str
     reference: str = "gold"
 
@@ -138,43 +142,46 @@ class Task(ABC):
     Attributes:
         name: "hellaswag".
         protocol: "harness".
-        description: the exact text handling, in a sentence or two.
+        description: the exact handling of the text, in a sentence or two.
         source: where the protocol comes from.
-        figures: what it reports, the first of which heads a table and a progress bar.
+        metrics: the first one is shown on the progress bar.
     """
 
     name: str
     protocol: str
     description: str
     source: str
-    figures: ClassVar[tuple[Figure, ...]]
+    metrics: ClassVar[tuple[Metric, ...]]
 
     @property
     def full_name(self) -> str:
-        """Return task and protocol as they are asked for: "hellaswag:harness"."""
+        """Return name and protocol: "hellaswag:harness"."""
         return f"{self.name}:{self.protocol}"
 
     @abstractmethod
     def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        """Return the first `limit` items, all when None.
+        """Return the first `limit` items, or all.
 
         Args:
-            data_dir: a folder with the official files; None for the Hub.
-            encoder: the model's.
+            data_dir: a folder with the official files; None reads the Hub.
+            encoder: the model's tokenizer.
             n_positions: the longest sequence that the model takes, in tokens.
-            limit: how many items.
+            limit: the number of items.
 
         Raises:
-            InputError: the data is not there, or a line of it is not what the format says; or an item needs more
-                positions than there are and may not be cut.
+            InputError: the data is missing or malformed.
         """
 
     @abstractmethod
-    def predict(self, item: Item, answers: Sequence[Any]) -> dict[str, Any]:
-        """Return the item's record, ready for JSON: "index", "gold", "prediction", "log_likelihoods", and what the
-        figures need.
+    def record(self, item: Item, scores: Sequence[Any]) -> dict[str, Any]:
+        """Return the record of an item, which JSON can hold: "index", and what the metrics need.
 
         Args:
-            item: as `items` gave it.
-            answers: a `LogLikelihood` or `Generated` for each of its requests.
+            item: of this task.
+            scores: a `LogLikelihood` or `Generated` for each of its requests.
         """
+
+
+def argmax(values: Sequence[float]) -> int:
+    """Return the index of the largest value, the first of equal ones."""
+    return max(range(len(values)), key=values.__getitem__)

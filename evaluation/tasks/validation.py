@@ -1,4 +1,4 @@
-"""The loss on a shard folder's validation tokens: shards of token ids, as training and other projects write them."""
+"""The loss on the first validation shard of a shard folder, in this project's format or llm.c's."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ import numpy as np
 
 from common.cli_errors import InputError
 from common.token_files import map_ids, split_of
-from evaluation.tasks.task_types import Encoder, Figure, Item, LogLikelihood, Request, Task, data_hash
+from evaluation.tasks.task_types import Encoder, Item, LogLikelihood, Metric, Request, Task, data_hash
 
 
 class Validation(Task):
@@ -17,55 +17,53 @@ class Validation(Task):
     name = "validation"
     protocol = "windows"
     description = (
-        "The first validation shard in windows of n_positions tokens that do not overlap, each token scored behind "
-        "those of its window, as training does. Bits per byte of text: special tokens cost bits and have no bytes."
+        "The first validation shard in windows of n_positions tokens that do not overlap; each token is scored after "
+        "the earlier ones of its window, as in training. In bits per byte, special tokens add bits but no bytes."
     )
     source = "karpathy/build-nanogpt train_gpt2.py; bits per byte: karpathy/nanochat"
-    figures: ClassVar = (
-        Figure("loss", "loss", "log_likelihood", "tokens"),
-        Figure("ppl", "perplexity", "log_likelihood", "tokens"),
-        Figure("bits_per_byte", "bits_per_byte", "log_likelihood", "bytes"),
+    metrics: ClassVar = (
+        Metric("loss", "loss", "log_likelihood", "tokens"),
+        Metric("ppl", "perplexity", "log_likelihood", "tokens"),
+        Metric("bits_per_byte", "bits_per_byte", "log_likelihood", "bytes"),
     )
 
     def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        """Return the first `limit` items, as `Task.items` says."""
+        """See `Task.items`."""
         if data_dir is None:
-            raise InputError("expected a shard folder for the task validation, found none; name it by --data_dir")
+            raise InputError("the task validation needs a shard folder; name it by --data_dir")
         shard = read_validation_shard(data_dir)
         items = []
-        for index, start in enumerate(range(0, len(shard) - 1, n_positions)):
-            if index == limit:
-                break
+        for index, start in enumerate(range(0, len(shard) - 1, n_positions)[:limit]):
             ids = tuple(shard[start : start + n_positions + 1].tolist())
             text = encoder.decode_bytes([token for token in ids[1:] if token != encoder.end_of_text_id])
             request = Request(ids[:1], ids[1:])
-            items.append(Item(index, (request,), facts={"bytes": len(text)}, data=data_hash(ids)))
+            items.append(Item(index, (request,), extra={"bytes": len(text)}, data=data_hash(ids)))
         return items
 
-    def predict(self, item: Item, answers: Sequence[LogLikelihood]) -> dict[str, Any]:
-        """Return the record, as `Task.predict` says."""
-        answer = answers[0]
+    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
+        """See `Task.record`."""
+        [score] = scores
         return {
             "index": item.index,
-            "log_likelihood": answer.sum,
-            "tokens": answer.tokens,
-            "bytes": item.facts["bytes"],
+            "log_likelihood": score.sum,
+            "tokens": score.tokens,
+            "bytes": item.extra["bytes"],
         }
 
 
 def read_validation_shard(folder: Path) -> np.ndarray:
-    """Return the token ids of a folder's first validation shard, (tokens,), mapped from the file.
+    """Return the token ids of a folder's first validation shard, (tokens,), memory-mapped.
 
     Raises:
-        InputError: there is none, or it is cut or of another form.
+        InputError: there is none, or it is truncated or has another format.
     """
     shards = sorted(path for path in folder.glob("*") if split_of(path.name) == "val")
     if not shards:
         raise InputError(
-            f"expected a validation shard (*_val_*.npy, or .bin) in {folder}, found none; make shards with "
-            "python -m training.prepare, or name their folder by --data_dir"
+            f"no validation shard (*_val_*.npy or .bin) in {folder}; make shards with python -m training.prepare, or "
+            "name their folder by --data_dir"
         )
     ids = map_ids(shards[0])
     if len(ids) < 2:
-        raise InputError(f"{shards[0]} holds a single token, and nothing to predict; download or make it again")
+        raise InputError(f"{shards[0]} holds a single token, so there is none to predict; download or make it again")
     return ids

@@ -1,7 +1,7 @@
 """WikiText-2: the perplexity of Wikipedia articles (Merity et al. 2016), on the test set.
 
-The whole test set is one text. A window slides over it, and every token is scored once, behind at least half a window
-of context where there is so much.
+The test set is one text. A window slides over it, and each token is scored once, after at least half a window of
+context (at the beginning of the text: after all there is).
 """
 
 import re
@@ -9,59 +9,54 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.tasks.data_sources import find_file, hub_rows, not_usable, read_lines
-from evaluation.tasks.detokenizers import detokenise_wikitext
-from evaluation.tasks.task_types import Encoder, Figure, Ids, Item, LogLikelihood, Request, Task, data_hash
-
-_FILES = ("wiki.test.raw", "wiki.test.tokens")
+from evaluation.tasks.data_sources import find_file, hub_rows, read_lines, unusable
+from evaluation.tasks.detokenizers import detokenize_wikitext
+from evaluation.tasks.task_types import Encoder, Ids, Item, LogLikelihood, Metric, Request, Task, data_hash
 
 
 class WikiText2(Task):
-    """The perplexity of the text as people write it."""
+    """The perplexity of the detokenized text."""
 
     name = "wikitext2"
     protocol = "paper"
     description = (
-        "Tokenisation removed (@-@, spaced punctuation, headings); a window of n_positions tokens that moves by half "
-        "of them. Perplexity per token of the model, and per word of the tokenised text, where the end of a line is a "
-        "word."
+        "The text without traces of tokenization (@-@, spaced punctuation, headings); a window of n_positions tokens "
+        "with a stride of half of them. Perplexity per token of the model, and per word of the tokenized text, where "
+        "the end of a line counts as a word."
     )
-    source = "GPT-2 paper, section 3.1 (stride and de-tokeniser are ours); huggingface.co/docs/transformers/perplexity"
-    figures: ClassVar = (
-        Figure("word_ppl", "perplexity", "log_likelihood", "words"),
-        Figure("token_ppl", "perplexity", "log_likelihood", "tokens"),
+    source = "GPT-2 paper, section 3.1 (stride and detokenizer are ours); huggingface.co/docs/transformers/perplexity"
+    metrics: ClassVar = (
+        Metric("word_ppl", "perplexity", "log_likelihood", "words"),
+        Metric("token_ppl", "perplexity", "log_likelihood", "tokens"),
     )
 
     def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        """Return the first `limit` items, as `Task.items` says."""
+        """See `Task.items`."""
         lines = read_test_lines(data_dir)
         ids = tuple(encoder.encode(self._text(lines)))
         data = data_hash(lines)
         words = [len(line.split()) + 1 for line in lines]
         items = []
         line = 0
-        for index, request in enumerate(sliding_windows(ids, encoder.end_of_text_id, n_positions)):
-            if index == limit:
-                break
-            # A line's words count where its end is scored: a line feed is never part of another character.
+        for index, request in enumerate(sliding_windows(ids, encoder.end_of_text_id, n_positions)[:limit]):
+            # A line's words count in the window that scores its end: a line feed is never part of another character.
             ends = encoder.decode_bytes(request.continuation).count(b"\n")
-            facts = {"words": sum(words[line : line + ends])}
+            items.append(Item(index, (request,), extra={"words": sum(words[line : line + ends])}, data=data))
             line += ends
-            items.append(Item(index, (request,), facts=facts, data=data))
         return items
 
-    def predict(self, item: Item, answers: Sequence[LogLikelihood]) -> dict[str, Any]:
-        """Return the record, as `Task.predict` says."""
-        answer = answers[0]
+    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
+        """See `Task.record`."""
+        [score] = scores
         return {
             "index": item.index,
-            "log_likelihood": answer.sum,
-            "tokens": answer.tokens,
-            "words": item.facts["words"],
+            "log_likelihood": score.sum,
+            "tokens": score.tokens,
+            "words": item.extra["words"],
         }
 
     def _text(self, lines: Sequence[str]) -> str:
-        return detokenise_wikitext("".join(lines))
+        return detokenize_wikitext("".join(lines))
 
 
 class WikiText2Raw(WikiText2):
@@ -69,8 +64,8 @@ class WikiText2Raw(WikiText2):
 
     protocol = "raw"
     description = (
-        "The text as it stands, spaced punctuation and @-@ included; a window of n_positions tokens that moves by half "
-        "of them. Perplexity per token of the model, and per word, where the end of a line is a word."
+        "The text as it is, including spaced punctuation and @-@; a window of n_positions tokens with a stride of half "
+        "of them. Perplexity per token of the model, and per word, where the end of a line counts as a word."
     )
     source = "huggingface.co/docs/transformers/perplexity"
 
@@ -78,36 +73,35 @@ class WikiText2Raw(WikiText2):
         return "".join(lines)
 
 
-def sliding_windows(ids: Ids, before: int, n_positions: int) -> list[Request]:
-    """Return requests that score each of `ids` once, in windows of `n_positions` tokens that move by half of them.
+def sliding_windows(ids: Ids, first_context: int, n_positions: int) -> list[Request]:
+    """Return requests that score each of `ids` once, in windows of `n_positions` tokens, half of them overlapping.
 
     Args:
         ids: the text.
-        before: the token that the first one follows.
+        first_context: the context of the first token.
         n_positions: the longest sequence that the model takes.
     """
     stride = max(1, n_positions // 2)
-    requests = [Request((before,), ids[:n_positions])]
+    requests = [Request((first_context,), ids[:n_positions])]
     for start in range(n_positions, len(ids), stride):
-        continuation = ids[start : start + stride]
-        requests.append(Request(ids[start - (n_positions - stride) : start], continuation))
+        requests.append(Request(ids[start - (n_positions - stride) : start], ids[start : start + stride]))
     return requests
 
 
 def read_test_lines(data_dir: Path | None) -> list[str]:
-    """Return the lines of the test set as its file has them, each with its end.
+    """Return the lines of the test set with their ends, as in the official file.
 
     Raises:
-        InputError: the file ends inside a line, or holds other text.
+        InputError: the file is missing, truncated or holds another text.
     """
     if data_dir is None:
-        # The Hub keeps an empty line as an empty text; in the file it is a space.
+        # The Hub stores an empty line as an empty text; in the file it is a space.
         rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")
         return [row["text"] or " \n" for row in rows]
-    path = find_file(data_dir, _FILES)
+    path = find_file(data_dir, ("wiki.test.raw", "wiki.test.tokens"))
     lines = read_lines(path)
     if not lines[-1].endswith("\n"):
-        raise not_usable(path, len(lines), "the end of a line", repr(lines[-1][-30:]))
+        raise unusable(path, len(lines), f"the last line is incomplete: {lines[-1][-30:]!r}")
     if not any(re.fullmatch(r" = [^=].* = \n", line) for line in lines):
-        raise not_usable(path, 1, "an article's heading (' = Title = ') somewhere", "none")
+        raise unusable(path, 1, "the text has no article heading (' = Title = ')")
     return lines

@@ -1,4 +1,4 @@
-"""Validation, samples and tasks amid compiled training: nothing is compiled again, and no random number is drawn."""
+"""Validation, samples and tasks during compiled training: they recompile nothing and draw no random numbers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
 def tasks(folder: Path) -> dict[str, Any]:
-    """Keys that judge on HellaSwag and on generated words."""
+    """Recipe keys that evaluate HellaSwag and generated words."""
     data = write_tasks(folder / "tasks", count=3)
     return {"eval_tasks": ["hellaswag", "lambada:word"], "eval_data_dir": str(data), "n_positions": 96}
 
@@ -33,7 +33,7 @@ def losses(recipe: Recipe) -> list[float]:
 def test_watching_never_compiles_the_step_again(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled = CompileCounter()  # runs the captured graphs as they are, and counts them
+    compiled = CompileCounter()  # counts the captured graphs and runs them as they are
     compile_model = torch.compile
     monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend=compiled))
     torch._dynamo.reset()

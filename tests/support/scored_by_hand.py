@@ -1,4 +1,4 @@
-"""What scores are held against: the definition of a log-likelihood, worked out without any of the shortcuts."""
+"""The definition of a log-likelihood, computed without batches, cache or shared prefixes, to compare scores with."""
 
 import random
 
@@ -8,12 +8,12 @@ import torch
 from evaluation.scoring.scorer import n_positions_of
 from evaluation.tasks.task_types import Item, Request
 
-PROBES = 2  # short forward passes before the first item
-TOLERANCE = 1e-4  # what the project promises; fp32 sums in another order differ by about 1e-5
+CHECKS = 2  # forward passes of `model_checks` before the first item
+TOLERANCE = 1e-4  # as documented; fp32 sums in another order differ by about 1e-5
 
 
 def random_items(seed=0, count=12, longest=40):
-    """Questions with one to five candidates whose continuations begin alike as often as not."""
+    """Items with one, two or five requests; most continuations of an item begin with the same tokens."""
     rng = random.Random(seed)
 
     def ids(low, high):
@@ -27,8 +27,8 @@ def random_items(seed=0, count=12, longest=40):
     return items
 
 
-def by_hand(model, request):
-    """The definition: one sequence, all its logits, no cache."""
+def scored_by_hand(model, request):
+    """Log-likelihood and greediness of one request, from all logits of one sequence."""
     ids = (request.context + request.continuation)[-(n_positions_of(model) + 1) :]
     with torch.no_grad():
         log_probabilities = model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1)
@@ -38,9 +38,9 @@ def by_hand(model, request):
     return float(chosen.double().sum()), bool((log_probabilities.argmax(-1) == targets)[-count:].all())
 
 
-def assert_equal_by_hand(model, items, answers):
-    for item, found in zip(items, answers, strict=True):
-        for request, answer in zip(item.requests, found, strict=True):
-            expected, greedy = by_hand(model, request)
-            assert answer.sum == pytest.approx(expected, abs=TOLERANCE)
-            assert (answer.tokens, answer.greedy) == (len(request.continuation), greedy)
+def assert_scored_as_by_hand(model, items, scores):
+    for item, found in zip(items, scores, strict=True):
+        for request, score in zip(item.requests, found, strict=True):
+            expected, greedy = scored_by_hand(model, request)
+            assert score.sum == pytest.approx(expected, abs=TOLERANCE)
+            assert (score.tokens, score.greedy) == (len(request.continuation), greedy)

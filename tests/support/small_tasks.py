@@ -1,4 +1,4 @@
-"""A few items of each task in the official raw formats, and a tiny model folder to judge on them."""
+"""A few items of each task in the official raw formats, and a tiny model to evaluate on them."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def write_tasks(folder: Path, count: int = 8, seed: int = 0) -> Path:
             }
         )
         lambada.append({"text": text(12)})
-        options = [f"{word}{place}" for place, word in enumerate(rng.choices(_PLAIN, k=10))]
+        options = [f"{word}{number}" for number, word in enumerate(rng.choices(_PLAIN, k=10))]
         cbt += [f"{number} {text(2)}" for number in range(1, 21)]
         cbt += [f"21 {text(2)} XXXXX {text(2)}\t{rng.choice(options)}\t\t{'|'.join(options)}", ""]
     (folder / "hellaswag_val.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hellaswag))
@@ -46,7 +46,7 @@ def write_tasks(folder: Path, count: int = 8, seed: int = 0) -> Path:
 
 
 def save_model(folder: Path, tokenizer_folder: Path, seed: int = 0, **changes: int) -> Path:
-    """Save a random model with the tokenizer beside it."""
+    """Save a random model and the tokenizer in one folder."""
     torch.manual_seed(seed)
     sizes = {"vocab_size": 300, "n_positions": 256, "n_embd": 32, "n_layer": 2, "n_head": 2}
     ids = {"bos_token_id": 299, "eos_token_id": 299}

@@ -1,4 +1,4 @@
-"""Small files of the tasks in their official raw formats, for tests."""
+"""Rows and small files of the tasks in their official raw formats."""
 
 import json
 
@@ -26,7 +26,7 @@ CBT_OPTIONS = ["b", "q", "abcdefgh", "z", "1", "2", "3", "4", "5", "6"]
 
 
 def cbt_text(question="a XXXXX c .", sentences=20, answer="b", options=None):
-    lines = [f"{place} s{place} ." for place in range(1, sentences + 1)]
+    lines = [f"{number} s{number} ." for number in range(1, sentences + 1)]
     return "\n".join([*lines, f"21 {question}\t{answer}\t\t{'|'.join(options or CBT_OPTIONS)}", "", ""])
 
 

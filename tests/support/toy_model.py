@@ -1,4 +1,4 @@
-"""A model whose every probability is known: characters follow each other by a rule, and nothing else matters."""
+"""A model whose probabilities are known: each character depends on the one before it only."""
 
 import math
 
@@ -9,26 +9,26 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 VOCABULARY = 128
-NEXT = math.log(0.5)  # of the character behind the last one in ASCII; behind "~" of a space
-OTHER = math.log(0.5 / 127)  # of each of the others
+NEXT = math.log(0.5)  # of the next character in ASCII; after "~" of a space
+OTHER = math.log(0.5 / 127)  # of each other character
 
 
-def following(place: int) -> int:
-    """The most likely character behind one."""
-    return ord(" ") if place == ord("~") else (place + 1) % VOCABULARY
+def following(code: int) -> int:
+    """The most likely character after `code`."""
+    return ord(" ") if code == ord("~") else (code + 1) % VOCABULARY
 
 
 def log_probability(before: str, text: str) -> float:
-    """Of `text` behind the character `before`, by the rule."""
+    """log p of `text` after the character `before`."""
     pairs = zip(before + text, text, strict=False)
     return sum(NEXT if ord(b) == following(ord(a)) else OTHER for a, b in pairs)
 
 
 class Characters:
-    """An encoder whose ids are ASCII codes; 0 is the end of text."""
+    """An encoder whose ids are ASCII codes; 0 is the end-of-text token."""
 
     end_of_text_id = 0
-    beginning = ()
+    bos_ids = ()
 
     def encode(self, text):
         return list(text.encode("ascii"))
@@ -76,6 +76,6 @@ def alphabet(n_positions=1024):
     model = Alphabet(config).eval()
     with torch.no_grad():
         model.table.weight.fill_(OTHER)
-        for place in range(VOCABULARY):
-            model.table.weight[place, following(place)] = NEXT
+        for code in range(VOCABULARY):
+            model.table.weight[code, following(code)] = NEXT
     return model

@@ -169,17 +169,17 @@ def task_scores(results: Results | None) -> list[Score]:
         dataset, config, dataset_name = _TASK_DATASETS.get(task, ("text", None, task))
         limit = results.limit if results is not None else None
         items = f", first {task_result.items:,} items" if limit else ""
-        for name, measured in task_result.figures.items():
-            if not math.isfinite(measured.value):
+        for name, metric in task_result.metrics.items():
+            if not math.isfinite(metric.value):
                 continue
             result = EvalResult(
                 task_type="text-generation",
                 dataset_type=dataset,
                 dataset_config=config,
                 dataset_name=dataset_name,
-                metric_type=measured.metric,
+                metric_type=metric.module,
                 metric_name=f"{name}, protocol {protocol}{items}",
-                metric_value=round(measured.value, 4),
+                metric_value=round(metric.value, 4),
             )
             # Published results are of all items.
             references = () if limit else tuple(one_per_size(published(task_result.task, name)).values())

@@ -15,8 +15,8 @@ from torch import nn
 
 from common.cli_errors import InputError
 from evaluation.results.metric_values import load_metrics
-from evaluation.results.results_file import Results
-from evaluation.results.task_runner import TaskResult, judge, read_items
+from evaluation.results.results_file import Results, TaskResult
+from evaluation.results.task_runner import read_items, run_task
 from evaluation.tasks.registry import default_protocols, task_named
 from evaluation.tasks.task_types import Encoder
 from training.checkpoints.signals import Coordinator
@@ -57,7 +57,7 @@ class TaskSet:
     @property
     def column_names(self) -> set[str]:
         """The keys of the tasks' results in metrics.jsonl."""
-        return {column_name(task.full_name, figure.name) for task in self.tasks for figure in task.figures}
+        return {column_name(task.full_name, metric.name) for task in self.tasks for metric in task.metrics}
 
     def evaluate(
         self, accelerator: Accelerator, model: nn.Module, between_batches: Callable[[], None] = lambda: None
@@ -78,12 +78,12 @@ class TaskSet:
         eager = torch.compiler.set_stance("force_eager")
         with eager, torch.random.fork_rng(devices=devices), accelerator.autocast():
             return [
-                judge(
+                run_task(
                     bare,
                     task,
                     self.items[task.full_name],
                     accelerator=accelerator,
-                    every_process_scores_all=bool(accelerator.is_fsdp2),
+                    sharded_model=bool(accelerator.is_fsdp2),
                     between_batches=between_batches,
                 )
                 for task in self.tasks
@@ -148,9 +148,9 @@ def _results_file(run: Run, results: list[TaskResult]) -> Results:
 def columns(results: Iterable[TaskResult]) -> dict[str, float]:
     """Results by their keys in metrics.jsonl."""
     return {
-        column_name(result.task, figure): measured.value
+        column_name(result.task, name): metric.value
         for result in results
-        for figure, measured in result.figures.items()
+        for name, metric in result.metrics.items()
     }
 
 

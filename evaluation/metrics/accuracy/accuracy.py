@@ -9,20 +9,20 @@ from evaluation.results.standard_errors import accuracy_standard_error, wilson_i
 
 _DESCRIPTION = """The share of predictions that equal their reference.
 
-Returns `accuracy`, `stderr` (that of lm-evaluation-harness: a sample's standard deviation over the root of n; None for
-a single item) and `interval`, Wilson's of 95 %.
+Returns `accuracy`, `stderr` (sample standard deviation over the square root of n, as in lm-evaluation-harness; None for
+a single item) and `interval` (95 %, Wilson).
 """
 
 
 class Accuracy(evaluate.Metric):
-    """The share of predictions that equal their reference, numbers or texts."""
+    """The share of predictions that equal their reference."""
 
     def _info(self) -> evaluate.MetricInfo:
         kinds = ("int64", "string")
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="Wilson, E. B. (1927). Probable inference, the law of succession, and statistical inference.",
-            inputs_description="predictions and references: whole numbers, or texts",
+            inputs_description="predictions and references: integers or strings",
             features=[
                 datasets.Features({"predictions": datasets.Value(kind), "references": datasets.Value(kind)})
                 for kind in kinds

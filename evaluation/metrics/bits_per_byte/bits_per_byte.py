@@ -8,10 +8,9 @@ import evaluate
 
 from evaluation.results.standard_errors import Z, ratio_of_sums
 
-_DESCRIPTION = """The negative log-likelihood for each byte of text, in bits: what models of any tokenizer share.
+_DESCRIPTION = """The negative log-likelihood per byte of text, in bits: comparable between tokenizers.
 
-Returns `bits_per_byte`, `stderr` (delta method over the items; None for a single one) and `interval`, 95 % of a normal
-distribution.
+Returns `bits_per_byte`, `stderr` (delta method over the items; None for a single item) and `interval` (95 %, normal).
 """
 
 
@@ -22,7 +21,7 @@ class BitsPerByte(evaluate.Metric):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
-            inputs_description="predictions: log-likelihoods in nats, of an item each; references: their bytes",
+            inputs_description="predictions: log-likelihoods of the items in nats; references: their numbers of bytes",
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
             ),

@@ -7,10 +7,9 @@ import evaluate
 
 from evaluation.results.standard_errors import Z, ratio_of_sums
 
-_DESCRIPTION = """The negative log-likelihood for each token, or whatever else is counted, in nats.
+_DESCRIPTION = """The negative log-likelihood per token, or per other unit, in nats.
 
-Returns `loss`, `stderr` (delta method over the items; None for a single one) and `interval`, 95 % of a normal
-distribution.
+Returns `loss`, `stderr` (delta method over the items; None for a single item) and `interval` (95 %, normal).
 """
 
 
@@ -21,7 +20,7 @@ class Loss(evaluate.Metric):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
-            inputs_description="predictions: log-likelihoods in nats, of an item each; references: their tokens",
+            inputs_description="predictions: log-likelihoods of the items in nats; references: their numbers of tokens",
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
             ),

@@ -8,10 +8,10 @@ import evaluate
 
 from evaluation.results.standard_errors import Z, ratio_of_sums
 
-_DESCRIPTION = """exp of the negative log-likelihood for each token, word, or whatever else is counted.
+_DESCRIPTION = """exp of the negative log-likelihood per token, word or other unit.
 
 Returns `perplexity`, `stderr` (delta method over the items, where lm-evaluation-harness draws bootstrap samples; None
-for a single item) and `interval`, exp of the loss's 95 %.
+for a single item) and `interval` (exp of the loss's 95 % interval).
 """
 
 
@@ -22,7 +22,7 @@ class Perplexity(evaluate.Metric):
         return evaluate.MetricInfo(
             description=_DESCRIPTION,
             citation="",
-            inputs_description="predictions: log-likelihoods in nats of the items; references: their tokens or words",
+            inputs_description="predictions: log-likelihoods in nats; references: their numbers of tokens",
             features=datasets.Features(
                 {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
             ),
@@ -38,7 +38,7 @@ class Perplexity(evaluate.Metric):
 
 
 def _exp(value: float) -> float:
-    """Return exp, infinite where it is beyond a float: a random model's words may be that unlikely."""
+    """Return exp(value), infinite if it overflows a float, as for the words of a random model."""
     try:
         return math.exp(value)
     except OverflowError:

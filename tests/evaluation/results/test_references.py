@@ -1,15 +1,15 @@
-"""Published figures: each under the protocol that it was measured by."""
+"""Published results: each under its own protocol."""
 
 import pytest
 
 from evaluation.results.references import PUBLISHED, SIZES, VALIDATION_LOSS, one_per_size, published
 from evaluation.tasks.registry import tasks
 
-NO_TASKS_OF_OURS = {"wikitext103:paper", "openwebtext:training"}
+NOT_OUR_TASKS = {"wikitext103:paper", "openwebtext:training"}
 
 
 @pytest.mark.parametrize(
-    ("task", "figure", "values"),
+    ("task", "metric", "values"),
     [
         ("hellaswag:harness", "acc", {"124M": 0.2892, "1.5B": 0.4004}),
         ("hellaswag:harness", "acc_norm", {"124M": 0.3114, "1.5B": 0.5089}),
@@ -23,41 +23,41 @@ NO_TASKS_OF_OURS = {"wikitext103:paper", "openwebtext:training"}
         ("wikitext2:paper", "word_ppl", {"124M": 29.41, "355M": 22.76, "774M": 19.93, "1.5B": 18.34}),
     ],
 )
-def test_published_figures(task, figure, values):
-    assert {size: each.value for size, each in one_per_size(published(task, figure)).items()} == values
+def test_published_results(task, metric, values):
+    assert {size: each.value for size, each in one_per_size(published(task, metric)).items()} == values
 
 
-def test_a_figure_stands_under_one_protocol_only():
+def test_result_belongs_to_one_protocol_only():
     assert published("lambada:word", "ppl") == []
     assert published("cbt_cn:sentence", "acc") == []
     assert published("cbt_ne:full_sequence", "acc") == []
     assert published("hellaswag", "acc_norm") == []
-    assert published("lambada:stop_word_filter", "ppl") == []  # by construction that of harness, not the paper's
+    assert published("lambada:stop_word_filter", "ppl") == []  # equal to that of harness, not the paper's
 
 
-def test_figures_of_other_questions_say_so():
+def test_source_says_that_cbt_results_are_of_other_questions():
     sources = {each.source for kind in ("cn", "ne") for each in published(f"cbt_{kind}:paper", "acc")}
     assert all("validation questions" in source for source in sources)
 
 
-def test_every_reference_names_a_task_and_a_figure_that_exist():
+def test_every_reference_names_an_existing_task_and_metric():
     known = tasks()
     for reference in PUBLISHED:
         assert reference.source
         assert reference.size in SIZES
-        if reference.task not in NO_TASKS_OF_OURS:
-            assert reference.figure in {figure.name for figure in known[reference.task].figures}, reference
+        if reference.task not in NOT_OUR_TASKS:
+            assert reference.metric in {metric.name for metric in known[reference.task].metrics}, reference
 
 
 def test_accuracies_are_fractions_and_larger_models_are_better():
     for task in {reference.task for reference in PUBLISHED}:
-        for figure in ("acc", "acc_norm"):
-            assert all(0 < reference.value < 1 for reference in published(task, figure))
-        for figure in ("ppl", "word_ppl", "loss"):
-            values = [reference.value for reference in published(task, figure)]
+        for metric in ("acc", "acc_norm"):
+            assert all(0 < reference.value < 1 for reference in published(task, metric))
+        for metric in ("ppl", "word_ppl", "loss"):
+            values = [reference.value for reference in published(task, metric)]
             assert values == sorted(values, reverse=True)
 
 
-def test_losses_are_kept_by_corpus():
+def test_validation_losses_are_published_by_corpus():
     assert VALIDATION_LOSS["fineweb-edu"][0].value == 3.2924
     assert [each.value for each in VALIDATION_LOSS["Skylion007/openwebtext"]] == [3.12, 2.84, 2.67, 2.54]

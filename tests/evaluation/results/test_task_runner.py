@@ -1,7 +1,6 @@
-"""The `harness` protocols against lm-evaluation-harness itself, item by item, on the same rows and the same weights.
+"""The `harness` protocols against lm-evaluation-harness itself, item by item, on the same rows and weights.
 
-Its tasks are its own, fed from local files; its model class wraps the model that is scored here. Needs the extra
-`judge`.
+lm-evaluation-harness uses its own tasks on local files, and its own wrapper of the same model. Needs the extra `judge`.
 """
 
 import json
@@ -13,17 +12,17 @@ import torch
 from support.paths import SHARED_DATA
 
 from evaluation.scoring.scorer import score
-from evaluation.scoring.tokenizer_adapter import HubEncoder
+from evaluation.scoring.tokenizer_adapter import TokenizerAdapter
 from evaluation.tasks.registry import task_named
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install -e '.[judge]')")
 
-TOLERANCE = 1e-4  # what the project promises; sums of fp32 in another order
+TOLERANCE = 1e-4  # as documented; fp32 sums in another order differ by about 1e-5
 
-# lm-evaluation-harness and what it brings warn about themselves.
+# lm-evaluation-harness and its dependencies emit warnings.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-# Brackets, double spaces, white space around, other alphabets, endings of a letter, and a context beyond the positions.
+# Brackets, double and surrounding spaces, other alphabets, endings of one letter, a context longer than the positions.
 HAND_MADE_HELLASWAG = [
     {
         "ind": 0,
@@ -74,7 +73,7 @@ def encoder(tmp_path_factory):
         patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
         load_tokenizer("gpt2").save(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert HubEncoder(tokenizer).beginning == ()
+    assert TokenizerAdapter(tokenizer).bos_ids == ()
     return tokenizer
 
 
@@ -90,8 +89,8 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def encoder_with_a_beginning():
-    """A tokenizer as Llama's: its own call puts a token before every text."""
+def encoder_with_bos():
+    """A tokenizer like Llama's, which puts a token before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -107,8 +106,8 @@ def encoder_with_a_beginning():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
 
 
-def judged(folder: Path, task: str, split: str, rows, model, tokenizer):
-    """Per item what lm-evaluation-harness gets: its answers, and its metrics."""
+def harness_samples(folder: Path, task: str, split: str, rows, model, tokenizer):
+    """The responses and metrics of lm-evaluation-harness for each item."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -130,11 +129,11 @@ def judged(folder: Path, task: str, split: str, rows, model, tokenizer):
     return sorted(results["samples"]["local"], key=lambda sample: sample["doc_id"])
 
 
-def ours(folder: Path, task: str, file: str, rows, model, tokenizer):
+def our_records(folder: Path, task: str, file: str, rows, model, tokenizer):
     (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     task = task_named(task)
-    items = task.items(folder, HubEncoder(tokenizer), 192)
-    return [task.predict(item, found) for item, found in zip(items, score(model, items), strict=True)]
+    items = task.items(folder, TokenizerAdapter(tokenizer), 192)
+    return [task.record(item, scores) for item, scores in zip(items, score(model, items), strict=True)]
 
 
 def rows_of(path: Path, count: int):
@@ -145,14 +144,14 @@ def rows_of(path: Path, count: int):
 
 
 @pytest.mark.parametrize("rows", ["real", "by hand"])
-def test_hellaswag_is_scored_as_lm_evaluation_harness_scores_it(rows, tmp_path, model, encoder, monkeypatch):
+def test_hellaswag_equals_lm_evaluation_harness(rows, tmp_path, model, encoder, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     if rows == "real":
         rows = rows_of(SHARED_DATA / "hellaswag" / "hellaswag_val.first10.jsonl", 10)
     else:
         rows = [{**row, "label": str(row["label"])} for row in HAND_MADE_HELLASWAG]
-    theirs = judged(tmp_path, "hellaswag", "validation", rows, model, encoder)
-    found = ours(tmp_path, "hellaswag:harness", "hellaswag_val.jsonl", rows, model, encoder)
+    theirs = harness_samples(tmp_path, "hellaswag", "validation", rows, model, encoder)
+    found = our_records(tmp_path, "hellaswag:harness", "hellaswag_val.jsonl", rows, model, encoder)
     assert len(theirs) == len(found) == len(rows)
     for sample, record in zip(theirs, found, strict=True):
         expected = [float(response[0][0]) for response in sample["resps"]]
@@ -161,25 +160,25 @@ def test_hellaswag_is_scored_as_lm_evaluation_harness_scores_it(rows, tmp_path, 
         assert (record["prediction_by_characters"] == record["gold"]) == bool(sample["acc_norm"])
 
 
-def test_a_tokenizer_that_begins_every_text_is_scored_as_lm_evaluation_harness_scores_it(
-    tmp_path, model, encoder_with_a_beginning, monkeypatch
+def test_tokenizer_with_beginning_of_sequence_token_equals_lm_evaluation_harness(
+    tmp_path, model, encoder_with_bos, monkeypatch
 ):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    rows, encoder = HAND_MADE_LAMBADA, encoder_with_a_beginning
-    assert HubEncoder(encoder).beginning == (0,)
-    theirs = judged(tmp_path, "lambada_openai", "test", rows, model, encoder)
-    found = ours(tmp_path, "lambada:harness", "lambada_test.jsonl", rows, model, encoder)
+    rows, encoder = HAND_MADE_LAMBADA, encoder_with_bos
+    assert TokenizerAdapter(encoder).bos_ids == (0,)
+    theirs = harness_samples(tmp_path, "lambada_openai", "test", rows, model, encoder)
+    found = our_records(tmp_path, "lambada:harness", "lambada_test.jsonl", rows, model, encoder)
     expected = [float(sample["resps"][0][0][0]) for sample in theirs]
     assert [record["log_likelihood"] for record in found] == pytest.approx(expected, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("rows", ["real", "by hand"])
-def test_lambada_is_scored_as_lm_evaluation_harness_scores_it(rows, tmp_path, model, encoder, monkeypatch):
+def test_lambada_equals_lm_evaluation_harness(rows, tmp_path, model, encoder, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     real = SHARED_DATA / "lambada" / "lambada_test.jsonl"
     rows = rows_of(real, 40) if rows == "real" else HAND_MADE_LAMBADA
-    theirs = judged(tmp_path, "lambada_openai", "test", rows, model, encoder)
-    found = ours(tmp_path, "lambada:harness", "lambada_test.jsonl", rows, model, encoder)
+    theirs = harness_samples(tmp_path, "lambada_openai", "test", rows, model, encoder)
+    found = our_records(tmp_path, "lambada:harness", "lambada_test.jsonl", rows, model, encoder)
     assert len(theirs) == len(found) == len(rows)
     for sample, record in zip(theirs, found, strict=True):
         log_likelihood, greedy = sample["resps"][0][0]

@@ -1,24 +1,22 @@
-"""Forward passes of scoring: what they give on models of all kinds, and that they compute no more than it takes."""
+"""Scores of models of many families, and how few positions the forward passes compute."""
 
-import itertools
 import random
 
 import pytest
 import torch
-from support.scored_by_hand import PROBES, assert_equal_by_hand, random_items
+from support.scored_by_hand import CHECKS, assert_scored_as_by_hand, random_items
 from support.tiny_models import one_thread, pair, tiny  # noqa: F401 - a fixture
 
 from common.cli_errors import InputError
-from evaluation.scoring.forward_passes import TOKENS_PER_SCORED_TOKEN, ForwardPasses, Passage
 from evaluation.scoring.scorer import score
 from evaluation.tasks.task_types import Generation, Item, Request
 
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
-def test_the_official_class_is_scored_like_ours(attn_implementation):
+def test_official_model_gets_the_same_scores_as_ours(attn_implementation):
     ours, official = pair(attn_implementation)
     items = random_items(seed=1)
-    assert_equal_by_hand(ours, items, score(official, items, tokens_per_batch=300))
+    assert_scored_as_by_hand(ours, items, score(official, items, tokens_per_batch=300))
 
 
 SIZES = {
@@ -38,7 +36,7 @@ FAMILIES = {
     "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "bloom": {},
     "mixtral": {"intermediate_size": 64, "num_key_value_heads": 2, "num_local_experts": 4},
-    "roberta": {  # its positions begin behind the pad's
+    "roberta": {  # its positions start after the pad token's
         "intermediate_size": 64,
         "is_decoder": True,
         "pad_token_id": 1,
@@ -57,14 +55,14 @@ def of_family(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_of_other_families_are_scored_like_by_hand(family):
+def test_models_of_other_families_are_scored_as_by_hand(family):
     model = of_family(family)
     items = random_items(seed=2)
-    assert_equal_by_hand(model, items, score(model, items, tokens_per_batch=300))
+    assert_scored_as_by_hand(model, items, score(model, items, tokens_per_batch=300))
 
 
-@pytest.mark.parametrize("kind", ["candidates", "a single text", "writing"])
-def test_a_model_that_sees_later_tokens_is_refused(kind):
+@pytest.mark.parametrize("kind", ["candidates", "single text", "generation"])
+def test_model_that_sees_later_tokens_is_refused(kind):
     from transformers import BertConfig, BertLMHeadModel
 
     torch.manual_seed(0)
@@ -72,14 +70,14 @@ def test_a_model_that_sees_later_tokens_is_refused(kind):
     context = tuple(range(20))
     requests = {
         "candidates": (Request(context, (1, 2)), Request(context, (3, 2))),
-        "a single text": (Request(context, (1, 2)),),
-        "writing": (Generation(context, 4),),
+        "single text": (Request(context, (1, 2)),),
+        "generation": (Generation(context, 4),),
     }
-    with pytest.raises(InputError, match="expected a causal language model"):
+    with pytest.raises(InputError, match="not a causal language model"):
         score(model, [Item(0, requests[kind])])
 
 
-def test_prefixes_are_not_shared_where_the_cache_forgets():
+def test_prefixes_are_not_shared_with_a_sliding_window_cache():
     from transformers import MistralConfig, MistralForCausalLM
 
     torch.manual_seed(0)
@@ -89,10 +87,10 @@ def test_prefixes_are_not_shared_where_the_cache_forgets():
     )  # fmt: skip
     model = MistralForCausalLM(config).eval()
     items = random_items(seed=3)
-    assert_equal_by_hand(model, items, score(model, items, tokens_per_batch=300))
+    assert_scored_as_by_hand(model, items, score(model, items, tokens_per_batch=300))
 
 
-def test_what_a_model_does_to_its_logits_behind_the_head_is_kept():
+def test_softcapping_after_the_head_is_kept():
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     torch.manual_seed(0)
@@ -102,57 +100,22 @@ def test_what_a_model_does_to_its_logits_behind_the_head_is_kept():
     )  # fmt: skip
     model = Gemma2ForCausalLM(config).eval()
     items = random_items(seed=4)
-    assert_equal_by_hand(model, items, score(model, items))
+    assert_scored_as_by_hand(model, items, score(model, items))
 
 
-def test_the_head_sees_only_positions_that_are_scored():
+def test_head_computes_only_scored_positions():
     model = tiny()
     seen = []
     model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
     context = tuple(range(30))
     score(model, [Item(0, (Request(context, (1, 2, 3)), Request(context, (4, 5))))])
-    # One position of the prefix scores both first tokens; then two, and one.
-    assert [shape[1] for shape in seen[PROBES:]] == [1, 3]
-
-
-@pytest.mark.parametrize("number", [0, 1])
-def test_the_last_mlp_sees_only_positions_that_are_scored(number):
-    model = pair("sdpa", activation_function="gelu_new")[number]
-    read = []
-    for block in model.transformer.h:
-        block.mlp.c_fc.register_forward_pre_hook(lambda module, args: read.append(args[0].shape[1]))
-    request = Request(tuple(range(30)), (1, 2, 3))
-    assert_equal_by_hand(model, [Item(0, (request,))], score(model, [Item(0, (request,))]))
-    read = read[PROBES * len(model.transformer.h) :]
-    assert read[:3] == [32, 32, 3]
-    assert read[3:] == [32, 32, 32]  # by hand, and so by everybody else afterwards
-
-
-def test_the_activation_of_gpt2_is_one_kernel_while_a_model_is_scored(monkeypatch):
-    official = pair("sdpa", activation_function="gelu_new")[1]
-    calls = []
-    gelu = torch.nn.functional.gelu
-    monkeypatch.setattr(
-        torch.nn.functional, "gelu", lambda *args, **kwargs: (calls.append(kwargs), gelu(*args, **kwargs))[1]
-    )
-    score(official, random_items(count=1), share_prefixes=False)
-    assert calls == [{"approximate": "tanh"}] * 3
-    assert not [module for module in official.modules() if "forward" in vars(module)]
-
-
-def test_an_activation_that_somebody_has_wrapped_is_left_alone():
-    official = pair("sdpa", activation_function="gelu_new")[1]
-    activation, calls = official.transformer.h[0].mlp.act, []
-    own = activation.forward
-    activation.forward = wrapped = lambda x: (calls.append(1), own(x))[1]
-    score(official, random_items(count=1), share_prefixes=False)
-    assert calls
-    assert activation.forward is wrapped
+    # One position of the prefix scores the first token of both continuations; then two and one remain.
+    assert [shape[1] for shape in seen[CHECKS:]] == [1, 3]
 
 
 @pytest.mark.parametrize("family", ["ours", "official", "llama", "roberta"])
-def test_a_long_text_is_scored_in_pieces(family, monkeypatch):
-    monkeypatch.setattr("evaluation.scoring.forward_passes._MOST_SCORED_OF_ONE_TEXT", 7)
+def test_long_text_is_scored_in_pieces(family, monkeypatch):
+    monkeypatch.setattr("evaluation.scoring.forward_passes._MAX_SCORED_AT_ONCE", 7)
     model = dict(zip(("ours", "official"), pair("sdpa"), strict=True)).get(family) or of_family(family)
     rng, shapes = random.Random(0), []
     items = [
@@ -164,11 +127,11 @@ def test_a_long_text_is_scored_in_pieces(family, monkeypatch):
     ]
     model.get_output_embeddings().register_forward_hook(lambda module, args, output: shapes.append(output.shape[1]))
     found = score(model, items, tokens_per_batch=48)
-    assert max(shapes[PROBES:]) <= 7
-    assert_equal_by_hand(model, items, found)
+    assert max(shapes[CHECKS:]) <= 7
+    assert_scored_as_by_hand(model, items, found)
 
 
-def test_the_prefix_is_read_once():
+def test_shared_prefix_is_read_once():
     model = tiny()
     read = []
     model.transformer.register_forward_pre_hook(
@@ -176,30 +139,4 @@ def test_the_prefix_is_read_once():
     )
     context = tuple(range(30))
     score(model, [Item(0, tuple(Request(context, (token, 7)) for token in range(10)))])
-    assert read[PROBES:] == [(1, 30), (10, 1)]
-
-
-@pytest.mark.parametrize("budget", [30, 90, 10_000])
-def test_passes_cost_least_of_all_that_memory_allows(budget):
-    passes, rng = ForwardPasses(tiny()), random.Random(budget)
-    lengths = {key: rng.randint(1, 40) for key in range(9)}
-    passages = [Passage(tuple(range(length + 1)), length) for length in lengths.values()]
-
-    def cost(batches):
-        return sum(passes.tokens_per_pass + len(batch) * lengths[batch[0]] for batch in batches)
-
-    def fits(batch):
-        scored = len(batch) <= budget // TOKENS_PER_SCORED_TOKEN
-        return len(batch) == 1 or (len(batch) * (5 + lengths[batch[0]]) <= budget and scored)
-
-    order = sorted(lengths, key=lengths.__getitem__, reverse=True)
-    cheapest = min(
-        cost(batches)
-        for cuts in itertools.product([False, True], repeat=len(order) - 1)
-        for places in [[0, *(place for place, cut in enumerate(cuts, 1) if cut), len(order)]]
-        if all(map(fits, batches := [order[a:b] for a, b in itertools.pairwise(places)]))
-    )
-    found = passes._batches(passages, lengths, budget, cached=5)
-    assert [key for batch in found for key in batch] == order
-    assert all(map(fits, found))
-    assert cost(found) == cheapest
+    assert read[CHECKS:] == [(1, 30), (10, 1)]

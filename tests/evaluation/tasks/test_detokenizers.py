@@ -1,12 +1,12 @@
-"""Tokenised text of the papers goes back to how it was written."""
+"""Tokenized text of the papers becomes ordinary text."""
 
 import pytest
 
-from evaluation.tasks.detokenizers import detokenise_penn_treebank, detokenise_wikitext
+from evaluation.tasks.detokenizers import detokenize_penn_treebank, detokenize_wikitext
 
 
 @pytest.mark.parametrize(
-    ("tokenised", "written"),
+    ("tokenized", "expected"),
     [
         ("she said , `` I do n't know -LRB- yet -RRB- . ''", 'she said, "I don\'t know (yet)."'),
         ("` Well , ' said he ; ` it 's the boys ' . '", "'Well,' said he; 'it's the boys'.'"),
@@ -14,12 +14,12 @@ from evaluation.tasks.detokenizers import detokenise_penn_treebank, detokenise_w
         ("a well-known -- and dear -- friend", "a well-known -- and dear -- friend"),
     ],
 )
-def test_penn_treebank_goes_back_to_text(tokenised, written):
-    assert detokenise_penn_treebank(tokenised) == written
+def test_penn_treebank_is_detokenized(tokenized, expected):
+    assert detokenize_penn_treebank(tokenized) == expected
 
 
 @pytest.mark.parametrize(
-    ("tokenised", "written"),
+    ("tokenized", "expected"),
     [
         (" = = Career = = \n", "== Career ==\n"),
         (' a guest @-@ starring role on the " Herons " , in 2000 ( aged 12 ) . \n',
@@ -28,5 +28,5 @@ def test_penn_treebank_goes_back_to_text(tokenised, written):
         (" \n", "\n"),
     ],
 )  # fmt: skip
-def test_wikitext_goes_back_to_text(tokenised, written):
-    assert detokenise_wikitext(tokenised) == written
+def test_wikitext_is_detokenized(tokenized, expected):
+    assert detokenize_wikitext(tokenized) == expected

@@ -17,7 +17,7 @@ from support.toy_model import Characters
 from evaluation.tasks.registry import task_named
 
 CBT_ROW = {
-    "sentences": [f"s{place} ." for place in range(1, 21)],
+    "sentences": [f"s{number} ." for number in range(1, 21)],
     "question": "a XXXXX c .",
     "answer": "b",
     "options": CBT_OPTIONS,
@@ -47,8 +47,8 @@ def parquet(rows):
 
 
 def converted(files):
-    """A data set of a loading script, which `datasets` does not run, and the Hub's conversion on a branch beside it."""
-    repository = Repository({"dataset.py": b"raise SystemExit('a loading script was run')"})
+    """A data set with a loading script, which `datasets` does not run, and the Hub's conversion on another branch."""
+    repository = Repository({"dataset.py": b"raise SystemExit('the loading script ran')"})
     repository.commit("refs/convert/parquet", files, "convert")
     return repository
 
@@ -58,7 +58,7 @@ def program(hub, cache, *names):
     return subprocess.run([sys.executable, "-c", PROGRAM, *names], env=environment, capture_output=True, text=True)
 
 
-def test_the_hub_gives_the_items_that_the_official_files_give(tmp_path):
+def test_hub_gives_the_same_items_as_the_official_files(tmp_path):
     files = {
         "Rowan/hellaswag": {
             "default/validation/0000.parquet": parquet([hellaswag_row(label="1")] * 2),
@@ -79,14 +79,14 @@ def test_the_hub_gives_the_items_that_the_official_files_give(tmp_path):
     hub.repositories = {("dataset", name): converted(content) for name, content in files.items()}
     names = ["hellaswag", "lambada", "cbt_cn", "cbt_ne", "wikitext2:raw"]
     with serving(hub):
-        found = program(hub.environment, tmp_path / "cache", *names)
-    assert found.returncode == 0, found.stderr
+        done = program(hub.environment, tmp_path / "cache", *names)
+    assert done.returncode == 0, done.stderr
 
     write_rows(tmp_path / "hellaswag_val.jsonl", hellaswag_row(), hellaswag_row())
     write_rows(tmp_path / "lambada_test.jsonl", LAMBADA)
     cbt_folder(tmp_path, cbt_text())
     (tmp_path / "wiki.test.raw").write_text("".join(line or " \n" for line in WIKITEXT))
-    for name, line in zip(names, found.stdout.splitlines(), strict=True):
+    for name, line in zip(names, done.stdout.splitlines(), strict=True):
         expected = [
             [[list(r.context), list(r.continuation)] for r in item.requests]
             for item in task_named(name).items(tmp_path, Characters(), 1024)
@@ -94,14 +94,14 @@ def test_the_hub_gives_the_items_that_the_official_files_give(tmp_path):
         assert json.loads(line) == expected, name
 
 
-@pytest.mark.parametrize("trouble", ["absent", "offline"])
-def test_a_hub_without_the_data_is_told_in_one_line(trouble, tmp_path):
-    if trouble == "offline":
-        found = program({"HF_HUB_OFFLINE": "1"}, tmp_path, "lambada")
+@pytest.mark.parametrize("problem", ["missing", "offline"])
+def test_data_that_the_hub_does_not_give_is_a_one_line_error(problem, tmp_path):
+    if problem == "offline":
+        done = program({"HF_HUB_OFFLINE": "1"}, tmp_path, "lambada")
     else:
         with serving(LoopbackHub({})) as hub:
-            found = program(hub.environment, tmp_path, "lambada")
-    assert found.returncode == 2
-    assert found.stderr.startswith("error: expected the data set EleutherAI/lambada_openai on the Hub")
-    assert "--data_dir" in found.stderr
-    assert found.stderr.count("\n") == 1
+            done = program(hub.environment, tmp_path, "lambada")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot read the data set EleutherAI/lambada_openai from the Hub")
+    assert "--data_dir" in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -39,7 +39,7 @@ class Tokenizer:
         self.special_tokens = dict(special_tokens)
         self.vocab_size: int = len(self.ranks) + len(self.special_tokens)
         self.end_of_text_id: int = self.special_tokens[END_OF_TEXT]
-        self.beginning: tuple[int, ...] = ()  # ids that an encoding starts with, for evaluation; GPT-2 has none
+        self.bos_ids: tuple[int, ...] = ()  # ids that an encoding starts with, for evaluation; GPT-2 has none
         self.fingerprint: str = _fingerprint(self.ranks, self.special_tokens)
         self.name: str = "gpt2" if self.fingerprint == _GPT2_FINGERPRINT else f"bpe-{self.vocab_size}"
         self.bpe = BytePairEncoding(self.name, self.ranks, self.special_tokens)
