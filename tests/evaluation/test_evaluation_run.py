@@ -223,7 +223,7 @@ def test_error_names_the_line_of_a_truncated_file(model, tmp_path):
 
 def test_missing_tokenizer_and_tokenizer_larger_than_the_model_are_refused(model, data, tmp_path, tokenizer_folder):
     small = save_model(tmp_path / "small", tokenizer_folder, vocab_size=280, bos_token_id=0, eos_token_id=0)
-    with pytest.raises(InputError, match="vocabulary size 280"):
+    with pytest.raises(InputError, match="vocabulary size is 280"):
         evaluate(small, data)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (small / name).unlink()

@@ -23,6 +23,8 @@ def _own_cache(tmp_path_factory):
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr(config, "HF_MODULES_CACHE", str(folder / "modules"))
         patch.setattr(config, "HF_METRICS_CACHE", folder / "metrics")
+        for name in [name for name in sys.modules if name.split(".")[0] == "evaluate_modules"]:
+            patch.delitem(sys.modules, name)  # imported from another cache
         yield
 
 
