@@ -148,9 +148,7 @@ def _results_file(run: Run, results: list[TaskResult]) -> Results:
 def columns(results: Iterable[TaskResult]) -> dict[str, float]:
     """Results by their keys in metrics.jsonl."""
     return {
-        column_name(result.task, name): metric.value
-        for result in results
-        for name, metric in result.metrics.items()
+        column_name(result.task, name): metric.value for result in results for name, metric in result.metrics.items()
     }
 
 
