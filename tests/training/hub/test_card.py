@@ -8,10 +8,9 @@ import huggingface_hub
 import pytest
 from support.loopback_writing import metadata_errors
 
-from evaluation.results.metric_values import Measured
+from evaluation.results.metric_values import MetricValue
 from evaluation.results.references import VALIDATION_LOSS
-from evaluation.results.results_file import Results
-from evaluation.results.task_runner import TaskResult
+from evaluation.results.results_file import Results, TaskResult
 from gpt2_scratch import GPT2ScratchConfig
 from training.data.shards.manifest import Manifest
 from training.data.sources.base import corpus_name
@@ -44,7 +43,7 @@ def card(facts: RunFacts = FACTS, provenance: Provenance | None = None, **change
 
 def hellaswag(value: float, *, step: int) -> Results:
     """Results of HellaSwag after a step."""
-    result = TaskResult("hellaswag:harness", 10_042, 1.0, {"acc_norm": Measured(value, 0.01, None, "acc_norm")}, [])
+    result = TaskResult("hellaswag:harness", 10_042, 1.0, {"acc_norm": MetricValue(value, 0.01, None, "acc_norm")}, [])
     about: dict[str, Any] = {"model": "x", "revision": None, "commit": None, "weights": "", "parameters": 1}
     how: dict[str, Any] = {"n_positions": 1024, "dtype": "float32", "device": "cpu", "processes": 1}
     return Results(**about, **how, data_dir=None, limit=None, started="", seconds=1.0, tasks=[result], step=step)
