@@ -1,11 +1,11 @@
-"""Checkpoints: model folders that load with `from_pretrained`, each with the training state to go on from.
+"""Checkpoints: model folders that load with `from_pretrained`, with the training state that a resume needs.
 
     checkpoints/step-000500/                    config.json, model.safetensors, tokenizer.json, …
     checkpoints/step-000500/training_state/     trainer_state.json, optimizer.safetensors, rng_state_0.safetensors, …
 
-A checkpoint is written under another name and renamed when whole, so the newest `step-*` folder is always good, and
-older ones are removed only after that. Nothing is pickled. `training_state/SHA256SUMS` tells whether the disk still has
-what was written; `sha256sum --check training_state/SHA256SUMS` looks by hand.
+A checkpoint is written under another name and renamed when it is complete, so the newest `step-*` folder is always
+intact. Older ones are removed only after that. Nothing is pickled. A resume verifies `training_state/SHA256SUMS`; by
+hand: `sha256sum --check training_state/SHA256SUMS`.
 """
 
 import contextlib
@@ -32,20 +32,20 @@ from transformers import PreTrainedModel
 
 from common.atomic_files import fsync
 from common.cli_errors import InputError
-from training.checkpoints.checksums import damage_in, write_checksums
+from training.checkpoints.checksums import find_corruption, write_checksums
 from training.checkpoints.state_snapshot import Snapshot, bare_model, restore_rng_state
 from training.data.tokenization.tokenizer import Tokenizer
 
 _NAME = re.compile(r"step-(\d{6,})")
 _Moments = dict[str, dict[str, torch.Tensor]]  # by parameter and moment
 _FORMAT_VERSION = 1
-_NOT_WHOLE = (".unfinished-", ".removed-", ".replaced-")  # what a folder is called while it is written or removed
-_WHOLE = StateDictOptions(full_state_dict=True)
+_TEMPORARY = (".unfinished-", ".removed-", ".replaced-")  # prefixes of folders that are being written or removed
+_FULL = StateDictOptions(full_state_dict=True)
 
 
 @dataclass(frozen=True)
 class TrainerState:
-    """Where a run stands: steps done, tokens seen, and what the rest must agree with."""
+    """The position of a run, and what a resumed run must match."""
 
     step: int
     tokens: int
@@ -55,85 +55,84 @@ class TrainerState:
     num_processes: int
 
     def write(self, checkpoint: Path) -> None:
-        """Write the state into a checkpoint folder, after the version of the folder's format."""
+        """Write the state into a checkpoint folder."""
         values = {"format_version": _FORMAT_VERSION, **asdict(self)}
         path = checkpoint / "training_state" / "trainer_state.json"
         path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def read(cls, checkpoint: Path) -> "TrainerState":
-        """The state in a checkpoint folder.
+        """Return the state in a checkpoint folder.
 
         Raises:
-            InputError: the folder is not a checkpoint of ours, or one of another format.
+            InputError: the folder is not a checkpoint of this kit, or has another format.
         """
         path = checkpoint / "training_state" / "trainer_state.json"
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
             version = values.pop("format_version", None)
             if version != _FORMAT_VERSION:
-                which = "a newer" if isinstance(version, int) and version > _FORMAT_VERSION else "another"
                 raise InputError(
-                    f"checkpoint {checkpoint} is of {which} format: expected format_version {_FORMAT_VERSION}, "
-                    f"found {version}; go on with the version of this project that wrote it"
+                    f"checkpoint {checkpoint} has format_version {version}, but this version of the kit reads "
+                    f"{_FORMAT_VERSION}; resume with the version that wrote it"
                 )
             state = cls(**values)
             if not (isinstance(state.step, int) and isinstance(state.tokens, int) and isinstance(state.recipe, dict)):
-                raise TypeError("step, tokens or recipe of another type")
+                raise TypeError("step, tokens or recipe has the wrong type")
             return state
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
-                f"{checkpoint} is not a checkpoint: expected {path.relative_to(checkpoint)} in it; "
-                "name a folder such as runs/quickstart/checkpoints/step-000500"
+                f"{checkpoint} is not a checkpoint: it has no {path.relative_to(checkpoint)}; "
+                "pass a folder such as runs/quickstart/checkpoints/step-000500"
             ) from None
         except (json.JSONDecodeError, AttributeError, TypeError, OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"checkpoint {checkpoint} is damaged: trainer_state.json is broken ({error}); {_older_one(checkpoint)}"
+                f"checkpoint {checkpoint} is corrupted: trainer_state.json cannot be read ({error}); {_advice(checkpoint)}"
             ) from None
 
 
-def refuse_damaged(checkpoint: Path, *, read_files: bool) -> None:
-    """Refuse a checkpoint with a file that is missing or, with `read_files`, not what was written.
+def check_intact(checkpoint: Path, *, read_files: bool) -> None:
+    """Check that no file of a checkpoint is missing or, with `read_files`, corrupted.
 
     Raises:
-        InputError: the file is named, and the newest older checkpoint that is whole.
+        InputError: with the name of the file and of the newest older checkpoint that is intact.
     """
-    damage = damage_in(checkpoint, read_files=read_files)
-    if damage is not None:
-        raise InputError(f"checkpoint {checkpoint} is damaged: {damage}; {_older_one(checkpoint)}")
+    corruption = find_corruption(checkpoint, read_files=read_files)
+    if corruption is not None:
+        raise InputError(f"checkpoint {checkpoint} is corrupted: {corruption}; {_advice(checkpoint)}")
 
 
-def _older_one(checkpoint: Path) -> str:
-    """What to do instead of going on from a damaged checkpoint."""
+def _advice(checkpoint: Path) -> str:
+    """Return what to do instead of resuming from a corrupted checkpoint."""
     siblings = checkpoints(checkpoint.parent.parent)
     older = siblings[: siblings.index(checkpoint)] if checkpoint in siblings else []
-    whole = next((path for path in reversed(older) if damage_in(path) is None), None)
-    if whole is None:
-        return "there is no older one that is whole: choose another output_dir, and start again"
-    return f"go on from the one before: --resume_from_checkpoint {whole}"
+    intact = next((path for path in reversed(older) if find_corruption(path) is None), None)
+    if intact is None:
+        return "no older checkpoint is intact: start again in another output_dir"
+    return f"resume from the newest intact one: --resume_from_checkpoint {intact}"
 
 
 def checkpoint_folder(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimizer steps lies."""
+    """Return the folder of the checkpoint after `step` optimizer steps."""
     return output_dir / "checkpoints" / f"step-{step:06d}"
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first."""
     folder = output_dir / "checkpoints"
     found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The steps that a checkpoint of `checkpoints` has behind it, by its name."""
+    """Return the step in a checkpoint's name."""
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same class and configuration without weights, to write model folders with.
+    """Return a model of the same class and configuration without weights, for writing model folders.
 
-    Writing changes the configuration and asks the class for its source: neither is safe with the model in training.
+    Writing changes the configuration and reads the class's source. Neither is safe on the model that is training.
     """
     with torch.device("meta"):
         skeleton = type(model)(copy.deepcopy(model.config))
@@ -150,15 +149,12 @@ def write_checkpoint(
     tokenizer: Tokenizer,
     before_rename: Callable[[], None],
 ) -> Path:
-    """Write the checkpoint of `state.step`; called by the main process alone.
+    """Write the checkpoint of `state.step` and return its folder. Only rank 0 calls this.
 
     `before_rename` is called just before the checkpoint gets its final name.
 
-    Returns:
-        The checkpoint's folder, whole on disk.
-
     Raises:
-        OSError, SafetensorError: the disk did not take it; nothing of it is left, older checkpoints are untouched.
+        OSError, SafetensorError: the write failed. The partial files are removed; older checkpoints stay.
     """
     target = checkpoint_folder(output_dir, state.step)
     unfinished = target.with_name(f".unfinished-{target.name}")
@@ -189,19 +185,19 @@ def _write_files(
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove what a run that was killed while it saved left of folders under other names than their own."""
+    """Remove the temporary folders of a run that was killed during a save."""
     for folder in (output_dir, output_dir / "checkpoints"):
-        for kind in _NOT_WHOLE:
-            for left in folder.glob(f"{kind}*"):
-                shutil.rmtree(left, ignore_errors=True)
+        for prefix in _TEMPORARY:
+            for leftover in folder.glob(f"{prefix}*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: int | None = None) -> None:
-    """Remove all but the newest `keep` checkpoints (None keeps all) and those at multiples of `keep_every` steps."""
+    """Remove checkpoints, except the newest `keep` (None: all) and those at multiples of `keep_every` steps."""
     for old in checkpoints(output_dir)[: -keep if keep else 0]:
         if keep_every and step_of(old) % keep_every == 0:
             continue
-        # A half-removed folder must not look like a checkpoint.
+        # A partly removed folder must not look like a checkpoint.
         removed = old.with_name(f".removed-{old.name}")
         with contextlib.suppress(OSError):  # the next save tries again
             old.rename(removed)
@@ -209,7 +205,7 @@ def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: in
 
 
 def copy_model(checkpoint: Path, folder: Path) -> None:
-    """Make `folder` a copy of the checkpoint's model: all but what is only there to go on training."""
+    """Copy a checkpoint to `folder`, without its training state."""
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("training_state"))
 
 
@@ -221,33 +217,32 @@ def load_checkpoint(
     optimizer: Optimizer,
     loop_state: Mapping[str, torch.Tensor],
 ) -> None:
-    """Put a checkpoint's optimizer state and random-number generators in place; its weights are loaded with the model.
+    """Load a checkpoint's optimizer state, loop state and random-number generators. The model has its weights already.
 
-    The tensors of `loop_state` are filled with what the checkpoint has under their names.
+    The tensors of `loop_state` are filled in place.
 
-    On another number of processes than it was saved with, processes without a generator of their own keep a fresh one,
-    so dropout differs there while the data stay the same.
+    With another number of processes, ranks without a saved generator keep a fresh one: dropout differs there, and the
+    data stay the same.
     """
     folder = checkpoint / "training_state"
     bare = bare_model(accelerator, model)
-    # `refuse_damaged` has looked at the files.
     flat = load_file(folder / "optimizer.safetensors")
-    remembered = load_file(folder / "loop_state.safetensors")
-    # The groups are the recipe's, as the optimizer was just built; only the moments come from the checkpoint.
+    loop = load_file(folder / "loop_state.safetensors")
+    # The parameter groups come from the recipe; only the moments come from the checkpoint.
     names = {parameter: name for name, parameter in bare.named_parameters()}
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
     state: dict[str, Any] = {"state": _nested(flat), "param_groups": groups}
-    set_optimizer_state_dict(bare, optimizer, state, options=_WHOLE)
-    for name in loop_state.keys() & remembered.keys():
-        loop_state[name].copy_(remembered[name])
+    set_optimizer_state_dict(bare, optimizer, state, options=_FULL)
+    for name in loop_state.keys() & loop.keys():
+        loop_state[name].copy_(loop[name])
     generators = folder / f"rng_state_{accelerator.process_index}.safetensors"
     if generators.exists():
         restore_rng_state(load_file(generators), accelerator.device)
 
 
 def publish(unfinished: Path, target: Path) -> None:
-    """Give a finished folder its name: its files reach the disk first, and an older folder of that name makes way."""
-    for weights in unfinished.rglob("*.safetensors"):  # written for their owner alone, unlike the files beside them
+    """Rename a complete folder to `target`, and replace an older one. Its files are synced to disk first."""
+    for weights in unfinished.rglob("*.safetensors"):  # safetensors creates them readable by the owner only
         weights.chmod((unfinished / "config.json").stat().st_mode)
     for path in [*unfinished.rglob("*"), unfinished]:
         fsync(path)

@@ -50,7 +50,7 @@ class CheckpointWriter:
     def after_step(self, run: Run) -> None:
         """Report a checkpoint that has been written, and allocate memory for snapshots after the first step."""
         if self._memory is not None and not self._memory_is_allocated:
-            self._memory.make_for(run.model, run.optimizer, run.accelerator.device)
+            self._memory.allocate_for(run.model, run.optimizer, run.accelerator.device)
             self._memory_is_allocated = True
         if self._writing is not None and self._writing.done():
             self._finish(run)

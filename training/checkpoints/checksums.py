@@ -1,4 +1,4 @@
-"""The hashes of a checkpoint's files, kept in a file that `sha256sum --check` reads as well."""
+"""Checksums of a checkpoint's files, in the format of `sha256sum`."""
 
 import hashlib
 from collections.abc import Iterable
@@ -10,30 +10,30 @@ _NAME = "training_state/SHA256SUMS"
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the sha256 of every file of `folder` into one of them."""
+    """Write the sha256 of every file in `folder` to its SHA256SUMS file."""
     lines = [f"{file_sha256(path)}  {path.relative_to(folder)}" for path in sorted(folder.rglob("*")) if path.is_file()]
     (folder / _NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def renew_checksums(folder: Path, changed: Iterable[Path]) -> None:
-    """Bring the checksums up to date for files of `folder` that were changed on purpose."""
+def update_checksums(folder: Path, changed: Iterable[Path]) -> None:
+    """Update the checksums of files in `folder` that were changed on purpose."""
     new = {str(path.relative_to(folder)): file_sha256(path) for path in changed}
     lines = [line.split("  ", 1) for line in (folder / _NAME).read_text(encoding="utf-8").splitlines()]
-    (folder / _NAME).unlink()  # it may be linked to another folder's
+    (folder / _NAME).unlink()  # it may be a hard link to another folder's file
     (folder / _NAME).write_text("".join(f"{new.get(file, old)}  {file}\n" for old, file in lines), encoding="utf-8")
 
 
 def state_checksum(folder: Path) -> str:
-    """One hash for the weights and the state to go on from, as they were written; names and cards play no part."""
+    """Return one hash of the weights and the training state as they were written. Cards do not count."""
     lines = (folder / _NAME).read_text(encoding="utf-8").splitlines()
     tensors = sorted(line for line in lines if line.endswith(".safetensors"))
     return hashlib.sha256("\n".join(tensors).encode()).hexdigest()
 
 
-def damage_in(folder: Path, *, read_files: bool = True) -> str | None:
-    """What is wrong with a folder that `write_checksums` was called on, or None when nothing is.
+def find_corruption(folder: Path, *, read_files: bool = True) -> str | None:
+    """Return what is wrong with a folder that `write_checksums` was called on, or None if it is intact.
 
-    Without `read_files` only missing files are found, which takes no time.
+    Without `read_files`, only missing files are found, which takes no time.
     """
     try:
         lines = [line.split("  ", 1) for line in (folder / _NAME).read_text(encoding="utf-8").splitlines()]
@@ -43,13 +43,13 @@ def damage_in(folder: Path, *, read_files: bool = True) -> str | None:
         return f"{_NAME} cannot be read ({error})"
     for line in lines or [[]]:
         if len(line) != 2:
-            return f"{_NAME} has a line that is no checksum"
+            return f"{_NAME} has a line that is not a checksum"
         expected, file = line
         if not (folder / file).is_file():
             return f"{file} is missing"
         try:
             if read_files and file_sha256(folder / file) != expected:
-                return f"{file} is not what was written: its sha256 differs from the one in {_NAME}"
+                return f"{file} has another sha256 than in {_NAME}"
         except OSError as error:
             return f"{file} cannot be read ({error.strerror})"
     return None

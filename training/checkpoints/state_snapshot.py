@@ -1,7 +1,7 @@
-"""The state of a run after a step, collected from all processes into the main process's memory.
+"""The state of a run after a step, gathered from all ranks into the memory of rank 0.
 
-Collecting is what all processes do together, on the training thread; whoever holds a `Snapshot` can write it alone and
-later. Sharded tensors (FSDP2) are put together one by one, so no device ever holds more than one whole tensor.
+All ranks gather together, on the training thread. Rank 0 can then write the `Snapshot` alone and later. Sharded tensors
+(FSDP2) are gathered one by one, so no device ever holds more than one full tensor.
 """
 
 import threading
@@ -20,13 +20,13 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint is written from; all tensors are whole and on the CPU.
+    """The state that a checkpoint is written from. All tensors are full and on the CPU.
 
     Attributes:
-        weights: by the names of `from_pretrained`; tied weights stand once.
+        weights: by the names of `from_pretrained`; tied weights once.
         optimizer: by `parameter/moment`.
-        rng_states: the random-number generators of each process.
-        loop_state: what the loop itself remembers from step to step.
+        rng_states: the random-number generators of each rank.
+        loop_state: the state of the loop itself, such as the guard's.
     """
 
     weights: dict[str, Tensor]
@@ -37,26 +37,28 @@ class Snapshot:
 
 @dataclass
 class HostMemory:
-    """Memory that one snapshot after the other is copied into.
+    """Host memory that is reused for every snapshot.
 
-    Memory that nobody has written to yet costs a page fault every 4 KiB, which takes longer than the copy; so it is
-    made, and touched, beside the first steps, and kept.
+    The first write to fresh memory costs a page fault per 4 KiB, which takes longer than the copy. So the memory is
+    allocated and touched in the background of the first steps, and kept.
     """
 
     _tensors: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = field(default_factory=dict)
     _used: dict[tuple[torch.Size, torch.dtype], int] = field(default_factory=dict)
-    _making: threading.Thread | None = None
+    _allocation: threading.Thread | None = None
 
-    def make_for(self, model: nn.Module, optimizer: Optimizer, device: torch.device) -> None:
-        """Make, on a thread, the memory that a model and its optimizer's state will need."""
+    def allocate_for(self, model: nn.Module, optimizer: Optimizer, device: torch.device) -> None:
+        """Allocate, on a thread, the memory for a model and its optimizer state."""
         tensors = [*model.parameters()]
         tensors += [tensor for state in optimizer.state.values() for tensor in state.values()]
-        likes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        self._making = threading.Thread(target=self._make, args=(likes, device), name="host memory", daemon=True)
-        self._making.start()
+        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
+        self._allocation = threading.Thread(
+            target=self._allocate, args=(shapes, device), name="host memory", daemon=True
+        )
+        self._allocation.start()
 
-    def _make(self, likes: list[tuple[torch.Size, torch.dtype]], device: torch.device) -> None:
-        for shape, dtype in likes:
+    def _allocate(self, shapes: list[tuple[torch.Size, torch.dtype]], device: torch.device) -> None:
+        for shape, dtype in shapes:
             self._tensors.setdefault((shape, dtype), []).append(self._new(shape, dtype, device).zero_())
 
     @staticmethod
@@ -64,20 +66,20 @@ class HostMemory:
         return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
     def begin(self) -> None:
-        """Take all of the memory for the next snapshot; what was copied before is overwritten."""
-        if self._making is not None:
-            self._making.join()
-            self._making = None
+        """Start the next snapshot, which overwrites the previous one."""
+        if self._allocation is not None:
+            self._allocation.join()
+            self._allocation = None
         self._used.clear()
 
     def copy(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor on the host; one from a GPU is there after `torch.cuda.synchronize`."""
-        like = (tensor.shape, tensor.dtype)
-        number, tensors = self._used.get(like, 0), self._tensors.setdefault(like, [])
-        if number == len(tensors):
-            tensors.append(self._new(*like, tensor.device))
-        self._used[like] = number + 1
-        return tensors[number].copy_(tensor, non_blocking=True)
+        """Return a copy of the tensor on the host. From a GPU it is complete after `torch.cuda.synchronize`."""
+        key = (tensor.shape, tensor.dtype)
+        used, tensors = self._used.get(key, 0), self._tensors.setdefault(key, [])
+        if used == len(tensors):
+            tensors.append(self._new(*key, tensor.device))
+        self._used[key] = used + 1
+        return tensors[used].copy_(tensor, non_blocking=True)
 
 
 def collect_snapshot(
@@ -87,29 +89,29 @@ def collect_snapshot(
     loop_state: Mapping[str, Tensor],
     memory: HostMemory | None = None,
 ) -> Snapshot | None:
-    """The state of the run as it is now; called by all processes together.
+    """Return the current state of the run. All ranks call this together.
 
     Returns:
-        The snapshot on the main process, None on others. It is a copy in `memory`. Without that, tensors on a CPU are
+        The snapshot on rank 0, None on other ranks. It is a copy in `memory`. Without `memory`, tensors on a CPU are
         the live ones: write them before the next step.
     """
     if memory is not None:
         memory.begin()
     bare = bare_model(accelerator, model)
     keep = accelerator.is_main_process
-    weights = _on_the_host(_weights(bare), keep, memory)
-    moments = _on_the_host(_moments(bare, optimizer), keep, memory)
-    remembered = _on_the_host(loop_state, keep, memory)
-    rng_states = _rng_states_of_all(accelerator)
+    weights = _to_host(_weights(bare), keep, memory)
+    moments = _to_host(_moments(bare, optimizer), keep, memory)
+    loop = _to_host(loop_state, keep, memory)
+    rng_states = _gather_rng_states(accelerator)
     if not keep:
         return None
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)
-    return Snapshot(weights, moments, rng_states, remembered)
+    return Snapshot(weights, moments, rng_states, loop)
 
 
 def bare_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:
-    """The model without what `prepare` and `torch.compile` wrapped around it."""
+    """Return the model without the wrappers of `accelerator.prepare` and `torch.compile`."""
     return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
 
 
@@ -123,17 +125,17 @@ def _moments(bare: PreTrainedModel, optimizer: Optimizer) -> dict[str, Any]:
     return {f"{name}/{moment}": tensor for name, moments in by_parameter.items() for moment, tensor in moments.items()}
 
 
-def _on_the_host(tensors: Mapping[str, Tensor], keep: bool, memory: HostMemory | None) -> dict[str, Tensor]:
-    """The tensors whole and on the CPU, where they are kept; elsewhere nothing, but shards are given to who keeps."""
+def _to_host(tensors: Mapping[str, Tensor], keep: bool, memory: HostMemory | None) -> dict[str, Tensor]:
+    """Gather full tensors on rank 0; other ranks take part and return {}."""
     host = {}
     for name, tensor in tensors.items():
-        whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+        full = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
         if keep:
-            host[name] = whole.to("cpu").contiguous() if memory is None else memory.copy(whole)
+            host[name] = full.to("cpu").contiguous() if memory is None else memory.copy(full)
     return host
 
 
-def _rng_states_of_all(accelerator: Accelerator) -> list[dict[str, Tensor]]:
+def _gather_rng_states(accelerator: Accelerator) -> list[dict[str, Tensor]]:
     own = rng_state(accelerator.device)
     sizes = [state.numel() for state in own.values()]
     every = accelerator.gather(torch.cat(list(own.values())).to(accelerator.device)[None]).cpu()  # (processes, bytes)
@@ -141,7 +143,7 @@ def _rng_states_of_all(accelerator: Accelerator) -> list[dict[str, Tensor]]:
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of this process's random-number generators, bytes (n,)."""
+    """Return the states of this rank's random-number generators, as uint8 (n,)."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -149,7 +151,7 @@ def rng_state(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_rng_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put the states of `rng_state` back."""
+    """Restore the states that `rng_state` returned."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

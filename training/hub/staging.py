@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from training.checkpoints.checksums import renew_checksums
+from training.checkpoints.checksums import update_checksums
 
 LAST_CHECKPOINT = "last-checkpoint"
 
@@ -40,7 +40,7 @@ def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path 
         _link(curves, target / curves.name)
     if state is not None:
         rewritten = _link_all(sorted(state.rglob("*")), state, target / LAST_CHECKPOINT)
-        renew_checksums(target / LAST_CHECKPOINT, rewritten)
+        update_checksums(target / LAST_CHECKPOINT, rewritten)
     return target
 
 

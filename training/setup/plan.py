@@ -15,7 +15,7 @@ from common.ranks import Ranks
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.checksums import state_checksum
 from training.checkpoints.data_identity import refuse_other_data
-from training.checkpoints.resume import find_resume_point, refuse_earlier_end
+from training.checkpoints.resume import check_end, find_resume_point
 from training.data.loading.loader import validation_windows
 from training.data.loading.order import Order
 from training.data.loading.training_shards import TrainingShards
@@ -126,7 +126,7 @@ def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
         state = TrainerState.read(resume_from)
         refuse_other_data(state, folder, tokenizer, recipe)
         first_step = state.step
-        refuse_earlier_end(resume_from, first_step, end)
+        check_end(resume_from, first_step, end)
     tasks = TaskSet(recipe, tokenizer) if recipe.eval_tasks else None
     return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step, repo_id, tasks)
 

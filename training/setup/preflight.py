@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from common.cli_errors import InputError
 from common.durations import format_duration
 from training.checkpoints.checkpoint_folder import TrainerState
-from training.checkpoints.resume import find_resume_point, refuse_earlier_end
+from training.checkpoints.resume import check_end, find_resume_point
 from training.data.loading.order import Order
 from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer, parse_train_spec
@@ -102,7 +102,7 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         report("length      unknown: the corpus must be tokenized to know the length of an epoch")
     else:
         if resume_from is not None:
-            refuse_earlier_end(resume_from, done, steps)
+            check_end(resume_from, done, steps)
         resumed = f"; resumes after step {done:,}" if done else ""
         report(f"length      {steps:,} steps, {steps * batch.tokens_per_step:,} tokens{resumed}")
 

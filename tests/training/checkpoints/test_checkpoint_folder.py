@@ -59,8 +59,8 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 DAMAGE: list[tuple[Callable[[Path], object], str]] = [
-    (lambda c: truncate(c / "model.safetensors"), "is damaged: model.safetensors is not what was written"),
-    (lambda c: flip_a_bit(c / "model.safetensors"), "is damaged: model.safetensors is not what was written"),
+    (lambda c: truncate(c / "model.safetensors"), "is corrupted: model.safetensors has another sha256 than"),
+    (lambda c: flip_a_bit(c / "model.safetensors"), "is corrupted: model.safetensors has another sha256 than"),
     (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
     (lambda c: (c / "config.json").unlink(), "config.json is missing"),
     (lambda c: flip_a_bit(c / "tokenizer.json"), "tokenizer.json is not what was written"),
@@ -69,19 +69,19 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: (state_of(c) / "rng_state_0.safetensors").unlink(), "state/rng_state_0.safetensors is missing"),
     (lambda c: (state_of(c) / "loop_state.safetensors").unlink(), "state/loop_state.safetensors is missing"),
     (lambda c: (state_of(c) / "SHA256SUMS").unlink(), "state/SHA256SUMS is missing"),
-    (lambda c: (state_of(c) / "SHA256SUMS").write_text(""), "state/SHA256SUMS has a line that is no checksum"),
-    (lambda c: (state_of(c) / "SHA256SUMS").write_text("x\n"), "state/SHA256SUMS has a line that is no checksum"),
+    (lambda c: (state_of(c) / "SHA256SUMS").write_text(""), "state/SHA256SUMS has a line that is not a checksum"),
+    (lambda c: (state_of(c) / "SHA256SUMS").write_text("x\n"), "state/SHA256SUMS has a line that is not a checksum"),
     (lambda c: (state_of(c) / "trainer_state.json").write_text("{"), "trainer_state.json is broken"),
     (lambda c: (state_of(c) / "trainer_state.json").write_text("[]"), "trainer_state.json is broken"),
     (lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": 9'), "trainer_state.json is not what"),
     (lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": ""'), "trainer_state.json is broken"),
     (
         lambda c: replace(state_of(c) / "trainer_state.json", 'version": 1', 'version": 2'),
-        "is of a newer format: expected format_version 1, found 2; go on with the version of this project that wrote",
+        "has format_version 2, but this version of the kit reads 1; resume with the version that wrote it",
     ),
     (
         lambda c: (state_of(c) / "trainer_state.json").write_text("{}"),
-        "is of another format: expected format_version 1, found None",
+        "has format_version None, but this version of the kit reads 1",
     ),
 ]
 
@@ -100,13 +100,13 @@ def test_every_damage_is_named_with_the_checkpoint_to_take_instead(tiny_recipe: 
         assert message in told
         assert "\n" not in told
         older = run_of(recipe) / "checkpoints" / "step-000004"
-        assert "format" in told or told.endswith(f"go on from the one before: --resume_from_checkpoint {older}")
+        assert "format" in told or told.endswith(f"resume from the newest intact one: --resume_from_checkpoint {older}")
     flip_a_bit(older / "model.safetensors")
     flip_a_bit(run_of(recipe) / "checkpoints" / "step-000008" / "config.json")
     replace(
         state_of(run_of(recipe) / "checkpoints" / "step-000008") / "trainer_state.json", "{}", '{"format_version": 1}'
     )
-    with pytest.raises(InputError, match="there is no older one that is whole: choose another output_dir"):
+    with pytest.raises(InputError, match="no older checkpoint is intact: start again in another output_dir"):
         find_resume_point(recipe)
 
 
@@ -339,7 +339,7 @@ def test_memory_made_beside_the_first_steps_is_what_a_snapshot_takes() -> None:
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     memory = HostMemory()
-    memory.make_for(model, optimizer, torch.device("cpu"))
+    memory.allocate_for(model, optimizer, torch.device("cpu"))
     memory.begin()
     made = {tensor.data_ptr() for tensors in memory._tensors.values() for tensor in tensors}
     needed = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n_layer": 3}, r"holds another run \(n_layer: 2 → 3\); undo the difference, or choose another output_dir"),
+        ({"n_layer": 3}, r"belongs to another run \(n_layer: 2 → 3\); undo the change, or choose another output_dir"),
         ({"seed": 1, "seq_len": 16}, r"another run \(seq_len: 32 → 16; seed: 1337 → 1\)"),
-        ({"resume_from_checkpoint": "none"}, "holds a run, and resume_from_checkpoint is none"),
+        ({"resume_from_checkpoint": "none"}, "already contains a run, and resume_from_checkpoint is none"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a checkpoint: expected training_state"),
     ],
 )

@@ -69,7 +69,7 @@ def test_resumed_run_is_counted_from_its_checkpoint(tiny_recipe: Make, capsys: p
 
 def test_end_before_the_checkpoint_is_an_error_as_in_training(tiny_recipe: Make) -> None:
     train(tiny_recipe(max_steps=8))
-    with pytest.raises(InputError, match="is 8 steps long, and the run was asked to end after 4; give it a later end"):
+    with pytest.raises(InputError, match="is at step 8, after the end of the run at step 4; raise max_steps"):
         preflight(tiny_recipe(max_steps=4))
 
 

@@ -288,5 +288,5 @@ def test_the_checkpoint_just_before_the_first_skipped_update_is_not_called_good(
 ) -> None:
     recipe = tiny_recipe(max_steps=40, save_steps=1, save_total_limit=None, eval_steps=0, max_skipped_steps=3)
     spoil(monkeypatch, {5: math.nan, 6: math.nan, 7: math.nan})
-    with pytest.raises(InputError, match=r"newest good checkpoint is \S*step-000003; go on from it with --resume_"):
+    with pytest.raises(InputError, match=r"newest good checkpoint is \S*step-000003; resume from it with --resume_"):
         train(recipe)
