@@ -87,7 +87,8 @@ class TrainerState:
             ) from None
         except (json.JSONDecodeError, AttributeError, TypeError, OSError, UnicodeDecodeError) as error:
             raise InputError(
-                f"checkpoint {checkpoint} is corrupted: trainer_state.json cannot be read ({error}); {_advice(checkpoint)}"
+                f"checkpoint {checkpoint} is corrupted: trainer_state.json cannot be read ({error}); "
+                + _advice(checkpoint)
             ) from None
 
 

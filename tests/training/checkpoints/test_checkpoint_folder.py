@@ -63,18 +63,24 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: flip_a_bit(c / "model.safetensors"), "is corrupted: model.safetensors has another sha256 than"),
     (lambda c: (c / "model.safetensors").unlink(), "model.safetensors is missing"),
     (lambda c: (c / "config.json").unlink(), "config.json is missing"),
-    (lambda c: flip_a_bit(c / "tokenizer.json"), "tokenizer.json is not what was written"),
-    (lambda c: flip_a_bit(state_of(c) / "optimizer.safetensors"), "state/optimizer.safetensors is not what was"),
-    (lambda c: flip_a_bit(state_of(c) / "rng_state_0.safetensors"), "state/rng_state_0.safetensors is not what was"),
+    (lambda c: flip_a_bit(c / "tokenizer.json"), "tokenizer.json has another sha256 than"),
+    (lambda c: flip_a_bit(state_of(c) / "optimizer.safetensors"), "state/optimizer.safetensors has another sha256"),
+    (lambda c: flip_a_bit(state_of(c) / "rng_state_0.safetensors"), "state/rng_state_0.safetensors has another sha256"),
     (lambda c: (state_of(c) / "rng_state_0.safetensors").unlink(), "state/rng_state_0.safetensors is missing"),
     (lambda c: (state_of(c) / "loop_state.safetensors").unlink(), "state/loop_state.safetensors is missing"),
     (lambda c: (state_of(c) / "SHA256SUMS").unlink(), "state/SHA256SUMS is missing"),
     (lambda c: (state_of(c) / "SHA256SUMS").write_text(""), "state/SHA256SUMS has a line that is not a checksum"),
     (lambda c: (state_of(c) / "SHA256SUMS").write_text("x\n"), "state/SHA256SUMS has a line that is not a checksum"),
-    (lambda c: (state_of(c) / "trainer_state.json").write_text("{"), "trainer_state.json is broken"),
-    (lambda c: (state_of(c) / "trainer_state.json").write_text("[]"), "trainer_state.json is broken"),
-    (lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": 9'), "trainer_state.json is not what"),
-    (lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": ""'), "trainer_state.json is broken"),
+    (lambda c: (state_of(c) / "trainer_state.json").write_text("{"), "trainer_state.json cannot be read"),
+    (lambda c: (state_of(c) / "trainer_state.json").write_text("[]"), "trainer_state.json cannot be read"),
+    (
+        lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": 9'),
+        "trainer_state.json has another sha256",
+    ),
+    (
+        lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": ""'),
+        "trainer_state.json cannot be read",
+    ),
     (
         lambda c: replace(state_of(c) / "trainer_state.json", 'version": 1', 'version": 2'),
         "has format_version 2, but this version of the kit reads 1; resume with the version that wrote it",
@@ -96,11 +102,13 @@ def test_every_damage_is_named_with_the_checkpoint_to_take_instead(tiny_recipe: 
         break_it(run_of(recipe) / "checkpoints" / "step-000008")
         with pytest.raises(InputError) as caught:
             find_resume_point(recipe)
-        told = str(caught.value)
-        assert message in told
-        assert "\n" not in told
+        message_shown = str(caught.value)
+        assert message in message_shown
+        assert "\n" not in message_shown
         older = run_of(recipe) / "checkpoints" / "step-000004"
-        assert "format" in told or told.endswith(f"resume from the newest intact one: --resume_from_checkpoint {older}")
+        assert "format" in message_shown or message_shown.endswith(
+            f"resume from the newest intact one: --resume_from_checkpoint {older}"
+        )
     flip_a_bit(older / "model.safetensors")
     flip_a_bit(run_of(recipe) / "checkpoints" / "step-000008" / "config.json")
     replace(
