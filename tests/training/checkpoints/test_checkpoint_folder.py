@@ -92,7 +92,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
 ]
 
 
-def test_every_damage_is_named_with_the_checkpoint_to_take_instead(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_corruption_is_reported_with_the_checkpoint_to_resume_from(tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(max_steps=8)
     train(recipe)
     shutil.copytree(run_of(recipe) / "checkpoints", tmp_path / "good")
@@ -118,7 +118,7 @@ def test_every_damage_is_named_with_the_checkpoint_to_take_instead(tiny_recipe: 
         find_resume_point(recipe)
 
 
-def test_a_run_goes_on_from_the_older_checkpoint_that_the_message_names(tiny_recipe: Make) -> None:
+def test_run_resumes_from_the_older_checkpoint_that_the_message_names(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=8)
     train(recipe)
     flip_a_bit(run_of(recipe) / "checkpoints" / "step-000008" / "model.safetensors")
@@ -144,7 +144,7 @@ def test_sha256sum_reads_the_checksums(tiny_recipe: Make) -> None:
     assert checked == files - {"training_state/SHA256SUMS"}
 
 
-def test_a_checkpoint_is_the_same_whether_it_is_written_beside_training_or_not(
+def test_background_and_foreground_saves_write_the_same_checkpoint(
     tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     beside = tiny_recipe(output_dir=str(tmp_path / "beside"), dropout=0.1, save_total_limit=None, save_steps=1)
@@ -163,7 +163,7 @@ def test_a_checkpoint_is_the_same_whether_it_is_written_beside_training_or_not(
             assert (ours / file).read_bytes() == (theirs / file).read_bytes(), (ours.name, file)
 
 
-def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
+def test_full_disk_loses_a_checkpoint_but_not_the_run(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     save_file = checkpoint_module.save_file
@@ -184,7 +184,7 @@ def test_a_full_disk_costs_the_checkpoint_and_not_the_run(
     assert f"{line}, the newest checkpoint is {newest}" in capsys.readouterr().out.splitlines()
 
 
-def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_costs_nothing_that_was_saved(
+def test_disk_that_stays_full_ends_the_run_in_one_line_and_keeps_saved_checkpoints(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -203,9 +203,7 @@ def test_a_disk_that_stays_full_ends_the_run_in_one_line_and_costs_nothing_that_
     assert [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line] == list(range(1, 13))
 
 
-def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(
-    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_save_killed_halfway_keeps_the_older_checkpoint(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(max_steps=8)
     publish = checkpoint_module.publish
 
@@ -225,7 +223,7 @@ def test_a_save_that_dies_half_way_leaves_the_older_checkpoint(
     assert not list((run / "checkpoints").glob(".*"))
 
 
-def test_a_run_that_was_killed_while_its_last_save_cleaned_up_leaves_nothing_of_it(tiny_recipe: Make) -> None:
+def test_temporary_folders_of_a_killed_save_are_removed(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=8)
     train(recipe)
     run = Path(recipe.output_dir)
@@ -238,7 +236,7 @@ def test_a_run_that_was_killed_while_its_last_save_cleaned_up_leaves_nothing_of_
     assert not [path for path in left if path.is_dir()]
 
 
-def test_no_room_for_the_model_folder_is_one_line_and_the_next_start_writes_it(
+def test_no_space_for_the_model_folder_is_one_line_and_the_next_start_writes_it(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(checkpoint: Path, folder: Path) -> None:
@@ -276,13 +274,13 @@ def test_two_checkpoints_are_never_written_at_once(tiny_recipe: Make, monkeypatc
     assert len(checkpoints(run_of(recipe))) == 12
 
 
-def test_the_clock_asks_for_checkpoints_too(tiny_recipe: Make) -> None:
+def test_save_minutes_saves_checkpoints(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(save_steps=0, save_minutes=1e-9, save_total_limit=None, max_steps=4)
     train(recipe)
     assert names_in(recipe) == {f"step-00000{step}" for step in (1, 2, 3, 4)}
 
 
-def test_removal_keeps_the_newest_and_those_at_round_steps(tmp_path: Path) -> None:
+def test_removal_keeps_the_newest_and_those_at_multiples_of_save_keep_every(tmp_path: Path) -> None:
     for step in range(100, 1100, 100):
         checkpoint_folder(tmp_path, step).mkdir(parents=True)
     remove_old_checkpoints(tmp_path, keep=None, keep_every=400)
@@ -304,7 +302,7 @@ def test_hooks_are_called_when_a_checkpoint_is_complete(tiny_recipe: Make) -> No
     assert saved == [(4, True), (8, True), (12, True)]
 
 
-def test_what_the_loop_remembers_is_saved_and_comes_back(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loop_state_is_saved_and_restored(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     class Count(Hook):
@@ -328,7 +326,7 @@ def test_what_the_loop_remembers_is_saved_and_comes_back(tiny_recipe: Make, monk
     assert [state["starts"].tolist() for state in seen] == [[0, 0, 0], [1, 1, 1]]
 
 
-def test_host_memory_holds_copies_and_is_used_again() -> None:
+def test_host_memory_holds_copies_and_is_reused() -> None:
     memory, weights = HostMemory(), [torch.arange(3.0), torch.ones(3), torch.ones(2)]
     memory.begin()
     first = [memory.copy(tensor) for tensor in weights]
@@ -341,7 +339,7 @@ def test_host_memory_holds_copies_and_is_used_again() -> None:
     assert again[0].tolist() == [1, 2, 3]
 
 
-def test_memory_made_beside_the_first_steps_is_what_a_snapshot_takes() -> None:
+def test_snapshot_uses_the_memory_allocated_in_the_background() -> None:
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.ones(1, 3)).sum().backward()

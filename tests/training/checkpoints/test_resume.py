@@ -46,7 +46,7 @@ def started(recipe: Recipe) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
-def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_repeatedly_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_recipe: Make, tmp_path: Path) -> None:
     whole = tiny_recipe(output_dir=str(tmp_path / "whole"), max_steps=60, save_steps=3, eval_steps=20, dropout=0.1)
     broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
     kills = 0
@@ -73,7 +73,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_an_unbroken_one(tiny_recip
     assert told[0] == told[1]
 
 
-def test_going_on_from_an_older_checkpoint_sets_the_other_branch_aside(tiny_recipe: Make) -> None:
+def test_resuming_from_an_older_checkpoint_renames_the_later_ones(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(save_total_limit=None)  # checkpoints 4, 8, 12
     train(recipe)
     older = run_of(recipe) / "checkpoints" / "step-000004"
@@ -94,7 +94,7 @@ def learning_rates(run: Path) -> dict[int, float]:
     return {line["step"]: line["learning_rate"] for line in read_metrics(run) if "learning_rate" in line}
 
 
-def test_a_decay_branches_from_any_checkpoint_of_a_stable_run(
+def test_decay_branches_from_any_checkpoint_of_a_stable_run(
     tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trunk = tiny_recipe(
@@ -132,7 +132,7 @@ def test_a_decay_branches_from_any_checkpoint_of_a_stable_run(
     assert "going on from " + str(tmp_path / "a-decayed" / "checkpoints" / "step-000006") in capsys.readouterr().out
 
 
-def test_a_finished_run_with_a_new_end_takes_the_longer_runs_rates(tiny_recipe: Make) -> None:
+def test_extended_run_uses_the_learning_rates_of_the_longer_run(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=4, lr_scheduler_type="linear", warmup_steps=0, learning_rate=1e-3)
     train(recipe)
     train(dataclasses.replace(recipe, max_steps=8))
@@ -142,7 +142,7 @@ def test_a_finished_run_with_a_new_end_takes_the_longer_runs_rates(tiny_recipe: 
     assert found == pytest.approx(expected)
 
 
-def test_a_model_of_before_the_extension_does_not_pass_for_the_end(tiny_recipe: Make) -> None:
+def test_model_folder_is_written_again_after_an_extension(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=4)
     train(recipe)
     shutil.copytree(run_of(recipe) / "model", run_of(recipe).parent / "old")
@@ -156,7 +156,7 @@ def test_a_model_of_before_the_extension_does_not_pass_for_the_end(tiny_recipe: 
     assert (run_of(recipe) / "model" / "model.safetensors").read_bytes() == newest.read_bytes()
 
 
-def test_an_end_moved_to_the_checkpoint_is_validated_there(tiny_recipe: Make) -> None:
+def test_run_shortened_to_its_checkpoint_is_validated_there(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(eval_steps=6, save_steps=8, save_total_limit=None)
     train(recipe)
     shutil.rmtree(run_of(recipe) / "model")
@@ -220,7 +220,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(place: str, tiny_rec
         train(tiny_recipe(output_dir=str(tmp_path / place)))
 
 
-def test_lines_that_somebody_spoilt_do_not_keep_a_run_from_going_on(tiny_recipe: Make) -> None:
+def test_run_with_corrupted_log_lines_resumes(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=4)
     train(recipe)
     with (run_of(recipe) / "metrics.jsonl").open("a") as file:
@@ -231,7 +231,7 @@ def test_lines_that_somebody_spoilt_do_not_keep_a_run_from_going_on(tiny_recipe:
     assert [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tiny_recipe: Make) -> None:
+def test_non_finite_loss_ends_the_run_before_a_save(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=8, save_steps=4)
     train(dataclasses.replace(recipe, max_steps=4))
     with pytest.raises(InputError, match=r"validation loss is no finite number; lower .*step-000004, and"):
@@ -239,13 +239,15 @@ def test_a_loss_that_is_no_number_ends_the_run_before_it_is_saved(tiny_recipe: M
     assert [path.name for path in checkpoints(run_of(recipe))] == ["step-000004"]
 
 
-def test_a_prompt_longer_than_the_model_is_cut(tiny_recipe: Make) -> None:
+def test_prompt_longer_than_n_positions_is_truncated(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=2, sample_prompts=["The model keeps its own place. " * 40])
     train(recipe)
     assert (run_of(recipe) / "model" / "README.md").is_file()
 
 
-def test_a_tokenizer_that_is_not_the_shards_is_refused(tiny_recipe: Make, shard_folder: Path, tmp_path: Path) -> None:
+def test_tokenizer_that_differs_from_the_shards_is_refused(
+    tiny_recipe: Make, shard_folder: Path, tmp_path: Path
+) -> None:
     from training.data.tokenization.tokenizer import train_bpe
 
     shutil.copytree(shard_folder, tmp_path / "data")
@@ -267,7 +269,7 @@ def test_ids_outside_the_vocabulary_in_validation_are_refused(
     assert not run_of(tiny_recipe()).exists()
 
 
-def test_what_is_told_of_a_model_is_the_models_own_shape(
+def test_reported_shape_is_that_of_the_loaded_model(
     tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tiny_recipe(max_steps=1))
@@ -280,7 +282,7 @@ def test_what_is_told_of_a_model_is_the_models_own_shape(
     assert "2 layers, 2 heads" in (run_of(other) / "model" / "README.md").read_text()
 
 
-def test_the_three_commands_work_as_printed(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_commands_work(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(max_steps=2, sample_prompts=['I\'m "$HOME"'])
     train(recipe)
     lines = capsys.readouterr().out.split("To try next:\n")[1].strip().splitlines()

@@ -32,7 +32,7 @@ def test_a_byte_level_loss_of_ln_2_is_one_bit_per_byte(bytes_tokenizer: Tokenize
     assert text.bits_per_byte(math.log(2)) == pytest.approx(1.0)
 
 
-def test_ends_of_documents_cost_bits_but_are_no_bytes(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_end_of_text_tokens_cost_bits_but_count_no_bytes(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids = [0, *b"abc", 256, *b"abc", 256]
     text = ScoredText.of_windows(shard_of(ids, tmp_path / "v.npy"), bytes_tokenizer, windows=1, seq_len=8)
     assert text.byte_count == 6

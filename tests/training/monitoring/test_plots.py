@@ -50,7 +50,7 @@ def words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_the_picture_is_a_png_with_axes_that_say_their_units(words: list[str], tmp_path: Path) -> None:
+def test_plot_is_a_png_with_units_on_its_axes(words: list[str], tmp_path: Path) -> None:
     path = tmp_path / "curves.png"
     plot_curves(path, [Curves("a run", lines())])
     assert path.read_bytes().startswith(b"\x89PNG")
@@ -64,7 +64,7 @@ def test_the_picture_is_a_png_with_axes_that_say_their_units(words: list[str], t
     ("corpus", "gpt2_tokens", "comparable"),
     [("fineweb-edu", True, True), ("fineweb-edu", False, False), ("fineweb", True, False), ("x", True, False)],
 )
-def test_gpt2s_loss_stands_only_where_losses_compare(
+def test_gpt2_loss_is_drawn_only_where_losses_are_comparable(
     corpus: str, gpt2_tokens: bool, comparable: bool, words: list[str], tmp_path: Path
 ) -> None:
     plot_curves(tmp_path / "c.png", [Curves("a run", lines(), corpus, gpt2_tokens)])
@@ -104,7 +104,7 @@ def test_losses_that_are_not_finite_are_marked(words: list[str], tmp_path: Path)
     ],
     ids=["nothing", "one step", "one validation", "nothing finite", "zeros", "foreign"],
 )
-def test_whatever_a_run_recorded_there_is_a_picture(metrics: list[dict[str, Any]], tmp_path: Path) -> None:
+def test_any_recorded_metrics_can_be_plotted(metrics: list[dict[str, Any]], tmp_path: Path) -> None:
     plot_curves(tmp_path / "c.png", [Curves("a run", metrics)])
     assert (tmp_path / "c.png").stat().st_size > 1000
 
@@ -127,7 +127,7 @@ def test_only_the_first_losses_may_lie_above_the_picture() -> None:
     assert loss_limits([(tokens, falling), ([1.0, 2.0], [11.0, 10.0])]) == pytest.approx((1.95, 3.05))
 
 
-def test_several_runs_are_laid_over_each_other_by_the_names_of_their_folders(
+def test_several_runs_share_a_plot_under_the_names_of_their_folders(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = run_folder(tmp_path / "a", lines()), run_folder(tmp_path / "b", lines()[:-1])
@@ -138,7 +138,7 @@ def test_several_runs_are_laid_over_each_other_by_the_names_of_their_folders(
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'both.png'}\n"
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(
+def test_runs_with_the_same_name_are_labelled_by_path(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = run_folder(tmp_path / "1" / "run", lines()), run_folder(tmp_path / "2" / "run", lines())
@@ -147,7 +147,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(
     assert {f"{a} (3.500)", f"{b} (3.500)"} <= set(words)
 
 
-def test_gpt2s_loss_is_left_out_where_the_runs_corpora_differ(
+def test_gpt2_loss_is_omitted_where_corpora_differ(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a = run_folder(tmp_path / "a", lines(), corpus="fineweb-edu")
@@ -170,7 +170,7 @@ def test_gpt2s_loss_is_left_out_where_the_runs_corpora_differ(
         ([], "required: RUN"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_in_one_line(
+def test_runs_that_cannot_be_plotted_are_refused_in_one_line(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_folder(tmp_path / "run", lines())

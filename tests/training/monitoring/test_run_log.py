@@ -64,7 +64,7 @@ def test_everything_that_is_printed_is_kept(tmp_path: Path, capsys: pytest.Captu
     assert printed.startswith("hello\nstep 1/10  loss 3.0000")
 
 
-def test_a_loss_that_is_not_a_number_is_not_hidden(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_non_finite_loss_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = open_log(tmp_path)
     log.training(training_line(1, float("nan")))
     log.close()
@@ -85,7 +85,7 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_line_has_the_figures_of_the_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_line_has_the_values_of_the_progress_bar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = open_log(tmp_path)
     log.training({**training_line(1), "mfu": 0.4981, "memory_gib": 12.34}, seconds_left=3700)
     log.close()
@@ -94,7 +94,7 @@ def test_the_line_has_the_figures_of_the_bar(tmp_path: Path, capsys: pytest.Capt
     )
 
 
-def test_on_a_terminal_the_bar_has_the_figures_of_the_line(
+def test_progress_bar_on_a_terminal_has_the_values_of_the_log_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
@@ -110,7 +110,7 @@ def test_on_a_terminal_the_bar_has_the_figures_of_the_line(
     assert figures in (tmp_path / "train.log").read_text()
 
 
-def test_the_smoothed_loss_goes_on_where_an_interrupted_run_stopped(tmp_path: Path) -> None:
+def test_smoothed_loss_continues_after_a_resume(tmp_path: Path) -> None:
     losses = [3.0, 2.5, float("nan"), 2.0, 1.5]
     for name, parts in (("whole", [losses]), ("parted", [losses[:2], losses[2:]])):
         (tmp_path / name).mkdir()
@@ -133,7 +133,7 @@ def test_smoothing_starts_at_the_first_value_and_keeps_constants() -> None:
     assert average.add(3.0) == pytest.approx((0.5 * 0.5 * 1.0 + 0.5 * 3.0) / 0.75)
 
 
-def test_a_value_that_is_not_a_number_shows_in_the_average_and_does_not_stay() -> None:
+def test_non_finite_value_shows_in_the_average_only_once() -> None:
     average = Smoothed(0.5)
     average.add(2.0)
     assert math.isnan(average.add(float("nan")))
@@ -151,7 +151,7 @@ def test_results_of_tasks_are_lines_too(tmp_path: Path, capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith("step 4  hellaswag_acc_norm 0.2955  lambada_acc 0.3256\n")
 
 
-def test_samples_of_a_step_stand_once_in_their_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_of_a_step_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for first_step, steps in ((0, (5, 10)), (5, (5, 10)), (10, (10,))):  # stopped behind step 5, and again at the end
         log = open_log(tmp_path, first_step=first_step)
         for step in steps:
@@ -162,7 +162,7 @@ def test_samples_of_a_step_stand_once_in_their_file(tmp_path: Path, capsys: pyte
     assert capsys.readouterr().out.count("  | Two") == 3
 
 
-def test_samples_that_a_crash_tore_are_dropped(tmp_path: Path) -> None:
+def test_truncated_samples_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "samples.txt").write_bytes(b"step 5\n\n  | One\n\nstep 10\n\n  | Zw\xc3\nstep ")
     log = open_log(tmp_path, first_step=10)
     log.close()
@@ -197,7 +197,7 @@ class _FullDisk:
         return getattr(self.file, name)
 
 
-def test_a_full_disk_ends_no_run_and_loses_no_line(
+def test_full_disk_neither_ends_the_run_nor_loses_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = RunLog(tmp_path, enabled=True, first_step=0, total_steps=4)
