@@ -198,6 +198,8 @@ def test_a_refused_start_writes_nothing(tiny_recipe: Make) -> None:
 
 def test_two_runs_do_not_write_one_folder(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=4)
+    run_of(recipe).mkdir()
+    (run_of(recipe) / LOCK_NAME).write_text("pid 1 on another-node")  # left by a start that was killed
     train(recipe)
     with (
         locked(run_of(recipe)),
