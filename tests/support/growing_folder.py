@@ -1,4 +1,4 @@
-"""A shard folder that grows when a test says so."""
+"""A shard folder that a test completes shard by shard."""
 
 import dataclasses
 import shutil
@@ -9,26 +9,32 @@ from training.data.shards.shard_reader import ShardFolder
 
 
 class GrowingFolder:
-    """A copy of a complete shard folder, of which the manifest names the first shards only."""
+    """A copy of a complete shard folder whose manifest lists only the first shards."""
 
     def __init__(self, complete: Path, path: Path) -> None:
         shutil.copytree(complete, path)
         self.path = path
         manifest = Manifest.read(path)
         assert manifest is not None
-        self.whole = manifest
+        self.complete_manifest = manifest
 
     def show(self, shards: int, *, complete: bool = False) -> ShardFolder:
-        dataclasses.replace(self.whole, shards=self.whole.shards[:shards], complete=complete).write(self.path)
-        for record in self.whole.shards[shards:]:  # what is not in the manifest may be in any state
+        dataclasses.replace(
+            self.complete_manifest, shards=self.complete_manifest.shards[:shards], complete=complete
+        ).write(self.path)
+        for record in self.complete_manifest.shards[
+            shards:
+        ]:  # a shard that the manifest does not list may be in any state
             (self.path / record.file).unlink(missing_ok=True)
         return ShardFolder.open(self.path)
 
 
 def restore(growing: GrowingFolder, complete: Path, shards: int) -> None:
-    """Let the folder have its first `shards` shards, as the producer would."""
-    for record in growing.whole.shards[:shards]:
+    """Add shards as the producer would, until the folder has its first `shards`."""
+    for record in growing.complete_manifest.shards[:shards]:
         if not (growing.path / record.file).exists():
             shutil.copy(complete / record.file, growing.path / record.file)
-    every = shards == len(growing.whole.shards)
-    dataclasses.replace(growing.whole, shards=growing.whole.shards[:shards], complete=every).write(growing.path)
+    complete_now = shards == len(growing.complete_manifest.shards)
+    dataclasses.replace(
+        growing.complete_manifest, shards=growing.complete_manifest.shards[:shards], complete=complete_now
+    ).write(growing.path)

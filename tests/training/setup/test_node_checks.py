@@ -234,10 +234,10 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
         assert nodes.producers[0].failure
         time.sleep(1)
         assert not any(plan.done() for plan in plans)
-        restore(folders[1], shard_folder, len(folders[1].whole.shards))
+        restore(folders[1], shard_folder, len(folders[1].complete_manifest.shards))
         assert [len(ShardFolder.open(plan.result().folder.path).train_shards) for plan in plans] == [
             1,
-            len(folders[1].whole.shards) - 1,
+            len(folders[1].complete_manifest.shards) - 1,
         ]
     deadline = time.monotonic() + 10
     while not any("died" in line for line in lines) and time.monotonic() < deadline:

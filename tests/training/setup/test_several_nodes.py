@@ -48,7 +48,7 @@ def test_node_that_waits_long_for_its_first_shards_does_not_end_the_others(
         processes, recipes = start(growing.path)
         time.sleep(1.5 * TIMEOUT_SECONDS)
         assert all(process.is_alive() for process in processes.processes), processes.printed.read_text()
-        restore(growing, shard_folder, len(growing.whole.shards))
+        restore(growing, shard_folder, len(growing.complete_manifest.shards))
         assert processes.wait() == [0, 0], processes.printed.read_text()
     assert len([line for line in read_metrics(Path(recipes[0].output_dir)) if "train_loss" in line]) == 3
 

@@ -27,7 +27,7 @@ def growing(shard_folder: Path, tmp_path: Path) -> GrowingFolder:
 def test_partial_folder_and_complete_folder_have_the_same_order(growing: GrowingFolder, shard_folder: Path) -> None:
     finished = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
     shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
-    assert len(growing.whole.shards) > 3
+    assert len(growing.complete_manifest.shards) > 3
     sample, number = 0, 2
     windows = []
     while sample < 3 * finished.order.windows_in_epoch(0):
@@ -41,7 +41,7 @@ def test_partial_folder_and_complete_folder_have_the_same_order(growing: Growing
         windows.append(shards.locate(sample))
         sample += 1
     assert windows == [finished.locate(sample) for sample in range(len(windows))]
-    assert number == len(growing.whole.shards)
+    assert number == len(growing.complete_manifest.shards)
     assert {window.epoch for window in windows} >= {0, 1, 2}
 
 
@@ -51,7 +51,9 @@ def test_second_epoch_waits_until_the_folder_is_complete(growing: GrowingFolder,
     shards.refresh()
     assert shards.ready() == first_of_epoch_1
     # Every shard exists now, but the manifest does not say yet that it is complete.
-    growing.whole = dataclasses.replace(growing.whole, shards=growing.whole.shards[:3])
+    growing.complete_manifest = dataclasses.replace(
+        growing.complete_manifest, shards=growing.complete_manifest.shards[:3]
+    )
     restore(growing, shard_folder, 3)
     shards.refresh()
     assert shards.ready() > first_of_epoch_1

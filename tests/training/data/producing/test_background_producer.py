@@ -1,4 +1,4 @@
-"""Training while the corpus is still being tokenised: what it begins with, what it survives, what it leaves behind."""
+"""Training while the producer runs in the background: start, failures, restarts, and what is left at the end."""
 
 import dataclasses
 import json
@@ -43,12 +43,12 @@ on_linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for process
 
 @pytest.fixture(autouse=True)
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Tiny matrices on several threads spend their time waiting for each other when the cores are busy.
+    # On busy cores, several threads slow tiny matrices down.
     monkeypatch.setattr("training.setup.accelerator.use_all_cores", lambda: torch.set_num_threads(1))
 
 
 def processes_that_name(text: str) -> list[int]:
-    """Living processes whose command line holds `text`, this one left out."""
+    """Processes other than this one whose command line contains `text`."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -72,7 +72,7 @@ def growing(shard_folder: Path, tmp_path: Path) -> GrowingFolder:
     return GrowingFolder(shard_folder, tmp_path / "growing")
 
 
-# The process beside training
+# The child process
 
 
 def script(tmp_path: Path, text: str) -> list[str]:
@@ -81,7 +81,7 @@ def script(tmp_path: Path, text: str) -> list[str]:
     return [sys.executable, str(path)]
 
 
-def test_producer_that_dies_is_told_with_its_error_and_started_again(tmp_path: Path) -> None:
+def test_dying_producer_is_logged_with_its_error_and_restarted(tmp_path: Path) -> None:
     command = script(
         tmp_path,
         f"""
@@ -106,7 +106,7 @@ if tries < 2:
     ]
 
 
-def test_mistake_before_the_first_shard_ends_the_wait(tmp_path: Path) -> None:
+def test_user_error_before_the_first_shard_ends_the_wait(tmp_path: Path) -> None:
     lines: list[str] = []
     with BackgroundProducer(lines.append) as producer:
         producer.start(script(tmp_path, "print('error: no such corpus', file=sys.stderr); sys.exit(2)"))
@@ -114,7 +114,7 @@ def test_mistake_before_the_first_shard_ends_the_wait(tmp_path: Path) -> None:
     assert lines == []
 
 
-def test_producer_that_failed_just_before_training_started_is_told_and_started_again(tmp_path: Path) -> None:
+def test_producer_that_failed_just_before_training_is_logged_and_restarted(tmp_path: Path) -> None:
     marker = tmp_path / "tries"
     code = f"marker = pathlib.Path({str(marker)!r}); tries = marker.exists(); marker.touch()\n"
     lines: list[str] = []
@@ -129,7 +129,7 @@ def test_producer_that_failed_just_before_training_started_is_told_and_started_a
     assert lines == [died, "well"]
 
 
-def test_killed_producer_is_started_again_and_named_as_killed(tmp_path: Path) -> None:
+def test_killed_producer_is_restarted_and_its_signal_logged(tmp_path: Path) -> None:
     lines: list[str] = []
     with BackgroundProducer(lines.append) as producer:
         producer.training_started()
@@ -138,7 +138,7 @@ def test_killed_producer_is_started_again_and_named_as_killed(tmp_path: Path) ->
     assert "died: killed by SIGKILL; training continues" in lines[0]
 
 
-def test_a_minute_holds_one_line_of_the_producer(tmp_path: Path) -> None:
+def test_producer_logs_one_line_a_minute_during_training(tmp_path: Path) -> None:
     lines: list[str] = []
     marker = tmp_path / "done"
     with BackgroundProducer(lines.append) as producer:
@@ -148,7 +148,7 @@ def test_a_minute_holds_one_line_of_the_producer(tmp_path: Path) -> None:
     assert lines == ["first"]
 
 
-def test_producer_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_producer_that_ignores_sigterm_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.data.producing.background_producer._SECONDS_TO_EXIT", 0.5)
     marker = tmp_path / "started"
     code = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); pathlib.Path({str(marker)!r}).touch()"
@@ -159,7 +159,7 @@ def test_producer_that_will_not_end_is_killed(tmp_path: Path, monkeypatch: pytes
 
 
 def slow_corpus(path: Path) -> Path:
-    """A corpus that takes the producer some seconds."""
+    """A corpus that keeps the producer busy for some seconds."""
     rng = random.Random(0)
     words = [f"{a}{b}" for a in ("to", "ken", "win", "shard", "ba") for b in ("s", "dow", "ch", "ing", "er")]
     with path.open("w") as file:
@@ -183,7 +183,7 @@ def slow_command(tmp_path: Path) -> list[str]:
 
 
 @on_linux
-def test_producer_ends_with_training_and_leaves_whole_shards_only(tmp_path: Path, slow_command: list[str]) -> None:
+def test_producer_stops_with_training_and_leaves_complete_shards_only(tmp_path: Path, slow_command: list[str]) -> None:
     with BackgroundProducer(lambda line: None) as producer:
         producer.start(slow_command)
         wait_until(lambda: (manifest := Manifest.read(tmp_path / "out")) and len(manifest.shards) > 1)
@@ -196,7 +196,7 @@ def test_producer_ends_with_training_and_leaves_whole_shards_only(tmp_path: Path
 
 
 @on_linux
-def test_producer_ends_when_training_is_killed(tmp_path: Path, slow_command: list[str]) -> None:
+def test_producer_stops_when_training_is_killed(tmp_path: Path, slow_command: list[str]) -> None:
     program = f"""
 import sys, time
 from training.data.producing.background_producer import BackgroundProducer
@@ -211,7 +211,7 @@ with BackgroundProducer() as producer:
         process.send_signal(signal.SIGKILL)
         process.wait()
     wait_until(lambda: not processes_that_name(str(tmp_path / "out")), 20)
-    assert not (tmp_path / "out" / LOCK_NAME).exists()  # it had the time to clean up
+    assert not (tmp_path / "out" / LOCK_NAME).exists()  # the producer had time to clean up
 
 
 def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(tmp_path: Path, text_file: Path) -> None:
@@ -228,7 +228,7 @@ def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(tmp_p
     assert any("another process is filling" in line for line in lines) or len(lines) <= 1
 
 
-def test_cores_that_training_leaves_free_tokenise(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_producer_gets_the_cores_that_training_leaves_free(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("training.setup.training_data.usable_cpus", lambda: 64)
     assert preprocessing_workers(tiny_recipe(dataloader_num_workers=2), 8) == 64 - 24
     assert preprocessing_workers(tiny_recipe(preprocessing_num_workers=3), 8) == 3
@@ -241,78 +241,80 @@ def test_cores_that_training_leaves_free_tokenise(tiny_recipe: Make, monkeypatch
 # Whole runs
 
 
-def test_run_over_a_folder_that_is_not_there_equals_one_over_ready_shards(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_run_without_shards_equals_run_over_complete_shards(tiny_recipe: Make, tmp_path: Path) -> None:
     ready = tiny_recipe(output_dir=str(tmp_path / "ready"))
     train(ready)
-    beside = tiny_recipe(output_dir=str(tmp_path / "beside"), data_dir=str(tmp_path / "data"))
-    train(beside)
-    assert [line["train_loss"] for line in read_metrics(Path(beside.output_dir)) if "train_loss" in line] == [
+    background = tiny_recipe(output_dir=str(tmp_path / "background"), data_dir=str(tmp_path / "data"))
+    train(background)
+    assert [line["train_loss"] for line in read_metrics(Path(background.output_dir)) if "train_loss" in line] == [
         line["train_loss"] for line in read_metrics(Path(ready.output_dir)) if "train_loss" in line
     ]
     assert not any(thread.name == "producer" for thread in threading.enumerate())
 
 
-def test_run_dry_waits_with_a_message_and_goes_on(
+def test_run_without_further_shards_logs_that_it_waits_and_continues(
     tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The producer is away (another node holds the lock): training takes what is there, waits, and takes the rest."""
+    """Another node holds the lock: training uses the shards it has, waits, and continues with the rest."""
     growing.show(2)
     recipe = tiny_recipe(data_dir=str(growing.path), max_steps=60, save_steps=20, eval_steps=0, sample_steps=0)
     ready = tiny_recipe(output_dir=str(tmp_path / "ready"), max_steps=60, save_steps=0, eval_steps=0, sample_steps=0)
-    whole_steps = TrainingShards(ShardFolder.open(growing.path), seq_len=32, seed=0).order.windows_in_epoch(0) // 8
-    assert whole_steps < 60
+    available_steps = TrainingShards(ShardFolder.open(growing.path), seq_len=32, seed=0).order.windows_in_epoch(0) // 8
+    assert available_steps < 60
     seen: list[int] = []
 
     def another_node() -> None:
-        wait_until(lambda: len(read_metrics(Path(recipe.output_dir))) >= whole_steps)
+        wait_until(lambda: len(read_metrics(Path(recipe.output_dir))) >= available_steps)
         time.sleep(0.7)
         seen.append(len(read_metrics(Path(recipe.output_dir))))
-        restore(growing, shard_folder, len(growing.whole.shards))
+        restore(growing, shard_folder, len(growing.complete_manifest.shards))
 
     with locked(growing.path):
         thread = threading.Thread(target=another_node)
         thread.start()
         train(recipe)
         thread.join()
-    assert seen == [whole_steps]
-    line = f"step {whole_steps + 1} waits for the corpus: 1 training shards are here, and the next is not ready yet\n"
+    assert seen == [available_steps]
+    line = (
+        f"step {available_steps + 1} waits for the corpus: 1 training shards are here, and the next is not ready yet\n"
+    )
     assert line in capsys.readouterr().out
     state = TrainerState.read(checkpoints(Path(recipe.output_dir))[0])
-    assert len(state.shards) in (2, len(growing.whole.shards))
+    assert len(state.shards) in (2, len(growing.complete_manifest.shards))
     train(ready)
     assert [line["train_loss"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line] == [
         line["train_loss"] for line in read_metrics(Path(ready.output_dir)) if "train_loss" in line
     ]
 
 
-@pytest.mark.parametrize("shards", [3, 2], ids=["complete", "begun"])
-def test_folder_prepared_with_a_limit_of_tokens_is_trained_on(
+@pytest.mark.parametrize("shards", [3, 2], ids=["complete", "partial"])
+def test_folder_prepared_with_max_tokens_can_be_trained_on(
     shards: int, tiny_recipe: Make, text_file: Path, tmp_path: Path
 ) -> None:
-    recipe = tiny_recipe(data_dir=str(tmp_path / "whole"), max_steps=3, eval_steps=0, sample_steps=0, save_steps=0)
+    recipe = tiny_recipe(data_dir=str(tmp_path / "complete"), max_steps=3, eval_steps=0, sample_steps=0, save_steps=0)
     sizes = {"shard_tokens": 9_000, "val_tokens": 2_000, "max_tokens": 12_000}
-    make_shards(tmp_path / "whole", corpus=str(text_file), tokenizer=recipe.tokenizer, **sizes)
-    folder = GrowingFolder(tmp_path / "whole", tmp_path / "data")
+    make_shards(tmp_path / "complete", corpus=str(text_file), tokenizer=recipe.tokenizer, **sizes)
+    folder = GrowingFolder(tmp_path / "complete", tmp_path / "data")
     steps = 2 if folder.show(shards, complete=shards == 3).complete else 40  # the first shard has 35
     train(dataclasses.replace(recipe, data_dir=str(folder.path), max_steps=steps))
     manifest = Manifest.read(folder.path)
-    assert manifest == folder.whole
+    assert manifest == folder.complete_manifest
 
 
-def test_run_dry_names_what_its_producer_died_of(
+def test_waiting_run_logs_why_the_producer_died(
     tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     growing.show(2)
-    (tmp_path / "corpus.jsonl").write_text('{"text": "what the folder was not begun with"}\n')
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a corpus that the folder was not made from"}\n')
     recipe = tiny_recipe(data_dir=str(growing.path), corpus=str(tmp_path / "corpus.jsonl"), max_steps=40)
     recipe = dataclasses.replace(recipe, eval_steps=0, sample_steps=0, save_steps=0)
     log = Path(recipe.output_dir) / "train.log"
 
-    def mend() -> None:
+    def complete_folder() -> None:
         wait_until(lambda: log.exists() and "waits for the corpus" in log.read_text())
-        restore(growing, shard_folder, len(growing.whole.shards))
+        restore(growing, shard_folder, len(growing.complete_manifest.shards))
 
-    thread = threading.Thread(target=mend)
+    thread = threading.Thread(target=complete_folder)
     thread.start()
     train(recipe)
     thread.join()
@@ -320,11 +322,11 @@ def test_run_dry_names_what_its_producer_died_of(
     assert "and the next is not ready yet; the producer died: the corpus " in waiting
 
 
-def test_producer_has_ended_before_the_log_it_speaks_to_is_closed(
+def test_producer_stops_before_the_run_log_is_closed(
     tiny_recipe: Make, growing: GrowingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     growing.show(2)
-    (tmp_path / "corpus.jsonl").write_text('{"text": "what the folder was not begun with"}\n')
+    (tmp_path / "corpus.jsonl").write_text('{"text": "a corpus that the folder was not made from"}\n')
     alive = {}
 
     def noting(method: Callable[..., None], when: str) -> Callable[..., None]:
@@ -340,7 +342,7 @@ def test_producer_has_ended_before_the_log_it_speaks_to_is_closed(
     assert alive == {"in a step": True, "at the end": False}
 
 
-def test_length_in_epochs_needs_the_whole_folder(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_length_in_epochs_waits_for_the_complete_folder(tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(data_dir=str(tmp_path / "data"), max_steps=None, num_train_epochs=0.1, eval_steps=0)
     train(recipe)
     folder = ShardFolder.open(tmp_path / "data")
@@ -350,7 +352,7 @@ def test_length_in_epochs_needs_the_whole_folder(tiny_recipe: Make, tmp_path: Pa
     assert steps == int(0.1 * windows) * 32 // 256
 
 
-def test_corpus_that_cannot_be_read_ends_the_run_with_the_producers_line(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_unreadable_corpus_aborts_the_run_with_the_error_of_the_producer(tiny_recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "c.jsonl").write_text('{"texts": "no such field"}\n')
     recipe = tiny_recipe(data_dir=str(tmp_path / "data"), corpus=str(tmp_path / "c.jsonl"), tokenizer="train:300")
     with pytest.raises(InputError, match=r"^no field 'text' in .*did you mean texts"):
@@ -360,7 +362,7 @@ def test_corpus_that_cannot_be_read_ends_the_run_with_the_producers_line(tiny_re
 
 
 @on_linux
-def test_producer_killed_under_a_run_is_started_again_and_the_run_goes_on(
+def test_producer_killed_during_a_run_is_restarted_and_the_run_continues(
     tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_bpe(["token window shard batch"] * 9, 260).save(tmp_path / "tokenizer")
@@ -410,7 +412,7 @@ def test_two_processes_of_a_node_start_one_producer(tiny_recipe: Make, tmp_path:
             for found in processes_that_name(str(tmp_path / "data")):
                 try:
                     if b"producer_process" in Path(f"/proc/{found}/cmdline").read_bytes():
-                        # A process that has been forked, and is not yet another program, looks like its parent.
+                        # Between fork and exec, a process looks like its parent.
                         producers.add(os.getsid(found))
                 except (FileNotFoundError, ProcessLookupError):
                     continue

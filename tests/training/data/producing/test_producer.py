@@ -1,4 +1,4 @@
-"""The producer: bytes that depend on corpus and tokenizer alone, and going on where it was ended."""
+"""The producer: bytes that depend on corpus and tokenizer alone, and resuming after an interruption."""
 
 import contextlib
 import json
@@ -31,7 +31,7 @@ def _ids(folder: ShardFolder) -> np.ndarray:
     return np.concatenate([shard.read() for shard in folder.shards])
 
 
-def test_shards_hold_each_document_behind_an_end_of_text_in_order(tmp_path, corpus, tokenizer_folder, settings):
+def test_shards_hold_the_documents_in_order_each_after_an_end_of_text(tmp_path, corpus, tokenizer_folder, settings):
     folder = make_shards(tmp_path / "out", **settings)
     tokenizer = Tokenizer.load(tokenizer_folder)
     expected = []
@@ -59,7 +59,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkey
     )
 
 
-def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, settings, tokenizer_folder):
+def test_complete_folder_is_returned_without_reading_its_corpus(tmp_path, settings, tokenizer_folder):
     path = write_corpus(tmp_path / "c.jsonl", 100)
     settings = {**settings, "corpus": str(path)}
     make_shards(tmp_path / "out", **settings)
@@ -82,7 +82,7 @@ def test_complete_folder_is_returned_at_once_even_without_its_corpus(tmp_path, s
         ({"tokenizer": "gpt2"}, "tokenizer bpe-300 instead of gpt2"),
     ],
 )
-def test_folder_made_with_other_settings_is_refused_with_the_difference(tmp_path, settings, change, found):
+def test_folder_with_other_settings_is_an_error_that_names_the_difference(tmp_path, settings, change, found):
     make_shards(tmp_path, **settings)
     before = folder_bytes(tmp_path)
     with pytest.raises(InputError, match=f"{found}; request the same, choose another folder, or delete this one"):
@@ -90,7 +90,7 @@ def test_folder_made_with_other_settings_is_refused_with_the_difference(tmp_path
     assert folder_bytes(tmp_path) == before
 
 
-def test_folder_cut_at_max_tokens_serves_less_and_not_more(tmp_path, settings):
+def test_folder_limited_by_max_tokens_serves_fewer_tokens_and_not_more(tmp_path, settings):
     folder = make_shards(tmp_path, **settings, max_tokens=7_000)
     assert sum(shard.tokens for shard in folder.train_shards) == 7_000
     assert make_shards(tmp_path, **settings, max_tokens=6_000).complete
@@ -104,13 +104,13 @@ class _KilledError(Exception):
 
 
 def _interrupt_after(monkeypatch, shards: int) -> None:
-    """Make the producer die when it has written so many shards, leaving what a kill would leave."""
+    """Make the producer die after `shards` shards and leave the files that a kill would leave."""
     real = ShardWriter._write_shard
 
     def write_shard(self) -> None:
         if len(self.manifest.shards) == shards:
             (self._folder / f"c_train_{shards:06d}.npy{PARTIAL_SUFFIX}").write_bytes(b"half")
-            (self._folder / f"c_train_{shards:06d}.npy").write_bytes(b"whole, but the manifest does not know it")
+            (self._folder / f"c_train_{shards:06d}.npy").write_bytes(b"complete, but not in the manifest")
             raise _KilledError
         real(self)
 
@@ -119,31 +119,31 @@ def _interrupt_after(monkeypatch, shards: int) -> None:
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_interrupted_producer_goes_on_to_the_same_bytes(tmp_path, settings, monkeypatch, shards):
-    make_shards(tmp_path / "whole", **settings)
+def test_interrupted_producer_resumes_to_the_same_bytes(tmp_path, settings, monkeypatch, shards):
+    make_shards(tmp_path / "complete", **settings)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, shards)
         with pytest.raises(_KilledError):
             make_shards(tmp_path / "out", **settings)
     assert len(ShardFolder.open(tmp_path / "out").shards) == shards
     make_shards(tmp_path / "out", **settings)
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
 
 
-def test_document_longer_than_shards_is_taken_up_in_its_middle(tmp_path, settings, monkeypatch):
+def test_producer_resumes_in_the_middle_of_a_document(tmp_path, settings, monkeypatch):
     path = tmp_path / "c.txt"
     path.write_text(" ".join(random.Random(0).choices(WORDS, k=20_000)))
     settings = {**settings, "corpus": str(path)}
-    make_shards(tmp_path / "whole", **settings)
+    make_shards(tmp_path / "complete", **settings)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 3)
         with pytest.raises(_KilledError):
             make_shards(tmp_path / "out", **settings)
     make_shards(tmp_path / "out", **settings)
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
 
 
-def test_incomplete_folder_is_not_continued_with_a_changed_corpus(tmp_path, settings, monkeypatch):
+def test_partial_folder_is_not_resumed_with_a_changed_corpus(tmp_path, settings, monkeypatch):
     path = write_corpus(tmp_path / "c.jsonl", 200)
     settings = {**settings, "corpus": str(path)}
     with monkeypatch.context() as patch:
@@ -159,7 +159,7 @@ def test_incomplete_folder_is_not_continued_with_a_changed_corpus(tmp_path, sett
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.parquet", "c"])
-def test_producer_goes_on_without_reading_what_is_behind_it(tmp_path, settings, monkeypatch, name):
+def test_producer_resumes_without_reading_earlier_documents(tmp_path, settings, monkeypatch, name):
     rng = random.Random(0)
     texts = [" ".join(rng.choices(WORDS, k=rng.choice([1, 5, 40, 300]))) for _ in range(400)]
     path = tmp_path / name
@@ -173,7 +173,7 @@ def test_producer_goes_on_without_reading_what_is_behind_it(tmp_path, settings, 
             (path / f"{number:03d}.txt").write_text(text)
     monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 2_000)
     settings = {**settings, "corpus": str(path)}
-    whole = make_shards(tmp_path / "whole", **settings)
+    complete = make_shards(tmp_path / "complete", **settings)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 4)
         with pytest.raises(_KilledError):
@@ -191,11 +191,11 @@ def test_producer_goes_on_without_reading_what_is_behind_it(tmp_path, settings, 
     monkeypatch.setattr(FileCorpus, "_read", spy)
     make_shards(tmp_path / "out", **settings)
     assert len(read) == 400 - manifest.resume.document
-    assert folder_bytes(tmp_path / "out") == folder_bytes(whole.path)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(complete.path)
 
 
 @pytest.mark.parametrize("max_tokens", [None, 21_000])
-def test_documents_that_are_not_utf8_are_counted_once_whatever_happens(tmp_path, settings, monkeypatch, max_tokens):
+def test_documents_with_invalid_utf8_are_counted_once(tmp_path, settings, monkeypatch, max_tokens):
     path = tmp_path / "c.jsonl"
     with path.open("wb") as file:
         for number in range(300):
@@ -212,13 +212,13 @@ def test_documents_that_are_not_utf8_are_counted_once_whatever_happens(tmp_path,
             make_shards(tmp_path / "out", **settings)
     folder = make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "0") == folder_bytes(tmp_path / "1")
-    begun = folder.manifest.documents
-    assert (begun == 300) == (max_tokens is None)
-    assert folder.manifest.replaced_documents == len(range(0, begun, 7))
+    documents = folder.manifest.documents
+    assert (documents == 300) == (max_tokens is None)
+    assert folder.manifest.replaced_documents == len(range(0, documents, 7))
     assert f"{folder.manifest.replaced_documents:,} documents held invalid UTF-8" in lines[-1]
 
 
-def test_document_of_ten_megabytes_is_a_document_like_any_other(tmp_path, settings):
+def test_document_of_ten_megabytes_is_tokenized(tmp_path, settings):
     path = tmp_path / "c.jsonl"
     long = " ".join(random.Random(0).choices(WORDS, k=1_750_000))
     assert len(long.encode()) > 10_000_000
@@ -245,16 +245,16 @@ def _is_alive(pid: int) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_killed_producer_leaves_no_process_and_ends_with_the_same_bytes(tmp_path, settings):
+def test_killed_producer_leaves_no_process_and_resumes_to_the_same_bytes(tmp_path, settings):
     path = write_corpus(tmp_path / "c.jsonl", 4_000)
     settings = {**settings, "corpus": str(path), "shard_tokens": 20_000}
-    make_shards(tmp_path / "whole", **settings)
+    make_shards(tmp_path / "complete", **settings)
     out = tmp_path / "out"
     command = [sys.executable, "-m", "training.prepare", "--output", str(out), "--num_workers", "1"]
     for name in ("corpus", "tokenizer", "shard_tokens", "val_tokens"):
         command += [f"--{name}", str(settings[name])]
     killed_with = []
-    for wanted in (0, 1, 4):  # shards on disk at which it is killed
+    for wanted in (0, 1, 4):  # shards on disk when it is killed
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
         try:
             while process.poll() is None:
@@ -274,7 +274,7 @@ def test_killed_producer_leaves_no_process_and_ends_with_the_same_bytes(tmp_path
         assert not any(map(_is_alive, children))
     assert not Manifest.read(out).complete, killed_with
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    assert folder_bytes(out) == folder_bytes(tmp_path / "whole")
+    assert folder_bytes(out) == folder_bytes(tmp_path / "complete")
 
 
 # A tokenizer trained on the corpus
@@ -297,14 +297,14 @@ def test_trained_tokenizer_is_saved_and_never_saw_validation(tmp_path, settings)
     assert not any("xyl" in tokenizer.decode([i]) for i in range(290))
 
 
-def test_more_is_set_aside_when_validation_turns_out_longer(tmp_path, settings, monkeypatch):
+def test_more_characters_are_reserved_if_validation_is_longer(tmp_path, settings, monkeypatch):
     monkeypatch.setattr("training.data.tokenization.tokenizer_training._RESERVED_CHARACTERS_PER_TOKEN", 1)
     lines: list[str] = []
     make_shards(tmp_path / "out", **{**settings, "tokenizer": "train:300", "report": lines.append})
     assert len([line for line in lines if "training a vocabulary" in line]) > 1
 
 
-def test_one_document_can_be_cut_between_validation_and_tokenizer_training(tmp_path, settings):
+def test_single_document_is_divided_between_validation_and_tokenizer_training(tmp_path, settings):
     path = tmp_path / "c.txt"
     path.write_text("xylophone " * 400 + " ".join(WORDS * 300))
     settings = {**settings, "corpus": str(path), "tokenizer": "train:290", "val_tokens": 600, "shard_tokens": 1000}
@@ -313,19 +313,19 @@ def test_one_document_can_be_cut_between_validation_and_tokenizer_training(tmp_p
     assert not any("xylo" in tokenizer.decode([i]) for i in range(290))
 
 
-def test_interrupted_producer_keeps_the_tokenizer_that_it_trained(tmp_path, settings, monkeypatch):
+def test_resumed_producer_keeps_the_trained_tokenizer(tmp_path, settings, monkeypatch):
     settings = {**settings, "tokenizer": "train:300"}
-    make_shards(tmp_path / "whole", **settings)
+    make_shards(tmp_path / "complete", **settings)
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 2)
         with pytest.raises(_KilledError):
             make_shards(tmp_path / "out", **settings)
     monkeypatch.setattr(producer, "train_tokenizer", None)  # training again would fail
     make_shards(tmp_path / "out", **settings)
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
 
 
-def test_corpus_that_validation_uses_up_trains_no_tokenizer(tmp_path, corpus, settings):
+def test_corpus_without_text_after_validation_is_an_error(tmp_path, corpus, settings):
     from training.data.sources.open_corpus import open_corpus
 
     with pytest.raises(InputError, match="nothing is left to train a tokenizer on"):

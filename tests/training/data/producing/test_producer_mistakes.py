@@ -1,4 +1,4 @@
-"""What stops a producer: mistakes, a full disk, another producer, a killed worker. Nothing half-written stays."""
+"""What stops a producer: user errors, a full disk, another producer. No partial file stays."""
 
 import errno
 import os
@@ -15,7 +15,6 @@ from support.small_corpora import folder_bytes, make_shards
 from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME, locked
-from common.worker_processes import map_in_order
 from training.data.producing import producer, progress
 from training.data.shards.manifest import Manifest, ResumePoint
 from training.data.shards.shard_reader import ShardFolder
@@ -38,7 +37,7 @@ from training.data.shards.shard_reader import ShardFolder
     ],
 )
 @pytest.mark.parametrize("exists", [True, False])
-def test_user_mistake_leaves_the_output_as_it_was(tmp_path, settings, change, message, exists):
+def test_user_error_leaves_the_output_unchanged(tmp_path, settings, change, message, exists):
     out = tmp_path / "out"
     if exists:
         out.mkdir()
@@ -48,8 +47,8 @@ def test_user_mistake_leaves_the_output_as_it_was(tmp_path, settings, change, me
     assert not exists or not list(out.iterdir())
 
 
-def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, settings, monkeypatch):
-    make_shards(tmp_path / "whole", **settings)
+def test_full_disk_is_a_clear_error_and_the_producer_can_resume(tmp_path, settings, monkeypatch):
+    make_shards(tmp_path / "complete", **settings)
     real, calls = os.fsync, []
 
     def fsync(descriptor: int) -> None:
@@ -65,10 +64,10 @@ def test_disk_that_is_full_is_one_clear_error_and_can_be_continued(tmp_path, set
     assert not list((tmp_path / "out").glob(f"*{PARTIAL_SUFFIX}"))
     assert ShardFolder.open(tmp_path / "out").shards
     make_shards(tmp_path / "out", **settings)
-    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
 
 
-def test_disk_without_room_for_the_tokenizer_is_one_clear_error(tmp_path, settings):
+def test_disk_without_space_for_the_tokenizer_is_a_clear_error(tmp_path, settings):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -79,7 +78,7 @@ def test_disk_without_room_for_the_tokenizer_is_one_clear_error(tmp_path, settin
     assert not (tmp_path / "out").exists()
 
 
-def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, settings, monkeypatch):
+def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1_040_000))
     expected = r"1.0 MB of disk space left, 1.2 MB needed; free space or choose another folder"
     with pytest.raises(InputError, match=expected):
@@ -87,7 +86,7 @@ def test_too_little_disk_space_is_told_before_anything_is_written(tmp_path, sett
     assert not (tmp_path / "out").exists()
 
 
-def test_disk_that_gets_full_is_noticed_before_the_shard_that_does_not_fit(tmp_path, settings, monkeypatch):
+def test_disk_space_is_checked_before_each_shard(tmp_path, settings, monkeypatch):
     free = iter([10**9, 10**9, 10**9])
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 0, next(free, 10**5)))
     with pytest.raises(InputError, match=r"MB of disk space left.*complete shards are kept"):
@@ -95,7 +94,7 @@ def test_disk_that_gets_full_is_noticed_before_the_shard_that_does_not_fit(tmp_p
     assert len(ShardFolder.open(tmp_path / "out").shards) == 2
 
 
-def test_time_left_is_told_where_the_end_is_known(tmp_path, settings, monkeypatch):
+def test_time_left_is_reported_if_the_end_is_known(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
     monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 10_000)
     for number, limit in enumerate((None, 20_000)):
@@ -106,7 +105,7 @@ def test_time_left_is_told_where_the_end_is_known(tmp_path, settings, monkeypatc
         assert shares == sorted(shares)
 
 
-def test_shard_that_memory_does_not_hold_is_one_clear_error(tmp_path, settings, monkeypatch):
+def test_shard_larger_than_memory_is_a_clear_error(tmp_path, settings, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise MemoryError
 
@@ -116,24 +115,24 @@ def test_shard_that_memory_does_not_hold_is_one_clear_error(tmp_path, settings, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("place", [7, "there", [0, 1], [9, 0, 0], [0, -1, 0], {"row": 1}, None])
-def test_place_that_the_corpus_does_not_have_is_refused(tmp_path, settings, place):
+@pytest.mark.parametrize("position", [7, "there", [0, 1], [9, 0, 0], [0, -1, 0], {"row": 1}, None])
+def test_invalid_position_in_the_manifest_is_an_error(tmp_path, settings, position):
     make_shards(tmp_path, **settings)
     manifest = Manifest.read(tmp_path)
-    begun = replace(manifest, shards=manifest.shards[:1], complete=False, resume=ResumePoint(0, place))
-    begun.write(tmp_path)
+    partial = replace(manifest, shards=manifest.shards[:1], complete=False, resume=ResumePoint(0, position))
+    partial.write(tmp_path)
     with pytest.raises(InputError, match=r"resumes 'c' from a position that it does not have, .* delete the folder"):
         make_shards(tmp_path, **settings)
 
 
-def test_two_producers_do_not_fill_one_folder(tmp_path, settings):
+def test_two_producers_cannot_fill_one_folder(tmp_path, settings):
     with locked(tmp_path), pytest.raises(InputError, match="is already writing to"):
         make_shards(tmp_path, **settings)
-    assert make_shards(tmp_path, **settings).complete  # a dead process holds no lock
+    assert make_shards(tmp_path, **settings).complete  # the lock has been released
     assert not (tmp_path / LOCK_NAME).exists()
 
 
-def test_folder_with_other_files_is_refused(tmp_path, settings):
+def test_folder_with_other_files_is_an_error(tmp_path, settings):
     (tmp_path / "thesis.md").write_text("mine")
     with pytest.raises(InputError, match="holds other files than shards"):
         make_shards(tmp_path, **settings)
@@ -144,13 +143,13 @@ def test_folder_with_other_files_is_refused(tmp_path, settings):
     assert folder_bytes(tmp_path) == {"thesis.md": b"mine"}
 
 
-def test_folder_with_another_programs_shards_is_refused(tmp_path, settings):
+def test_folder_with_shards_of_another_program_is_an_error(tmp_path, settings):
     np.save(tmp_path / "edufineweb_val_000000", np.arange(9, dtype=np.uint16))
     with pytest.raises(InputError, match="holds shards without a manifest"):
         make_shards(tmp_path, **settings)
 
 
-def test_progress_is_told_by_lines_where_there_is_no_terminal(tmp_path, settings, monkeypatch):
+def test_progress_is_reported_line_by_line_without_a_terminal(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
     lines: list[str] = []
     make_shards(tmp_path / "out", **{**settings, "report": lines.append})
@@ -158,7 +157,7 @@ def test_progress_is_told_by_lines_where_there_is_no_terminal(tmp_path, settings
     assert "documents" in lines[-1]
 
 
-def test_rate_on_a_terminal_is_that_of_the_whole_run(shard_folder, monkeypatch):
+def test_rate_on_a_terminal_is_the_average_of_the_run(shard_folder, monkeypatch):
     seconds = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: seconds[0])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
@@ -168,14 +167,3 @@ def test_rate_on_a_terminal_is_that_of_the_whole_run(shard_folder, monkeypatch):
             seconds[0] += 1
             shown.show(manifest, 1000 + 10 * second + (1000 if second == 10 else 0), None)
         assert "110 tokens/s" in str(shown._bar)
-
-
-def _end(item: int) -> int:
-    if item == 3:
-        os._exit(1)
-    return item
-
-
-def test_killed_worker_is_one_clear_error():
-    with pytest.raises(InputError, match="one of 1 worker processes was killed"):
-        list(map_in_order(_end, range(50), num_workers=1))

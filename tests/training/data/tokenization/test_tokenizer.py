@@ -15,7 +15,7 @@ from training.data.tokenization import bpe
 from training.data.tokenization.bpe import GPT2_PATTERN, _ids
 from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec, train_bpe
 
-# What GPT-2's pattern tells apart: letters, digits, contractions, runs and kinds of white space, repeated characters.
+# What GPT-2's pattern distinguishes: letters, digits, contractions, runs and kinds of white space, repeated characters.
 text_like = st.one_of(
     st.text(max_size=60),
     st.text(alphabet="ab '\n\t\r\u00a0\u3000s1t—é🙂", max_size=60),
@@ -23,14 +23,14 @@ text_like = st.one_of(
         st.sampled_from(["the", " the", "'ll", "  ", "\n\n", "aaaa", "----", "é", "def f(x):", "12", "👩‍👩‍👧"])
     ).map("".join),
 )
-# White space to Unicode, and the characters that only Python takes for it.
+# Unicode's white space, and the characters that only Python counts as white space.
 WHITE_SPACE = "\t\n\x0b\x0c\r \x85\xa0\u1680\u2000\u200a\u2028\u2029\u202f\u205f\u3000\x1c\x1f\u200b\u180e\ufeff"
 relaxed = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")
 def real_text() -> str:
-    """Real text that is always there: the source of a module and its docstrings."""
+    """Real text that every machine has: the source of two modules."""
     return Path(re.__file__).read_text() + Path(json.__file__).read_text() + "naïve café — 数学 🙂\r\n\t" * 20
 
 
@@ -61,7 +61,7 @@ def tokenizer_and_auto(request: pytest.FixtureRequest, tmp_path_factory: pytest.
 
 @relaxed
 @given(text=text_like)
-def test_any_text_gets_the_same_ids_from_tiktoken_and_from_auto_tokenizer(tokenizer_and_auto, text):
+def test_tiktoken_and_auto_tokenizer_give_the_same_ids_for_any_text(tokenizer_and_auto, text):
     tokenizer, auto = tokenizer_and_auto
     ids = tokenizer.encode(text)
     assert auto(text, split_special_tokens=True)["input_ids"] == ids
@@ -69,13 +69,13 @@ def test_any_text_gets_the_same_ids_from_tiktoken_and_from_auto_tokenizer(tokeni
     assert tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_real_text_gets_the_same_ids_from_tiktoken_and_from_auto_tokenizer(tokenizer_and_auto, real_text):
+def test_tiktoken_and_auto_tokenizer_give_the_same_ids_for_source_code(tokenizer_and_auto, real_text):
     tokenizer, auto = tokenizer_and_auto
     assert auto.is_fast
     assert auto(real_text)["input_ids"] == tokenizer.encode(real_text)
 
 
-def test_english_prose_gets_the_same_ids_from_tiktoken_and_from_auto_tokenizer(tokenizer_and_auto):
+def test_tiktoken_and_auto_tokenizer_give_the_same_ids_for_english_prose(tokenizer_and_auto):
     path = SHARED_DATA / "fineweb_edu" / "sample_1mb.txt"
     if not path.exists():
         pytest.skip(f"no real text at {path}")
@@ -87,21 +87,21 @@ def test_english_prose_gets_the_same_ids_from_tiktoken_and_from_auto_tokenizer(t
         assert len(ids) == 217_888
 
 
-def test_auto_tokenizer_knows_end_of_text_and_the_longest_sequence(tokenizer_and_auto):
+def test_auto_tokenizer_knows_end_of_text_and_model_max_length(tokenizer_and_auto):
     tokenizer, auto = tokenizer_and_auto
     assert auto.eos_token_id == auto.bos_token_id == tokenizer.end_of_text_id == tokenizer.vocab_size - 1
     assert len(auto) == tokenizer.vocab_size
     assert auto.model_max_length == 1024
 
 
-def test_auto_tokenizer_decodes_what_tiktoken_encoded(tokenizer_and_auto, real_text):
+def test_auto_tokenizer_decodes_ids_from_tiktoken(tokenizer_and_auto, real_text):
     tokenizer, auto = tokenizer_and_auto
     assert auto.decode(tokenizer.encode(real_text)) == real_text
 
 
 @pytest.fixture(scope="module")
 def published(trained: Tokenizer) -> tiktoken.Encoding:
-    """The same vocabulary behind the pattern as GPT-2 has it."""
+    """The same vocabulary with GPT-2's original pattern."""
     return tiktoken.Encoding(
         "published", pat_str=GPT2_PATTERN, mergeable_ranks=trained.ranks, special_tokens=trained.special_tokens
     )
@@ -109,13 +109,13 @@ def published(trained: Tokenizer) -> tiktoken.Encoding:
 
 @relaxed
 @given(text=text_like)
-def test_text_is_split_as_the_published_pattern_splits_it(trained, published, text):
+def test_faster_pattern_gives_the_same_ids_as_the_published_one(trained, published, text):
     assert published.encode_ordinary(text) == trained.encode(text)
 
 
 @relaxed
 @given(text=st.text(alphabet=f"{WHITE_SPACE}a'sé1.", max_size=30))
-def test_white_space_of_every_kind_is_split_as_the_published_pattern_splits_it(trained, published, text):
+def test_faster_pattern_gives_the_same_ids_for_every_white_space(trained, published, text):
     assert published.encode_ordinary(text) == trained.encode(text)
 
 
@@ -142,11 +142,11 @@ def test_millions_of_spaces_in_a_row_are_encoded(trained, space):
     assert trained.decode(trained.encode(text)) == text
 
 
-def test_half_a_surrogate_pair_is_encoded_as_the_replacement_character(trained):
+def test_lone_surrogate_is_encoded_as_the_replacement_character(trained):
     assert trained.encode("a\ud800  b") == trained.encode("a\ufffd  b")
 
 
-def test_saved_tokenizer_loads_as_the_same(tokenizer_and_auto, tmp_path):
+def test_saved_tokenizer_loads_unchanged(tokenizer_and_auto, tmp_path):
     tokenizer, _ = tokenizer_and_auto
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(str(tmp_path))
@@ -161,7 +161,7 @@ def test_gpt2_has_its_published_ids(gpt2):
     assert gpt2.encode("Hello, I'm a language model,") == [15496, 11, 314, 1101, 257, 3303, 2746, 11]
 
 
-def test_merges_written_for_gpt2_are_the_official_ones(gpt2, tmp_path):
+def test_saved_merges_of_gpt2_are_the_official_ones(gpt2, tmp_path):
     [official] = [
         file for file in (SHARED_DATA / "tiktoken_cache").iterdir() if file.read_bytes().startswith(b"#version")
     ]
@@ -206,39 +206,39 @@ def test_training_twice_gives_the_same_tokenizer(real_text):
     assert train_bpe([real_text], 400).fingerprint != train_bpe([real_text], 401).fingerprint
 
 
-def test_smallest_vocabulary_is_the_bytes_and_end_of_text():
+def test_smallest_vocabulary_holds_the_bytes_and_end_of_text():
     tokenizer = train_bpe(["some text"], 257)
     assert len(tokenizer.encode("ab")) == 2
 
 
-def test_vocabulary_without_room_for_the_bytes_is_refused():
+def test_vocabulary_without_room_for_the_bytes_is_an_error():
     with pytest.raises(InputError, match=r"at least 257 tokens.*found 256"):
         train_bpe(["text"], 256)
 
 
-def test_corpus_too_small_for_the_vocabulary_is_refused_with_the_size_it_can_give():
+def test_corpus_too_small_for_the_vocabulary_is_an_error_with_the_possible_size():
     with pytest.raises(InputError, match=r"4,096 tokens: it gives 259\b"):
         train_bpe(["abc abc"], 4096)
     train_bpe(["abc abc"], 259)
 
 
 @pytest.mark.parametrize(("spec", "size"), [("train:4096", 4096), ("gpt2", None), ("some/folder", None)])
-def test_train_spec_gives_its_size(spec, size):
+def test_train_spec_gives_its_vocabulary_size(spec, size):
     assert parse_train_spec(spec) == size
 
 
 @pytest.mark.parametrize("spec", ["train:", "train:many", "train:-5", "train:100", "train", "train:²"])
-def test_broken_train_spec_is_refused(spec):
+def test_invalid_train_spec_is_an_error(spec):
     with pytest.raises(InputError, match=r"train:4096|at least 257"):
         parse_train_spec(spec)
 
 
-def test_train_spec_names_no_tokenizer_that_exists():
+def test_train_spec_cannot_be_loaded():
     with pytest.raises(InputError, match="only preparing a corpus trains one"):
         load_tokenizer("train:4096")
 
 
-def test_gpt2_without_network_or_cache_is_one_clear_error(tmp_path, monkeypatch):
+def test_gpt2_without_network_or_cache_is_a_one_line_error(tmp_path, monkeypatch):
     def no_network(*_: object) -> bytes:
         raise ConnectionError("no route to host")
 
@@ -272,19 +272,19 @@ def _edited(trained: Tokenizer, folder: Path, edit) -> Path:
         (lambda data: data["model"]["vocab"].update({"\n": 600}), "represents no byte"),
     ],
 )
-def test_tokenizer_of_another_kind_is_refused(trained, tmp_path, edit, found):
+def test_tokenizer_of_another_kind_is_an_error(trained, tmp_path, edit, found):
     with pytest.raises(InputError, match=re.escape(found)):
         Tokenizer.load(_edited(trained, tmp_path, edit))
 
 
-def test_merges_written_as_strings_load_too(trained, tmp_path):
+def test_merges_saved_as_strings_load(trained, tmp_path):
     def old_style(data) -> None:
         data["model"]["merges"] = [" ".join(merge) for merge in data["model"]["merges"]]
 
     assert Tokenizer.load(_edited(trained, tmp_path, old_style)).fingerprint == trained.fingerprint
 
 
-def test_missing_and_broken_tokenizer_files_are_refused(tmp_path):
+def test_missing_and_corrupted_tokenizer_files_are_errors(tmp_path):
     with pytest.raises(InputError, match=r"cannot read .*tokenizer\.json"):
         load_tokenizer(str(tmp_path / "nowhere"))
     (tmp_path / "tokenizer.json").write_text("{")
@@ -295,7 +295,7 @@ def test_missing_and_broken_tokenizer_files_are_refused(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_workers_encode_as_the_tokenizer_does():
+def test_documents_are_encoded_as_the_tokenizer_does():
     from training.data.tokenization.bpe import EncodeDocuments
 
     tokenizer = train_bpe(["some words, some more words"] * 9, 264)

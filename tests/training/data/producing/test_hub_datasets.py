@@ -1,4 +1,4 @@
-"""Corpora from the Hub: its real clients against a server on this machine."""
+"""Shards from Hub datasets: the real clients against a server on this machine."""
 
 import io
 import os
@@ -10,21 +10,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support.fake_clock import Clock
 from support.loopback_hub import COMMIT, LoopbackHub, serving
 from support.paths import ROOT
 from support.small_corpora import make_shards
 
-from common.cli_errors import InputError
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
-from training.data.sources.hub_corpus import HubCorpus
-from training.data.sources.open_corpus import open_corpus
 from training.data.tokenization.tokenizer import train_bpe
 
 SECRET = "hf_nobodyMayReadThis"
@@ -51,7 +46,7 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def prepare(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., "subprocess.Popen[str]"]:
-    """Start the command as a user does, against a Hub on this machine."""
+    """Start the command against the local Hub."""
 
     def start(hub: LoopbackHub, corpus: str, *flags: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "training.prepare", "--corpus", corpus, "--output", str(tmp_path / "out")]
@@ -95,7 +90,7 @@ def expected(tmp_path: Path, tokenizer_folder: Path) -> dict[str, bytes]:
 SIZES = ("--shard_tokens", "20000", "--val_tokens", "5000")
 
 
-def test_any_dataset_with_a_text_column_is_a_corpus_through_resets_and_refusals(
+def test_dataset_with_a_text_column_is_read_through_resets_and_server_errors(
     tmp_path: Path, prepare: Callable[..., Any], expected: dict[str, bytes]
 ) -> None:
     troubled: set[object] = set()
@@ -122,7 +117,7 @@ def test_any_dataset_with_a_text_column_is_a_corpus_through_resets_and_refusals(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process")
-def test_killed_stream_goes_on_by_its_files(
+def test_killed_stream_resumes_without_reading_earlier_files(
     tmp_path: Path, prepare: Callable[..., Any], expected: dict[str, bytes]
 ) -> None:
     out = tmp_path / "out"
@@ -138,7 +133,7 @@ def test_killed_stream_goes_on_by_its_files(
         while time.monotonic() < deadline:
             manifest = Manifest.read(out)
             if manifest is not None and manifest.resume is not None and manifest.resume.document >= 2500:
-                break  # it is in the second file
+                break  # the stream is in the second file
             time.sleep(0.01)
         process.kill()
         with process:
@@ -151,7 +146,7 @@ def test_killed_stream_goes_on_by_its_files(
         slow = False
         hub.requests.clear()
         finished(prepare(hub, "org/corpus", *SIZES))
-        # A look at the first file's schema; its rows are not read again.
+        # The schema of the first file is read again, its rows are not.
         first = [(method, range_) for method, path, range_ in hub.requests if "train-00000" in path and method == "GET"]
         assert not any((range_ or "").startswith("bytes=4-") for _, range_ in first)
     assert shard_bytes(out) == expected
@@ -170,7 +165,7 @@ def npy_shard(ids: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize(("ending", "written"), [("npy", npy_shard), ("bin", bin_shard)])
-def test_ready_shards_are_downloaded_in_order_and_go_on_after_a_reset(
+def test_ready_shards_are_downloaded_in_order_through_a_reset(
     ending: str, written: Callable[[np.ndarray], bytes], tmp_path: Path, prepare: Callable[..., Any]
 ) -> None:
     rng = np.random.default_rng(0)
@@ -186,11 +181,11 @@ def test_ready_shards_are_downloaded_in_order_and_go_on_after_a_reset(
         return None
 
     with serving(LoopbackHub({"org/shards": files}, trouble)) as hub:
-        told = finished(prepare(hub, "org/shards", "--max_tokens", "170000"))
+        output = finished(prepare(hub, "org/shards", "--max_tokens", "170000"))
         fetched = [path.rpartition("/")[2] for method, path, _ in hub.requests if method == "GET" and "resolve" in path]
     assert troubled
     names = [f"fineweb_{name}.{ending}" for name in shards][:3]
-    assert list(dict.fromkeys(fetched)) == names  # validation first, and no more than was asked for
+    assert list(dict.fromkeys(fetched)) == names  # validation first, and nothing beyond max_tokens
     folder = ShardFolder.open(tmp_path / "out")
     assert folder.complete
     assert [shard.path.name for shard in folder.shards] == names
@@ -201,26 +196,24 @@ def test_ready_shards_are_downloaded_in_order_and_go_on_after_a_reset(
         *names,
         *("manifest.json", "tokenizer.json", "tokenizer_config.json"),
     }
-    assert "3 shards" in told
+    assert "3 shards" in output
 
 
-def test_ready_shards_of_one_name_in_two_folders_are_refused_unless_one_is_named(
-    tmp_path: Path, prepare: Callable[..., Any]
-) -> None:
+def test_ready_shards_of_one_name_in_two_folders_need_a_config(tmp_path: Path, prepare: Callable[..., Any]) -> None:
     files = {
         f"{folder}/x_{split}_00000{number}.npy": npy_shard(np.full(100, ids))
         for ids, folder in enumerate("ab")
         for number, split in enumerate(("val", "train"))
     }
     with serving(LoopbackHub({"org/shards": files})) as hub:
-        told = finished(prepare(hub, "org/shards"), exit_code=2)
-        assert "two shards of one name: a/x_val_000000.npy and b/x_val_000000.npy; name the folder" in told
+        output = finished(prepare(hub, "org/shards"), exit_code=2)
+        assert "two shards of one name: a/x_val_000000.npy and b/x_val_000000.npy; name the folder" in output
         assert not (tmp_path / "out").exists()
         finished(prepare(hub, "org/shards", "--corpus_config", "b"))
     assert all((shard.read() == 1).all() for shard in ShardFolder.open(tmp_path / "out").shards)
 
 
-def test_limit_of_tokens_counts_training_shards_only(tmp_path: Path, prepare: Callable[..., Any]) -> None:
+def test_max_tokens_counts_training_shards_only(tmp_path: Path, prepare: Callable[..., Any]) -> None:
     names = ("val_000000", "val_000001", "train_000002", "train_000003")
     files = {f"x_{name}.npy": npy_shard(np.full(100, 1)) for name in names}
     with serving(LoopbackHub({"org/shards": files})) as hub:
@@ -228,152 +221,17 @@ def test_limit_of_tokens_counts_training_shards_only(tmp_path: Path, prepare: Ca
     assert [shard.split for shard in ShardFolder.open(tmp_path / "out").shards] == ["val", "val", "train"]
 
 
-def test_ready_shards_of_another_tokenizer_are_refused(tmp_path: Path, prepare: Callable[..., Any]) -> None:
+def test_ready_shards_of_another_tokenizer_are_an_error(tmp_path: Path, prepare: Callable[..., Any]) -> None:
     files = {f"x_{split}_00000{i}.npy": npy_shard(np.full(100, 270)) for i, split in enumerate(("val", "train"))}
     with serving(LoopbackHub({"org/shards": files})) as hub:
-        told = finished(prepare(hub, "org/shards"), exit_code=2)
-    assert "the vocabulary has 270 ids" in told
+        output = finished(prepare(hub, "org/shards"), exit_code=2)
+    assert "the vocabulary has 270 ids" in output
     assert not (tmp_path / "out").exists()
 
 
-def test_dataset_that_is_not_there_is_one_line(tmp_path: Path, prepare: Callable[..., Any]) -> None:
+def test_missing_dataset_is_a_one_line_error(tmp_path: Path, prepare: Callable[..., Any]) -> None:
     with serving(LoopbackHub({})) as hub:
-        told = finished(prepare(hub, "org/corpus"), exit_code=2)
-    assert told.startswith("error: cannot read org/corpus from the Hub (RepositoryNotFoundError")
-    assert len(told.splitlines()) == 1
+        output = finished(prepare(hub, "org/corpus"), exit_code=2)
+    assert output.startswith("error: cannot read org/corpus from the Hub (RepositoryNotFoundError")
+    assert len(output.splitlines()) == 1
     assert not (tmp_path / "out").exists()
-
-
-# The rows of a stream, on a clock of our own
-
-
-@pytest.fixture
-def rows(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> HubCorpus:
-    """A Hub corpus whose stream is a real one, over a file here, on a clock of our own."""
-    (tmp_path / "rows.parquet").write_bytes(parquet([None if i % 97 == 0 else f"row {i}" for i in range(4000)]))
-    real = datasets.load_dataset_builder
-
-    def load_dataset_builder(repository: str, **arguments: Any) -> Any:
-        if arguments["name"] not in (None, "sample-10BT"):
-            raise ValueError("BuilderConfig 'x' not found. Available: ['default', 'sample-10BT']")
-        path = str(tmp_path / "rows.parquet")
-        return real("parquet", data_files=path, cache_dir=str(tmp_path / "cache"))
-
-    monkeypatch.setattr(datasets, "load_dataset_builder", load_dataset_builder)
-    return hub_corpus("org/rows")
-
-
-@pytest.fixture(autouse=True)
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr("common.hub_retry.time", clock)
-    return clock
-
-
-def hub_corpus(repository: str, config: str | None = None) -> HubCorpus:
-    corpus = HubCorpus(repository, config, name="rows", text_field="text", report=lambda line: None)
-    corpus.revision = COMMIT
-    return corpus
-
-
-def test_stream_goes_on_from_the_places_that_it_names(rows: HubCorpus) -> None:
-    documents = list(rows.read())
-    assert len(documents) == 4000 - 42
-    places = [number for number, document in enumerate(documents) if document.position is not None]
-    assert len(places) >= 3
-    for number in places:
-        assert [document.text for document in rows.read(documents[number].position)] == [
-            document.text for document in documents[number:]
-        ]
-
-
-@pytest.mark.parametrize("lost_at", [3, 1003, 2500])
-def test_stream_that_is_lost_goes_on_with_the_next_row(
-    rows: HubCorpus, lost_at: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = list(rows.documents())
-    real = HubCorpus._rows
-    losses, delivered = [lost_at, lost_at, lost_at + 700], [0]
-
-    def losing(self: HubCorpus, state: Any, *, skipped: int) -> Any:
-        for row in real(self, state, skipped=skipped):
-            if losses and delivered[0] == losses[0]:
-                losses.pop(0)
-                raise ConnectionError("Server Disconnected")
-            delivered[0] += 1
-            yield row
-
-    monkeypatch.setattr(HubCorpus, "_rows", losing)
-    corpus = hub_corpus("org/rows")
-    assert list(corpus.documents()) == expected
-    assert clock.pauses == [1, 2, 1]  # two tries for one row, then a loss of its own
-
-
-def test_fraction_before_a_place_is_known_though_no_card_tells_the_rows(rows: HubCorpus) -> None:
-    places = [document.position for document in rows.read() if document.position is not None]
-    assert [rows.fraction_before(place) for place in places] == [place["row"] / 4000 for place in places]
-
-
-def test_invalid_utf8_in_a_dataset_is_replaced_and_told(rows: HubCorpus, tmp_path: Path) -> None:
-    wrong = pyarrow.array([b"one", b"tw\xffo", b"three"])
-    text = pyarrow.Array.from_buffers(pyarrow.string(), 3, wrong.buffers())
-    pyarrow.parquet.write_table(pyarrow.table({"text": text}), tmp_path / "rows.parquet")
-    assert [(document.text, document.replaced) for document in rows.read()] == [
-        ("one", False),
-        ("tw\ufffdo", True),
-        ("three", False),
-    ]
-
-
-@pytest.mark.parametrize("damage", ["in its middle", "at its end"])
-def test_broken_file_of_a_dataset_is_refused_after_a_few_tries(
-    rows: HubCorpus, damage: str, clock: Clock, tmp_path: Path
-) -> None:
-    path = tmp_path / "rows.parquet"
-    content = bytearray(path.read_bytes())
-    if damage == "in its middle":
-        middle = slice(len(content) // 2, len(content) // 2 + 200)
-        content[middle] = bytes(byte ^ 0x5A for byte in content[middle])
-    path.write_bytes(content if damage == "in its middle" else content[: len(content) * 2 // 3])
-    corpus = hub_corpus("org/rows")
-    with pytest.raises(InputError, match=r"org/rows holds a file that is corrupted at row [\d,]+ \("):
-        list(corpus.documents())
-    assert clock.pauses == [1, 2, 4, 8]
-
-
-def test_unknown_config_is_refused_with_those_there_are(rows: HubCorpus) -> None:
-    with pytest.raises(InputError, match=r"no config 'huge'.*Available"):
-        list(hub_corpus("org/rows", "huge").documents())
-
-
-def test_column_that_a_dataset_lacks_is_refused(rows: HubCorpus) -> None:
-    rows._text_field = "body"
-    with pytest.raises(InputError, match=r"no field 'body' in org/rows row 1, only id, text"):
-        list(rows.documents())
-
-
-@pytest.mark.parametrize(
-    ("corpus", "repository", "config"),
-    [
-        ("fineweb", "HuggingFaceFW/fineweb", "sample-10BT"),
-        ("fineweb-edu", "HuggingFaceFW/fineweb-edu", "sample-10BT"),
-        ("roneneldan/TinyStories", "roneneldan/TinyStories", None),
-    ],
-)
-def test_names_of_hub_corpora(corpus: str, repository: str, config: str | None) -> None:
-    opened = open_corpus(corpus)
-    assert isinstance(opened, HubCorpus)
-    assert (opened.repository, opened.config) == (repository, config)
-    assert open_corpus(corpus, "other").config == "other"  # type: ignore[attr-defined]
-
-
-def test_without_permission_to_go_online_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match=r"from the Hub \(OfflineModeIsEnabled"):
-        list(open_corpus("fineweb-edu").documents())
-
-
-@pytest.mark.network
-def test_fineweb_edu_streams_from_the_hub() -> None:
-    corpus = open_corpus("fineweb-edu")
-    assert len(corpus.revision) == 40
-    assert len(next(corpus.documents())) > 100

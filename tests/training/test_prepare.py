@@ -13,7 +13,7 @@ def _run(monkeypatch, *arguments: object) -> None:
     prepare.main()
 
 
-def test_command_fills_a_folder_and_says_what_came_of_it(tmp_path, monkeypatch, capsys):
+def test_command_fills_a_folder_and_prints_a_summary(tmp_path, monkeypatch, capsys):
     corpus = tmp_path / "c.txt"
     corpus.write_text("A window of tokens begins where the last one ended. " * 400)
     flags = ["--corpus", corpus, "--output", tmp_path / "out", "--tokenizer", "train:280", "--num_workers", 0]
@@ -25,7 +25,7 @@ def test_command_fills_a_folder_and_says_what_came_of_it(tmp_path, monkeypatch, 
     assert "bytes per token" in out
 
 
-def test_validation_is_as_long_as_a_shard_unless_told(tmp_path, monkeypatch):
+def test_val_tokens_defaults_to_shard_tokens(tmp_path, monkeypatch):
     corpus = tmp_path / "c.txt"
     corpus.write_text("A window of tokens begins where the last one ended. " * 400)
     flags = ["--corpus", corpus, "--output", tmp_path / "out", "--tokenizer", "train:280", "--num_workers", 0]
@@ -33,7 +33,7 @@ def test_validation_is_as_long_as_a_shard_unless_told(tmp_path, monkeypatch):
     assert ShardFolder.open(tmp_path / "out").val_shard.tokens == 700
 
 
-def test_mistake_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+def test_user_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         _run(monkeypatch, "--corpus", "nowhere", "--output", tmp_path / "out")
     assert caught.value.code == 2
