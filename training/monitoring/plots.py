@@ -1,9 +1,6 @@
-"""Curves of runs against the tokens they saw, drawn from their metrics.jsonl.
+"""Plots of runs against training tokens, drawn from their metrics.jsonl.
 
-    python -m training.plots runs/quickstart                              draws its curves.png anew
-    python -m training.plots runs/a runs/b --output compare.png           lays runs over each other
-
-Training draws its own picture this way too, in a process beside it: matplotlib would hold all processes up for a while.
+A run redraws its own plot after every validation, in a process of its own: importing matplotlib takes seconds.
 """
 
 import math
@@ -23,20 +20,20 @@ from training.monitoring.run_history import read_metrics
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_SMOOTHED_SHARE = 1 / 150  # of the curve of the training loss goes into a point, to either side
-_POINTS_THAT_SHOW_ALONE = 40  # fewer are marked one by one: a line through a single point is invisible
-_BEGINNING = 0.03  # share of a run whose high losses may lie above the picture
+_SMOOTHED_SHARE = 1 / 150  # of the training-loss curve is averaged into a point, on either side
+_FEWEST_FOR_A_LINE = 40  # fewer points get markers: a line through a single point is invisible
+_BEGINNING = 0.03  # share of a run whose high losses may be outside the plot
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What is drawn of a run.
+    """The curves of a run.
 
     Attributes:
-        name: of the run's folder.
+        name: the name of the run folder.
         metrics: the lines of its metrics.jsonl.
-        corpus: GPT-2's own loss is drawn where it was published for this corpus …
-        gpt2_tokens: … and the run uses GPT-2's tokenizer, without which losses per token cannot be compared.
+        corpus: GPT-2's own loss is drawn if it was published for this corpus, …
+        gpt2_tokens: … and if the run uses GPT-2's tokenizer, because losses per token are not comparable otherwise.
     """
 
     name: str
@@ -46,59 +43,57 @@ class Curves:
 
     @classmethod
     def of(cls, folder: Path) -> "Curves":
-        """The curves of the run in a folder.
+        """Return the curves of the run in a folder.
 
         Raises:
-            InputError: the folder holds no run.
+            InputError: the folder contains no run.
         """
         if not (folder / "recipe.yaml").is_file():
             raise InputError(
-                f"{folder} holds no run: expected recipe.yaml and metrics.jsonl in it; name a folder such as "
-                "runs/quickstart"
+                f"{folder} is not a run folder: it has no recipe.yaml; pass a folder such as runs/quickstart"
             )
         try:
             recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
             corpus, tokenizer = str(recipe.get("corpus")), recipe.get("tokenizer")
         except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError):
-            raise InputError(f"{folder / 'recipe.yaml'} cannot be read as a recipe; is the run whole?") from None
+            raise InputError(f"{folder / 'recipe.yaml'} is not a readable recipe") from None
         name = folder.name or folder.resolve().name
         return cls(name, read_metrics(folder), corpus, tokenizer == "gpt2")
 
     def column(self, key: str) -> tuple[list[float], list[float]]:
-        """The tokens and the values of all lines that have this key."""
+        """Return tokens and values of all lines with this key."""
         lines = [line for line in self.metrics if key in line and "tokens" in line]
         return [line["tokens"] for line in lines], [line[key] for line in lines]
 
 
 def smoothed(values: Sequence[float], half_width: int) -> list[float]:
-    """The mean of each value and `half_width` neighbours on either side.
+    """Return the mean of each value and `half_width` neighbors on either side.
 
-    Unlike the average of the past that the bar shows, it does not lag behind a falling loss: near the beginning, where
-    it falls most, as many neighbours are taken from the right as there are on the left. Values that are not finite are
-    left out; the mean of nothing else is NaN.
+    Unlike an average of the past, it does not lag behind a falling loss. Near the start, where the loss falls most, the
+    window is narrower but still symmetric. Non-finite values are skipped; a window without finite values gives NaN.
     """
     losses = np.asarray(values, dtype=np.float64)
     finite = np.isfinite(losses)
     sums = np.concatenate([[0.0], np.cumsum(np.where(finite, losses, 0.0))])
     counts = np.concatenate([[0], np.cumsum(finite)])
-    place = np.arange(len(losses))
-    reach = np.minimum(half_width, place)
-    first, end = place - reach, np.minimum(place + reach + 1, len(losses))
+    index = np.arange(len(losses))
+    reach = np.minimum(half_width, index)
+    first, end = index - reach, np.minimum(index + reach + 1, len(losses))
     with np.errstate(invalid="ignore"):
         return ((sums[end] - sums[first]) / (counts[end] - counts[first])).tolist()
 
 
 def loss_limits(columns: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float] | None:
-    """Lowest and highest loss that the picture shows; None where it can show them all.
+    """Return the lowest and highest loss to show, or None to show all.
 
-    The first steps of a run lose ten nats and more, and what it learns after them would be a line at the bottom. A loss
-    that is high later on is never left out.
+    The first steps of a run start at ten nats or more. Showing them would squeeze the rest into a line at the bottom. A
+    loss that is high later on is always shown.
 
-    Arguments:
+    Args:
         columns: tokens and training losses of each run.
     """
     last = max((tokens[-1] for tokens, _ in columns if tokens), default=0.0)
-    if sum(len(losses) for _, losses in columns) < _POINTS_THAT_SHOW_ALONE:
+    if sum(len(losses) for _, losses in columns) < _FEWEST_FOR_A_LINE:
         return None
     shown = [
         loss
@@ -113,20 +108,21 @@ def loss_limits(columns: Sequence[tuple[Sequence[float], Sequence[float]]]) -> t
 
 
 def plot_curves(path: Path, runs: Sequence[Curves]) -> None:
-    """Draw one run, or several over each other, and write the picture whole or not at all.
+    """Plot one run, or several in the same axes, and write the file atomically.
 
-    Training and validation loss, learning rate, the gradient's norm before clipping, HellaSwag where it was measured.
+    The panels are training and validation loss, learning rate, gradient norm before clipping, and HellaSwag accuracy if
+    it was measured.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, StrMethodFormatter
 
     has_tasks = any(run.column("hellaswag_acc_norm")[0] for run in runs)
-    beside = ["learning rate", "gradient norm", *(["HellaSwag accuracy"] if has_tasks else [])]
+    side_titles = ["learning rate", "gradient norm", *(["HellaSwag accuracy"] if has_tasks else [])]
     figure = Figure(figsize=(11, 5.5), dpi=110, layout="constrained")
-    grid = figure.add_gridspec(len(beside), 2, width_ratios=(1.8, 1))
+    grid = figure.add_gridspec(len(side_titles), 2, width_ratios=(1.8, 1))
     loss = figure.add_subplot(grid[:, 0])
-    panels = dict(zip(beside, (figure.add_subplot(grid[row, 1]) for row in range(len(beside))), strict=True))
+    panels = dict(zip(side_titles, (figure.add_subplot(grid[row, 1]) for row in range(len(side_titles))), strict=True))
     _draw_losses(loss, runs)
     _draw_small(panels["learning rate"], runs, "learning_rate")
     _draw_small(panels["gradient norm"], runs, "grad_norm")
@@ -155,35 +151,35 @@ def plot_curves(path: Path, runs: Sequence[Curves]) -> None:
 
 def _draw_losses(axes: "Axes", runs: Sequence[Curves]) -> None:
     alone = len(runs) == 1
-    broken: list[float] = []
+    non_finite: list[float] = []
     for index, run in enumerate(runs):
-        colour = f"C{index % 10}"
+        color = f"C{index % 10}"
         tokens, losses = run.column("train_loss")
-        broken += [at for at, loss in zip(tokens, losses, strict=True) if not math.isfinite(loss)]
+        non_finite += [at for at, loss in zip(tokens, losses, strict=True) if not math.isfinite(loss)]
         if losses:
             if alone:
-                axes.plot(tokens, losses, color=colour, alpha=0.25, linewidth=0.8, marker=_marker(losses), markersize=3)
+                axes.plot(tokens, losses, color=color, alpha=0.25, linewidth=0.8, marker=_marker(losses), markersize=3)
             curve = smoothed(losses, round(_SMOOTHED_SHARE * len(losses)))
             label = "training" if alone else None if run.column("val_loss")[0] else f"{run.name} (training)"
-            axes.plot(tokens, curve, color=colour, alpha=1.0 if alone else 0.5, linewidth=1.2, label=label)
+            axes.plot(tokens, curve, color=color, alpha=1.0 if alone else 0.5, linewidth=1.2, label=label)
         tokens, losses = run.column("val_loss")
         if losses:
             axes.plot(
                 tokens,
                 losses,
-                color="C1" if alone else colour,
+                color="C1" if alone else color,
                 marker="o",
                 markersize=3,
                 label=f"{'validation' if alone else run.name} ({losses[-1]:.3f})",
             )
-    if broken:  # a line would only have a gap there
+    if non_finite:  # the curve has only a gap there
         axes.plot(
-            broken,
-            [0.02] * len(broken),
+            non_finite,
+            [0.02] * len(non_finite),
             "x",
             color="tab:red",
             transform=axes.get_xaxis_transform(),
-            label=f"loss not finite ({len(broken)} logged step{'s' if len(broken) > 1 else ''})",
+            label=f"loss not finite ({len(non_finite)} logged step{'s' if len(non_finite) > 1 else ''})",
         )
     comparable = all(run.gpt2_tokens and run.corpus == runs[0].corpus for run in runs)
     references = VALIDATION_LOSS.get(runs[0].corpus, ()) if comparable else ()
@@ -195,7 +191,7 @@ def _draw_losses(axes: "Axes", runs: Sequence[Curves]) -> None:
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper right" if limits is not None else "best", title=None if alone else "validation")
     elif not any(run.metrics for run in runs):
-        axes.text(0.5, 0.5, "nothing is recorded yet", ha="center", color="tab:gray", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no metrics yet", ha="center", color="tab:gray", transform=axes.transAxes)
 
 
 def _draw_small(axes: "Axes", runs: Sequence[Curves], key: str) -> None:
@@ -205,7 +201,7 @@ def _draw_small(axes: "Axes", runs: Sequence[Curves], key: str) -> None:
 
 
 def _draw_hellaswag(axes: "Axes", runs: Sequence[Curves]) -> None:
-    """Accuracies, with GPT-2's sizes up to the first that is still ahead."""
+    """Draw accuracies, and GPT-2's sizes up to the first that is better."""
     best = 0.0
     for index, run in enumerate(runs):
         tokens, values = run.column("hellaswag_acc_norm")
@@ -219,7 +215,7 @@ def _draw_hellaswag(axes: "Axes", runs: Sequence[Curves]) -> None:
 
 
 def _draw_reference(axes: "Axes", reference: Reference, *, above: bool) -> None:
-    """A line at a published figure; its words at the left, on the side where no run begins."""
+    """Draw a line at a published value, with its label on the left."""
     axes.axhline(reference.value, color="tab:gray", linestyle="--", linewidth=1)
     axes.annotate(
         f"OpenAI GPT-2 {reference.size}: {reference.value:.4g}",
@@ -233,7 +229,7 @@ def _draw_reference(axes: "Axes", reference: Reference, *, above: bool) -> None:
 
 
 def _marker(values: Sequence[float]) -> str | None:
-    return "o" if len(values) < _POINTS_THAT_SHOW_ALONE else None
+    return "o" if len(values) < _FEWEST_FOR_A_LINE else None
 
 
 def _all_positive(runs: Sequence[Curves], key: str) -> bool:

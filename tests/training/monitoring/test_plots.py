@@ -162,8 +162,8 @@ def test_gpt2_loss_is_omitted_where_corpora_differ(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere"], "nowhere holds no run: expected recipe.yaml and metrics.jsonl in it"),
-        (["run", "."], r"\. holds no run"),
+        (["nowhere"], "nowhere is not a run folder: it has no recipe.yaml"),
+        (["run", "."], r"\. is not a run folder"),
         (["run", "--output", "x.pdf"], "x.pdf: expected a name that ends with .png"),
         (["run", "--output", "run/recipe.yaml/x.png"], "cannot be written"),
         (["torn"], "torn/recipe.yaml cannot be read as a recipe"),
