@@ -33,7 +33,7 @@ class CurvePlotter:
         if self._process is not None and self._process.poll() is None:
             return
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "training.monitoring.plots", output_dir.resolve()],
+            [sys.executable, "-m", "training.plots", output_dir.resolve()],
             cwd=Path(__file__).resolve().parents[2],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
