@@ -26,7 +26,7 @@ from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Coordinator, StopTraining
 from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, BackgroundProducer
-from training.hub.model_folder import ModelFolder, Publish
+from training.hub.model_folder import ModelFolder
 from training.hub.publisher import Publisher, pending_push
 from training.monitoring.monitor import Monitor
 from training.monitoring.profiling import Profiling
@@ -189,10 +189,9 @@ def _add_hooks(
         run.hooks.append(TaskEvaluation(plan.tasks, monitor, coordinator))
     run.hooks += [samples, ModelFolder(writer, validation, samples, monitor)]
     if plan.repo_id is not None:
-        publisher = Publisher(plan.recipe, plan.repo_id, monitor.log, run.config, run.parameters)
-        run.hooks.append(Publish(publisher, writer))
+        run.hooks.append(Publisher(run, plan.repo_id, monitor.log.history))
     # After validation, which tells whether the weights are good. When hooks are closed in reverse order, the last
-    # checkpoint is complete before Publish closes.
+    # checkpoint is complete before Publisher closes.
     run.hooks.append(checkpoints)
     return checkpoints
 

@@ -1,12 +1,9 @@
-"""The model folder at the end of a run, and pushes to the Hub."""
-
-from pathlib import Path
+"""The model folder at the end of a run."""
 
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import copy_model, publish
 from training.checkpoints.checkpoint_writer import CheckpointWriter
 from training.hub.card import write_model_card
-from training.hub.publisher import Publisher
 from training.monitoring.monitor import Monitor
 from training.monitoring.run_history import RunFacts
 from training.monitoring.run_summary import summary_text
@@ -52,23 +49,3 @@ class ModelFolder(Hook):
         self._monitor.plot_final(run.output_dir, unfinished)
         write_model_card(unfinished, run.recipe, facts, run.config, earlier=model)
         publish(unfinished, model)
-
-
-class Publish(Hook):
-    """Pushes checkpoints and the model folder to the Hub, on rank 0."""
-
-    def __init__(self, publisher: Publisher, writer: CheckpointWriter) -> None:
-        self._publisher, self._writer = publisher, writer
-
-    def after_save(self, run: Run, checkpoint: Path, step: int) -> None:
-        """Push a checkpoint in the background; the last one is pushed as the model folder."""
-        if step < run.total_steps:
-            self._publisher.on_saved(checkpoint, step)
-
-    def after_training(self, run: Run) -> None:
-        """Push the model folder, and wait for it."""
-        self._publisher.finish(run.output_dir / "model", run.step, self._writer.newest)
-
-    def close(self) -> None:
-        """Stop pushing."""
-        self._publisher.close()

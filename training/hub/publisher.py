@@ -1,8 +1,4 @@
-"""Publishing a run while it trains: checkpoints in a background thread, and the model at the end.
-
-Training never waits for a push, except for the last one, and for that only `LAST_PUSH_SECONDS`. What is left after that
-is one command, which is printed.
-"""
+"""Pushes a run to the Hub while it trains: checkpoints in the background, and the model at the end."""
 
 import contextlib
 import json
@@ -13,8 +9,6 @@ import time
 from pathlib import Path
 from shlex import quote
 
-from transformers import PreTrainedConfig
-
 from common.atomic_files import write_atomically
 from common.durations import format_duration
 from training.checkpoints.resume_command import program
@@ -22,8 +16,9 @@ from training.hub.card import write_model_card
 from training.hub.hub_errors import HubOutOfReachError, can_retry, one_line, retry_after
 from training.hub.repository import NATIVE, ensure_repository, push_folder
 from training.hub.staging import stage
-from training.monitoring.run_log import RunLog
+from training.monitoring.run_history import RunHistory
 from training.recipe import Recipe
+from training.step.hooks import Hook, Run
 
 LAST_PUSH_SECONDS = 900.0  # 2 GB at 20 Mbit/s
 FIRST_PAUSE_SECONDS = 5.0
@@ -93,75 +88,70 @@ def _push_command(recipe: Recipe, repo_id: str) -> str:
     )
 
 
-class Publisher:
-    """Pushes a run's checkpoints and its final model to the Hub, one at a time, and retries what fails.
+class Publisher(Hook):
+    """Pushes checkpoints and the final model on rank 0, one at a time, and retries what fails.
 
-    A newer checkpoint replaces one that waits. The thread is a daemon, unlike those of `HfApi.run_as_future`: the
-    interpreter waits for an executor's threads, so an upload that hangs would keep a finished run alive.
-
-    Args:
-        recipe: of the run.
-        repo_id: from `claim_repository`.
-        log: of the run.
-        config: of the model.
-        parameters: of the model.
+    A newer checkpoint replaces one that waits. Training waits only for the last push, and for `LAST_PUSH_SECONDS` at
+    most; the command that finishes it is printed.
     """
 
-    def __init__(self, recipe: Recipe, repo_id: str, log: RunLog, config: PreTrainedConfig, parameters: int) -> None:
-        self._recipe, self._repo_id, self._log = recipe, repo_id, log
-        self._config, self._parameters = config, parameters
-        self._output_dir = Path(recipe.output_dir)
-        shutil.rmtree(self._output_dir / _STAGING, ignore_errors=True)  # of a run that was killed
+    # The thread is a daemon, unlike those of `HfApi.run_as_future`: the interpreter waits for an executor's threads, so
+    # an upload that hangs would keep a finished run alive.
+
+    def __init__(self, run: Run, repo_id: str, history: RunHistory) -> None:
+        self._run, self._repo_id, self._history = run, repo_id, history
+        self._staging = run.output_dir / _STAGING
+        shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
         self._staged = 0
+        self._newest = run.resume_from
         self._changed = threading.Condition()
         self._waiting: tuple[Path, int] | None = None
         self._in_progress: tuple[int, float] | None = None  # step, start time
         self._deadline = math.inf  # set when the run ends
-        self._stopped = False
-        self._gave_up = False
-        self._finished = False
+        self._stopped = self._gave_up = self._finished = False
         self._thread: threading.Thread | None = None
 
-    def on_saved(self, checkpoint: Path, step: int) -> None:
-        """Push a complete checkpoint if the strategy asks for it; its folder may be deleted afterwards."""
-        if self._recipe.hub_strategy == "end":
+    def after_save(self, run: Run, checkpoint: Path, step: int) -> None:
+        """Push a checkpoint if the strategy asks for it; the last one is pushed as the model folder."""
+        self._newest = checkpoint
+        if run.recipe.hub_strategy == "end" or step == run.total_steps:
             return
         try:
-            folder = self._stage(checkpoint, step, checkpoint)
-            facts = self._log.history.facts(self._recipe, steps=step, parameters=self._parameters)
-            write_model_card(folder, self._recipe, facts, self._config, earlier=self._output_dir / "model")
+            folder = self._stage(checkpoint, step)
+            facts = self._history.facts(run.recipe, steps=step, parameters=run.parameters)
+            write_model_card(folder, run.recipe, facts, run.config, earlier=run.output_dir / "model")
         except Exception as error:  # such as a full disk: training continues
-            self._log.say(f"step {step:,} is not pushed: {one_line(error)}")
+            run.report(f"step {step:,} is not pushed: {one_line(error)}")
             return
         self.submit(folder, step)
 
-    def finish(self, model: Path, step: int, checkpoint: Path | None) -> None:
-        """Push the final model folder, and wait for that for up to `LAST_PUSH_SECONDS`."""
+    def after_training(self, run: Run) -> None:
+        """Push the model folder, and wait for that."""
         self._finished = True
         done = False
         try:
-            self.submit(self._stage(model, step, checkpoint), step)
-            self._log.say(f"pushing the model to {self._repo_id}")
+            self.submit(self._stage(run.output_dir / "model", run.step), run.step)
+            run.report(f"pushing the model to {self._repo_id}")
             done = self.stop(LAST_PUSH_SECONDS)
         except OSError as error:
-            self._log.say(f"step {step:,} is not pushed: {one_line(error)}")
+            run.report(f"step {run.step:,} is not pushed: {one_line(error)}")
         finally:  # also on Ctrl-C
-            shutil.rmtree(self._output_dir / _STAGING, ignore_errors=True)
+            shutil.rmtree(self._staging, ignore_errors=True)
             if not done:
-                self._log.say(_push_command(self._recipe, self._repo_id))
+                run.report(_push_command(run.recipe, self._repo_id))
 
     def close(self) -> None:
         """Stop without waiting: a run that was interrupted pushes its next checkpoint when it resumes."""
         if not self.stop(0.0) and not self._finished:
-            self._log.say("the newest checkpoint is not on the Hub yet; it is pushed when the run resumes")
-        shutil.rmtree(self._output_dir / _STAGING, ignore_errors=True)
+            self._run.report("the newest checkpoint is not on the Hub yet; it is pushed when the run resumes")
+        shutil.rmtree(self._staging, ignore_errors=True)
 
-    def _stage(self, model: Path, step: int, checkpoint: Path | None) -> Path:
-        self._staged += 1  # the last step is pushed as a checkpoint and as the final model
-        target = self._output_dir / _STAGING / f"{self._staged}-step-{step:06d}"
-        target.parent.mkdir(exist_ok=True)
-        state = checkpoint if self._recipe.hub_strategy == "checkpoint" else None
-        return stage(target, model, curves=self._output_dir / "curves.png", state=state)
+    def _stage(self, model: Path, step: int) -> Path:
+        self._staging.mkdir(exist_ok=True)
+        self._staged += 1
+        state = self._newest if self._run.recipe.hub_strategy == "checkpoint" else None
+        curves = self._run.output_dir / "curves.png"
+        return stage(self._staging / f"{self._staged}-step-{step:06d}", model, curves=curves, state=state)
 
     def submit(self, folder: Path, step: int) -> None:
         """Push a folder as soon as the push in progress is over; returns immediately."""
@@ -171,17 +161,16 @@ class Publisher:
                 self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
                 self._thread.start()
             if self._in_progress is not None:
-                pushing, since = self._in_progress
-                if (seconds := time.monotonic() - since) > _SLOW_PUSH_SECONDS:
-                    self._log.say(
-                        f"the push of step {pushing:,} has taken {format_duration(seconds)}; step {step:,} waits"
-                    )
+                pushing, started = self._in_progress
+                if (seconds := time.monotonic() - started) > _SLOW_PUSH_SECONDS:
+                    slow = f"the push of step {pushing:,} has taken {format_duration(seconds)}"
+                    self._run.report(f"{slow}; step {step:,} waits")
             self._changed.notify_all()
         if replaced is not None:
             shutil.rmtree(replaced[0], ignore_errors=True)
 
     def stop(self, seconds: float) -> bool:
-        """Wait until everything is pushed, and return whether that came true; then nothing is logged any more.
+        """Wait until everything is pushed, and return whether it is; afterwards, nothing is reported any more.
 
         It does not wait for an error that a retry cannot fix, or for a rate limit that ends after `seconds`.
         """
@@ -207,48 +196,42 @@ class Publisher:
                     return
                 (folder, step), self._waiting = self._waiting, None
                 self._in_progress = step, time.monotonic()
-            failure: Exception | None = None
             try:
-                line = self._push(folder, step)
+                line, failure = self._push(folder, step), None
             except Exception as error:  # training continues
-                failure = error
+                line, failure = "", error
             with self._changed:
                 self._in_progress = None
                 if failure is None:
+                    self._report(line)
                     pause = FIRST_PAUSE_SECONDS
-                    self._say(line)
                 else:
-                    self._put_back(folder, step)
+                    self._waiting = self._waiting or (None if self._stopped else (folder, step))
                     self._wait_to_retry(step, failure, pause)
                     pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
                 if self._waiting is None or self._waiting[0] != folder:
                     shutil.rmtree(folder, ignore_errors=True)
                 self._changed.notify_all()
 
-    def _put_back(self, folder: Path, step: int) -> None:
-        if self._waiting is None and not self._stopped:
-            self._waiting = folder, step
-
     def _wait_to_retry(self, step: int, error: Exception, pause: float) -> None:
-        """Log a failed push and wait for the retry, or until the run ends; at its end, some errors are final."""
-        rate_limit = retry_after(error)
+        """Report a failed push and wait for the retry, or until the run ends; at its end, some errors are final."""
+        rate_limit, deadline = retry_after(error), self._deadline
         pause = max(pause, min(rate_limit, _LONGEST_RATE_LIMIT_SECONDS))
-        deadline = self._deadline
         if deadline < math.inf and (not can_retry(error) or time.monotonic() + rate_limit > deadline):
             self._gave_up = True
         retry = "" if self._gave_up else f", retry in {format_duration(pause)}"
-        self._say(f"the push of step {step:,} failed: {one_line(error)}{retry}")
+        self._report(f"the push of step {step:,} failed: {one_line(error)}{retry}")
         self._changed.notify_all()
         self._changed.wait_for(lambda: self._stopped or self._deadline != deadline, pause)
 
     def _push(self, folder: Path, step: int) -> str:
         tag = f"step-{step:06d}"
         pushed = push_folder(folder, self._repo_id, message=f"Step {step:,}", tag=tag)
-        record_push(self._output_dir, self._repo_id, step)
+        record_push(self._run.output_dir, self._repo_id, step)
         card = "; the card was edited there, so only its metadata and results are updated" if pushed.card_kept else ""
         older = f"; its branch {NATIVE} has older weights" if pushed.has_native else ""
         return f"step {step:,} is on the Hub: {self._repo_id}, tag {tag}{card}{older}"
 
-    def _say(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         if not self._stopped:  # the log may be closed
-            self._log.say(line)
+            self._run.report(line)

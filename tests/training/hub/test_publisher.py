@@ -4,14 +4,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from gpt2_scratch import GPT2ScratchConfig
 from training.hub import publisher as publisher_module
 from training.hub.publisher import Publisher
-from training.monitoring.run_log import RunLog
-from training.recipe import Recipe
+from training.monitoring.run_history import RunHistory
 
 
 class Hub:
@@ -44,11 +44,9 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def publisher(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Publisher:
-    recipe = Recipe(output_dir=str(tmp_path), data_dir="data/x", corpus="fineweb-edu", max_steps=10)
-    log = RunLog(tmp_path, enabled=False, first_step=0, total_steps=10)
-    monkeypatch.setattr(log, "say", hub.lines.append)
+    run: Any = SimpleNamespace(output_dir=tmp_path, resume_from=None, report=hub.lines.append)
     monkeypatch.setattr(publisher_module, "FIRST_PAUSE_SECONDS", 0.01)
-    publisher = Publisher(recipe, "me/x", log, GPT2ScratchConfig(), 1)
+    publisher = Publisher(run, "me/x", RunHistory())
     monkeypatch.setattr(publisher, "_push", hub.push)
     return publisher
 

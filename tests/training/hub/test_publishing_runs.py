@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from training.checkpoints.checkpoint_folder import checkpoints, step_of
 from training.hub import command
 from training.hub.publisher import Publisher, claim_repository, record_push
 from training.loop import train
-from training.monitoring.run_log import RunLog
+from training.monitoring.run_history import RunHistory
 from training.recipe import Recipe
 
 # The client itself uploads large files this way without Xet.
@@ -92,7 +93,7 @@ def test_strategy_checkpoint_pushes_what_another_machine_can_resume_from(
         max_steps=10,
     )
     train(resumed)
-    assert "going on from" in (tmp_path / "resumed" / "train.log").read_text()
+    assert "resumed from" in (tmp_path / "resumed" / "train.log").read_text()
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
@@ -213,59 +214,61 @@ def test_a_push_that_cannot_be_staged_is_reported_and_training_continues(
     assert not hub.model("me/tiny").messages
 
 
-@pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged."""
-    lines: list[str] = []
-    monkeypatch.setattr(RunLog, "say", lambda log, text: lines.append(text))
-    return lines
-
-
-def publisher_of(recipe: Recipe, folder: str) -> tuple[Publisher, Path]:
-    """A publisher, and a folder of the run with a config in it."""
+def publisher_of(recipe: Recipe, folder: str) -> tuple[Publisher, Any, Path, list[str]]:
+    """A publisher, its run, a folder of the run with a config in it, and the lines that are reported."""
     saved = Path(recipe.output_dir) / folder
     saved.mkdir(parents=True)
     (saved / "config.json").write_text("{}")
-    log = RunLog(Path(recipe.output_dir), enabled=False, first_step=0, total_steps=12)
-    return Publisher(recipe, "me/tiny", log, GPT2ScratchConfig(), 1), saved
+    lines: list[str] = []
+    run = SimpleNamespace(
+        recipe=recipe,
+        output_dir=Path(recipe.output_dir),
+        config=GPT2ScratchConfig(),
+        parameters=1,
+        resume_from=None,
+        step=12,
+        total_steps=12,
+        report=lines.append,
+    )
+    return Publisher(run, "me/tiny", RunHistory()), run, saved, lines  # type: ignore[arg-type]
 
 
 def test_a_card_that_cannot_be_written_does_not_end_training(
-    hub: LoopbackHub, tiny_recipe: Make, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
         raise InputError("broken manifest")
 
     monkeypatch.setattr("training.hub.publisher.write_model_card", broken)
-    publisher, checkpoint = publisher_of(tiny_recipe(), "checkpoints/step-000004")
-    publisher.on_saved(checkpoint, 4)
+    publisher, run, checkpoint, lines = publisher_of(tiny_recipe(), "checkpoints/step-000004")
+    publisher.after_save(run, checkpoint, 4)
     publisher.close()
     assert lines == ["step 4 is not pushed: InputError: broken manifest"]
 
 
 def test_an_interrupted_run_reports_that_its_last_checkpoint_is_not_on_the_hub(
-    hub: LoopbackHub, tiny_recipe: Make, lines: list[str]
+    hub: LoopbackHub, tiny_recipe: Make
 ) -> None:
     hub.trouble = lambda method, path, number: "hang"
-    publisher, checkpoint = publisher_of(tiny_recipe(), "checkpoints/step-000004")
-    publisher.on_saved(checkpoint, 4)
+    publisher, run, checkpoint, lines = publisher_of(tiny_recipe(), "checkpoints/step-000004")
+    publisher.after_save(run, checkpoint, 4)
     publisher.close()
     assert lines == ["the newest checkpoint is not on the Hub yet; it is pushed when the run resumes"]
 
 
 def test_ctrl_c_in_the_last_push_prints_the_command_to_finish_it(
-    hub: LoopbackHub, tiny_recipe: Make, lines: list[str], monkeypatch: pytest.MonkeyPatch
+    hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(self: Publisher, seconds: float) -> bool:
         raise KeyboardInterrupt
 
     recipe = tiny_recipe(hub_strategy="checkpoint")
-    publisher, model = publisher_of(recipe, "model")
+    publisher, run, _, lines = publisher_of(recipe, "model")
     hub.trouble = lambda method, path, number: "down"
     with monkeypatch.context() as patch:
         patch.setattr(Publisher, "stop", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            publisher.finish(model, 12, None)
+            publisher.after_training(run)
     publisher.close()
     assert lines[-1].endswith(f"training.hub push {recipe.output_dir} --repo_id me/tiny --checkpoint")
 
