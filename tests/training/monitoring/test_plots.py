@@ -166,7 +166,7 @@ def test_gpt2_loss_is_omitted_where_corpora_differ(
         (["run", "."], r"\. is not a run folder"),
         (["run", "--output", "x.pdf"], "x.pdf: expected a name that ends with .png"),
         (["run", "--output", "run/recipe.yaml/x.png"], "cannot be written"),
-        (["torn"], "torn/recipe.yaml cannot be read as a recipe"),
+        (["torn"], "torn/recipe.yaml is not a readable recipe"),
         ([], "required: RUN"),
     ],
 )
