@@ -127,7 +127,7 @@ def take_steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
 
 
 def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, user_hooks: Sequence[Hook]) -> None:
-    # Its bars for every saved model, and its messages before an error that we report in one line.
+    # No progress bar for every saved model, and no messages before an error that we report in one line.
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
     attention = attention_for(plan.recipe, accelerator.device.type)
@@ -180,18 +180,17 @@ def _add_hooks(
     writer = CheckpointWriter(run, skeleton=skeleton, before_rename=monitor.log.flush_to_disk)
     skipped_updates = SkippedUpdates(monitor, validation, writer)
     checkpoints = Checkpoints(writer, coordinator, skipped_updates, monitor)
-    # These see every step. The trace is the first to end, so that it does not show other hooks.
+    # These see every step. Profiling comes first, so that the trace ends before other hooks run.
     run.hooks = [Profiling(), monitor, skipped_updates, *user_hooks]
-    # A signal stops the run here or in an evaluation. The evaluations that are then missing are made up for by the next
-    # start.
+    # A signal stops the run here or in an evaluation; the next start makes up for missing evaluations.
     run.hooks += [StopOnSignal(coordinator), validation]
     if plan.tasks is not None:
         run.hooks.append(TaskEvaluation(plan.tasks, monitor, coordinator))
     run.hooks += [samples, ModelFolder(writer, validation, samples, monitor)]
     if plan.repo_id is not None:
         run.hooks.append(Publisher(run, plan.repo_id, monitor.log.history))
-    # After validation, which tells whether the weights are good. When hooks are closed in reverse order, the last
-    # checkpoint is complete before Publisher closes.
+    # After validation, which shows whether the weights are good. Hooks are closed in reverse order: the last checkpoint
+    # is complete before Publisher closes.
     run.hooks.append(checkpoints)
     return checkpoints
 
@@ -242,12 +241,10 @@ def _build_run(plan: Plan, accelerator: Accelerator, model: PreTrainedModel) -> 
 
 
 def _claim_run_folder(run: Run) -> list[Path]:
-    """Write this start into the run folder, once everything could be built; return the checkpoints set aside."""
+    """Write the recipe and clean up the run folder, once everything could be built; return checkpoints set aside."""
     run.recipe.save(run.output_dir / "recipe.yaml")
-    set_aside = set_aside_later_checkpoints(run.output_dir, run.first_step)
-    # A run that was killed in its last save has no next save that would remove these.
     remove_leftovers(run.output_dir)
-    return set_aside
+    return set_aside_later_checkpoints(run.output_dir, run.first_step)
 
 
 def _training_batches(
@@ -264,10 +261,10 @@ def _training_batches(
             raise StopTraining(coordinator.stop_signal, between_steps=between_steps)
         if coordinator.save_is_due and between_steps:
             checkpoints.save(run)
-        others = run.shards.ready() >= (step + 1) * run.batch.sequences_per_step
+        ready_here = run.shards.ready() >= (step + 1) * run.batch.sequences_per_step
         report(
             f"step {step + 1} waits for the corpus: {len(run.shards.shards)} training shards are here, "
-            + ("and another node waits for its own" if others else "and the next is not ready yet")
+            + ("and another node waits for its own" if ready_here else "and the next is not ready yet")
             + (f"; the producer died: {producer.last_error}" if producer.last_error else "")
         )
 

@@ -129,7 +129,7 @@ def test_decay_branches_from_any_checkpoint_of_a_stable_run(
     shutil.rmtree(tmp_path / "a-decayed" / "checkpoints" / "step-000008")
     train(dataclasses.replace(branch, save_steps=1, max_steps=6))
     train(dataclasses.replace(branch, save_steps=1, max_steps=7))
-    assert "going on from " + str(tmp_path / "a-decayed" / "checkpoints" / "step-000006") in capsys.readouterr().out
+    assert "resumed from " + str(tmp_path / "a-decayed" / "checkpoints" / "step-000006") in capsys.readouterr().out
 
 
 def test_extended_run_uses_the_learning_rates_of_the_longer_run(tiny_recipe: Make) -> None:
@@ -236,7 +236,7 @@ def test_run_with_corrupted_log_lines_resumes(tiny_recipe: Make) -> None:
 def test_non_finite_loss_ends_the_run_before_a_save(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=8, save_steps=4)
     train(dataclasses.replace(recipe, max_steps=4))
-    with pytest.raises(InputError, match=r"validation loss is no finite number; lower .*step-000004, and"):
+    with pytest.raises(InputError, match=r"validation loss is not finite; lower .*step-000004, and"):
         train(dataclasses.replace(recipe, learning_rate=1e30))
     assert [path.name for path in checkpoints(run_of(recipe))] == ["step-000004"]
 

@@ -55,7 +55,7 @@ def test_fsdp2_trains_like_ddp_and_resumes_from_its_checkpoints(tiny_recipe: Mak
     assert losses(tmp_path / "fsdp2") == pytest.approx(expected, abs=1e-5)
 
     from_ddp = killed_after(tmp_path / "ddp", fsdp2, 4)
-    assert "going on from" in launched(from_ddp, "fsdp2_8xa100")
+    assert "resumed from" in launched(from_ddp, "fsdp2_8xa100")
     assert losses(Path(from_ddp.output_dir)) == pytest.approx(expected, abs=1e-5)
     from_fsdp2 = killed_after(tmp_path / "fsdp2", ddp, 4)
     train(from_fsdp2)  # with one process: what DDP saves does not depend on the number
