@@ -60,10 +60,10 @@ def shards(folder: Path) -> Recipe:
     with corpus.open("w") as file:
         for _ in range(2000):
             file.write(" ".join(rng.choices(words, k=200)) + "\n\n")
-    places = {name: str(folder / name) for name in ("data_dir", "output_dir")}
+    folders = {name: str(folder / name) for name in ("data_dir", "output_dir")}
     lengths = {"shard_tokens": 200_000, "val_tokens": 20_000, "eval_tokens": 8192}
     recipe = load_recipe(
-        QUICKSTART, {**places, "corpus": str(corpus), **lengths, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
+        QUICKSTART, {**folders, "corpus": str(corpus), **lengths, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
     )
     spec = ShardSpec(
         folder=Path(recipe.data_dir),

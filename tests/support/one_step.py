@@ -39,7 +39,7 @@ def recipe() -> Recipe:
         seq_len=SEQ_LEN,
         max_steps=1,
         mixed_precision="no",
-        # A key's bias has no gradient but rounding, of which AdamW's usual epsilon would make whole steps.
+        # The gradient of a key's bias is only rounding, which AdamW's default epsilon would turn into full steps.
         adam_epsilon=1e-2,
     )
 
@@ -75,10 +75,10 @@ def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
         max_grad_norm=0.5,
     )[:2]
     scored, count = validation_loss(accelerator, model, _ragged(per_device, rank, accelerator.num_processes))
-    whole = get_model_state_dict(
+    full = get_model_state_dict(
         bare_model(accelerator, model), options=StateDictOptions(full_state_dict=True, cpu_offload=True)
     )
-    results = {name: tensor.clone() for name, tensor in whole.items()}
+    results = {name: tensor.clone() for name, tensor in full.items()}
     results["loss"] = loss
     results["norm"] = norm
     results["validation"] = torch.tensor([scored, count], dtype=torch.float64)

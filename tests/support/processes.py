@@ -37,9 +37,14 @@ class ProcessesOfARun:
         self.processes: list[ForkServerProcess] = []
         for rank, path in enumerate(recipes):
             local = ("0", "1") if isinstance(recipe, list) else (str(rank), str(number))
-            place = {"RANK": str(rank), "WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            place |= {"LOCAL_RANK": local[0], "LOCAL_WORLD_SIZE": local[1], "ACCELERATE_USE_CPU": "true"}
-            arguments = (str(path), place if number > 1 else {}, str(printed), timeout_seconds)
+            environment = {
+                "RANK": str(rank),
+                "WORLD_SIZE": str(number),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            environment |= {"LOCAL_RANK": local[0], "LOCAL_WORLD_SIZE": local[1], "ACCELERATE_USE_CPU": "true"}
+            arguments = (str(path), environment if number > 1 else {}, str(printed), timeout_seconds)
             self.processes.append(_CONTEXT.Process(target=_train, args=arguments))
         for process in self.processes:
             process.start()
@@ -78,12 +83,12 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _train(recipe: str, place: dict[str, str], printed: str, timeout_seconds: float | None) -> None:
+def _train(recipe: str, environment: dict[str, str], printed: str, timeout_seconds: float | None) -> None:
     descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-    os.environ |= place
+    os.environ |= environment
     import torch
 
     from common.cli_errors import run_command

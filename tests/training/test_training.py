@@ -186,19 +186,19 @@ def test_checkpoints_load_as_model_folders(tiny_recipe: Make) -> None:
 
 @pytest.mark.parametrize("stop", [4, 8])
 def test_an_interrupted_run_ends_bit_identical_to_a_complete_one(stop: int, tiny_recipe: Make, tmp_path: Path) -> None:
-    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1, save_total_limit=None)
-    train(whole)
-    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    complete = tiny_recipe(output_dir=str(tmp_path / "complete"), dropout=0.1, save_total_limit=None)
+    train(complete)
+    interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
     # A run that was killed after a checkpoint: its log already has later lines.
-    run = Path(broken.output_dir)
+    run = Path(interrupted.output_dir)
     (run / "checkpoints").mkdir(parents=True)
-    Path(tmp_path / "whole" / "checkpoints" / f"step-{stop:06d}").rename(run / "checkpoints" / f"step-{stop:06d}")
+    Path(tmp_path / "complete" / "checkpoints" / f"step-{stop:06d}").rename(run / "checkpoints" / f"step-{stop:06d}")
     for name in ("metrics.jsonl", "log.txt", "recipe.yaml"):
-        (run / name).write_bytes((tmp_path / "whole" / name).read_bytes())
-    train(broken)
-    assert_same(weights(run / "model"), weights(tmp_path / "whole" / "model"))
-    assert_same(optimizer_state(checkpoints(run)[-1]), optimizer_state(checkpoints(tmp_path / "whole")[-1]))
-    assert losses(broken) == losses(whole)
+        (run / name).write_bytes((tmp_path / "complete" / name).read_bytes())
+    train(interrupted)
+    assert_same(weights(run / "model"), weights(tmp_path / "complete" / "model"))
+    assert_same(optimizer_state(checkpoints(run)[-1]), optimizer_state(checkpoints(tmp_path / "complete")[-1]))
+    assert losses(interrupted) == losses(complete)
     steps = [line["step"] for line in read_metrics(run) if "train_loss" in line]
     assert steps == list(range(1, 13))
 
@@ -230,17 +230,17 @@ def test_two_processes_equal_one(tiny_recipe: Make, tmp_path: Path) -> None:
 
 
 def test_a_run_of_two_processes_resumes_on_one_over_the_same_samples(tiny_recipe: Make, tmp_path: Path) -> None:
-    whole = tiny_recipe(output_dir=str(tmp_path / "whole"))
-    train(whole)
-    parted = dataclasses.replace(whole, output_dir=str(tmp_path / "parted"))
+    complete = tiny_recipe(output_dir=str(tmp_path / "complete"))
+    train(complete)
+    resumed = dataclasses.replace(complete, output_dir=str(tmp_path / "resumed"))
     # The same schedule, killed after step 8: its later checkpoint is moved away.
-    assert launched(parted, tmp_path / "parted.yaml", processes=2).returncode == 0
-    run = Path(parted.output_dir)
+    assert launched(resumed, tmp_path / "resumed.yaml", processes=2).returncode == 0
+    run = Path(resumed.output_dir)
     newest = checkpoints(run)[-1]
     newest.rename(tmp_path / "moved")
-    train(parted)
-    for key, loss in losses(whole).items():
-        assert losses(parted)[key] == pytest.approx(loss, abs=1e-5), key
+    train(resumed)
+    for key, loss in losses(complete).items():
+        assert losses(resumed)[key] == pytest.approx(loss, abs=1e-5), key
 
 
 def test_a_second_start_reports_that_the_run_is_complete(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:

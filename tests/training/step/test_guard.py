@@ -202,7 +202,7 @@ def test_no_step_waits_for_the_device(
         assert reads.count == 1
 
 
-# Whole runs
+# Complete runs
 
 
 def spoil(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> None:
@@ -263,23 +263,27 @@ def test_too_many_skipped_updates_in_a_row_name_the_newest_good_checkpoint(
 def test_a_resumed_run_skips_the_same_updates_as_an_uninterrupted_one(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tiny_recipe(
-        output_dir=str(tmp_path / "whole"), save_total_limit=None, skip_spikes=True, spike_window=4, spike_threshold=5.0
+    complete = tiny_recipe(
+        output_dir=str(tmp_path / "complete"),
+        save_total_limit=None,
+        skip_spikes=True,
+        spike_window=4,
+        spike_threshold=5.0,
     )
     spoil(monkeypatch, {9: 1.5, 10: math.nan})
-    train(whole)
-    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
-    (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
-    (tmp_path / "broken" / "recipe.yaml").write_text((tmp_path / "whole" / "recipe.yaml").read_text())
-    shutil.move(tmp_path / "whole" / "checkpoints" / "step-000008", tmp_path / "broken" / "checkpoints")
-    train(broken)
+    train(complete)
+    resumed = dataclasses.replace(complete, output_dir=str(tmp_path / "resumed"))
+    (tmp_path / "resumed" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "resumed" / "recipe.yaml").write_text((tmp_path / "complete" / "recipe.yaml").read_text())
+    shutil.move(tmp_path / "complete" / "checkpoints" / "step-000008", tmp_path / "resumed" / "checkpoints")
+    train(resumed)
     reported = [
-        [line for line in read_metrics(run) if "guard" in line] for run in (tmp_path / "whole", tmp_path / "broken")
+        [line for line in read_metrics(run) if "guard" in line] for run in (tmp_path / "complete", tmp_path / "resumed")
     ]
     # Four losses from before the checkpoint are in the window: without them, step 9 would not be a spike.
     assert [(line["step"], line["guard"]) for line in reported[0]] == [(9, "skipped"), (10, "skipped")]
     assert str(reported[0]) == str(reported[1])  # NaN is not equal to itself
-    model = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("whole", "broken")]
+    model = [(tmp_path / name / "model" / "model.safetensors").read_bytes() for name in ("complete", "resumed")]
     assert model[0] == model[1]
 
 
