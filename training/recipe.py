@@ -63,6 +63,11 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def local(help_text: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
+    """A `setting` of one node: a path, or what only rank 0 does. The model card does not list it."""
+    return setting(help_text, default, per_node=True, on_card=False, **options)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Every setting of a run, validated on construction.
@@ -71,21 +76,17 @@ class Recipe:
         InputError: an invalid value. The message names the key, the value and what is valid.
     """
 
-    output_dir: str = setting("run folder: checkpoints, logs, curves, final model", per_node=True, on_card=False)
+    output_dir: str = local("run folder: checkpoints, logs, curves, final model")
 
     # data
-    data_dir: str = setting("shard folder; filled from the corpus if incomplete", per_node=True, on_card=False)
-    corpus: str = setting(
+    data_dir: str = local("shard folder; filled from the corpus if incomplete")
+    corpus: str = local(
         "installed-docs, fineweb, fineweb-edu, a file or folder (text, jsonl, parquet), or a Hub dataset as owner/name",
         group="data",
-        per_node=True,
-        on_card=False,
     )
     corpus_config: str | None = setting("config of a Hub corpus, e.g. sample-10BT", None, group="data", on_card=False)
     text_field: str = setting("text column of jsonl, parquet and Hub corpora", "text", group="data")
-    tokenizer: str = setting(
-        "gpt2, train:VOCAB_SIZE, or a folder with tokenizer.json", "gpt2", group="data", per_node=True, on_card=False
-    )
+    tokenizer: str = local("gpt2, train:VOCAB_SIZE, or a folder with tokenizer.json", "gpt2", group="data")
     # Shards are held in memory, hence the limit.
     shard_tokens: int = setting("tokens per training shard", 100_000_000, group="data", at_least=1, at_most=10**9)
     val_tokens: int | None = setting(
@@ -102,13 +103,7 @@ class Recipe:
     n_head: int = setting("number of attention heads", 12, group="model", at_least=1)
     n_embd: int = setting("hidden size", 768, group="model", at_least=1)
     n_positions: int | None = setting("maximum sequence length (default: seq_len)", None, group="model", more_than=0)
-    init_from: str | None = setting(
-        "model folder or Hub id to start from instead of random weights",
-        None,
-        group="model",
-        per_node=True,
-        on_card=False,
-    )
+    init_from: str | None = local("model folder or Hub id to start from instead of random weights", None, group="model")
     dropout: float = setting("dropout of embeddings, attention and residuals", 0.0, at_least=0, less_than=1)
     document_mask: bool = setting("no attention across documents; positions restart at each", False, group="model")
     attn_implementation: str = setting("eager, sdpa, flash_attention_2 or flex_attention", "sdpa")
@@ -153,19 +148,15 @@ class Recipe:
     eval_tasks: list[str] = setting("tasks, e.g. hellaswag or lambada:word; see python -m evaluation.run --list", [])
     eval_task_steps: int = setting("steps between evaluations on eval_tasks; 0: only at the end", 1000, at_least=0)
     eval_task_limit: int | None = setting("evaluate only this many items per task", None, more_than=0)
-    eval_data_dir: str | None = setting(
-        "folder with the tasks' raw files (default: downloaded from the Hub)", None, per_node=True, on_card=False
-    )
+    eval_data_dir: str | None = local("folder with the tasks' raw files (default: downloaded from the Hub)", None)
     sample_steps: int = setting("steps between samples; 0: only at the end", 250, at_least=0)
     sample_prompts: list[str] = setting(
         "prompts to continue; an empty one starts a document", ["", "The"], on_card=False
     )
     sample_tokens: int = setting("tokens per sample", 48, at_least=1)
-    profile_steps: str | None = setting(
-        "steps to trace with torch.profiler, e.g. 10-12", None, per_node=True, on_card=False
-    )
-    report_to: list[Literal["none", "all", "tensorboard", "wandb", "trackio"]] = setting(
-        "trackers: tensorboard, wandb, trackio, all (those installed) or none", ["none"], per_node=True, on_card=False
+    profile_steps: str | None = local("steps to trace with torch.profiler, e.g. 10-12", None)
+    report_to: list[Literal["none", "all", "tensorboard", "wandb", "trackio"]] = local(
+        "trackers: tensorboard, wandb, trackio, all (those installed) or none", ["none"]
     )
 
     # checkpoints
@@ -176,23 +167,15 @@ class Recipe:
         "also keep checkpoints at multiples of this step, besides save_total_limit", None, more_than=0
     )
     async_save: bool = setting("write checkpoints in the background, from a copy in host memory", True)
-    resume_from_checkpoint: str = setting(
-        "auto (newest of output_dir), none, or a checkpoint folder", "auto", per_node=True, on_card=False
-    )
+    resume_from_checkpoint: str = local("auto (newest of output_dir), none, or a checkpoint folder", "auto")
 
     # publishing
-    push_to_hub: bool = setting(
-        "push to the Hub while training, with HF_TOKEN or the stored login", False, per_node=True, on_card=False
-    )
-    hub_model_id: str | None = setting(
-        "repository as owner/name (default: the name of output_dir)", None, per_node=True, on_card=False
-    )
-    hub_private_repo: bool = setting("create the repository as private", False, per_node=True, on_card=False)
-    hub_strategy: Literal["end", "every_save", "checkpoint"] = setting(
+    push_to_hub: bool = local("push to the Hub while training, with HF_TOKEN or the stored login", False)
+    hub_model_id: str | None = local("repository as owner/name (default: the name of output_dir)", None)
+    hub_private_repo: bool = local("create the repository as private", False)
+    hub_strategy: Literal["end", "every_save", "checkpoint"] = local(
         "push at the end, every checkpoint, or every checkpoint with its training state as last-checkpoint/",
         "every_save",
-        per_node=True,
-        on_card=False,
     )
 
     # hardware

@@ -10,7 +10,7 @@ that keep the cores busy.
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -60,29 +60,21 @@ def _largest(
     # FSDP2 compiles block by block instead, which takes a little less memory than the uncompiled model here.
     compiled = recipe.compile and not accelerator.is_fsdp2
     module: nn.Module = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
-    left = list(sizes)
-
-    def next_smaller() -> int:
-        left.pop()
-        return left[-1] if left else 0
-
-    @find_executable_batch_size(starting_batch_size=left[-1], reduce_batch_size_fn=next_smaller)
-    def attempt(batch_size: int) -> int:
-        try:
-            _try_step(module, accelerator, recipe, batch_size, end_of_text_id)
-        finally:
-            model.zero_grad(set_to_none=True)
-        return batch_size
-
     was_training = model.training
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):
         try:
-            return attempt()
-        except RuntimeError:
-            if left:
-                raise
-            return 0  # accelerate's own error when the batch size reaches 0
+            for size in reversed(sizes):
+                try:
+                    _try_step(module, accelerator, recipe, size, end_of_text_id)
+                except Exception as error:
+                    if not should_reduce_batch_size(error):  # out of memory, on any device
+                        raise
+                else:
+                    return size
+                finally:
+                    model.zero_grad(set_to_none=True)
+                clear_device_cache(garbage_collection=True)
+            return 0
         finally:
             model.train(was_training)
             if compiled:

@@ -1,7 +1,7 @@
 """The model to train and its optimizer."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -9,17 +9,14 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from common.cli_errors import InputError
 from common.hub_retry import hub_cache_error
+from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
 from training.setup.fsdp import compile_blocks, shard
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from gpt2_scratch import GPT2ScratchForCausalLM
 
 
 class Vocabulary(Protocol):
@@ -34,15 +31,13 @@ class Vocabulary(Protocol):
         """The id that begins a document."""
 
 
-def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = None) -> "GPT2ScratchForCausalLM":
+def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = None) -> GPT2ScratchForCausalLM:
     """The model to train: from a checkpoint (`weights`), from the recipe's `init_from`, or initialized like GPT-2.
 
     Raises:
         InputError: `init_from` is not a GPT-2 or does not fit the tokenizer or seq_len, or the attention implementation
             is not available.
     """
-    from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
-
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), recipe.dropout)
     source = weights or recipe.init_from
     set_seed(recipe.seed)
@@ -83,14 +78,13 @@ def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = No
     if model.generation_config.max_new_tokens is None:
         model.generation_config.max_new_tokens = min(128, model.config.n_positions // 2)
     if recipe.activation_checkpointing:
-        # The name since transformers 5.18, where the older one warns.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable()
+        # The new name since transformers 5.18, where the old one warns.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
 
 
 def prepare_for_training(
-    accelerator: Accelerator, model: "PreTrainedModel", recipe: Recipe
+    accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe
 ) -> tuple[nn.Module, Optimizer]:
     """The model, compiled and wrapped or sharded for the processes of the run, and its optimizer."""
     module: Any = model

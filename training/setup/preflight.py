@@ -8,9 +8,10 @@ import socket
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
 from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -43,8 +44,7 @@ _FORWARD_SHARE = 1 / 3  # FLOPs of a validation token relative to a training tok
 _GIB = 2**30
 
 
-@dataclass(frozen=True)
-class _Ids:
+class _Ids(NamedTuple):
     """The vocabulary of a tokenizer that may not exist yet."""
 
     vocab_size: int
@@ -90,10 +90,9 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         f"model       {model.num_parameters() / 1e6:.1f}M parameters, {model.config.n_layer} layers, width "
         f"{model.config.n_embd}, vocabulary {model.config.vocab_size:,}, in {'bf16' if bf16 else 'fp32'}"
     )
+    parts = ", ".join(f"{part} {_gib(count)}" for part, count in asdict(estimate).items())
     report(
-        f"memory      estimated {_gib(estimate.total)} per device: weights {_gib(estimate.weights)}, gradients "
-        f"{_gib(estimate.gradients)}, optimizer {_gib(estimate.optimizer)}, activations {_gib(estimate.activations)}"
-        + (f"; {_gib(free)} free" if free else "")
+        f"memory      estimated {_gib(estimate.total)} per device: {parts}" + (f"; {_gib(free)} free" if free else "")
     )
     report(f"data        {data}")
     steps = None if recipe.num_train_epochs is not None and order is None else total_steps(recipe, order)
