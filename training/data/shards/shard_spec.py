@@ -111,15 +111,15 @@ class ShardSpec:
         """
         if folder is None:
             if self.folder.is_file():
-                raise InputError(f"{self.folder} is a file, not a folder; choose another --output")
+                raise InputError(f"{self.folder} is a file, not a folder; choose another folder")
             names = {path.name for path in self.folder.glob("*")}
             if names and not names & {LOCK_NAME, MANIFEST_NAME}:  # otherwise a producer is at work
-                raise InputError(f"{self.folder} holds other files than shards; choose another --output")
+                raise InputError(f"{self.folder} holds other files than shards; choose another folder")
             return
         if folder.manifest is None:
             raise InputError(
                 f"{folder.path} holds shards without a manifest, made by another program; "
-                "train on them as they are, or choose another --output"
+                "train on them as they are, or choose another folder"
             )
         if differences := self.differences(folder.manifest):
             raise InputError(
