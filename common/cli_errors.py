@@ -23,6 +23,11 @@ class InputError(ValueError):
     """An input that cannot be used. The message is one line: what is wrong, and what to do."""
 
 
+def one_line(error: BaseException, limit: int = 300) -> str:
+    """Return an error's message on one line, truncated to `limit` characters."""
+    return " ".join(str(error).split())[:limit]
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `InputError` instead of printing its usage."""
 

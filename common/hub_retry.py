@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 from common.durations import format_duration
 from common.rate_limited_log import RateLimitedLog
 
@@ -109,7 +109,7 @@ class HubRetry:
         if self._outage_began is None:
             self._outage_began = now
         outage_seconds = now - self._outage_began
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         if not is_transient(error) or outage_seconds > _LONGEST_OUTAGE_SECONDS:
             raise InputError(f"cannot read {self._repository} from the Hub ({reason}); {self._advice}")
         self._log(

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, cast
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -83,7 +83,7 @@ def _npy_header(stream: BinaryIO, path: Path) -> Header:
         else:
             shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
     except ValueError as error:
-        raise unusable_file(path, f"it is not a .npy file ({' '.join(str(error).split())[:120]})") from None
+        raise unusable_file(path, f"it is not a .npy file ({one_line(error, 120)})") from None
     if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise unusable_file(
             path, f"expected a one-dimensional array of uint16 or uint32, found shape {shape} of {dtype}"

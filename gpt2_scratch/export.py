@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
-from common.cli_errors import CommandParser, InputError, run_command
+from common.cli_errors import CommandParser, InputError, one_line, run_command
 
 from . import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
 from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig
@@ -94,8 +94,9 @@ def _find_source(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=[*_COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--model {model!r} is neither a folder nor a repository on the Hub: {reason}") from error
+        raise InputError(
+            f"--model {model!r} is neither a folder nor a repository on the Hub: {one_line(error)}"
+        ) from error
 
 
 def read_config(source: Path) -> tuple[dict[str, Any], GPT2ScratchPreTrainedModel]:
@@ -119,7 +120,7 @@ def read_config(source: Path) -> tuple[dict[str, Any], GPT2ScratchPreTrainedMode
     try:
         config = GPT2ScratchConfig.from_dict(values | {"attn_implementation": "eager"})
     except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
-        raise InputError(f"{path} describes an unsupported model: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} describes an unsupported model: {one_line(error)}") from error
     architecture = str((config_dict.get("architectures") or ["GPT2LMHeadModel"])[0])
     if architecture not in _CLASSES:
         raise InputError(

@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 
 _PARQUET_BRANCH = "refs/convert/parquet"
 
@@ -101,7 +101,7 @@ def hub_rows(repository: str, config: str, split: str, limit: int | None = None)
     try:
         rows = datasets.load_dataset(repository, data_dir=config, split=split, revision=_PARQUET_BRANCH)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = one_line(error, 160)
         raise InputError(
             f"cannot read the data set {repository} from the Hub ({type(error).__name__}: {reason}); check the "
             "connection, or give a folder with the official files by --data_dir"

@@ -7,7 +7,7 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from common.atomic_files import write_atomically
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 from common.token_files import Split
 
 MANIFEST_NAME = "manifest.json"
@@ -93,7 +93,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, OSError) as error:
-            raise _invalid(path, " ".join(str(error).split())) from None
+            raise _invalid(path, one_line(error)) from None
         version = data.get("format_version") if isinstance(data, dict) else None
         if version != FORMAT_VERSION:
             raise InputError(

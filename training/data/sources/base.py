@@ -130,11 +130,6 @@ def missing_field(text_field: str, fields: Iterable[str], where: str) -> InputEr
     return InputError(f"no field '{text_field}' in {where}, only {found}; name the field with --text_field{hint}")
 
 
-def one_line(error: BaseException) -> str:
-    """Return an error's message on one line, truncated to 300 characters."""
-    return " ".join(str(error).split())[:300]
-
-
 def _replace_lone_surrogates(text: str) -> str:
     """Join pairs of surrogates and replace lone ones by U+FFFD; escapes in JSON and Python can produce both."""
     try:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 from training.data.sources.base import (
     FILE_ENDINGS,
     JSONL_ENDINGS,
@@ -23,7 +23,6 @@ from training.data.sources.base import (
     Position,
     corpus_name,
     missing_field,
-    one_line,
     text_of,
 )
 

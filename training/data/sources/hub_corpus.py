@@ -10,9 +10,9 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 from common.hub_retry import HubRetry, network_errors
-from training.data.sources.base import Corpus, Document, Position, missing_field, one_line, text_of
+from training.data.sources.base import Corpus, Document, Position, missing_field, text_of
 from training.data.sources.files import column_values
 
 if TYPE_CHECKING:

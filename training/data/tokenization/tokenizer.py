@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 
 from common.byte_level import bytes_to_unicode, unicode_to_bytes
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding
 
 END_OF_TEXT = "<|endoftext|>"
@@ -188,7 +188,7 @@ def _load_gpt2() -> Tokenizer:
     except (OSError, ValueError) as error:  # no network (requests' errors are OSErrors), or other bytes than OpenAI's
         raise InputError(
             f"cannot get GPT-2's vocabulary from tiktoken's cache or the network ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:120]}); connect once, set TIKTOKEN_CACHE_DIR to a folder where tiktoken "
+            f"{one_line(error, 120)}); connect once, set TIKTOKEN_CACHE_DIR to a folder where tiktoken "
             "has cached it, or train a tokenizer (train:4096)"
         ) from None
     return Tokenizer(encoding._mergeable_ranks, encoding._special_tokens)
