@@ -33,10 +33,8 @@ def map_in_order(
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item, in order; items are drawn only as far ahead as the workers need.
 
-    Args:
-        function: picklable; pickled once per worker, so it may be large.
-        items: picklable.
-        num_workers: processes; 0 computes in this process, None uses all cores.
+    The function is pickled once per worker, so it may be large. With 0 workers, this process computes; None uses all
+    cores.
 
     Raises:
         InputError: a worker was killed, usually because memory ran out.

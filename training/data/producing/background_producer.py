@@ -40,12 +40,9 @@ def producer_command(spec: ShardSpec, num_workers: int) -> list[str]:
 class BackgroundProducer:
     """Restarts a command until it succeeds; a context manager that stops it on exit.
 
-    Args:
-        report: receives the child's progress lines, and why it died and when it restarts. May be replaced later.
-
     Attributes:
-        failure: the error that makes waiting for the first shards pointless, such as a mistake in the recipe; None
-            while there is hope.
+        report: receives the child's progress lines, and why it died and when it restarts; may be replaced.
+        failure: an error that waiting for the first shards cannot resolve, such as a mistake in the recipe.
         last_error: why the child died last; None again as soon as it prints something.
     """
 
@@ -80,10 +77,8 @@ class BackgroundProducer:
         deadline = time.monotonic() + _SECONDS_TO_EXIT
         while self._thread is not None and self._thread.is_alive():
             if self._process is not None and self._process.poll() is None:
-                if time.monotonic() < deadline:
-                    self._process.terminate()  # the child deletes partial files, and ignores repetitions
-                else:
-                    self._process.kill()
+                # SIGTERM lets the child delete partial files; it ignores repetitions.
+                self._process.send_signal(signal.SIGTERM if time.monotonic() < deadline else signal.SIGKILL)
             self._thread.join(timeout=0.2)
 
     def _keep_running(self, command: list[str]) -> None:

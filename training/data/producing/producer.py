@@ -39,16 +39,12 @@ _DOCUMENTS_PER_BATCH = 1024
 
 
 def produce(
-    spec: ShardSpec,
-    *,
-    num_workers: int | None = None,
-    wait: bool = False,
-    report: Callable[[str], None] = print,
+    spec: ShardSpec, *, num_workers: int | None = None, wait: bool = False, report: Callable[[str], None] = print
 ) -> ShardFolder:
     """Return the complete folder that `spec` describes: found complete, resumed, or filled from the start.
 
     Args:
-        spec: of the folder.
+        spec: what the folder should hold.
         num_workers: tokenizing processes; 0 tokenizes in this process, None uses all cores.
         wait: while another process fills the folder, wait, and take over if that process dies.
         report: receives progress lines where standard error is not a terminal.
@@ -67,10 +63,8 @@ def produce(
     log = RateLimitedLog(SECONDS_BETWEEN_WAITING_LINES, report)
     line = f"another process is filling {spec.folder}; waiting for it"
     try:
-        with (
-            locked(spec.folder, on_wait=(lambda: log(line)) if wait else None),
-            removing_partial_files(spec.folder),
-        ):
+        on_wait = (lambda: log(line)) if wait else None
+        with locked(spec.folder, on_wait=on_wait), removing_partial_files(spec.folder):
             folder = spec.open_folder()  # again: another producer may have written to it until now
             if folder is None or not folder.complete:
                 _fill(spec, corpus, folder, num_workers, report)
@@ -98,11 +92,7 @@ def summarize(folder: ShardFolder, elapsed_seconds: float) -> str:
 
 
 def _fill(
-    spec: ShardSpec,
-    corpus: Corpus,
-    folder: ShardFolder | None,
-    num_workers: int | None,
-    report: Callable[[str], None],
+    spec: ShardSpec, corpus: Corpus, folder: ShardFolder | None, num_workers: int | None, report: Callable[[str], None]
 ) -> None:
     manifest, tokenizer = folder.manifest if folder else None, None
     if manifest is not None:
@@ -111,14 +101,19 @@ def _fill(
         download_shards(spec, corpus, files, manifest, report)
         return
     if manifest is None or tokenizer is None:
-        tokenizer = _new_tokenizer(spec, corpus, report)
+        vocab_size = parse_train_spec(spec.tokenizer)
+        if vocab_size is None:
+            tokenizer = load_tokenizer(spec.tokenizer)
+        else:
+            tokenizer = train_tokenizer(corpus, vocab_size, val_tokens=spec.val_tokens, report=report)
         manifest = create_folder(spec, corpus, tokenizer)
     _check_disk_space(spec, corpus, manifest)
     corpus_progress = _CorpusProgress(manifest)
     writer = ShardWriter(spec.folder, manifest, manifest_changes=corpus_progress.at_shard_end)
     encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, manifest.dtype)
     documents = corpus.read(manifest.resume.place if manifest.resume else None)
-    _skip_written(documents, writer, ShardFolder.open(spec.folder), encode)
+    if folder is not None and manifest.documents:
+        _skip_written(documents, writer, folder, encode)
     # The workers draw batches ahead of the writer; tee keeps those in between.
     ahead, written = itertools.tee(batches(documents, manifest.documents))
     encoded = map_in_order(encode, (batch.texts for batch in ahead), num_workers=num_workers)
@@ -132,13 +127,6 @@ def _fill(
     replaced = writer.finish().replaced_documents
     if replaced:
         report(f"{replaced:,} documents held invalid UTF-8, which was replaced by U+FFFD")
-
-
-def _new_tokenizer(spec: ShardSpec, corpus: Corpus, report: Callable[[str], None]) -> Tokenizer:
-    vocab_size = parse_train_spec(spec.tokenizer)
-    if vocab_size is None:
-        return load_tokenizer(spec.tokenizer)
-    return train_tokenizer(corpus, vocab_size, val_tokens=spec.val_tokens, report=report)
 
 
 def _check_disk_space(spec: ShardSpec, corpus: Corpus, manifest: Manifest) -> None:
@@ -167,8 +155,6 @@ def _skip_written(
         InputError: the corpus does not continue as the shards do.
     """
     count = writer.manifest.documents
-    if not count:
-        return
     parts: list[np.ndarray] = []  # of the last document, which may span several shards
     for shard in reversed(folder.shards):
         ids = shard.read()
@@ -190,14 +176,9 @@ def _skip_written(
 
 @dataclass
 class Batch:
-    """Documents that a worker encodes together.
+    """Documents that a worker encodes together, from index `first` of the corpus and its position on.
 
-    Attributes:
-        first: index of the first document in the corpus.
-        position: of the first document, where the corpus has one for it.
-        texts: of the documents.
-        characters: in the texts.
-        replaced: indices of the documents that held invalid UTF-8.
+    `replaced` holds the indices of the documents with invalid UTF-8.
     """
 
     first: int

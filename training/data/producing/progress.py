@@ -11,12 +11,7 @@ SECONDS_BETWEEN_REPORTS = 10.0
 
 
 class ProducerProgress(Progress):
-    """A bar of tokens on a terminal, log lines elsewhere; a context manager.
-
-    Args:
-        tokens: in the folder at the start.
-        report: receives the lines.
-    """
+    """A bar of tokens on a terminal, log lines elsewhere; `tokens` are in the folder at the start."""
 
     def __init__(self, tokens: int, report: Callable[[str], None]) -> None:
         super().__init__(initial=tokens, unit="tokens", report=report, seconds_between_lines=SECONDS_BETWEEN_REPORTS)
@@ -25,13 +20,7 @@ class ProducerProgress(Progress):
         self._time_left = ""
 
     def show(self, manifest: Manifest, tokens: int, fraction: float | None) -> None:
-        """Show the state of the folder.
-
-        Args:
-            manifest: of the folder.
-            tokens: in shards and on their way into one.
-            fraction: of the work that is done, in [0, 1]; None where it is unknown at the moment.
-        """
+        """Show the folder's manifest, the tokens so far, and the fraction of the work that is done, if known."""
         if fraction is not None:
             now = time.monotonic()
             self._start = self._start or (now, fraction)

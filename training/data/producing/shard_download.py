@@ -74,14 +74,7 @@ def download_shards(
     manifest: Manifest | None,
     report: Callable[[str], None],
 ) -> None:
-    """Download the shards that the folder lacks, up to `max_tokens`, and mark it complete.
-
-    Args:
-        spec: of the folder.
-        corpus: at the revision of the folder.
-        files: from `list_ready_shards`.
-        manifest: of the folder; None for a new one.
-        report: receives progress lines.
+    """Download those of the ready shards that the folder lacks, up to `max_tokens`, and mark it complete.
 
     Raises:
         InputError: a shard does not fit the tokenizer, or the Hub refuses it.

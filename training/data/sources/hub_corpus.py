@@ -24,15 +24,7 @@ _TRIES_OF_A_CORRUPTED_FILE = 5  # a truncated response can look like one
 
 
 class HubCorpus(Corpus):
-    """A Hub dataset. Nothing is requested from the Hub before it is needed.
-
-    Args:
-        repository: owner/name.
-        config: the dataset's configuration; None where it has only one.
-        name: prefix of the shards.
-        text_field: column that holds the text.
-        report: receives a line per minute while the Hub is unreachable.
-    """
+    """A Hub dataset, by repository (owner/name) and config; nothing is requested from the Hub before it is needed."""
 
     def __init__(
         self, repository: str, config: str | None, *, name: str, text_field: str, report: Callable[[str], None]

@@ -64,12 +64,7 @@ class Tokenizer:
         return lengths
 
     def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` loads.
-
-        Args:
-            folder: created if missing.
-            model_max_length: maximum sequence length of the model, in tokens.
-        """
+        """Write `tokenizer.json` and `tokenizer_config.json`, which `AutoTokenizer.from_pretrained(folder)` loads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         # The library's own `save` raises a bare Exception when the disk is full.
@@ -213,13 +208,11 @@ def _fingerprint(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) 
 
 
 def _to_text(token: bytes) -> str:
-    table = bytes_to_unicode()
-    return "".join(table[byte] for byte in token)
+    return "".join(map(bytes_to_unicode().__getitem__, token))
 
 
 def _to_bytes(token: str) -> bytes:
-    table = unicode_to_bytes()
-    return bytes(table[character] for character in token)
+    return bytes(map(unicode_to_bytes().__getitem__, token))
 
 
 def _split(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
