@@ -19,11 +19,11 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from common.cli_errors import InputError
 from common.ranks import Ranks
 from evaluation.scoring.batching import TOKENS_PER_SCORED_TOKEN
-from evaluation.scoring.forward_passes import ForwardPasses, Passage
+from evaluation.scoring.forward_passes import ForwardPasses
 from evaluation.scoring.generation import generate
 from evaluation.scoring.model_checks import takes_positions_from_zero
 from evaluation.tasks.encoding import common_prefix_length
-from evaluation.tasks.task_types import Generated, Generation, Item, LogLikelihood, Request
+from evaluation.tasks.task_types import Generated, Generation, Item, Request
 
 Scores = list[Any]
 """A `LogLikelihood` or `Generated` for each request of an item."""
@@ -76,7 +76,7 @@ def score_batches(
     try:
         passes = ForwardPasses(model)
         first = items[0].requests[0]
-        text = (first.context + first.continuation if isinstance(first, Request) else first.context)[:n_positions]
+        text = (first.ids if isinstance(first, Request) else first.context)[:n_positions]
         check_positions = share_prefixes and passes.can_share_prefixes
         share_prefixes = takes_positions_from_zero(model, text, check_positions=check_positions)
         jobs = [_job(index, item, n_positions, share_prefixes) for index, item in enumerate(items)]
@@ -108,16 +108,16 @@ class _Job:
     Attributes:
         index: of the item.
         kind: "generation", "separate" or "shared"; a batch has one kind.
-        passages: of its requests; none for generations.
+        requests: truncated to the model's positions; none for generations.
         length: tokens of its longest request.
-        prefix: how many tokens its passages share; 0 unless kind is "shared".
+        prefix: how many tokens its requests share; 0 unless kind is "shared".
         new_tokens: of generations. The same in a batch, because contexts are truncated by it.
     """
 
     index: int
     item: Item
     kind: str
-    passages: tuple[Passage, ...]
+    requests: tuple[Request, ...]
     length: int
     prefix: int = 0
     new_tokens: int = 0
@@ -125,7 +125,7 @@ class _Job:
     @property
     def scored_in_prefix(self) -> int:
         """Return how many positions of the shared prefix need logits."""
-        return max(1, self.prefix - min(passage.first_scored for passage in self.passages) + 1) if self.prefix else 0
+        return max(1, self.prefix - min(len(request.context) for request in self.requests) + 1) if self.prefix else 0
 
 
 def _job(index: int, item: Item, n_positions: int, share_prefixes: bool) -> _Job:
@@ -134,17 +134,17 @@ def _job(index: int, item: Item, n_positions: int, share_prefixes: bool) -> _Job
         length = max(len(request.context) + request.max_new_tokens for request in generations)
         new_tokens = max(request.max_new_tokens for request in generations)
         return _Job(index, item, "generation", (), length, new_tokens=new_tokens)
-    passages = []
-    for request in item.requests:
-        assert isinstance(request, Request)
-        # The last token is not read, so one more fits than there are positions.
-        ids = (request.context + request.continuation)[-(n_positions + 1) :]
-        passages.append(Passage(ids, len(ids) - len(request.continuation), request.excluded))
-    length = max(len(passage.ids) for passage in passages) - 1
-    prefix = common_prefix_length([passage.ids[:-1] for passage in passages])
-    if not share_prefixes or len(passages) == 1 or prefix < 2:
-        return _Job(index, item, "separate", tuple(passages), length)
-    return _Job(index, item, "shared", tuple(passages), length, prefix)
+    # The last token is not read, so one more fits than there are positions.
+    requests = tuple(
+        Request(r.context[-(n_positions + 1 - len(r.continuation)) :], r.continuation, r.excluded)
+        for r in item.requests
+        if isinstance(r, Request)
+    )
+    length = max(len(request.ids) for request in requests) - 1
+    prefix = common_prefix_length([request.ids[:-1] for request in requests])
+    if not share_prefixes or len(requests) == 1 or prefix < 2:
+        return _Job(index, item, "separate", requests, length)
+    return _Job(index, item, "shared", requests, length, prefix)
 
 
 def _next_batch(
@@ -191,11 +191,11 @@ def _run(passes: ForwardPasses, model: Any, batch: list[_Job], budget: int) -> l
             for ids, request in zip(generated, requests, strict=True)
         ]
     else:
+        groups = [job.requests for job in batch]
         if batch[0].kind == "shared":
-            scores = passes.shared([job.passages for job in batch], [job.prefix for job in batch], budget)
+            flat = list(passes.shared(groups, [job.prefix for job in batch], budget))
         else:
-            scores = passes.separate([passage for job in batch for passage in job.passages], budget)
-        flat = [LogLikelihood(score.sum, score.tokens, score.greedy) for score in scores]
+            flat = list(passes.separate([request for group in groups for request in group], budget))
     remaining = iter(flat)
     found = [(job.index, [next(remaining) for _ in job.item.requests]) for job in batch]
     for job, (_, answers) in zip(batch, found, strict=True):
@@ -216,7 +216,7 @@ def _check(model: Any, items: Sequence[Item], n_positions: int) -> None:
             if isinstance(request, Generation):
                 ids, needed = request.context, request.max_new_tokens + 1
             else:
-                ids, needed = request.context + request.continuation, len(request.continuation)
+                ids, needed = request.ids, len(request.continuation)
             # Tasks truncate what does not fit, possibly to nothing.
             if needed > n_positions or not request.context or not needed:
                 raise InputError(

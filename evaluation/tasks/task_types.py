@@ -11,6 +11,7 @@
 Requests hold token ids, because a protocol also fixes how the text around the end of the context is tokenized.
 """
 
+import functools
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -56,6 +57,11 @@ class Request:
     context: Ids
     continuation: Ids
     excluded: frozenset[int] = frozenset()
+
+    @functools.cached_property
+    def ids(self) -> Ids:
+        """Context and continuation."""
+        return self.context + self.continuation
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,28 @@ def test_head_computes_only_scored_positions():
     assert [shape[1] for shape in seen[CHECKS:]] == [1, 3]
 
 
+def test_gelu_new_is_one_kernel_while_a_model_is_scored(monkeypatch):
+    official = pair("sdpa", activation_function="gelu_new")[1]
+    calls = []
+    gelu = torch.nn.functional.gelu
+    monkeypatch.setattr(
+        torch.nn.functional, "gelu", lambda *args, **kwargs: (calls.append(kwargs), gelu(*args, **kwargs))[1]
+    )
+    score(official, random_items(count=1), share_prefixes=False)
+    assert calls == [{"approximate": "tanh"}] * 3
+    assert not [module for module in official.modules() if "forward" in vars(module)]
+
+
+def test_wrapped_activation_is_left_alone():
+    official = pair("sdpa", activation_function="gelu_new")[1]
+    activation, calls = official.transformer.h[0].mlp.act, []
+    own = activation.forward
+    activation.forward = wrapped = lambda x: (calls.append(1), own(x))[1]
+    score(official, random_items(count=1), share_prefixes=False)
+    assert calls
+    assert activation.forward is wrapped
+
+
 @pytest.mark.parametrize("family", ["ours", "official", "llama", "roberta"])
 def test_long_text_is_scored_in_pieces(family, monkeypatch):
     monkeypatch.setattr("evaluation.scoring.forward_passes._MAX_SCORED_AT_ONCE", 7)
