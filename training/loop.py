@@ -171,7 +171,7 @@ def _add_hooks(
 ) -> "Checkpoints":
     """Set the run's hooks, and return the one that saves checkpoints."""
     monitor = Monitor(run)
-    run.report = monitor.log.say
+    run.report = monitor.log.print
     if run.accelerator.is_main_process:
         start = Start(run.first_step, device_name(run.accelerator.device), run.accelerator.num_processes)
         monitor.log.history.add_start(run.output_dir, start)

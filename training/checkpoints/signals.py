@@ -130,7 +130,7 @@ class Coordinator:
         self._signals.__exit__(*exception)
 
     def poll(self) -> None:
-        """Send this rank's wishes to the others, and update the attributes; all ranks must call this equally often."""
+        """Exchange signals and due saves with the other ranks; all ranks must call this equally often."""
         wanted = [self._signals.received, self._saves + self._clock_is_due(time.monotonic())]
         if self._group is not None:
             agreed = self.wait()

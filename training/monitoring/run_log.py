@@ -73,7 +73,7 @@ class RunLog:
         )
         self._total_steps = total_steps
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line, above the progress bar if there is one, and append it to train.log."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
@@ -106,7 +106,7 @@ class RunLog:
             self._progress.update(0, status)
             self._append(self._printed, line + "\n")
         else:
-            self.say(line)
+            self.print(line)
         return recorded
 
     def guarded(self, values: Mapping[str, Any]) -> None:
@@ -116,7 +116,7 @@ class RunLog:
         self._write(values)
         first, last = values["samples"]
         what = "update skipped" if values["guard"] == "skipped" else "spike"
-        self.say(
+        self.print(
             f"step {values['step']}  {what}: loss {values['loss']:.4f}  norm {values['grad_norm']:.2f}  "
             f"samples {first} to {last}"
         )
@@ -127,7 +127,7 @@ class RunLog:
             return
         self._record(values, {"val": values["val_loss"]})
         per_byte = values.get("bits_per_byte")
-        self.say(
+        self.print(
             f"step {values['step']}  validation loss {values['val_loss']:.4f} nats per token"
             + (f", {per_byte:.4f} bits per byte" if per_byte is not None else "")
         )
@@ -143,7 +143,7 @@ class RunLog:
             return
         self._record(values, {"hella": values["hellaswag_acc_norm"]} if "hellaswag_acc_norm" in values else {})
         results = (f"{key} {value:.4f}" for key, value in values.items() if key not in ("step", "tokens"))
-        self.say(f"step {values['step']}  " + "  ".join(results))
+        self.print(f"step {values['step']}  " + "  ".join(results))
 
     def samples(self, step: int, texts: Sequence[str], *, show: bool = True) -> None:
         """Append samples to samples.txt, once per step; with `show`, print them."""
@@ -152,7 +152,7 @@ class RunLog:
         self.history.samples[step] = list(texts)
         shown = ["  | " + text.strip("\n").replace("\n", "\n  | ") for text in texts]
         for text in shown if show else ():
-            self.say(text)
+            self.print(text)
         self._append(self._samples, "\n\n".join([f"step {step}", *shown]) + "\n\n")
         self._last_samples = step
 

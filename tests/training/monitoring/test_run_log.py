@@ -56,7 +56,7 @@ def test_a_resumed_run_has_every_step_once(tmp_path: Path) -> None:
 
 def test_everything_that_is_printed_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = open_log(tmp_path)
-    log.say("hello")
+    log.print("hello")
     log.training(training_line(1))
     log.close()
     printed = capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_non_finite_loss_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_other_processes_write_nothing(tmp_path: Path) -> None:
     log = RunLog(tmp_path, enabled=False, first_step=0, total_steps=10)
-    log.say("x")
+    log.print("x")
     log.advance()
     log.training(training_line(1))
     log.flush_to_disk()
