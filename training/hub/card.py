@@ -53,18 +53,11 @@ class Score:
 def write_model_card(
     folder: Path, recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, *, earlier: Path | None = None
 ) -> None:
-    """Write the README.md of a model folder: how to load the model, its results, samples, recipe and limits.
-
-    Args:
-        folder: the model folder.
-        recipe: of the run.
-        facts: about the run.
-        config: of the model.
-        earlier: a model folder whose card somebody may have edited; edits stay.
-    """
+    """Write the README.md of a model folder; edits of the card in the folder `earlier` stay."""
     card = model_card(recipe, facts, config, Provenance.of(recipe), curves=(folder / "curves.png").is_file())
-    edited = earlier / "README.md" if earlier is not None else None
-    existing = edited.read_text(encoding="utf-8", errors="replace") if edited is not None and edited.is_file() else None
+    existing = None
+    if earlier is not None and (earlier / "README.md").is_file():
+        existing = (earlier / "README.md").read_text(encoding="utf-8", errors="replace")
     (folder / "README.md").write_text(with_edits_of(existing, card)[0], encoding="utf-8")
 
 
@@ -269,10 +262,7 @@ def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
         lines.append(
             f"- Time: {format_duration(facts.seconds)} of training steps ({rate}), without evaluation and checkpoints"
         )
-    shown = {key: value for key, value in recipe.values_on_card().items() if value not in (None, [])}
-    if not recipe.eval_tasks:
-        del shown["eval_task_steps"]
-    rows = [f"| `{key}` | {value} |" for key, value in shown.items()]
+    rows = [f"| `{key}` | {value} |" for key, value in recipe.values_on_card().items() if value not in (None, [])]
     return "\n".join([*lines, "", "| Recipe key | Value |", "| --- | --- |", *rows])
 
 

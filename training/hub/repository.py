@@ -6,9 +6,8 @@ huggingface_hub), so that a download in between may get new weights with an old 
 
 import re
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from common.cli_errors import InputError
 from training.hub.card import card_for_repository
@@ -24,15 +23,8 @@ _READ_SECONDS_AT_FIRST = 15.0
 _ATTEMPTS_WHEN_OVERTAKEN = 3
 
 
-@dataclass(frozen=True)
-class Pushed:
-    """A commit on the Hub.
-
-    Attributes:
-        commit: its id.
-        card_kept: whether the card was edited on the Hub, so that its text stayed.
-        has_native: whether the repository has a native branch.
-    """
+class Pushed(NamedTuple):
+    """A commit on the Hub; whether it kept the text of an edited card; and whether there is a native branch."""
 
     commit: str
     card_kept: bool
@@ -44,16 +36,11 @@ def ensure_repository(
 ) -> str:
     """Create a repository unless it exists, check that we may write to it, and return its full id.
 
-    Args:
-        repo_id: owner/name, or a name under the token's user; `default_name` if None.
-        default_name: of a folder; characters that an id cannot have are replaced.
-        private: whether a new repository is private.
-        kind: of repository.
-        way_out: the end of error messages.
+    `repo_id` is owner/name, or a name under the token's user; by default it is made from `default_name`.
 
     Raises:
         HubOutOfReachError: the Hub does not answer.
-        InputError: invalid id, no token or a rejected one, no write access.
+        InputError: invalid id, no token or a rejected one, no write access; the message ends with `way_out`.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -82,17 +69,10 @@ def ensure_repository(
 
 
 def push_folder(folder: Path, repo_id: str, *, message: str, tag: str | None = None, branch: str = "main") -> Pushed:
-    """Push a model folder to a branch in one commit, and tag it.
+    """Push a model folder in one commit to a branch, which is created if needed, and set or move a tag.
 
     Files of an earlier push that this folder lacks are deleted: weights in other shards, files of last-checkpoint/ if
     this folder has one, and on the native branch everything. A card that was edited on the Hub keeps its text.
-
-    Args:
-        folder: a complete model folder, which does not change meanwhile.
-        repo_id: owner/name.
-        message: of the commit.
-        tag: is moved if it exists.
-        branch: is created if it does not exist.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -131,12 +111,12 @@ def _commit(folder: Path, repo_id: str, *, message: str, branch: str, has_native
         existing = read_card(repo_id, head) if "README.md" in on_hub and branch == "main" else None
         card, card_kept = with_edits_of(existing, card)
         additions.append(CommitOperationAdd("README.md", card.encode()))
-    has_state = any(name.startswith(f"{LAST_CHECKPOINT}/") for name in files)
-    stale = [name for name in sorted(on_hub - set(files)) if _is_ours(name, branch, has_state)]
     for addition in additions:
         # One file per call, which runs in this thread. For several files the client makes a thread pool
         # (`_upload_lfs_files`), and the interpreter waits for its threads: a hanging upload would block the exit.
         api.preupload_lfs_files(repo_id, [addition], revision=branch)
+    has_state = any(name.startswith(f"{LAST_CHECKPOINT}/") for name in files)
+    stale = [name for name in sorted(on_hub - set(files)) if _is_ours(name, branch, has_state)]
     deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
     commit = api.create_commit(
         repo_id, [*additions, *deletions], commit_message=message, revision=branch, parent_commit=head

@@ -26,13 +26,13 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json")  # "/usr" is a token there
 
 
 def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path | None = None) -> Path:
-    """Make `target` the folder to push for a model folder or checkpoint.
+    """Make `target` the folder to push for a model folder or checkpoint, and return it.
 
     Args:
         target: is replaced if it exists.
-        model: a complete model folder, of which the files of a model are taken.
-        curves: a picture of the curves, for a folder without one.
-        state: a checkpoint to push completely, to resume from.
+        model: a complete model folder or checkpoint.
+        curves: for a folder without a picture of its own.
+        state: a checkpoint to resume from, which becomes last-checkpoint/.
     """
     shutil.rmtree(target, ignore_errors=True)
     _link_all(sorted({path for pattern in _MODEL_FILES for path in model.glob(pattern)}), model, target)

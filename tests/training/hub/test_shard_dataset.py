@@ -101,7 +101,7 @@ def test_a_shard_corrupted_in_the_download_is_rejected(hub: LoopbackHub, shards:
         files[name] = wrong if method in ("GET", "HEAD") and "/resolve/" in path else right
 
     hub.trouble = changed
-    with pytest.raises(InputError, match=r"expected .* as the Hub has it, found another hash"):
+    with pytest.raises(InputError, match="has another hash than on the Hub"):
         make_shards(
             tmp_path / "elsewhere", corpus="me/shards", tokenizer=str(shards), shard_tokens=9_000, val_tokens=2_000
         )
