@@ -18,7 +18,11 @@ from training.monitoring.samples import TEMPERATURE, TOP_K
 from training.recipe import Recipe
 
 _FOLDER = '"path/to/this/folder"'  # stands for the model until it has an id on the Hub
-_PACKAGE = "With the `gpt2-scratch` package installed, `import gpt2_scratch` replaces `trust_remote_code=True`."
+_TESTED_TRANSFORMERS = "5.17 to 5.24"  # the range in setup.cfg
+_PACKAGE = (
+    f"The code in this folder works with transformers {_TESTED_TRANSFORMERS}. "
+    "With the `gpt2-scratch` package installed, `import gpt2_scratch` replaces `trust_remote_code=True`."
+)
 _NATIVE = 'Programs that know GPT-2 but not this code load the same weights with `revision="native"`.'
 
 _LIMITS = {

@@ -1,5 +1,6 @@
 """The model card: what it holds, that the Hub accepts it, and that edits stay."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 from support.loopback_writing import metadata_errors
+from support.paths import ROOT
 
 from evaluation.results.metric_values import MetricValue
 from evaluation.results.references import VALIDATION_LOSS
@@ -328,3 +330,9 @@ def test_the_card_on_the_hub_has_the_models_id_and_mentions_the_native_branch() 
     native = card_for_repository(card(), "me/x", branch="native", has_native=True)
     assert 'AutoModelForCausalLM.from_pretrained("me/x", revision="native")' in native
     assert "trust_remote_code" not in native
+
+
+def test_card_names_the_versions_of_transformers_that_setup_cfg_allows() -> None:
+    requirement = re.search(r"transformers>=5\.(\d+),<5\.(\d+)\n", (ROOT / "setup.cfg").read_text())
+    oldest, too_new = map(int, requirement.groups())
+    assert f"works with transformers 5.{oldest} to 5.{too_new - 1}." in card()

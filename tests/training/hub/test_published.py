@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from support.hub_client import ACCOUNTS, TOKEN, turn_to
 from support.loopback_hub import LoopbackHub, serving
 from support.loopback_writing import metadata_errors
 from support.paths import ROOT
+from support.tiny_models import tiny
 
 from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchForCausalLM
@@ -110,6 +114,41 @@ def test_a_published_model_loads_four_ways(hub_of_a_run: tuple[LoopbackHub, Any]
     assert abs(again - last) < 0.05  # two tiny steps away, where a fresh model is nats away
     card = (tmp_path / "continued" / "model" / "README.md").read_text()
     assert "base_model: me/tiny" in card
+
+
+GENERATED = """
+import sys, torch
+sys.modules["gpt2_scratch"] = None
+from transformers import AutoModelForCausalLM
+torch.set_num_threads(1)
+model = AutoModelForCausalLM.from_pretrained("me/old", trust_remote_code=True).eval()
+print(model.generate(torch.arange(8)[None], max_new_tokens=12, do_sample=False, pad_token_id=96).tolist()[0])
+"""
+
+
+def test_published_folder_is_renewed_by_the_documented_commands(hub: LoopbackHub, tmp_path: Path) -> None:
+    model = tiny()
+    model.save_pretrained(tmp_path / "old")
+    (tmp_path / "old" / "README.md").write_text("---\nlicense: mit\n---\n\nThe owner's own card\n")
+    for path in (tmp_path / "old").glob("*.py"):
+        path.write_text('raise ImportError("old code")\n')
+    api = huggingface_hub.HfApi()
+    api.create_repo("me/old")
+    api.upload_folder(repo_id="me/old", folder_path=tmp_path / "old")
+    before = hub.model("me/old").files()
+
+    section = (ROOT / "docs" / "hub.md").read_text().split("## Renew a published folder")[1].split("\n## ")[0]
+    commands = re.search(r"```bash\n(.*?)```", section, re.DOTALL)[1].replace("OWNER/NAME", "me/old").splitlines()
+    export, upload = (shlex.split(command)[1:] for command in commands)
+    clean_process(hub, tmp_path, *export, project=True)
+    clean_process(hub, tmp_path, "-m", "huggingface_hub.cli.hf", *upload, project=False)
+
+    after = hub.model("me/old").files()
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert changed == {name for name in before if name.endswith(".py")}
+    assert all(after[name] == (ROOT / "gpt2_scratch" / name).read_bytes() for name in changed)
+    expected = model.generate(torch.arange(8)[None], max_new_tokens=12, do_sample=False, pad_token_id=96)
+    assert json.loads(clean_process(hub, tmp_path, "-c", GENERATED, project=False)) == expected[0].tolist()
 
 
 def test_a_push_contains_nothing_private(hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path) -> None:
