@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Further flags for training/train.py: make train TRAIN_FLAGS="--max_steps 50"
 TRAIN_FLAGS ?=
 
-.PHONY: train test lint format clean
+.PHONY: train test lint format canary oldest clean
 
 train: $(VENV)/.installed
 	$(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
@@ -23,6 +23,21 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The parity tests with the newest release of every library, whatever the upper bounds of setup.cfg (canary), and with the
+# lower bounds of setup.cfg (oldest). torch keeps the version of constraints.txt in both: newer builds pull gigabytes of
+# CUDA packages, and not every index has a CPU build of the oldest.
+canary: BOUNDS := s/,.*//
+oldest: BOUNDS := s/,.*//; s/>=/==/
+canary oldest:
+	$(PYTHON) -m venv .venv-$@
+	sed -En '/^    [A-Za-z_-]+>=/{ s/ +//; $(BOUNDS); p; }' setup.cfg \
+		| grep -Ev '^(torch|lm_eval|mypy|ruff|tensorboard|wandb)[>=]' > .venv-$@/requirements.txt
+	grep '^torch==' constraints.txt >> .venv-$@/requirements.txt
+	.venv-$@/bin/python -m pip install --quiet --retries 1 --upgrade --requirement .venv-$@/requirements.txt
+	.venv-$@/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface_hub|peft) '
+	.venv-$@/bin/python -m pytest -m "parity and not network and not gpu and not slow" \
+		$$(grep -rl 'pytest.mark.parity' --include '*.py' tests)
+
 # A stamp of its own: an environment that was interrupted half-way is made again.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}; name another: make PYTHON=python3.12")'
@@ -38,4 +53,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-canary .venv-oldest build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification
 
+pytestmark = pytest.mark.parity
+
 # peft enables activation checkpointing under the name that transformers deprecated.
 peft_warns = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 

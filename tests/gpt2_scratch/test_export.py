@@ -21,6 +21,7 @@ from gpt2_scratch import (
 )
 
 
+@pytest.mark.parity
 def test_round_trip_of_our_folder_returns_every_byte_except_the_card(scratch, tmp_path):
     export(scratch, tmp_path / "native", "gpt2")
     export(tmp_path / "native", tmp_path / "again", "gpt2_scratch")
@@ -30,6 +31,7 @@ def test_round_trip_of_our_folder_returns_every_byte_except_the_card(scratch, tm
     assert [name for name in before if before[name] != after[name]] == ["README.md"]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])
 def test_round_trip_of_an_official_folder_returns_every_byte(tmp_path, tie_word_embeddings):
     official = GPT2LMHeadModel(GPT2Config(**SIZES, tie_word_embeddings=tie_word_embeddings))
@@ -42,6 +44,7 @@ def test_round_trip_of_an_official_folder_returns_every_byte(tmp_path, tie_word_
     assert ("lm_head.weight" in load_file(tmp_path / "again" / "model.safetensors")) is not tie_word_embeddings
 
 
+@pytest.mark.parity
 def test_native_folder_equals_one_saved_by_the_official_class(scratch, tmp_path):
     export(scratch, tmp_path / "native", "gpt2")
     GPT2LMHeadModel.from_pretrained(tmp_path / "native").save_pretrained(tmp_path / "official")
@@ -80,6 +83,7 @@ assert "gpt2_scratch" not in sys.modules
 """
 
 
+@pytest.mark.parity
 def test_native_folder_loads_in_a_process_without_our_package(scratch, tmp_path):
     export(scratch, tmp_path / "native", "gpt2")
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}

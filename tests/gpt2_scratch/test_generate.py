@@ -54,6 +54,7 @@ def refusal(capsys, *arguments):
     return captured.err
 
 
+@pytest.mark.parity
 def test_text_starts_with_the_prompt_and_speed_goes_to_standard_error(folder, capfdbinary):
     out, err = generate(capfdbinary, "--model", folder, "--prompt", "Once upon", "--max_new_tokens", 8)
     assert out.startswith(b"Once upon")
@@ -70,6 +71,7 @@ def test_same_seed_gives_the_same_text_and_another_seed_another(folder, capfdbin
     assert texts[0] == texts[1] != texts[2]
 
 
+@pytest.mark.parity
 def test_temperature_zero_is_greedy(folder, capfdbinary):
     texts = {
         generate(capfdbinary, "--model", folder, "--prompt", "a", "--temperature", 0, "--seed", seed)[0]
@@ -202,6 +204,7 @@ def test_unusable_folder_gives_a_one_line_error(folder, tmp_path, capsys, model_
     assert re.search(message, found), found
 
 
+@pytest.mark.parity
 def test_beams_of_the_generation_config_are_ignored(folder, tmp_path, capfdbinary):
     shutil.copytree(folder, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"

@@ -8,6 +8,8 @@ from transformers import GPT2Model
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 
+pytestmark = pytest.mark.parity
+
 # --- parity with the official implementation --------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2For
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification
 
+pytestmark = pytest.mark.parity
+
 LABELS = {
     "regression": (1, torch.tensor([0.5, -1.0, 2.0])),
     "single_label_classification": (3, torch.tensor([2, 0, 1])),

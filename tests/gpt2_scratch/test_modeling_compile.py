@@ -5,6 +5,8 @@ import torch
 from support.tiny_models import gradients, one_thread, tiny, tokens  # noqa: F401 - a fixture for all
 from torch._dynamo.testing import CompileCounter
 
+pytestmark = pytest.mark.parity
+
 
 @pytest.fixture(autouse=True)
 def _forget_compiled_code():

@@ -18,6 +18,8 @@ from gpt2_scratch import (
     modeling_gpt2_scratch,
 )
 
+pytestmark = pytest.mark.parity
+
 CLASSES = [GPT2ScratchForCausalLM, GPT2ScratchModel, GPT2ScratchForSequenceClassification]
 
 

@@ -14,6 +14,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 
+pytestmark = pytest.mark.parity
+
 OFFICIAL = {
     "gpt2": {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "gpt2-medium": {"n_embd": 1024, "n_layer": 24, "n_head": 16},

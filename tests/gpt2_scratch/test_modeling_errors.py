@@ -12,6 +12,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
 from gpt2_scratch.pretrained_gpt2_scratch import ATTENTION_ARGUMENTS
 
+pytestmark = pytest.mark.parity
+
 
 def test_sequence_longer_than_the_positions_is_refused():
     model = tiny()

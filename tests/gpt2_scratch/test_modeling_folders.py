@@ -14,6 +14,8 @@ from transformers import GPT2LMHeadModel
 
 from gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchModel, modeling_gpt2_scratch
 
+pytestmark = pytest.mark.parity
+
 
 def test_initializing_a_mismatched_weight_keeps_the_loaded_ones(tmp_path):
     model = tiny()

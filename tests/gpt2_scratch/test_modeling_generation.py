@@ -6,6 +6,8 @@ from support.tiny_models import cache_of, given, one_thread, padded, pair, tiny,
 from transformers.cache_utils import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
+pytestmark = pytest.mark.parity
+
 GENERATION = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 0.8},

@@ -11,6 +11,8 @@ from support.tiny_models import one_thread, tiny  # noqa: F401 - a fixture for a
 
 from gpt2_scratch import GPT2ScratchForSequenceClassification
 
+pytestmark = pytest.mark.parity
+
 INSTALLED = "import gpt2_scratch"
 # Hides an editable install in this environment.
 NOT_INSTALLED = 'import sys; sys.modules["gpt2_scratch"] = None'

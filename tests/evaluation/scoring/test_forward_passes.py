@@ -11,6 +11,8 @@ from common.cli_errors import InputError
 from evaluation.scoring.scorer import score
 from evaluation.tasks.task_types import Generation, Item, Request
 
+pytestmark = pytest.mark.parity
+
 
 @pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
 def test_official_model_gets_the_same_scores_as_ours(attn_implementation):

@@ -12,6 +12,8 @@ from common.cli_errors import InputError
 from evaluation.scoring.scorer import score, score_batches
 from evaluation.tasks.task_types import Generation, Item, Request
 
+pytestmark = pytest.mark.parity
+
 
 @pytest.mark.parametrize("share_prefixes", [True, False])
 @pytest.mark.parametrize("tokens_per_batch", [1, 150, 100_000])
