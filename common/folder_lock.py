@@ -50,7 +50,7 @@ def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterat
         path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is locked: whoever locks it later notices that it is gone
+        path.unlink(missing_ok=True)  # while it is locked: a process that locks it later sees that it is gone
         lock.release()
         if created:
             with contextlib.suppress(OSError):  # not empty
