@@ -49,8 +49,8 @@ class FileCorpus(Corpus):
         self._root = path if path.is_dir() else path.parent
         if path.is_dir():
             found = [file for file in path.rglob("*") if file.name.lower().endswith(FILE_ENDINGS) and file.is_file()]
-            visible = [file for file in found if not _is_hidden(file.relative_to(path))]
-            self._files = sorted(visible, key=lambda file: file.relative_to(path).parts)
+            self._files = sorted(found, key=lambda file: file.relative_to(path).parts)
+            self._files = [file for file in self._files if "/." not in f"/{file.relative_to(path).as_posix()}"]
             if not self._files:
                 raise InputError(f"{path} holds no files that end in {', '.join(FILE_ENDINGS)}; give another --corpus")
         else:
@@ -80,12 +80,9 @@ class FileCorpus(Corpus):
 
     def is_position(self, value: object) -> bool:
         """Return whether `value` is a position in one of the files."""
-        return (
-            isinstance(value, list)
-            and len(value) == 3
-            and all(isinstance(number, int) and number >= 0 for number in value)
-            and value[0] < len(self._files)
-        )
+        if not isinstance(value, list) or len(value) != 3:
+            return False
+        return all(isinstance(number, int) and number >= 0 for number in value) and value[0] < len(self._files)
 
     def fraction_before(self, position: Position) -> float:
         """Return the fraction of the files' bytes before a position."""
@@ -104,16 +101,14 @@ class FileCorpus(Corpus):
         for index, file in enumerate(self._files[first:], start=first):
             ending = file.name.lower()
             if ending.endswith(TEXT_ENDINGS):
-                yield _read_text(file, index)
+                with _open(file) as stream:
+                    text, replaced = _decode(stream.read(), "utf-8-sig")
+                yield Document(text, [index, 0, 0], replaced)
             elif ending.endswith(JSONL_ENDINGS):
                 yield from _read_json_lines(file, self._text_field, index, offset, lines)
             else:
                 yield from _read_parquet(file, self._text_field, index, offset)
             offset = lines = 0
-
-
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def _open(file: Path) -> io.BufferedReader:
@@ -133,12 +128,6 @@ def _decode(content: bytes, encoding: str = "utf-8") -> tuple[str, bool]:
         return content.decode(encoding), False
     except UnicodeDecodeError:
         return content.decode(encoding, errors="replace"), True
-
-
-def _read_text(file: Path, index: int) -> Document:
-    with _open(file) as stream:
-        text, replaced = _decode(stream.read(), "utf-8-sig")
-    return Document(text, [index, 0, 0], replaced)
 
 
 def _lines(file: Path, offset: int, lines: int) -> Iterator[tuple[int, bytes]]:
