@@ -14,6 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
+from common.cpus import use_all_cores
 from evaluation.results.item_cache import ItemCache, cache_path, model_fingerprint, refuse_another_model
 from evaluation.results.metric_values import load_metrics
 from evaluation.results.report import is_table, markdown_table, terminal_table
@@ -42,8 +43,8 @@ def evaluate_model(options: argparse.Namespace) -> None:
         cpu=not torch.accelerator.is_available(),  # explicit, or several CPU processes would not form a group
         kwargs_handlers=[InitProcessGroupKwargs(timeout=_PROCESS_TIMEOUT)],
     )
-    if accelerator.device.type == "cpu" and os.environ.get("OMP_NUM_THREADS") == "1":  # set by launchers
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    if accelerator.device.type == "cpu" and "OMP_NUM_THREADS" in os.environ:  # otherwise torch's own default
+        use_all_cores()
     try:
         from_main_process(accelerator, lambda: _check_outputs(options))
         from_main_process(accelerator, lambda: load_metrics(options.tasks))
