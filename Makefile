@@ -12,7 +12,7 @@ train: $(VENV)/.installed
 		training/train.py $(TRAIN_FLAGS)
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

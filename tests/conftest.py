@@ -21,6 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if "not network" in config.option.markexpr:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # The models are tiny: two threads of one process would only wait for each other, and for the other workers.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)
