@@ -146,11 +146,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator["LoopbackHu
     """A Hub on this machine, with users, that the client of this process talks to."""
     # Not above: the Hub's client reads at its import whether it may go online.
     import huggingface_hub
-    from support.hub_client import ACCOUNTS, turn_to
+    from support.hub_client import ACCOUNTS, point_client_at
     from support.loopback_hub import LoopbackHub, serving
 
     hub = LoopbackHub(accounts=ACCOUNTS)
-    turn_to(hub, monkeypatch, tmp_path / "hub-cache")
+    point_client_at(hub, monkeypatch, tmp_path / "hub-cache")
     with serving(hub):
         yield hub
     huggingface_hub.close_session()

@@ -1,4 +1,4 @@
-"""The Hub's real client in this process, turned to the loopback Hub, with a token and a cache of the test's own."""
+"""Points the Hub's real client in this process at the loopback Hub, with a token and a cache for the test."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ TOKEN = "hf_nobodyMayReadThisToken"
 ACCOUNTS = {TOKEN: ["me", "our-lab"], "hf_somebodyElsesToken": ["them"]}
 
 
-def turn_to(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+def point_client_at(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
     template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -1,6 +1,6 @@
-"""A Hub on this machine: the part of the real one's protocol that `huggingface_hub`, `datasets` and transformers speak.
+"""A Hub on this machine: the part of the protocol that `huggingface_hub`, `datasets` and transformers use.
 
-Reading is here, writing in `loopback_writing.py`. Imitated from huggingface_hub's source: `HfApi.model_info` and
+Reads are here, writes in `loopback_writing.py`. Imitated from huggingface_hub's source: `HfApi.model_info` and
 `dataset_info` (GET /api/datasets/ID/revision/REV), `HfApi.list_repo_tree` (GET …/tree/REV), `HfApi.get_paths_info`
 (POST …/paths-info/REV), `HfApi.list_repo_refs` (GET …/refs), `hf_hub_url` and `get_hf_file_metadata` (HEAD and GET
 [/datasets]/ID/resolve/REV/FILE with ETag, X-Repo-Commit and ranges), and `hf_raise_for_status` (X-Error-Code).
@@ -33,11 +33,11 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
 
     Args:
         repositories: of datasets: name -> path -> content.
-        trouble: is shown every request (method, path, its number) and may return a status to answer it with, also
-            with headers, "reset" to close the connection in the middle of the answer, "cut" to close it in the middle
-            of what is sent, "down" to close it at once, or "hang" to answer nothing until `released` is set.
-        accounts: the names that a token may write under, the user's own first.
-        part_bytes: larger files are uploaded in parts of this many bytes.
+        trouble: called with every request (method, path, number); it may return a status to respond with, also with
+            headers, "reset" to close the connection in the middle of the response, "cut" to close it in the middle of
+            the request, "down" to close it immediately, or "hang" to wait for `released`.
+        accounts: the namespaces that a token can write to, the user's own first.
+        part_bytes: larger files are uploaded in parts of this size.
     """
 
     daemon_threads = True
@@ -62,7 +62,7 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
         self.requests: list[tuple[str, str, str | None]] = []  # method, path, range
 
     def hang_uploads(self) -> threading.Event:
-        """Let the upload of every large file hang from now on; the event is set when the first one does."""
+        """Make all uploads of large files hang, and return an event that is set by the first one."""
         hangs = threading.Event()
 
         def trouble(method: str, path: str, number: int) -> Trouble:
@@ -80,7 +80,7 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
 
     @property
     def environment(self) -> dict[str, str]:
-        """What lets a client find this Hub, which stores large files as git LFS does and knows nothing of Xet."""
+        """Environment variables for clients of this Hub, which has git LFS and no Xet."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HUB_OFFLINE": "0",
@@ -97,7 +97,7 @@ class LoopbackHub(http.server.ThreadingHTTPServer):
 
 @contextmanager
 def serving(hub: LoopbackHub) -> Iterator[LoopbackHub]:
-    """Run the server in a thread, and end both."""
+    """Run the server in a thread, and stop both at the end."""
     thread = threading.Thread(target=hub.serve_forever, kwargs={"poll_interval": 0.05})
     thread.start()
     try:
@@ -140,7 +140,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     @property
     def names(self) -> list[str] | None:
-        """The names that whoever asks may write under; None for somebody unknown."""
+        """The namespaces that the request's token can write to; None for an unknown token."""
         return self.server.accounts.get(self.headers.get("Authorization", "").removeprefix("Bearer "))
 
     def _serve(self) -> None:
@@ -196,8 +196,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             about = {"_id": "0" * 24, "id": api["repo"], "sha": commit, "siblings": siblings, "tags": []}
             self.json(about | {"private": repository.private})
         elif api["what"] == "paths-info":
-            asked = urllib.parse.parse_qs(body).get("paths") or json.loads(body)["paths"]
-            self.json([entry for path in asked for entry in _entries(files, path)])
+            paths = urllib.parse.parse_qs(body).get("paths") or json.loads(body)["paths"]
+            self.json([entry for path in paths for entry in _entries(files, path)])
         else:
             recursive = "recursive=true" in urllib.parse.urlsplit(self.path).query.lower()
             found = _below(files, urllib.parse.unquote(folder), recursive)
@@ -244,7 +244,7 @@ def _oid(content: bytes) -> str:
 
 
 def _below(files: dict[str, bytes], folder: str, recursive: bool) -> list[str]:
-    """Files and folders in a folder, or in all folders below it."""
+    """Return the files and folders in a folder, with `recursive` also those further below."""
     start = folder.rstrip("/") + "/" if folder else ""
     found: dict[str, None] = {}
     for name in files:

@@ -1,4 +1,4 @@
-"""A repository in memory: commits that never change, and the names that point at them."""
+"""A repository in memory: immutable commits, and branches and tags that point to them."""
 
 import hashlib
 from pathlib import PurePosixPath
@@ -10,7 +10,7 @@ _REGULAR_BYTES = 10_000_000
 
 
 def is_lfs(path: str, content: bytes | int) -> bool:
-    """Whether the Hub keeps a file in large-file storage: by the `.gitattributes` of a new repository, or its size."""
+    """Return whether the Hub stores a file with LFS, by the `.gitattributes` of a new repository or by its size."""
     size = content if isinstance(content, int) else len(content)
     return PurePosixPath(path).suffix in _LFS_SUFFIXES or size > _REGULAR_BYTES
 

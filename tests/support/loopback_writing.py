@@ -1,11 +1,11 @@
-"""What the loopback Hub answers to those who write.
+"""The loopback Hub's responses to writes.
 
 Imitated from huggingface_hub's source: `HfApi.whoami` (GET /api/whoami-v2), `HfApi.create_repo` (POST
 /api/repos/create: 409 exists, 403 not theirs), `HfApi.auth_check` (GET …/auth-check[/write]), `HfApi._validate_yaml`
 (POST /api/validate-yaml: errors and warnings), `_commit_api._fetch_upload_modes` (POST …/preupload/REV),
 `lfs.post_lfs_batch_info`, `lfs._upload_single_part`, `_upload_multi_part` and `_get_completion_payload` (by number,
 with ETags), `_commit_api._prepare_commit_payload` (ndjson: header, file, lfsFile, deletedFile, deletedFolder),
-`HfApi.create_tag` and `delete_tag`, `HfApi.create_branch`. What metadata the Hub accepts is by its documentation of
+`HfApi.create_tag` and `delete_tag`, `HfApi.create_branch`. The rules for metadata follow the Hub's documentation of
 model cards.
 """
 
@@ -34,15 +34,15 @@ _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def serve_writing(handler: "_Handler", path: str, body: bytes) -> bool:
-    """Answer a request of somebody who writes; False when it is none."""
+    """Respond to a write; return False for any other request."""
     if path == "/api/whoami-v2":
         _whoami(handler)
     elif path == "/api/repos/create":
         _create(handler, json.loads(body))
     elif path == "/api/validate-yaml":
         errors = metadata_errors(json.loads(body))
-        answer = {"errors": [{"message": error} for error in errors], "warnings": []}
-        handler.json(answer, 400 if errors else 200)
+        response = {"errors": [{"message": error} for error in errors], "warnings": []}
+        handler.json(response, 400 if errors else 200)
     elif lfs := _LFS.fullmatch(path):
         _store(handler, lfs, body)
     elif batch := _BATCH.fullmatch(path):
@@ -68,23 +68,23 @@ def _whoami(handler: "_Handler") -> None:
         handler.json({"type": "user", "name": handler.names[0], "orgs": orgs})
 
 
-def _create(handler: "_Handler", wish: dict[str, Any]) -> None:
+def _create(handler: "_Handler", request: dict[str, Any]) -> None:
     if handler.names is None:
         handler.json({"error": "Invalid username or password."}, 401)
         return
-    name = f"{wish['organization'] or handler.names[0]}/{wish['name']}"
-    key = (wish.get("type") or "model", name)
+    name = f"{request['organization'] or handler.names[0]}/{request['name']}"
+    key = (request.get("type") or "model", name)
     if name.split("/")[0] not in handler.names:
         handler.json({"error": f'You don\'t have the rights to create a model under the namespace "{name}"'}, 403)
     elif key in handler.server.repositories:
         handler.json({"error": "You already created this repo", "url": f"{handler.server.endpoint}/{name}"}, 409)
     else:
-        handler.server.repositories[key] = Repository(private=wish.get("visibility") == "private")
+        handler.server.repositories[key] = Repository(private=request.get("visibility") == "private")
         handler.json({"url": f"{handler.server.endpoint}/{name}"})
 
 
 def _may_write(handler: "_Handler", kind: str, name: str) -> Repository | None:
-    """The repository; or an answer that says why not, and None."""
+    """Return the repository, or respond with an error and return None."""
     repository = handler.readable(kind, name)
     if handler.names is None:
         handler.respond(401, b'{"error":"Invalid username or password."}')
@@ -102,7 +102,7 @@ def _write(handler: "_Handler", repository: Repository, what: str, rest: str, na
         handler.json({})
     elif what == "preupload":
         files = repository.files(rest)
-        handler.json({"files": [_upload_mode(files, asked) for asked in json.loads(body)["files"]]})
+        handler.json({"files": [_upload_mode(files, entry) for entry in json.loads(body)["files"]]})
     elif what == "commit":
         _commit(handler, repository, rest, name, [json.loads(line) for line in body.splitlines()])
     elif what == "branch":
@@ -126,21 +126,21 @@ def _write(handler: "_Handler", repository: Repository, what: str, rest: str, na
             handler.respond(200)
 
 
-def _upload_mode(files: dict[str, bytes], asked: dict[str, Any]) -> dict[str, Any]:
-    path = asked["path"]
-    there, large = files.get(path), is_lfs(path, asked["size"])
+def _upload_mode(files: dict[str, bytes], entry: dict[str, Any]) -> dict[str, Any]:
+    path = entry["path"]
+    there, large = files.get(path), is_lfs(path, entry["size"])
     oid = None
     if there is not None:
         oid = Repository.sha256(there) if large else hashlib.sha1(b"blob %d\0" % len(there) + there).hexdigest()
     return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
 
 
-def _batch(handler: "_Handler", wish: dict[str, Any]) -> None:
+def _batch(handler: "_Handler", request: dict[str, Any]) -> None:
     hub = handler.server
     objects = []
-    for asked in wish["objects"]:
-        oid, size = asked["oid"], asked["size"]
-        answer: dict[str, Any] = {"oid": oid, "size": size}
+    for entry in request["objects"]:
+        oid, size = entry["oid"], entry["size"]
+        response: dict[str, Any] = {"oid": oid, "size": size}
         if oid not in hub.large_files:
             upload: dict[str, Any] = {"href": f"{hub.endpoint}/lfs/upload/{oid}"}
             if size > hub.part_bytes:
@@ -150,8 +150,8 @@ def _batch(handler: "_Handler", wish: dict[str, Any]) -> None:
                     "href": f"{hub.endpoint}/lfs/complete/{oid}",
                     "header": {"chunk_size": str(hub.part_bytes), **urls},
                 }
-            answer["actions"] = {"upload": upload, "verify": {"href": f"{hub.endpoint}/lfs/verify/{oid}"}}
-        objects.append(answer)
+            response["actions"] = {"upload": upload, "verify": {"href": f"{hub.endpoint}/lfs/verify/{oid}"}}
+        objects.append(response)
     handler.json({"transfer": "basic", "objects": objects})
 
 
@@ -163,8 +163,8 @@ def _store(handler: "_Handler", lfs: "re.Match[str]", body: bytes) -> None:
         return
     if lfs["what"] == "complete":
         parts = hub.parts[oid]
-        told = [(part["partNumber"], part["etag"]) for part in json.loads(body)["parts"]]
-        if told != [(number, f'"{Repository.sha256(parts[number])}"') for number in sorted(parts)]:
+        reported = [(part["partNumber"], part["etag"]) for part in json.loads(body)["parts"]]
+        if reported != [(number, f'"{Repository.sha256(parts[number])}"') for number in sorted(parts)]:
             handler.respond(400)
             return
         body = b"".join(parts[number] for number in sorted(parts))
@@ -178,7 +178,7 @@ def _store(handler: "_Handler", lfs: "re.Match[str]", body: bytes) -> None:
 
 
 def _commit(handler: "_Handler", repository: Repository, branch: str, name: str, lines: list[dict[str, Any]]) -> None:
-    """All of it or nothing."""
+    """Apply all operations, or none."""
     files, summary = dict(repository.files(branch)), ""
     for line in lines:
         key, value = line["key"], line["value"]
@@ -204,9 +204,9 @@ def _commit(handler: "_Handler", repository: Repository, branch: str, name: str,
     )
 
 
-def metadata_errors(wish: dict[str, str]) -> list[str]:
-    """What the Hub would refuse in the metadata of a card."""
-    match = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", wish["content"], re.DOTALL)
+def metadata_errors(request: dict[str, str]) -> list[str]:
+    """Return the errors for which the Hub would reject a card's metadata."""
+    match = re.match(r"\s*---\s*\n(.*?)\n---\s*(\n|$)", request["content"], re.DOTALL)
     if match is None:
         return []
     try:

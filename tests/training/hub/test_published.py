@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from support.hub_client import ACCOUNTS, TOKEN, turn_to
+from support.hub_client import ACCOUNTS, TOKEN, point_client_at
 from support.loopback_hub import LoopbackHub, serving
 from support.loopback_writing import metadata_errors
 from support.paths import ROOT
@@ -35,7 +35,7 @@ def hub_of_a_run(
 ) -> Iterator[tuple[LoopbackHub, Any]]:
     """A Hub with a run that was pushed while it trained."""
     hub = LoopbackHub(accounts=ACCOUNTS)
-    turn_to(hub, monkeypatch, tmp_path / "cache")
+    point_client_at(hub, monkeypatch, tmp_path / "cache")
     with serving(hub):
         recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", hub_private_repo=True)
         train(recipe)

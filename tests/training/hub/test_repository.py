@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
-from support.hub_client import ACCOUNTS, TOKEN, turn_to
+from support.hub_client import ACCOUNTS, TOKEN, point_client_at
 from support.loopback_hub import LoopbackHub, serving
 from support.loopback_repository import Repository
 from support.loopback_writing import metadata_errors
@@ -134,7 +134,7 @@ def test_a_push_is_one_commit_with_a_tag_that_moves(hub: LoopbackHub, model_fold
 
 def test_large_files_go_up_in_parts(monkeypatch: pytest.MonkeyPatch, model_folder: Path, tmp_path: Path) -> None:
     hub = LoopbackHub(accounts=ACCOUNTS, part_bytes=50_000)
-    turn_to(hub, monkeypatch, tmp_path / "cache")
+    point_client_at(hub, monkeypatch, tmp_path / "cache")
     with serving(hub):
         ensured()
         push_folder(stage(tmp_path / "staged", model_folder), "me/my-gpt2", message="Parts")
