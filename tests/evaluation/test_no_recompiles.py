@@ -30,7 +30,7 @@ def losses(recipe: Recipe) -> list[float]:
     return [line["train_loss"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line]
 
 
-def test_watching_never_compiles_the_step_again(
+def test_evaluation_never_recompiles_the_training_step(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = CompileCounter()  # counts the captured graphs and runs them as they are
@@ -55,7 +55,7 @@ def test_watching_never_compiles_the_step_again(
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_watching_leaves_the_random_state_of_training_alone(
+def test_evaluation_leaves_the_random_state_of_training_alone(
     compiled: bool, tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if compiled:
