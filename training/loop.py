@@ -23,7 +23,7 @@ from training.checkpoints.checkpoint_folder import load_checkpoint, remove_lefto
 from training.checkpoints.checkpoint_writer import CheckpointWriter
 from training.checkpoints.resume import set_aside_later_checkpoints
 from training.checkpoints.resume_command import extend_command, resume_command
-from training.checkpoints.signals import Coordinator, StopTraining
+from training.checkpoints.signals import Coordinator, StopOnSignal, StopTraining
 from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, BackgroundProducer
 from training.hub.model_folder import ModelFolder
@@ -182,7 +182,7 @@ def _add_hooks(
     checkpoints = Checkpoints(writer, coordinator, skipped_updates, monitor)
     # These see every step. Profiling comes first, so that the trace ends before other hooks run.
     run.hooks = [Profiling(), monitor, skipped_updates, *user_hooks]
-    # A signal stops the run here or in an evaluation; the next start makes up for missing evaluations.
+    # A signal stops the run here or in an evaluation; the next start runs missing evaluations.
     run.hooks += [StopOnSignal(coordinator), validation]
     if plan.tasks is not None:
         run.hooks.append(TaskEvaluation(plan.tasks, monitor, coordinator))
@@ -198,7 +198,7 @@ def _add_hooks(
 def _close(run: Run, producer: BackgroundProducer) -> None:
     if run.accelerator.is_main_process:
         producer.stop()  # before the log that it writes to is closed
-    # The model goes before the process group: gloo can hang if DDP and the group are destroyed together.
+    # Release the model before the process group: gloo can hang if DDP and the group are destroyed together.
     del run.model, run.optimizer
     for hook in reversed(run.hooks):
         hook.close()
@@ -263,9 +263,9 @@ def _training_batches(
             checkpoints.save(run)
         ready_here = run.shards.ready() >= (step + 1) * run.batch.sequences_per_step
         report(
-            f"step {step + 1} waits for the corpus: {len(run.shards.shards)} training shards are here, "
-            + ("and another node waits for its own" if ready_here else "and the next is not ready yet")
-            + (f"; the producer died: {producer.last_error}" if producer.last_error else "")
+            f"step {step + 1} waits for the corpus: {len(run.shards.shards)} training shards are ready; "
+            + ("another node waits for its next shard" if ready_here else "the next is not ready yet")
+            + (f"; the producer failed: {producer.last_error}" if producer.last_error else "")
         )
 
     return training_batches(
@@ -309,17 +309,6 @@ def _report_stop(run: Run, number: int, newest: Path | None) -> None:
         f"{signal.Signals(number).name}: stopped after step {run.step:,} of {run.total_steps:,}; {start} with\n  "
         + resume_command(run.output_dir, newest)
     )
-
-
-class StopOnSignal(Hook):
-    """Stops the run after a step if a signal arrived on any rank."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-
-    def after_step(self, run: Run, result: StepResult) -> None:
-        """Exchange signals with the other ranks, once per step."""
-        self._coordinator.check_stop()
 
 
 class Checkpoints(Hook):

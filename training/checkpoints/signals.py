@@ -20,6 +20,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from training.step.hooks import Hook, Run
+from training.step.train_step import StepResult
+
 _Item = TypeVar("_Item")
 
 # A launcher of several processes forwards the signal that they already got from the terminal or the scheduler.
@@ -176,3 +179,14 @@ class Coordinator:
 
     def _clock_is_due(self, now: float) -> bool:
         return self._save_seconds is not None and now - self._last_save >= self._save_seconds
+
+
+class StopOnSignal(Hook):
+    """Stops the run after a step if a signal arrived on any rank. The loop catches the `StopTraining` and saves."""
+
+    def __init__(self, coordinator: Coordinator) -> None:
+        self._coordinator = coordinator
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Exchange signals with the other ranks, once per step."""
+        self._coordinator.check_stop()

@@ -110,7 +110,7 @@ class Hook:
 class PeriodicEvaluation(Hook):
     """An evaluation that is due every so many steps.
 
-    If a signal stops the run during the evaluation, the next start makes up for it.
+    If a signal stops the run during the evaluation, the next start runs it.
     """
 
     def is_due(self, run: Run) -> bool:

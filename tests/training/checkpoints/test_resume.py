@@ -87,7 +87,7 @@ def test_resuming_from_an_older_checkpoint_renames_the_later_ones(tiny_recipe: M
     train(dataclasses.replace(again, resume_from_checkpoint=str(run_of(recipe) / "checkpoints" / "step-000008")))
     names = {path.name for path in (run_of(recipe) / "checkpoints").iterdir()}
     assert names >= {"abandoned-step-000008", "abandoned-step-000012", "abandoned-2-step-000012"}
-    assert "abandoned-2-step-000012; remove them when you like" in (run_of(recipe) / "train.log").read_text()
+    assert "abandoned-2-step-000012; delete them if you like" in (run_of(recipe) / "train.log").read_text()
 
 
 def learning_rates(run: Path) -> dict[int, float]:
@@ -211,7 +211,7 @@ def test_two_runs_do_not_write_one_folder(tiny_recipe: Make) -> None:
 
 
 def test_data_inside_the_output_folder_is_refused(tiny_recipe: Make, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="choose folders side by side"):
+    with pytest.raises(InputError, match="choose separate folders"):
         train(tiny_recipe(data_dir=str(tmp_path / "run" / "data")))
 
 
@@ -309,6 +309,6 @@ def test_an_output_folder_with_other_files_is_refused(tiny_recipe: Make, tmp_pat
     with pytest.raises(InputError, match="contains files but no run"):
         train(tiny_recipe(output_dir=str(tmp_path / "mine")))
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file, expected a folder"):
+    with pytest.raises(InputError, match="is a file; choose another output_dir"):
         train(tiny_recipe(output_dir=str(tmp_path / "file")))
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]

@@ -275,9 +275,7 @@ def test_run_without_further_shards_logs_that_it_waits_and_continues(
         train(recipe)
         thread.join()
     assert seen == [available_steps]
-    line = (
-        f"step {available_steps + 1} waits for the corpus: 1 training shards are here, and the next is not ready yet\n"
-    )
+    line = f"step {available_steps + 1} waits for the corpus: 1 training shards are ready; the next is not ready yet\n"
     assert line in capsys.readouterr().out
     state = TrainerState.read(checkpoints(Path(recipe.output_dir))[0])
     assert len(state.shards) in (2, len(growing.complete_manifest.shards))
@@ -319,7 +317,7 @@ def test_waiting_run_logs_why_the_producer_died(
     train(recipe)
     thread.join()
     waiting = next(line for line in capsys.readouterr().out.splitlines() if "waits for the corpus" in line)
-    assert "and the next is not ready yet; the producer died: the corpus " in waiting
+    assert "the next is not ready yet; the producer failed: the corpus " in waiting
 
 
 def test_producer_stops_before_the_run_log_is_closed(
