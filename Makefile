@@ -49,7 +49,7 @@ $(VENV)/.installed: $(VENV)/.made setup.cfg setup.py pyproject.toml constraints.
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,judge]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,harness]'
 	@touch $@
 
 clean:

@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py [--part prefixes harness] [--data_dir ../shared/data] [--rounds 3] [--dtype float32]
 
 All sides score the same items with the same random weights (transformers' GPT2LMHeadModel), alternating in one process.
-Medians, and the median ratio of the rounds, are printed. lm-evaluation-harness (the extra `judge`) runs with the
+Medians, and the median ratio of the rounds, are printed. lm-evaluation-harness (the extra `harness`) runs with the
 fastest of several batch sizes. Both get token ids, so the time to read the data does not count. It takes about twelve
 minutes on two cores.
 """
@@ -130,7 +130,7 @@ def main() -> None:
     if "harness" not in flags.part:
         return
     if importlib.util.find_spec("lm_eval") is None:
-        sys.exit("error: lm-evaluation-harness is not installed; pip install -e '.[judge]', or --part prefixes")
+        sys.exit("error: lm-evaluation-harness is not installed; pip install -e '.[harness]', or --part prefixes")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     for task, count in _PARTS["harness"].items():
         items = items_of(task, flags.data_dir, encoder, count)

@@ -83,8 +83,9 @@ def test_no_script_folder_shadows_a_module() -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_no_file_grows_far_past_four_hundred_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 420
+def test_no_file_grows_past_350_lines(path: Path) -> None:
+    limit = 380 if path.name == "modeling_gpt2_scratch.py" else 350  # the whole model reads in one file
+    assert len(path.read_text().splitlines()) <= limit
     assert path.stem != "utils"
 
 

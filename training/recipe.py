@@ -29,6 +29,7 @@ from evaluation.tasks.registry import task_named
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
 LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
+Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 
 _BOUNDS = {
     "at_least": (operator.ge, "at least {:,}"),
@@ -128,9 +129,7 @@ class Recipe:
         "final learning rate as a fraction of the peak", 0.1, at_least=0, at_most=1
     )
     warmup_steps: int = setting("steps of linear warmup", 715, at_least=0)
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "warmup_stable_decay"] = setting(
-        "schedule after the warmup", "cosine"
-    )
+    lr_scheduler_type: Schedule = setting("schedule after the warmup", "cosine")
     decay_steps: int | None = setting(
         "final steps in which warmup_stable_decay decays (default: a fifth of the run)", None, more_than=0
     )

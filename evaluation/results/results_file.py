@@ -119,7 +119,7 @@ def _task_to_json(result: TaskResult, *, with_items: bool) -> dict[str, Any]:
         "source": task.source,
         "items": result.items,
         "seconds": round(result.seconds, 3),
-        "figures": metrics,
+        "figures": metrics,  # the key of the file format
     }
     return {**values, "records": result.records} if with_items else values
 

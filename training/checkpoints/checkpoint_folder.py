@@ -158,14 +158,14 @@ def write_checkpoint(
         OSError, SafetensorError: the write failed. The partial files are removed; older checkpoints stay.
     """
     target = checkpoint_folder(output_dir, state.step)
-    unfinished = target.with_name(f".unfinished-{target.name}")
+    partial = target.with_name(f".unfinished-{target.name}")
     remove_leftovers(output_dir)
     try:
-        _write_files(unfinished, state, snapshot, skeleton, tokenizer)
+        _write_files(partial, state, snapshot, skeleton, tokenizer)
         before_rename()
-        publish(unfinished, target)
+        publish(partial, target)
     except (OSError, SafetensorError):
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return target
 
@@ -241,20 +241,20 @@ def load_checkpoint(
         restore_rng_state(load_file(generators), accelerator.device)
 
 
-def publish(unfinished: Path, target: Path) -> None:
+def publish(partial: Path, target: Path) -> None:
     """Rename a complete folder to `target`, and replace an older one. Its files are synced to disk first."""
-    for weights in unfinished.rglob("*.safetensors"):  # safetensors creates them readable by the owner only
-        weights.chmod((unfinished / "config.json").stat().st_mode)
-    for path in [*unfinished.rglob("*"), unfinished]:
+    for weights in partial.rglob("*.safetensors"):  # safetensors creates them readable by the owner only
+        weights.chmod((partial / "config.json").stat().st_mode)
+    for path in [*partial.rglob("*"), partial]:
         fsync(path)
     if target.exists():
         replaced = target.with_name(f".replaced-{target.name}")
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-        unfinished.rename(target)
+        partial.rename(target)
         shutil.rmtree(replaced)
     else:
-        unfinished.rename(target)
+        partial.rename(target)
     fsync(target.parent)
 
 

@@ -43,9 +43,9 @@ class ModelFolder(Hook):
         run.report(summary_text(run.output_dir, facts, prompt=prompts[0] if prompts else ""))
 
     def _write_model(self, run: Run, facts: RunFacts) -> None:
-        model, unfinished = run.output_dir / "model", run.output_dir / ".unfinished-model"
+        model, partial = run.output_dir / "model", run.output_dir / ".unfinished-model"
         assert self._writer.newest is not None  # of the last step
-        copy_model(self._writer.newest, unfinished)
-        self._monitor.plot_final(run.output_dir, unfinished)
-        write_model_card(unfinished, run.recipe, facts, run.config, earlier=model)
-        publish(unfinished, model)
+        copy_model(self._writer.newest, partial)
+        self._monitor.plot_final(run.output_dir, partial)
+        write_model_card(partial, run.recipe, facts, run.config, earlier=model)
+        publish(partial, model)

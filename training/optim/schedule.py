@@ -6,9 +6,8 @@ can be continued to any length, or to several.
 """
 
 import math
-from typing import Literal
 
-Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
+from training.recipe import Schedule
 
 
 def learning_rate_at(

@@ -44,13 +44,13 @@ def wait_for_shards(is_ready: Callable[[], bool], producer: BackgroundProducer, 
         time.sleep(_POLL_SECONDS)
 
 
-def check_nodes_match(facts: Mapping[str, object], ranks: Ranks) -> None:
+def check_nodes_match(identity: Mapping[str, object], ranks: Ranks) -> None:
     """Compare what determines the data and the steps of a run across all ranks.
 
     Raises:
         InputError: two ranks differ, or another node failed.
     """
-    every_rank = ranks.gather(dict(facts))
+    every_rank = ranks.gather(dict(identity))
     differences = []
     for name in dict.fromkeys(chain.from_iterable(every_rank)):
         values = [str(known.get(name, "missing")) for known in every_rank]
@@ -64,7 +64,7 @@ def check_nodes_match(facts: Mapping[str, object], ranks: Ranks) -> None:
         )
 
 
-def data_facts(folder: ShardFolder, tokenizer: Tokenizer) -> dict[str, object]:
+def data_identity(folder: ShardFolder, tokenizer: Tokenizer) -> dict[str, object]:
     """What determines the token ids and their order, as far as it is known when a run starts."""
     names = ("corpus_revision", "dtype", "shard_tokens", "max_tokens")
     return {

@@ -25,7 +25,7 @@ from training.data.tokenization.tokenizer import Tokenizer
 from training.hub.publisher import claim_repository
 from training.monitoring.task_evaluation import TaskSet
 from training.recipe import Recipe
-from training.setup.node_checks import check_nodes_match, data_facts, has_several_nodes
+from training.setup.node_checks import check_nodes_match, data_identity, has_several_nodes
 from training.setup.training_data import open_data
 from training.step.batch_plan import BatchPlan, plan_batch
 
@@ -101,7 +101,7 @@ def plan_run(
     with ranks.share_errors():
         plan = _plan(recipe, producer, ranks)
         if has_several_nodes():
-            check_nodes_match({**data_facts(plan.folder, plan.tokenizer), **_run_facts(plan)}, ranks)
+            check_nodes_match({**data_identity(plan.folder, plan.tokenizer), **_run_identity(plan)}, ranks)
     return plan
 
 
@@ -184,7 +184,7 @@ def _is_finished(recipe: Recipe, resume_from: Path | None) -> bool:
     return took_last_step and _is_model_of(resume_from, Path(recipe.output_dir))
 
 
-def _run_facts(plan: Plan) -> dict[str, object]:
+def _run_identity(plan: Plan) -> dict[str, object]:
     """What determines the steps of a run and its initial weights."""
     return {
         "first step": plan.first_step,

@@ -82,7 +82,7 @@ def test_interval_contains_zero_if_p_is_above_5_percent():
 
 
 def test_equal_counts_give_scipys_paired_t_test():
-    stats = pytest.importorskip("scipy.stats", reason="scipy comes with the extra judge")
+    stats = pytest.importorskip("scipy.stats", reason="scipy comes with the extra harness")
     rng = random.Random(0)
     a = [rng.gauss(-3, 1) for _ in range(40)]
     b = [x + rng.gauss(0.2, 0.5) for x in a]

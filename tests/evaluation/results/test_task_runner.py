@@ -1,6 +1,7 @@
 """The `harness` protocols against lm-evaluation-harness itself, item by item, on the same rows and weights.
 
-lm-evaluation-harness uses its own tasks on local files, and its own wrapper of the same model. Needs the extra `judge`.
+lm-evaluation-harness uses its own tasks on local files, and its own wrapper of the same model.
+It comes with the extra `harness`.
 """
 
 import json
@@ -15,7 +16,7 @@ from evaluation.scoring.scorer import score
 from evaluation.scoring.tokenizer_adapter import TokenizerAdapter
 from evaluation.tasks.registry import task_named
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install -e '.[judge]')")
+lm_eval = pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (pip install -e '.[harness]')")
 
 TOLERANCE = 1e-4  # as documented; fp32 sums in another order differ by about 1e-5
 

@@ -205,10 +205,10 @@ def test_save_killed_halfway_keeps_the_older_checkpoint(tiny_recipe: Make, monke
     recipe = tiny_recipe(max_steps=8)
     publish = checkpoint_module.publish
 
-    def die_at_step_8(unfinished: Path, target: Path) -> None:
+    def die_at_step_8(partial: Path, target: Path) -> None:
         if target.name == "step-000008":
             raise KeyboardInterrupt
-        publish(unfinished, target)
+        publish(partial, target)
 
     monkeypatch.setattr(checkpoint_module, "publish", die_at_step_8)
     with pytest.raises(KeyboardInterrupt):

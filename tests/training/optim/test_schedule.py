@@ -2,7 +2,8 @@
 
 import pytest
 
-from training.optim.schedule import Schedule, learning_rate_at
+from training.optim.schedule import learning_rate_at
+from training.recipe import Schedule
 
 
 @pytest.mark.parametrize(

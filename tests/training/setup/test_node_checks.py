@@ -171,10 +171,12 @@ def test_other_recipes_on_a_node_are_an_error_on_all(
             assert_fails(plan, NO_MATCH + message)
 
 
-def test_facts_of_another_version_are_reported_as_missing(nodes: TwoNodes) -> None:
-    facts = ({"step": 1}, {"step": 1, "a new key": 2})
+def test_values_of_another_version_are_reported_as_missing(nodes: TwoNodes) -> None:
+    values = ({"step": 1}, {"step": 1, "a new key": 2})
     with ThreadPoolExecutor(2) as threads:
-        checks = [threads.submit(check_nodes_match, facts[rank], Ranks(nodes.gather_object(rank))) for rank in range(2)]
+        checks = [
+            threads.submit(check_nodes_match, values[rank], Ranks(nodes.gather_object(rank))) for rank in range(2)
+        ]
     for check in checks:
         with pytest.raises(InputError, match=r"a new key is missing on rank 0, 2 on rank 1; .* the same code"):
             check.result()

@@ -111,7 +111,7 @@ def _fill(
     corpus_progress = _CorpusProgress(manifest)
     writer = ShardWriter(spec.folder, manifest, manifest_changes=corpus_progress.at_shard_end)
     encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, manifest.dtype)
-    documents = corpus.read(manifest.resume.place if manifest.resume else None)
+    documents = corpus.read(manifest.resume.position if manifest.resume else None)
     if folder is not None and manifest.documents:
         _skip_written(documents, writer, folder, encode)
     # The workers draw batches ahead of the writer; tee keeps those in between.

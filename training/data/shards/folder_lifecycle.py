@@ -53,10 +53,10 @@ def resume_folder(folder: Path, source: Corpus, manifest: Manifest) -> tuple[Cor
         raise InputError(
             f"the corpus '{source.name}' has changed since {folder} was created; delete the folder and prepare it again"
         )
-    if manifest.resume is not None and not corpus.is_position(manifest.resume.place):
+    if manifest.resume is not None and not corpus.is_position(manifest.resume.position):
         raise InputError(
             f"{folder / MANIFEST_NAME} resumes '{source.name}' from a position that it does not have, "
-            f"{manifest.resume.place!r:.40}; delete the folder and prepare it again"
+            f"{manifest.resume.position!r:.40}; delete the folder and prepare it again"
         )
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != manifest.tokenizer_fingerprint:

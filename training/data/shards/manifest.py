@@ -31,11 +31,11 @@ class ResumePoint:
 
     Attributes:
         document: index of a document that begins in a complete shard.
-        place: where the corpus finds that document.
+        position: where the corpus finds that document; `place` in the file.
     """
 
     document: int
-    place: Any
+    position: Any
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,10 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder` atomically."""
-        text = json.dumps(asdict(self), indent=2) + "\n"
-        write_atomically(folder / MANIFEST_NAME, text)
+        values = asdict(self)
+        if self.resume is not None:
+            values["resume"] = {"document": self.resume.document, "place": self.resume.position}
+        write_atomically(folder / MANIFEST_NAME, json.dumps(values, indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest | None":
@@ -112,6 +114,8 @@ def _parse(data: dict[str, Any]) -> Manifest:
     if not isinstance(records, list):
         raise ValueError("shards is not a list")
     shards = tuple(_dataclass_of(ShardRecord, record) for record in records)
+    if isinstance(resume, dict):
+        resume = {"position" if key == "place" else key: value for key, value in resume.items()}
     resume = None if resume is None else _dataclass_of(ResumePoint, resume)
     manifest: Manifest = _dataclass_of(Manifest, {**data, "shards": shards, "resume": resume})
     if manifest.dtype not in ("uint16", "uint32"):

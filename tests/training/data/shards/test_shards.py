@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
-from training.data.shards.manifest import Manifest
+from training.data.shards.manifest import Manifest, ResumePoint
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.shards.shard_writer import ShardWriter
@@ -107,6 +107,13 @@ def test_too_small_corpus_is_refused_and_leaves_no_shard(tmp_path, tokens):
     with pytest.raises(InputError, match=f"corpus has {tokens} tokens.* need at least 6"):
         writer.finish()
     assert not list(tmp_path.glob("*.npy*"))
+
+
+def test_position_to_resume_from_has_its_key_of_the_file_format(tmp_path):
+    manifest = replace(MANIFEST, resume=ResumePoint(0, [3, 7]))
+    manifest.write(tmp_path)
+    assert json.loads((tmp_path / "manifest.json").read_text())["resume"] == {"document": 0, "place": [3, 7]}
+    assert Manifest.read(tmp_path) == manifest
 
 
 def test_partial_folder_has_its_complete_shards(tmp_path):
