@@ -38,7 +38,7 @@ canary oldest:
 	.venv-$@/bin/python -m pytest -m "parity and not network and not gpu and not slow" \
 		$$(grep -rl 'pytest.mark.parity' --include '*.py' tests)
 
-# A stamp of its own: an environment that was interrupted half-way is made again.
+# Separate stamp, so that an interrupted environment is rebuilt.
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"error: Python 3.11 or newer is needed, $(PYTHON) is {sys.version.split()[0]}; name another: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)

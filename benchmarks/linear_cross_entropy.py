@@ -1,4 +1,4 @@
-"""LM head and loss, forward and backward: ours in chunks against logits held whole.
+"""LM head and loss, forward and backward: ours in chunks against full logits.
 
     python benchmarks/linear_cross_entropy.py [--rounds 9]
 
@@ -20,7 +20,7 @@ from gpt2_scratch import linear_cross_entropy
 SHAPES = [(8192, 256, 4096), (4096, 384, 50257)]  # tokens, width, vocabulary
 
 
-def whole(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def full(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """The plain way: logits (tokens, vocabulary) in fp32."""
     return F.cross_entropy((hidden_states @ weight.T).float(), targets)
 
@@ -51,17 +51,17 @@ def main() -> None:
         hidden_states = torch.randn(tokens, width, device=device, requires_grad=True)
         weight = (0.02 * torch.randn(vocabulary, width, device=device)).requires_grad_()
         inputs = (hidden_states, weight, torch.randint(vocabulary, (tokens,), device=device))
-        times: dict[str, list[float]] = {"whole": [], "chunked": []}
+        times: dict[str, list[float]] = {"full": [], "chunked": []}
         for turn in range(rounds + 2):
-            for label, loss in (("whole", whole), ("chunked", linear_cross_entropy)):
+            for label, loss in (("full", full), ("chunked", linear_cross_entropy)):
                 elapsed = seconds(loss, inputs, device)
                 if turn >= 2:  # the first two warm up
                     times[label].append(elapsed)
-        ratio = statistics.median(a / b for a, b in zip(times["whole"], times["chunked"], strict=True))
+        ratio = statistics.median(a / b for a, b in zip(times["full"], times["chunked"], strict=True))
         medians = {label: f"{1e3 * statistics.median(values):.0f} ms" for label, values in times.items()}
         print(
             f"{tokens} tokens × {width}, vocabulary {vocabulary}: "
-            f"whole {medians['whole']}, chunked {medians['chunked']}, ratio {ratio:.1f}"
+            f"full {medians['full']}, chunked {medians['chunked']}, ratio {ratio:.1f}"
         )
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 _ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
-# Ranks reach the same mistake at different times on a busy machine.
+# Ranks reach the same error at different times on a busy machine.
 _SECONDS_FOR_RANK_0 = 20.0
 
 
@@ -45,7 +45,7 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except InputError as error:
         if os.environ.get("LOCAL_RANK", "0") != "0":
-            # All ranks usually make the same mistake. Rank 0 reports it and exits; then the launcher stops this rank.
+            # All ranks usually hit the same error. Rank 0 reports it and exits; then the launcher stops this rank.
             try:
                 time.sleep(_SECONDS_FOR_RANK_0)
             except KeyboardInterrupt:

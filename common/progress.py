@@ -1,4 +1,4 @@
-"""The one display of progress: a bar on a terminal, elsewhere a line of log now and then."""
+"""The one display of progress: a bar on a terminal, otherwise an occasional log line."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ class Progress:
         enabled: False shows nothing, as on ranks other than 0.
         report: receives the lines where there is no terminal; None writes none.
         seconds_between_lines: the shortest time between two such lines.
-        status_below: show the status on a line of its own, below the bar.
+        status_below: show the status on a separate line, below the bar.
         bar_format: as of `tqdm`.
         stream: where the bar is drawn.
     """

@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise InputError(f"no tasks given; choose --tasks from {', '.join(default_protocols())}")
     options.tasks = list({task.full_name: task for task in map(task_named, options.tasks)}.values())
     if options.model is None:
-        raise InputError("no model given; name a folder or a Hub id by --model")
+        raise InputError("no model given; pass --model, a folder or a Hub id")
     for flag in ("limit", "tokens_per_batch"):
         value = getattr(options, flag)
         if value is not None and value < 1:

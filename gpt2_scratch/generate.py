@@ -88,7 +88,7 @@ def _from_pretrained(auto_class: Any, kind: str, model_id: str, options: dict[st
         return auto_class.from_pretrained(model_id, **options)
     except _LOADING_ERRORS as error:
         lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        # The first line of most messages says it all. Of a config's field, it says only which field.
+        # The first line of most messages is enough. For a config error, it only names the field.
         reason = ": ".join(lines) if isinstance(error, StrictDataclassError) else lines[0]
         raise InputError(f"cannot load a {kind} from {model_id!r}: {reason}") from error
 

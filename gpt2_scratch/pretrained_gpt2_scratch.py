@@ -98,14 +98,14 @@ def check_inputs(
     past_seq = 0 if cache is None else cache.get_seq_length()
     if model.gradient_checkpointing and model.training and past_seq > 0:
         raise ValueError(
-            "activation checkpointing in training cannot use a key-value cache; pass the whole sequence, or disable "
+            "activation checkpointing in training cannot use a key-value cache; pass the complete sequence, or disable "
             "checkpointing"
         )
     compiling = torch.compiler.is_compiling()
     if isinstance(past_seq, Tensor):  # a static cache; a compiled graph cannot read the value
         past_seq = 0 if compiling else int(past_seq)
     length, n_positions = past_seq + inputs.shape[1], model.config.n_positions
-    # Packed documents have positions of their own, and may be longer in total.
+    # Packed documents have their own positions, and may be longer in total.
     if length > n_positions and (position_ids is None or (not compiling and bool(position_ids.max() >= n_positions))):
         raise sequence_too_long(None if compiling else length, n_positions)  # a compiled graph cannot print a symbol
     if position_ids is not None:

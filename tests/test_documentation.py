@@ -1,4 +1,4 @@
-"""Every command in README and docs runs as printed, or says why it cannot be run here and has flags that exist.
+"""Every command in README and docs runs as printed, or states why it cannot be run here and has flags that exist.
 
 Commands that train or tokenize get smaller numbers: the same flags, on a corpus of a few kilobytes.
 """
@@ -18,7 +18,7 @@ from support.small_corpora import write_corpus
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"(?:<!-- not run in tests: (?P<reason>[^\n]+) -->\n)?```bash\n(?P<commands>.*?)```", re.DOTALL)
-# Run by .ci/run, or by whoever runs this test.
+# Run by .ci/run, or by hand.
 ELSEWHERE = ("make ", "pip install ", ".venv/bin/python -m pytest")
 
 SMALLER = {

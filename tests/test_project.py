@@ -67,7 +67,7 @@ def test_imports_point_one_way_between_packages(path: Path) -> None:
         assert not imports(path)
         return
     own = layered_package(module)
-    assert own is not None, f"{module} has no place in LAYERS"
+    assert own is not None, f"{module} is missing in LAYERS"
     for name in imports(path):
         if name.split(".")[0] in {"common", "gpt2_scratch", "evaluation", "training"}:
             used = layered_package(name)

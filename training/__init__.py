@@ -1,1 +1,1 @@
-"""Pre-training: the corpus, the data order, the loop, and what a run leaves behind."""
+"""Pre-training: the corpus, the data order, the loop, and the files a run writes."""

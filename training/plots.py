@@ -20,7 +20,7 @@ def main() -> None:
     arguments: argparse.Namespace = parser.parse_args()
     runs = [Curves.of(folder) for folder in arguments.runs]
     names = [run.name for run in runs]
-    if len(set(names)) < len(names):  # runs of the same name in several places are told apart by their paths
+    if len(set(names)) < len(names):  # runs with the same name are labelled by path
         runs = [
             Curves(str(folder), run.metrics, run.corpus, run.gpt2_tokens)
             for folder, run in zip(arguments.runs, runs, strict=True)

@@ -1,7 +1,7 @@
 """A run's recipe: one frozen dataclass with every setting, read from YAML and from flags.
 
 Each field is a key of `training/recipes/*.yaml` and a flag of `training/train.py`, and declares everything about
-itself: type, default, help, bounds, group, and who may see or change it. Names are those of
+itself: type, default, help, bounds, group, and whether the card shows it and nodes may differ. Names are those of
 `transformers.TrainingArguments` and `GPT2Config` where these have the same setting.
 
 Validation is our own because no library makes this file shorter: pydantic and jsonargparse reject `1e6` for an
@@ -55,7 +55,7 @@ def setting(
         default: value when the recipe has no such key; without it, the key is required.
         group: "data" and "model" are the run's identity, which a resumed run may not change.
         per_node: nodes of one run may have different values.
-        on_card: the model card lists the value. Not for paths, and not for what the card says in words.
+        on_card: the model card lists the value. Not for paths, and not for what the card describes in words.
         bounds: limits of a number, by the names in `_BOUNDS`.
     """
     metadata = {"help": help_text, "group": group, "per_node": per_node, "on_card": on_card, "bounds": bounds}
@@ -180,7 +180,10 @@ class Recipe:
         "number of checkpoints to keep; null keeps all", 2, more_than=0, on_card=False
     )
     save_keep_every: int | None = setting(
-        "also keep checkpoints at multiples of this step, besides save_total_limit", None, more_than=0, on_card=False
+        "also keep checkpoints at multiples of this step, in addition to save_total_limit",
+        None,
+        more_than=0,
+        on_card=False,
     )
     async_save: bool = setting("write checkpoints in the background, from a copy in host memory", True, on_card=False)
     resume_from_checkpoint: str = local("auto (newest of output_dir), none, or a checkpoint folder", "auto")

@@ -1,4 +1,4 @@
-"""The item cache: the record of each scored item, a line each in a file next to the results.
+"""The item cache: one line per scored item, in a file next to the results.
 
 Interrupted evaluations resume after the last complete line. The key of an item hashes its requests and its protocol, so
 another limit, more tasks or a repaired data file only cost the new items. The model is identified by weights, config
@@ -16,7 +16,7 @@ from common.cli_errors import InputError
 from evaluation.tasks.task_types import Generation, Item, Task
 
 _IRRELEVANT_CONFIG = {"_name_or_path", "_commit_hash", "auto_map", "transformers_version", "dtype", "torch_dtype"}
-_FIRST_BYTES = b'{"model": '  # of a file whose writer was killed while writing the first line
+_HEADER_PREFIX = b'{"model": '  # how a file starts whose writer was killed while writing the first line
 
 
 def cache_path(output: Path) -> Path:
@@ -67,7 +67,7 @@ class ItemCache:
         dtype: of the weights, "bfloat16".
 
     Raises:
-        InputError: the file belongs to another model, is not an item cache, or is not writable.
+        InputError: the file is of another model, is not an item cache, or is not writable.
     """
 
     def __init__(self, path: Path, *, model: str, weights: str, dtype: str) -> None:
@@ -89,7 +89,7 @@ class ItemCache:
         if lines:
             is_cache = {"model", "weights", "dtype"} <= set(lines[0])
         else:
-            is_cache = _FIRST_BYTES.startswith(content[: len(_FIRST_BYTES)])
+            is_cache = _HEADER_PREFIX.startswith(content[: len(_HEADER_PREFIX)])
         if not is_cache:
             raise InputError(f"{self._path} exists and is not an item cache; choose another --output")
         if len(complete) < len(content):  # the writer was killed inside a line
@@ -124,7 +124,7 @@ def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dty
     """Refuse a file with results of another model, or of the same model in another dtype.
 
     Raises:
-        InputError: the results in `path`, whose "weights", "dtype" and "model" are `found`, are such.
+        InputError: `found`, the header of `path`, is of another model or dtype.
     """
     if found["dtype"] != dtype:
         difference = f"in {found['dtype']}, not {dtype}"

@@ -36,7 +36,7 @@ def read_items(
     items = {task.full_name: task.items(data_dir, encoder, n_positions, limit) for task in tasks}
     for name, found in items.items():
         if not found:
-            raise InputError(f"the data of {name} has no items; name another folder by --data_dir")
+            raise InputError(f"the data of {name} has no items; pass another --data_dir")
     return items
 
 

@@ -21,11 +21,11 @@ from evaluation.scoring.batching import TOKENS_PER_SCORED_TOKEN, cheapest_batche
 from evaluation.tasks.task_types import LogLikelihood, Request
 
 _TOKENS_PER_PASS = {"cpu": 64}
-_TOKENS_PER_PASS_ELSEWHERE = 2048
+_DEFAULT_TOKENS_PER_PASS = 2048
 """Tokens that take about as long as the constant part of a pass: reading the weights, or launching kernels."""
 
 _ROWS_PER_SOFTMAX = {"cpu": 32}
-_ROWS_PER_SOFTMAX_ELSEWHERE = 512
+_DEFAULT_ROWS_PER_SOFTMAX = 512
 """Positions whose probabilities are computed at once: on a CPU no more than its caches hold."""
 
 _MAX_SCORED_AT_ONCE = 2048
@@ -50,7 +50,7 @@ class ForwardPasses:
         self._arguments = set(inspect.signature(model.forward).parameters)
         # The key-value cache is called `cache` since transformers 5.24.
         self._cache_name = "cache" if "cache" in self._arguments else "past_key_values"
-        self._tokens_per_pass = _TOKENS_PER_PASS.get(self._device.type, _TOKENS_PER_PASS_ELSEWHERE)
+        self._tokens_per_pass = _TOKENS_PER_PASS.get(self._device.type, _DEFAULT_TOKENS_PER_PASS)
 
     @property
     def can_share_prefixes(self) -> bool:
@@ -182,7 +182,7 @@ class ForwardPasses:
 
     def _log_probabilities(self, logits: Tensor, position: Tensor, token: Tensor) -> Tensor:
         """Return log p of each (position, token), (targets,); logits are (positions, vocab_size), positions ascend."""
-        rows = _ROWS_PER_SOFTMAX.get(self._device.type, _ROWS_PER_SOFTMAX_ELSEWHERE)
+        rows = _ROWS_PER_SOFTMAX.get(self._device.type, _DEFAULT_ROWS_PER_SOFTMAX)
         parts = logits.split(rows)
         counts = torch.bincount(position // rows, minlength=len(parts)).cpu().tolist()
         return torch.cat(
@@ -218,7 +218,7 @@ def _fused_gelu(model: nn.Module) -> Iterator[None]:
     """Compute GPT-2's `gelu_new` with one kernel instead of eight, which saves some 7 % of LAMBADA's time on a CPU."""
     activations = [
         module for module in model.modules() if type(module) is NewGELUActivation and "forward" not in vars(module)
-    ]  # an activation with a `forward` of its own was wrapped, for example by a hook of accelerate
+    ]  # an instance attribute `forward` means that the activation was wrapped, for example by a hook of accelerate
     for module in activations:
         vars(module)["forward"] = functools.partial(nn.functional.gelu, approximate="tanh")
     try:

@@ -1,4 +1,4 @@
-"""What scoring assumes of a model, checked by two short forward passes before it starts."""
+"""Check, in two short forward passes, that a model meets the assumptions of scoring."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _TOLERANCE_IN_HALF_PRECISION = 5e-2
 
 @torch.inference_mode()
 def takes_positions_from_zero(model: Any, ids: Ids, *, check_positions: bool) -> bool:
-    """Return whether `position_ids` of 0, 1, … are what the model uses by default; RoBERTa's start after the pad token.
+    """Return whether `position_ids` of 0, 1, … match the model's default; RoBERTa's start after the pad token.
 
     Args:
         model: on its device, in evaluation mode.
@@ -25,7 +25,7 @@ def takes_positions_from_zero(model: Any, ids: Ids, *, check_positions: bool) ->
         InputError: the model is not causal: its logits depend on later tokens, as BERT's do without `is_decoder`.
     """
     text = ids[:_TOKENS]
-    # The same text with another last token, if there is another one.
+    # The same text with another last token, if there is a different one.
     other = next((token for token in reversed(ids) if token != text[-1]), text[-1])
     rows = torch.tensor([text, (*text[:-1], other)], device=model.get_input_embeddings().weight.device)
     logits = model(input_ids=rows, use_cache=False).logits

@@ -5,7 +5,7 @@ and its keys and values are reused. Items are sorted by length and batched by a 
 out-of-memory. Logits are computed for scored positions only. None of this changes scores beyond rounding.
 
 Memory: keys and values of at most `tokens_per_batch` tokens, and logits of an eighth as many positions or of 2,048 (of
-a whole sequence if the model's cache does not keep every token).
+a complete sequence if the model's cache does not keep every token).
 """
 
 import math
@@ -29,7 +29,7 @@ Scores = list[Any]
 """A `LogLikelihood` or `Generated` for each request of an item."""
 
 _TOKENS_PER_BATCH = 4_096  # fits the caches of a CPU
-_TOKENS_PER_BATCH_ELSEWHERE = 16_384
+_DEFAULT_TOKENS_PER_BATCH = 16_384
 _POSITIONS_IF_UNLIMITED = 2048
 
 
@@ -68,7 +68,7 @@ def score_batches(
     if not items:
         return
     if tokens_per_batch is None:
-        tokens_per_batch = _TOKENS_PER_BATCH if model.device.type == "cpu" else _TOKENS_PER_BATCH_ELSEWHERE
+        tokens_per_batch = _TOKENS_PER_BATCH if model.device.type == "cpu" else _DEFAULT_TOKENS_PER_BATCH
     world_size, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     ranks = Ranks(gather_object if world_size > 1 else None)
     in_training = [module for module in model.modules() if module.training]

@@ -8,7 +8,7 @@ from common.cli_errors import InputError
 
 
 class TokenizerAdapter:
-    """Text to ids and back with a tokenizer of transformers, which adds no token of its own.
+    """Text to ids and back with a tokenizer of transformers; no special tokens are added.
 
     Raises:
         InputError: the tokenizer has neither a beginning-of-sequence nor an end-of-sequence token.

@@ -136,7 +136,7 @@ class CbtSentence(_Cbt):
 
 
 class CbtFullSequence(_Cbt):
-    """The candidate with which the whole text has the lowest mean loss per token."""
+    """The candidate with which the complete text has the lowest mean loss per token."""
 
     protocol = "full_sequence"
     description = (

@@ -104,7 +104,7 @@ def hub_rows(repository: str, config: str, split: str, limit: int | None = None)
         reason = one_line(error, 160)
         raise InputError(
             f"cannot read the data set {repository} from the Hub ({type(error).__name__}: {reason}); check the "
-            "connection, or give a folder with the official files by --data_dir"
+            "connection, or pass a folder with the official files as --data_dir"
         ) from None
     return list(rows if limit is None else rows.select(range(min(limit, len(rows)))))
 

@@ -28,7 +28,7 @@ class Encoder(Protocol):
 
     @property
     def end_of_text_id(self) -> int:
-        """The context of a text that has no context."""
+        """The id used as context for text that has none."""
 
     @property
     def bos_ids(self) -> Ids:

@@ -30,7 +30,7 @@ class Validation(Task):
     def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
         """See `Task.items`."""
         if data_dir is None:
-            raise InputError("the task validation needs a shard folder; name it by --data_dir")
+            raise InputError("the task validation needs a shard folder; pass --data_dir")
         shard = read_validation_shard(data_dir)
         items = []
         for index, start in enumerate(range(0, len(shard) - 1, n_positions)[:limit]):

@@ -274,7 +274,7 @@ def test_items_longer_than_the_model_are_refused(task, n_positions, data, tmp_pa
         (["--model", "m"], "no tasks given; choose --tasks from hellaswag, lambada, cbt_cn"),
         (["--model", "m", "--tasks", "hellaswg"], "did you mean hellaswag"),
         (["--model", "m", "--tasks", "lambada:paper"], "choose from lambada:harness, lambada:last_token"),
-        (["--tasks", "lambada"], "name a folder or a Hub id by --model"),
+        (["--tasks", "lambada"], "no model given; pass --model"),
         (["--model", "m", "--tasks", "lambada", "--limit", "0"], "--limit must be at least 1"),
         (["--model", "m", "--tasks", "lambada", "--plot", "x.gif"], "must end in .png, .svg, .pdf"),
         (["--model", "m", "--tasks", "lambada", "--output", "x.txt"], "must end in .json"),

@@ -48,15 +48,17 @@ def losses(trained):
 
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_trainer_trains_evaluates_saves_and_resumes(tmp_path):
-    whole = trainer(tiny(initializer_range=0.02), tmp_path / "whole")
-    whole.train()
-    assert losses(whole)[-1] < 0.5 * losses(whole)[0]
-    assert whole.evaluate(examples())["eval_loss"] < losses(whole)[0]
+    complete = trainer(tiny(initializer_range=0.02), tmp_path / "complete")
+    complete.train()
+    assert losses(complete)[-1] < 0.5 * losses(complete)[0]
+    assert complete.evaluate(examples())["eval_loss"] < losses(complete)[0]
 
-    resumed = trainer(tiny(initializer_range=0.02), tmp_path / "whole")
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-10"))
-    assert losses(resumed)[-1] == pytest.approx(losses(whole)[-1], rel=1e-4)
-    loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path / "whole" / "checkpoint-20", attn_implementation="eager")
+    resumed = trainer(tiny(initializer_range=0.02), tmp_path / "complete")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "complete" / "checkpoint-10"))
+    assert losses(resumed)[-1] == pytest.approx(losses(complete)[-1], rel=1e-4)
+    loaded = GPT2ScratchForCausalLM.from_pretrained(
+        tmp_path / "complete" / "checkpoint-20", attn_implementation="eager"
+    )
     expected = resumed.model.eval()(tokens()).logits
     assert torch.equal(loaded(tokens()).logits, expected)
 
@@ -168,8 +170,8 @@ def test_affine_layers_are_transformers_conv1d():
     assert names == {"c_attn", "c_proj", "c_fc"}
 
 
-@pytest.mark.parametrize("place", ["all in memory", "blocks on disk"])
-def test_accelerate_loads_and_dispatches_a_checkpoint(tmp_path, place):
+@pytest.mark.parametrize("placement", ["all in memory", "blocks on disk"])
+def test_accelerate_loads_and_dispatches_a_checkpoint(tmp_path, placement):
     model = tiny()
     model.save_pretrained(tmp_path / "model", max_shard_size="40KB")
     config = GPT2ScratchConfig.from_pretrained(tmp_path / "model", attn_implementation="eager")
@@ -177,7 +179,7 @@ def test_accelerate_loads_and_dispatches_a_checkpoint(tmp_path, place):
         empty = GPT2ScratchForCausalLM(config)
     empty.tie_weights()
     device_map = {"": "cpu"}
-    if place == "blocks on disk":
+    if placement == "blocks on disk":
         device_map = {"transformer.wte": "cpu", "transformer.wpe": "cpu", "transformer.ln_f": "cpu", "lm_head": "cpu"}
         device_map |= {f"transformer.h.{i}": "disk" if i else "cpu" for i in range(3)}
     loaded = load_checkpoint_and_dispatch(

@@ -75,11 +75,11 @@ def test_gradients_reach_hidden_states_and_attentions():
 
 def test_logits_to_keep_returns_those_positions():
     ours, input_ids = tiny(), tokens()
-    whole = ours(input_ids).logits
+    complete = ours(input_ids).logits
     # Matrix products of another shape may sum in another order.
-    torch.testing.assert_close(ours(input_ids, logits_to_keep=3).logits, whole[:, -3:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(input_ids, logits_to_keep=3).logits, complete[:, -3:], rtol=1e-5, atol=1e-5)
     kept = torch.tensor([0, 7])
-    torch.testing.assert_close(ours(input_ids, logits_to_keep=kept).logits, whole[:, kept], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours(input_ids, logits_to_keep=kept).logits, complete[:, kept], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("count", [None, 57, torch.tensor(57)])

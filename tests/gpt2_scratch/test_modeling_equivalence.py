@@ -132,7 +132,7 @@ def test_chunks_after_a_cache_equal_the_official_ones(geometry, attn_implementat
     batch, _, real = batch_of(padding)
     caches, past = [None, None], 0
     with uncompiled() if attn_implementation == "flex_attention" else torch.no_grad():
-        whole = models[0](**batch).logits
+        complete = models[0](**batch).logits
         for size in (11, 1, 1, 7):
             piece = {name: value[:, past : past + size] for name, value in batch.items()}
             if "attention_mask" in batch:
@@ -142,7 +142,7 @@ def test_chunks_after_a_cache_equal_the_official_ones(geometry, attn_implementat
             here = real[:, past : past + size]
             assert_same(outs[0].logits[here], outs[1].logits[here], attn_implementation, dtype)
             if dtype == torch.float32:
-                found, expected = outs[0].logits[here], whole[:, past : past + size][here]
+                found, expected = outs[0].logits[here], complete[:, past : past + size][here]
                 torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
             past += size
     assert caches[0].get_seq_length() == caches[1].get_seq_length() == 20

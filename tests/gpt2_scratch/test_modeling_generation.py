@@ -107,16 +107,16 @@ def test_generation_from_embeddings_equals_generation_from_ids():
 
 def test_generation_continues_from_a_cache():
     model, input_ids = tiny(), tokens()
-    whole = generate(model, {"input_ids": input_ids}, do_sample=False)
+    complete = generate(model, {"input_ids": input_ids}, do_sample=False)
     first = model.generate(input_ids, max_new_tokens=5, pad_token_id=96, do_sample=False, return_dict_in_generate=True)
     rest = model.generate(
         first.sequences,
         **given(cache_of(first)),
-        max_new_tokens=whole.shape[1] - 25,
+        max_new_tokens=complete.shape[1] - 25,
         pad_token_id=96,
         do_sample=False,
     )
-    assert torch.equal(rest, whole)
+    assert torch.equal(rest, complete)
 
 
 def test_cache_has_the_documented_shape_and_can_be_cropped_and_reordered():

@@ -163,14 +163,14 @@ def log_probabilities(model, ids, count):
 @network
 @needs_shared_data
 def test_log_likelihoods_are_those_published_by_lm_evaluation_harness():
-    figures, model = golden("lm_eval_gpt2_loglikelihoods"), gpt2()
+    golden_values, model = golden("lm_eval_gpt2_loglikelihoods"), gpt2()
     found, greedy = {}, {}
     for request, context, continuation in pairs():
         scores, likeliest = log_probabilities(model, context + continuation, len(continuation))
         text = request["continuation"]
         found[text], greedy[text] = scores.sum().item(), bool(likeliest.all())
         if request["value"] is not None:
-            assert found[text] == pytest.approx(request["value"], rel=figures["rtol"]), request
+            assert found[text] == pytest.approx(request["value"], rel=golden_values["rtol"]), request
     assert found[" dog"] > found[" cat"]
     assert not greedy[" cat"]
     assert not greedy[", lazy dog"]
@@ -181,16 +181,16 @@ def test_log_likelihoods_are_those_published_by_lm_evaluation_harness():
 @network
 @needs_shared_data
 def test_scoring_gives_the_log_likelihoods_published_by_lm_evaluation_harness():
-    figures, asked = golden("lm_eval_gpt2_loglikelihoods"), list(pairs())
+    golden_values, asked = golden("lm_eval_gpt2_loglikelihoods"), list(pairs())
     # All in one item, so that common prefixes are computed once.
     item = Item(0, tuple(Request(tuple(context), tuple(continuation)) for _, context, continuation in asked))
-    apart = [Item(place, (request,)) for place, request in enumerate(item.requests)]
+    apart = [Item(index, (request,)) for index, request in enumerate(item.requests)]
     model = gpt2()
     together, alone = score(model, [item])[0], [answers[0] for answers in score(model, apart)]
     for (request, _, _), one, other in zip(asked, together, alone, strict=True):
         assert one.sum == pytest.approx(other.sum, abs=1e-3)  # sums of up to 220 tokens
         if request["value"] is not None:
-            assert one.sum == pytest.approx(request["value"], rel=figures["rtol"]), request
+            assert one.sum == pytest.approx(request["value"], rel=golden_values["rtol"]), request
     greedy = {request["continuation"]: answer.greedy for (request, _, _), answer in zip(asked, together, strict=True)}
     assert [greedy[text] for text in (" cat", ", lazy dog", ", lazy fox")] == [False, False, True]
 
@@ -209,15 +209,15 @@ def test_greedy_continuation_is_the_one_published_by_lm_evaluation_harness():
 
 @network
 @needs_shared_data
-@pytest.mark.parametrize(("figure", "max_length"), [("full_context", 1024), ("max_length_5", 5)])
-def test_rolling_log_probabilities_are_those_published_by_lm_evaluation_harness(figure, max_length):
-    figures, model = golden("lm_eval_gpt2_loglikelihoods"), gpt2()
-    ids, found, done = figures["rolling"]["ids"], [], 0
+@pytest.mark.parametrize(("case", "max_length"), [("full_context", 1024), ("max_length_5", 5)])
+def test_rolling_log_probabilities_are_those_published_by_lm_evaluation_harness(case, max_length):
+    golden_values, model = golden("lm_eval_gpt2_loglikelihoods"), gpt2()
+    ids, found, done = golden_values["rolling"]["ids"], [], 0
     for read, count in rolling_windows(ids, max_length):
         done += count
         found += log_probabilities(model, [*read, ids[done - 1]], count)[0].tolist()
-    published = figures["rolling"][f"token_logprobs_{figure}"]
-    assert found == pytest.approx(published, rel=figures["rtol"], abs=1e-4)
+    published = golden_values["rolling"][f"token_logprobs_{case}"]
+    assert found == pytest.approx(published, rel=golden_values["rtol"], abs=1e-4)
 
 
 @network

@@ -1,12 +1,12 @@
 """The loopback Hub's responses to writes.
 
 Imitated from huggingface_hub's source: `HfApi.whoami` (GET /api/whoami-v2), `HfApi.create_repo` (POST
-/api/repos/create: 409 exists, 403 not theirs), `HfApi.auth_check` (GET …/auth-check[/write]), `HfApi._validate_yaml`
-(POST /api/validate-yaml: errors and warnings), `_commit_api._fetch_upload_modes` (POST …/preupload/REV),
-`lfs.post_lfs_batch_info`, `lfs._upload_single_part`, `_upload_multi_part` and `_get_completion_payload` (by number,
-with ETags), `_commit_api._prepare_commit_payload` (ndjson: header, file, lfsFile, deletedFile, deletedFolder),
-`HfApi.create_tag` and `delete_tag`, `HfApi.create_branch`. The rules for metadata follow the Hub's documentation of
-model cards.
+/api/repos/create: 409 exists, 403 if the namespace is not the user's), `HfApi.auth_check` (GET …/auth-check[/write]),
+`HfApi._validate_yaml` (POST /api/validate-yaml: errors and warnings), `_commit_api._fetch_upload_modes` (POST
+…/preupload/REV), `lfs.post_lfs_batch_info`, `lfs._upload_single_part`, `_upload_multi_part` and
+`_get_completion_payload` (by number, with ETags), `_commit_api._prepare_commit_payload` (ndjson: header, file, lfsFile,
+deletedFile, deletedFolder), `HfApi.create_tag` and `delete_tag`, `HfApi.create_branch`. The rules for metadata follow
+the Hub's documentation of model cards.
 """
 
 import base64
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 _WRITE = re.compile(
     r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)/"
-    r"(?P<what>auth-check|preupload|commit|tag|branch)(?:/(?P<rest>[^/]+))?"
+    r"(?P<action>auth-check|preupload|commit|tag|branch)(?:/(?P<rest>[^/]+))?"
 )
 _BATCH = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
-_LFS = re.compile(r"/lfs/(?P<what>upload|complete|verify)/(?P<oid>[0-9a-f]{64})(?:/(?P<part>\d+))?")
+_LFS = re.compile(r"/lfs/(?P<action>upload|complete|verify)/(?P<oid>[0-9a-f]{64})(?:/(?P<part>\d+))?")
 _LICENSES = {"mit", "apache-2.0", "odc-by", "cc-by-4.0", "openrail", "other", "unknown"}
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -46,15 +46,15 @@ def serve_writing(handler: "_Handler", path: str, body: bytes) -> bool:
     elif lfs := _LFS.fullmatch(path):
         _store(handler, lfs, body)
     elif batch := _BATCH.fullmatch(path):
-        if _may_write(handler, "dataset" if batch["kind"] else "model", batch["repo"]):
+        if _writable_repository(handler, "dataset" if batch["kind"] else "model", batch["repo"]):
             _batch(handler, json.loads(body))
     elif write := _WRITE.fullmatch(path):
-        wants_to_write = write["what"] != "auth-check" or write["rest"] == "write"
-        if not wants_to_write or (repository := _may_write(handler, write["kind"], write["repo"])) is None:
+        wants_to_write = write["action"] != "auth-check" or write["rest"] == "write"
+        if not wants_to_write or (repository := _writable_repository(handler, write["kind"], write["repo"])) is None:
             return True
         with handler.server.lock:
             name = ("datasets/" if write["kind"] == "dataset" else "") + write["repo"]
-            _write(handler, repository, write["what"], urllib.parse.unquote(write["rest"] or ""), name, body)
+            _write(handler, repository, write["action"], urllib.parse.unquote(write["rest"] or ""), name, body)
     else:
         return False
     return True
@@ -83,7 +83,7 @@ def _create(handler: "_Handler", request: dict[str, Any]) -> None:
         handler.json({"url": f"{handler.server.endpoint}/{name}"})
 
 
-def _may_write(handler: "_Handler", kind: str, name: str) -> Repository | None:
+def _writable_repository(handler: "_Handler", kind: str, name: str) -> Repository | None:
     """Return the repository, or respond with an error and return None."""
     repository = handler.readable(kind, name)
     if handler.names is None:
@@ -97,15 +97,15 @@ def _may_write(handler: "_Handler", kind: str, name: str) -> Repository | None:
     return None
 
 
-def _write(handler: "_Handler", repository: Repository, what: str, rest: str, name: str, body: bytes) -> None:
-    if what == "auth-check":
+def _write(handler: "_Handler", repository: Repository, action: str, rest: str, name: str, body: bytes) -> None:
+    if action == "auth-check":
         handler.json({})
-    elif what == "preupload":
+    elif action == "preupload":
         files = repository.files(rest)
         handler.json({"files": [_upload_mode(files, entry) for entry in json.loads(body)["files"]]})
-    elif what == "commit":
+    elif action == "commit":
         _commit(handler, repository, rest, name, [json.loads(line) for line in body.splitlines()])
-    elif what == "branch":
+    elif action == "branch":
         start = json.loads(body).get("startingPoint", "main")
         if rest in repository.branches:
             handler.respond(409)
@@ -128,10 +128,12 @@ def _write(handler: "_Handler", repository: Repository, what: str, rest: str, na
 
 def _upload_mode(files: dict[str, bytes], entry: dict[str, Any]) -> dict[str, Any]:
     path = entry["path"]
-    there, large = files.get(path), is_lfs(path, entry["size"])
+    existing, large = files.get(path), is_lfs(path, entry["size"])
     oid = None
-    if there is not None:
-        oid = Repository.sha256(there) if large else hashlib.sha1(b"blob %d\0" % len(there) + there).hexdigest()
+    if existing is not None:
+        oid = (
+            Repository.sha256(existing) if large else hashlib.sha1(b"blob %d\0" % len(existing) + existing).hexdigest()
+        )
     return {"path": path, "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": oid}
 
 
@@ -157,18 +159,18 @@ def _batch(handler: "_Handler", request: dict[str, Any]) -> None:
 
 def _store(handler: "_Handler", lfs: "re.Match[str]", body: bytes) -> None:
     hub, oid = handler.server, lfs["oid"]
-    if lfs["what"] == "upload" and lfs["part"]:
+    if lfs["action"] == "upload" and lfs["part"]:
         hub.parts.setdefault(oid, {})[int(lfs["part"])] = body
         handler.respond(200, ETag=f'"{Repository.sha256(body)}"')
         return
-    if lfs["what"] == "complete":
+    if lfs["action"] == "complete":
         parts = hub.parts[oid]
         reported = [(part["partNumber"], part["etag"]) for part in json.loads(body)["parts"]]
         if reported != [(number, f'"{Repository.sha256(parts[number])}"') for number in sorted(parts)]:
             handler.respond(400)
             return
         body = b"".join(parts[number] for number in sorted(parts))
-    if lfs["what"] == "verify":
+    if lfs["action"] == "verify":
         handler.respond(200 if oid in hub.large_files else 404)
     elif Repository.sha256(body) != oid:
         handler.respond(400)

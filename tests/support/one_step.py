@@ -89,13 +89,13 @@ def skipped_steps(accelerator: Accelerator) -> dict[str, Tensor]:
     """Whether a NaN loss on the last rank alone makes all ranks skip the update: the second of three steps has it."""
     model, optimizer = prepare_for_training(accelerator, tiny().train(), recipe())
     guard = Guard(accelerator.device, threshold=0.0, window=2, skip_spikes=False)
-    broken = accelerator.process_index == accelerator.num_processes - 1
+    is_last_rank = accelerator.process_index == accelerator.num_processes - 1
 
-    def spoil(module: nn.Module, inputs: object, outputs: Any) -> None:
-        if broken and step == 2:
+    def insert_nan(module: nn.Module, inputs: object, outputs: Any) -> None:
+        if is_last_rank and step == 2:
             outputs["loss"] = outputs.loss * torch.nan
 
-    bare_model(accelerator, model).register_forward_hook(spoil)
+    bare_model(accelerator, model).register_forward_hook(insert_nan)
     states = []
     for step in (1, 2, 3):
         ids = tokens(2, seed=accelerator.process_index + 2 * step)

@@ -22,7 +22,7 @@ class ProcessesOfARun:
     """The processes of one start of a run, in the order of their ranks.
 
     Args:
-        recipe: path of the recipe's YAML file; a list makes each process a node of its own.
+        recipe: path of the recipe's YAML file; a list makes each process a separate node.
         number: of processes.
         printed: file to which all output is appended.
         timeout_seconds: how long processes wait for each other; as in training if None.

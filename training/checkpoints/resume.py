@@ -1,4 +1,8 @@
-"""Find the checkpoint to resume from, and check that the run may write to its output folder."""
+"""Find the checkpoint to resume from, and check that the run may write to its output folder.
+
+The training loop does the rest: it loads the checkpoint (`checkpoint_folder.load_checkpoint`) and continues with the
+data at `first_step`.
+"""
 
 import os
 import tempfile
@@ -19,7 +23,7 @@ _PROBE = ".can-be-written-"
 def find_resume_point(recipe: Recipe) -> Path | None:
     """Return the checkpoint to resume from, or None for a new run.
 
-    A checkpoint in another folder starts a branch. Once the branch has checkpoints of its own, it resumes from those.
+    A checkpoint in another folder starts a branch. Once the branch has its own checkpoints, it resumes from those.
 
     Raises:
         InputError: the output folder is not writable or contains another run or other files, the recipe forbids a
@@ -63,7 +67,7 @@ def good_checkpoint(output_dir: Path, before: int, validated: Collection[int]) -
 
     Arguments:
         output_dir: the run's folder.
-        before: the first step whose update was skipped. The update just before it may have broken the weights.
+        before: the first step whose update was skipped. The update just before it may have corrupted the weights.
         validated: steps with a finite validation loss: their weights are good.
     """
     found = checkpoints(output_dir)
@@ -94,7 +98,7 @@ def _check_writable(output_dir: Path) -> None:
         raise InputError(f"output_dir {output_dir} is a file; choose another output_dir")
     parent = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
     try:
-        # Permissions do not tell everything: some file systems refuse folders. So write a file.
+        # Permission bits are not enough: some file systems refuse folders. So write a file.
         with tempfile.TemporaryDirectory(dir=parent, prefix=_PROBE) as probe:
             (Path(probe) / "file").write_bytes(b"x" * 4096)
     except OSError as error:

@@ -15,7 +15,7 @@ def resume_command(output_dir: Path, newest: Path | None) -> str:
 
     Args:
         output_dir: the run's folder; its recipe.yaml is the resolved recipe.
-        newest: the checkpoint to resume from. It lies in another folder for a branch that has no checkpoint of its own.
+        newest: the checkpoint to resume from. It is in another folder for a branch without checkpoints.
     """
     is_elsewhere = newest is not None and newest.resolve().parent != (output_dir / "checkpoints").resolve()
     words = [program("accelerate"), "launch", *launch_flags(os.environ), _shown(_ROOT / "training" / "train.py")]
@@ -43,7 +43,7 @@ def launch_flags(environment: Mapping[str, str]) -> list[str]:
     if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         flags = ["--config_file", _shown(_ROOT / "accelerate_configs" / "fsdp2_8xa100.yaml")]
     elif processes > 1:
-        # accelerate starts several CPU processes only as this file says it.
+        # accelerate starts several CPU processes only with a config file.
         cpus = ["--config_file", _shown(_ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
         flags = cpus if uses_cpu else ["--multi_gpu"]
     else:
@@ -63,7 +63,7 @@ def program(name: str) -> str:
 
 
 def _shown(path: Path) -> str:
-    """The path relative to the current folder if it lies below, the bare name if PATH finds it, else the whole path."""
+    """The path relative to the current folder if it lies below, the bare name if PATH finds it, else the full path."""
     if path.is_relative_to(Path.cwd()):
         return str(path.relative_to(Path.cwd()))
     return path.name if shutil.which(path.name) == str(path) else str(path)

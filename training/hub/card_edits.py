@@ -1,4 +1,4 @@
-"""Cards that people edit: a push replaces the card on the Hub, but keeps what somebody changed there.
+"""Cards that people edit: a push replaces the card on the Hub, but keeps edits made there.
 
 The last line of every card is a comment with hashes of the metadata and of the text as we wrote them. A part whose hash
 differs was edited. Edited metadata only gain keys and results, and an edited text only gets new results.

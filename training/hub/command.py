@@ -14,7 +14,7 @@ from pathlib import Path
 
 from common.cli_errors import CommandParser, InputError
 
-_WAY_OUT = "and run the same command again"
+_ADVICE = "and run the same command again"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,8 +81,8 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state:
     is_of_run = step is not None and (run / "recipe.yaml").is_file()
     tag = None if step is None else f"step-{step:06d}"
     message = f"Push {model.name}" if step is None else f"Step {step:,}"
-    repo_id = ensure_repository(repo_id, default_name=folder.name, private=private, way_out=_WAY_OUT)
-    with tempfile.TemporaryDirectory() as temporary, input_errors(repo_id, _WAY_OUT):
+    repo_id = ensure_repository(repo_id, default_name=folder.name, private=private, advice=_ADVICE)
+    with tempfile.TemporaryDirectory() as temporary, input_errors(repo_id, _ADVICE):
         # The curves of a checkpoint's run would show later steps too.
         staged = stage(Path(temporary) / "model", model, curves=folder / "curves.png", state=state)
         if is_of_run and not (staged / "README.md").exists():

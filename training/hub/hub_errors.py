@@ -16,7 +16,7 @@ _LONGEST_SLEEP_IN_CLIENT = 10.0
 
 
 class HubOutOfReachError(InputError):
-    """The Hub does not answer, or not now; a retry may succeed."""
+    """The Hub is unreachable or overloaded; a retry may succeed."""
 
 
 def limit_client(read_seconds: float = _READ_SECONDS) -> None:
@@ -96,8 +96,8 @@ def retry_after(error: BaseException) -> float:
 
 
 @contextmanager
-def input_errors(repo_id: str, way_out: str) -> Iterator[None]:
-    """Turn errors of the Hub and the network into an `InputError` that ends with `way_out`."""
+def input_errors(repo_id: str, advice: str) -> Iterator[None]:
+    """Turn errors of the Hub and the network into an `InputError` that ends with `advice`."""
     from huggingface_hub import constants
     from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
 
@@ -107,25 +107,25 @@ def input_errors(repo_id: str, way_out: str) -> Iterator[None]:
     except LocalTokenNotFoundError:
         raise InputError(
             "there is no token for the Hub; create one with write access (https://huggingface.co/settings/tokens), run "
-            f"`hf auth login` or set HF_TOKEN, {way_out}"
+            f"`hf auth login` or set HF_TOKEN, {advice}"
         ) from None
     except OfflineModeIsEnabled:
-        raise InputError(f"HF_HUB_OFFLINE is set, and a push needs the Hub; unset it, {way_out}") from None
+        raise InputError(f"HF_HUB_OFFLINE is set, and a push needs the Hub; unset it, {advice}") from None
     except InputError:
         raise
     except errors as error:
         status = status_of(error)
         if status == 401:
             raise InputError(
-                f"the Hub rejected your token (401); run `hf auth login` or set HF_TOKEN again, {way_out}"
+                f"the Hub rejected your token (401); run `hf auth login` or set HF_TOKEN again, {advice}"
             ) from None
         if status in (403, 404):
             raise InputError(
                 f"you cannot write to {repo_id} ({status}); choose a repository under your own name, and a token with "
-                f"write access, {way_out}"
+                f"write access, {advice}"
             ) from None
         if can_retry(error):
             raise HubOutOfReachError(
-                f"cannot reach the Hub at {constants.ENDPOINT} ({one_line(error)}); try later, {way_out}"
+                f"cannot reach the Hub at {constants.ENDPOINT} ({one_line(error)}); try later, {advice}"
             ) from None
-        raise InputError(f"the Hub does not accept this push ({one_line(error)}); fix that, {way_out}") from None
+        raise InputError(f"the Hub does not accept this push ({one_line(error)}); fix that, {advice}") from None

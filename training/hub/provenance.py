@@ -1,4 +1,4 @@
-"""What a model was trained from, as far as its card may name it: paths and private files stay unnamed."""
+"""What a model was trained from, limited to what the card may disclose: paths and private files stay unnamed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +64,7 @@ def _known_corpus(recipe: Recipe) -> str | None:
 
 
 def _known_base(init_from: str | None) -> str | None:
-    """Return the Hub's id of a base model if it surely is one: OpenAI's, or one in the Hub's cache."""
+    """Return the Hub's id of a base model if it is known to be one: OpenAI's, or one in the Hub's cache."""
     if init_from is None or not is_repository_id(init_from) or Path(init_from).exists():
         return None
     cached = Path(constants.HF_HUB_CACHE) / f"models--{init_from.replace('/', '--')}"

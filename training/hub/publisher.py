@@ -28,13 +28,13 @@ _LONGEST_RATE_LIMIT_SECONDS = 3600.0
 _SLOW_PUSH_SECONDS = 60.0
 _STAGING = ".pushing"
 _PUSHED = ".pushed.json"  # what of a run is on the Hub
-_WAY_OUT = "or train with push_to_hub: false and push the run later with python -m training.hub push"
+_ADVICE = "or train with push_to_hub: false and push the run later with python -m training.hub push"
 
 
 def claim_repository(recipe: Recipe, *, resumes: bool) -> str | None:
     """Return the id of the repository that the run pushes to, which exists and accepts our writes.
 
-    A Hub that does not answer does not stop a run that resumes: an earlier start has checked the repository. The result
+    An unreachable Hub does not stop a run that resumes: an earlier start has checked the repository. The result
     is None if that start did not get far enough to know its id.
 
     Raises:
@@ -43,7 +43,7 @@ def claim_repository(recipe: Recipe, *, resumes: bool) -> str | None:
     output_dir = Path(recipe.output_dir)
     try:
         return ensure_repository(
-            recipe.hub_model_id, default_name=output_dir.name, private=recipe.hub_private_repo, way_out=_WAY_OUT
+            recipe.hub_model_id, default_name=output_dir.name, private=recipe.hub_private_repo, advice=_ADVICE
         )
     except HubOutOfReachError as error:
         if not resumes:

@@ -32,15 +32,15 @@ class Pushed(NamedTuple):
 
 
 def ensure_repository(
-    repo_id: str | None, *, default_name: str, private: bool, kind: Kind = "model", way_out: str
+    repo_id: str | None, *, default_name: str, private: bool, kind: Kind = "model", advice: str
 ) -> str:
     """Create a repository unless it exists, check that we may write to it, and return its full id.
 
     `repo_id` is owner/name, or a name under the token's user; by default it is made from `default_name`.
 
     Raises:
-        HubOutOfReachError: the Hub does not answer.
-        InputError: invalid id, no token or a rejected one, no write access; the message ends with `way_out`.
+        HubOutOfReachError: the Hub is unreachable or overloaded.
+        InputError: invalid id, no token or a rejected one, no write access; the message ends with `advice`.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError
@@ -57,7 +57,7 @@ def ensure_repository(
     limit_client(_READ_SECONDS_AT_FIRST)
     api = HfApi()
     try:
-        with input_errors(repo_id, way_out):
+        with input_errors(repo_id, advice):
             user = api.whoami()["name"]
             repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
             api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True)
@@ -94,7 +94,7 @@ def push_folder(folder: Path, repo_id: str, *, message: str, tag: str | None = N
 
 
 def _commit(folder: Path, repo_id: str, *, message: str, branch: str, has_native: bool) -> Pushed:
-    """Commit on top of the branch's head; the Hub answers 412 if somebody else committed in between."""
+    """Commit on top of the branch's head; the Hub answers 412 after a concurrent commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 
     api = HfApi()

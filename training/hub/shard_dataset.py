@@ -18,7 +18,7 @@ from training.hub.hub_errors import input_errors
 from training.hub.provenance import ENGLISH_CORPORA, hub_dataset
 from training.hub.repository import ensure_repository, read_card
 
-_WAY_OUT = "and run the same command again: uploaded shards are not sent twice"
+_ADVICE = "and run the same command again: uploaded shards are not sent twice"
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 
 
@@ -31,8 +31,8 @@ def push_shards(path: Path, repo_id: str, *, private: bool) -> None:
     folder = ShardFolder.open(path)
     if not folder.complete:
         raise InputError(f"the shard folder {path} is not complete; finish preparing it first")
-    repo_id = ensure_repository(repo_id, default_name=path.name, private=private, kind="dataset", way_out=_WAY_OUT)
-    with input_errors(repo_id, _WAY_OUT):
+    repo_id = ensure_repository(repo_id, default_name=path.name, private=private, kind="dataset", advice=_ADVICE)
+    with input_errors(repo_id, _ADVICE):
         _push(folder, repo_id)
 
 

@@ -1,6 +1,6 @@
 """The folder that is pushed: hard links, so it takes no space and outlives a checkpoint that is deleted.
 
-It holds no training state, except in `last-checkpoint/` on request, and no paths of this machine: JSON keys whose value
+It holds no training state, except in `last-checkpoint/` on request, and no local paths: JSON keys whose value
 is an absolute path, or starts with `~` or `../`, are dropped.
 """
 
@@ -31,7 +31,7 @@ def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path 
     Args:
         target: is replaced if it exists.
         model: a complete model folder or checkpoint.
-        curves: for a folder without a picture of its own.
+        curves: a picture for a folder that has none.
         state: a checkpoint to resume from, which becomes last-checkpoint/.
     """
     shutil.rmtree(target, ignore_errors=True)

@@ -1,6 +1,6 @@
 """Plots of runs against training tokens, drawn from their metrics.jsonl.
 
-A run redraws its own plot after every validation, in a process of its own: importing matplotlib takes seconds.
+A run redraws its own plot after every validation, in a separate process: importing matplotlib takes seconds.
 """
 
 import math

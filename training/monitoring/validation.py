@@ -80,7 +80,7 @@ def validation_loss(
     was_training = model.training
     model.eval()
     one = torch.ones((), device=accelerator.device)
-    losses, tokens = [torch.zeros((), device=accelerator.device)], 0  # a rank may have no tokens of its own
+    losses, tokens = [torch.zeros((), device=accelerator.device)], 0  # a rank may have no tokens
     try:
         for inputs, targets in batches:
             on_device = model_inputs((inputs, targets), accelerator.device, end_of_text_id)

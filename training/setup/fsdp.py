@@ -1,7 +1,7 @@
 """FSDP2: weights, gradients and optimizer state are sharded across the processes.
 
 A block's weights are gathered just before it runs. Embeddings, final norm and head form one unit, the model itself: the
-head shares the token embedding's weight, and the loss reads that weight without calling the head, so a unit of its own
+head shares the token embedding's weight, and the loss reads that weight without calling the head, so a separate unit
 would never be gathered. accelerate would wrap embedding and head separately, so the sharding is done here; accelerate
 leaves a sharded model alone.
 
@@ -78,7 +78,7 @@ def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
 
 
 def compile_blocks(model: PreTrainedModel) -> None:
-    """Compile block by block: a graph of the whole model would break where weights are gathered."""
+    """Compile block by block: a graph of the complete model would break where weights are gathered."""
     for block in model.base_model.h:
         assert isinstance(block, nn.Module)
         block.compile()

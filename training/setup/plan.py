@@ -143,7 +143,7 @@ def batch_of(recipe: Recipe) -> BatchPlan:
 
 
 def total_steps(recipe: Recipe, order: Order | None) -> int:
-    """Optimizer steps of the whole run; a length in tokens or epochs is rounded down to whole steps.
+    """Optimizer steps of the complete run; a length in tokens or epochs is rounded down to whole steps.
 
     Args:
         recipe: of the run.

@@ -37,7 +37,7 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
         tokenizer=recipe.tokenizer,
         shard_tokens=recipe.shard_tokens,
         val_tokens=recipe.validation_shard_tokens,
-        # Not a setting of a run: whoever prepared the folder chose it.
+        # Set when the folder was prepared, not by the recipe.
         max_tokens=folder.manifest.max_tokens if folder and folder.manifest else None,
     )
     spec.check(folder)

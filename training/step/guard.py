@@ -1,4 +1,6 @@
-"""The guard skips updates that would spoil the weights: non-finite losses or gradients and, if asked to, spikes.
+"""The guard skips updates that would corrupt the weights: non-finite losses and gradients.
+
+With `skip_spikes`, it also skips loss spikes.
 
 It decides on the device, from the loss and gradient norm over all ranks, so all ranks decide alike and none waits for
 its device. The verdicts are copied to the host asynchronously and read some steps later. The cost per step is one

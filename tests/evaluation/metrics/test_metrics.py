@@ -1,4 +1,4 @@
-"""The metric modules, loaded by path, and the statistics behind them."""
+"""The metric modules, loaded by path, and the statistics they use."""
 
 import math
 import os

@@ -96,5 +96,5 @@ def test_truncated_shard_is_refused(tmp_path):
 
 
 def test_validation_without_a_folder_is_refused():
-    with pytest.raises(InputError, match="name it by --data_dir"):
+    with pytest.raises(InputError, match="pass --data_dir"):
         task_named("validation").items(None, Characters(), 1024)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is written and when, what a full disk may do, and that damage is found and named."""
+"""Checkpoints: what is written and when, what a full disk may do, and that corruption is detected and reported."""
 
 import dataclasses
 import errno
@@ -46,9 +46,9 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip_a_bit(path: Path, place: int = -1) -> None:
+def flip_a_bit(path: Path, position: int = -1) -> None:
     content = bytearray(path.read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     path.write_bytes(content)
 
 
@@ -147,12 +147,14 @@ def test_sha256sum_reads_the_checksums(tiny_recipe: Make) -> None:
 def test_background_and_foreground_saves_write_the_same_checkpoint(
     tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    beside = tiny_recipe(output_dir=str(tmp_path / "beside"), dropout=0.1, save_total_limit=None, save_steps=1)
-    waiting = dataclasses.replace(beside, output_dir=str(tmp_path / "waiting"), async_save=False)
-    train(beside)
+    in_background = tiny_recipe(
+        output_dir=str(tmp_path / "in_background"), dropout=0.1, save_total_limit=None, save_steps=1
+    )
+    waiting = dataclasses.replace(in_background, output_dir=str(tmp_path / "waiting"), async_save=False)
+    train(in_background)
     assert "checkpoint saved; training paused for 0." in capsys.readouterr().out
     train(waiting)
-    pairs = list(zip(checkpoints(run_of(beside)), checkpoints(run_of(waiting)), strict=True))
+    pairs = list(zip(checkpoints(run_of(in_background)), checkpoints(run_of(waiting)), strict=True))
     assert len(pairs) == 12
     for ours, theirs in pairs:
         for file in (
@@ -245,30 +247,30 @@ def test_no_space_for_the_model_folder_is_one_line_and_the_next_start_writes_it(
         patch.setattr("training.hub.model_folder.copy_model", full)
         with pytest.raises(
             InputError, match=r"model could not be written \(No space left on device\); free some space"
-        ) as told:
+        ) as error:
             train(recipe)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
     train(recipe)
     assert (run_of(recipe) / "model" / "model.safetensors").is_file()
 
 
 def test_two_checkpoints_are_never_written_at_once(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, at_it, most = saving_module.write_checkpoint, [0], [0]
+    write, writers, max_writers = saving_module.write_checkpoint, [0], [0]
 
     def slow(*args: object, **kwargs: object) -> Path:
         assert threading.current_thread() is not threading.main_thread()
-        at_it[0] += 1
-        most[0] = max(most[0], at_it[0])
+        writers[0] += 1
+        max_writers[0] = max(max_writers[0], writers[0])
         time.sleep(0.05)
         try:
             return write(*args, **kwargs)  # type: ignore[arg-type]
         finally:
-            at_it[0] -= 1
+            writers[0] -= 1
 
     monkeypatch.setattr(saving_module, "write_checkpoint", slow)
     recipe = tiny_recipe(save_steps=1, save_total_limit=None)
     train(recipe)
-    assert most == [1]
+    assert max_writers == [1]
     assert len(checkpoints(run_of(recipe))) == 12
 
 

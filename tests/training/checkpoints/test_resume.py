@@ -1,4 +1,4 @@
-"""Going on: what a kill, a mistake or an older checkpoint may do to a run, and what they may not."""
+"""Resuming after kills, user errors, and from older checkpoints."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ def everything_in(folder: Path) -> dict[str, bytes]:
 
 
 def started(recipe: Recipe) -> "subprocess.Popen[bytes]":
-    """Train in a process of its own, which can be killed; its threads, and so its rounding, are always the same."""
+    """Train in a separate process, which can be killed; its threads, and so its rounding, are always the same."""
     path = run_of(recipe).with_suffix(".yaml")
     recipe.save(path)
     command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(path)]
@@ -47,30 +47,32 @@ def started(recipe: Recipe) -> "subprocess.Popen[bytes]":
 
 
 def test_repeatedly_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_recipe: Make, tmp_path: Path) -> None:
-    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), max_steps=60, save_steps=3, eval_steps=20, dropout=0.1)
-    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    complete = tiny_recipe(
+        output_dir=str(tmp_path / "complete"), max_steps=60, save_steps=3, eval_steps=20, dropout=0.1
+    )
+    interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
     kills = 0
     for steps in (7, 20, 41):
-        with started(broken) as process:
+        with started(interrupted) as process:
             deadline = time.monotonic() + 60
-            while not any(line["step"] >= steps for line in read_metrics(run_of(broken))):
+            while not any(line["step"] >= steps for line in read_metrics(run_of(interrupted))):
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.002)
             process.kill()
         kills += process.returncode == -signal.SIGKILL
     assert kills == 3
-    for recipe in (whole, broken):
+    for recipe in (complete, interrupted):
         with started(recipe) as process:
-            _, complaints = process.communicate(timeout=120)
-        assert process.returncode == 0, complaints
-    ours, theirs = (load_file(run_of(recipe) / "model" / "model.safetensors") for recipe in (broken, whole))
+            _, stderr = process.communicate(timeout=120)
+        assert process.returncode == 0, stderr
+    ours, theirs = (load_file(run_of(recipe) / "model" / "model.safetensors") for recipe in (interrupted, complete))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    told = [
+    logged = [
         [(line["step"], line.get("train_loss"), line.get("val_loss")) for line in read_metrics(run_of(recipe))]
-        for recipe in (broken, whole)
+        for recipe in (interrupted, complete)
     ]
-    assert told[0] == told[1]
+    assert logged[0] == logged[1]
 
 
 def test_resuming_from_an_older_checkpoint_renames_the_later_ones(tiny_recipe: Make) -> None:
@@ -83,7 +85,7 @@ def test_resuming_from_an_older_checkpoint_renames_the_later_ones(tiny_recipe: M
     assert names == {"abandoned-step-000008", "abandoned-step-000012", "step-000008", "step-000012"}
     steps = [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line]
     assert steps == list(range(1, 13))
-    # What was set aside before is nobody's to remove, and it is told where it is.
+    # Checkpoints renamed earlier are kept, and their new paths are logged.
     train(dataclasses.replace(again, resume_from_checkpoint=str(run_of(recipe) / "checkpoints" / "step-000008")))
     names = {path.name for path in (run_of(recipe) / "checkpoints").iterdir()}
     assert names >= {"abandoned-step-000008", "abandoned-step-000012", "abandoned-2-step-000012"}
@@ -121,7 +123,7 @@ def test_decay_branches_from_any_checkpoint_of_a_stable_run(
     assert [rate for step, rate in learning_rates(tmp_path / "a").items() if step > 2] == pytest.approx(
         [1.0] * 7 + [0.3636039], abs=1e-7
     )
-    # Given again, the command goes on with the branch: here it is complete.
+    # The same command resumes the branch, which is complete here.
     capsys.readouterr()
     train(branch)
     assert "is complete: 8 of 8 steps" in capsys.readouterr().out
@@ -148,7 +150,7 @@ def test_model_folder_is_written_again_after_an_extension(tiny_recipe: Make) -> 
     shutil.copytree(run_of(recipe) / "model", run_of(recipe).parent / "old")
     longer = dataclasses.replace(recipe, max_steps=8)
     train(longer)
-    # As if the run had died between its last checkpoint and its model.
+    # As if the run had been killed between its last checkpoint and its model.
     shutil.rmtree(run_of(recipe) / "model")
     shutil.copytree(run_of(recipe).parent / "old", run_of(recipe) / "model")
     train(longer)
@@ -215,11 +217,11 @@ def test_data_inside_the_output_folder_is_refused(tiny_recipe: Make, tmp_path: P
         train(tiny_recipe(data_dir=str(tmp_path / "run" / "data")))
 
 
-@pytest.mark.parametrize("place", ["/proc/x", "file/below"])
-def test_an_output_folder_that_cannot_be_written_is_refused(place: str, tiny_recipe: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["/proc/x", "file/below"])
+def test_an_output_folder_that_cannot_be_written_is_refused(path: str, tiny_recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(InputError, match="is not writable"):
-        train(tiny_recipe(output_dir=str(tmp_path / place)))
+        train(tiny_recipe(output_dir=str(tmp_path / path)))
 
 
 def test_run_with_corrupted_log_lines_resumes(tiny_recipe: Make) -> None:

@@ -99,7 +99,7 @@ def test_printed_command_works_as_printed(tiny_recipe: Callable[..., Recipe], tm
     assert first.returncode == 0, first.stderr
     printed = first.stdout.strip().splitlines()[-1].strip()
     assert " launch --config_file accelerate_configs/cpu_2_processes.yaml --num_processes 2 training/" in printed
-    # A port of its own: other tests may be using accelerate's default one.
+    # A separate port: other tests may be using accelerate's default one.
     free_port = printed.replace(" launch ", " launch --main_process_port 0 ")
     second = subprocess.run(free_port, shell=True, **settings, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert second.returncode == 0, second.stderr

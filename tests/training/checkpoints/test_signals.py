@@ -53,23 +53,23 @@ def test_a_signal_saves_and_stops_the_run_and_the_resumed_run_ends_bit_identical
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1)
-    train(whole)
-    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    complete = tiny_recipe(output_dir=str(tmp_path / "complete"), dropout=0.1)
+    train(complete)
+    interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
     before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
     capfd.readouterr()
     with pytest.raises(SystemExit) as stopped:
-        train(broken, hooks=[SignalAt(step, number)])
+        train(interrupted, hooks=[SignalAt(step, number)])
     assert stopped.value.code == 128 + number
     assert {name: signal.getsignal(name) for name in before} == before
-    assert checkpoints(tmp_path / "broken")[-1].name == f"step-{step:06d}"
+    assert checkpoints(tmp_path / "interrupted")[-1].name == f"step-{step:06d}"
     out, err = capfd.readouterr()
     assert f"{signal.Signals(number).name}: finishing this step and saving. Send it again to exit immediately." in err
-    assert f"stopped after step {step} of 12; resume from {checkpoints(tmp_path / 'broken')[-1]} with" in out
+    assert f"stopped after step {step} of 12; resume from {checkpoints(tmp_path / 'interrupted')[-1]} with" in out
     command = out.splitlines()[-1]
-    assert f"training/train.py --config {tmp_path / 'broken' / 'recipe.yaml'} --resume_from_checkpoint" in command
-    train(broken)
-    assert_runs_are_equal(tmp_path / "broken", tmp_path / "whole")
+    assert f"training/train.py --config {tmp_path / 'interrupted' / 'recipe.yaml'} --resume_from_checkpoint" in command
+    train(interrupted)
+    assert_runs_are_equal(tmp_path / "interrupted", tmp_path / "complete")
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
@@ -77,9 +77,11 @@ def test_a_signal_saves_and_stops_the_run_and_the_resumed_run_ends_bit_identical
 def test_a_signal_stops_a_validation_and_the_next_start_makes_up_for_it(
     step: int, tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1, eval_steps=6, per_device_train_batch_size=4)
-    train(whole)
-    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    complete = tiny_recipe(
+        output_dir=str(tmp_path / "complete"), dropout=0.1, eval_steps=6, per_device_train_batch_size=4
+    )
+    train(complete)
+    interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
     evaluate, read = Validation.evaluate, []
 
     def batches(shard: Shard, **settings: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -98,14 +100,16 @@ def test_a_signal_stops_a_validation_and_the_next_start_makes_up_for_it(
     with monkeypatch.context() as patch:
         patch.setattr(Validation, "evaluate", with_signal)
         with pytest.raises(SystemExit):
-            train(broken)
+            train(interrupted)
     assert read == [0, 1]
-    assert checkpoints(tmp_path / "broken")[-1].name == f"step-{step:06d}"
-    assert [line["step"] for line in read_metrics(tmp_path / "broken") if "val_loss" in line] == list(range(6, step, 6))
-    train(broken)
-    assert_runs_are_equal(tmp_path / "broken", tmp_path / "whole")
-    assert [line["step"] for line in read_metrics(tmp_path / "broken") if "val_loss" in line] == [6, 12]
-    assert (tmp_path / "broken" / "samples.txt").read_text() == (tmp_path / "whole" / "samples.txt").read_text()
+    assert checkpoints(tmp_path / "interrupted")[-1].name == f"step-{step:06d}"
+    assert [line["step"] for line in read_metrics(tmp_path / "interrupted") if "val_loss" in line] == list(
+        range(6, step, 6)
+    )
+    train(interrupted)
+    assert_runs_are_equal(tmp_path / "interrupted", tmp_path / "complete")
+    assert [line["step"] for line in read_metrics(tmp_path / "interrupted") if "val_loss" in line] == [6, 12]
+    assert (tmp_path / "interrupted" / "samples.txt").read_text() == (tmp_path / "complete" / "samples.txt").read_text()
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
@@ -129,9 +133,9 @@ def test_a_checkpoint_that_becomes_due_in_a_validation_is_saved_after_it(
 def test_a_signal_stops_a_run_that_waits_for_its_corpus_and_no_step_is_lost(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = tiny_recipe(output_dir=str(tmp_path / "whole"), dropout=0.1)
-    train(whole)
-    broken = dataclasses.replace(whole, output_dir=str(tmp_path / "broken"))
+    complete = tiny_recipe(output_dir=str(tmp_path / "complete"), dropout=0.1)
+    train(complete)
+    interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
     asked = []
 
     def six_steps_are_ready(accelerator: Accelerator, number: int) -> int:
@@ -143,10 +147,10 @@ def test_a_signal_stops_a_run_that_waits_for_its_corpus_and_no_step_is_lost(
     with monkeypatch.context() as patch:
         patch.setattr("training.loop.all_reduce_min", six_steps_are_ready)
         with pytest.raises(SystemExit):
-            train(broken)
-    assert checkpoints(tmp_path / "broken")[-1].name == "step-000006"
-    train(broken)
-    assert_runs_are_equal(tmp_path / "broken", tmp_path / "whole")
+            train(interrupted)
+    assert checkpoints(tmp_path / "interrupted")[-1].name == "step-000006"
+    train(interrupted)
+    assert_runs_are_equal(tmp_path / "interrupted", tmp_path / "complete")
 
 
 def test_two_processes_stop_after_the_same_step_when_one_gets_a_signal(tiny_recipe: Make, tmp_path: Path) -> None:

@@ -305,8 +305,8 @@ def test_a_card_that_is_not_ours_keeps_its_text() -> None:
     assert "My own page." in text
     assert "# my-gpt2" not in text
     assert "license: mit" in text
-    broken = "---\n: not: [yaml\n---\nMy own page.\n"
-    assert broken.strip() in with_edits_of(broken, card())[0]
+    invalid = "---\n: not: [yaml\n---\nMy own page.\n"
+    assert invalid.strip() in with_edits_of(invalid, card())[0]
 
 
 def test_the_empty_card_of_a_new_repository_keeps_its_license_only() -> None:

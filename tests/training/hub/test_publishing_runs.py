@@ -203,10 +203,10 @@ def test_a_rate_limit_of_an_hour_is_respected_but_does_not_delay_the_end_of_the_
 def test_a_push_that_cannot_be_staged_is_reported_and_training_continues(
     hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> Path:
+    def fail(*_: object, **__: object) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.hub.publisher.stage", broken)
+    monkeypatch.setattr("training.hub.publisher.stage", fail)
     recipe, log = published(tiny_recipe)
     assert "step 4 is not pushed: OSError: [Errno 28] No space left on device" in log
     assert "step 12 is not pushed" in log
@@ -236,14 +236,14 @@ def publisher_of(recipe: Recipe, folder: str) -> tuple[Publisher, Any, Path, lis
 def test_a_card_that_cannot_be_written_does_not_end_training(
     hub: LoopbackHub, tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object, **__: object) -> None:
-        raise InputError("broken manifest")
+    def fail(*_: object, **__: object) -> None:
+        raise InputError("invalid manifest")
 
-    monkeypatch.setattr("training.hub.publisher.write_model_card", broken)
+    monkeypatch.setattr("training.hub.publisher.write_model_card", fail)
     publisher, run, checkpoint, lines = publisher_of(tiny_recipe(), "checkpoints/step-000004")
     publisher.after_save(run, checkpoint, 4)
     publisher.close()
-    assert lines == ["step 4 is not pushed: InputError: broken manifest"]
+    assert lines == ["step 4 is not pushed: InputError: invalid manifest"]
 
 
 def test_an_interrupted_run_reports_that_its_last_checkpoint_is_not_on_the_hub(

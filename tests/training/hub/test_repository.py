@@ -43,7 +43,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ensured(repo_id: str | None = "me/my-gpt2", **options: Any) -> str:
-    return ensure_repository(repo_id, **{"default_name": "run", "private": False, "way_out": "or else", **options})
+    return ensure_repository(repo_id, **{"default_name": "run", "private": False, "advice": "or else", **options})
 
 
 # The repository

@@ -123,7 +123,7 @@ def test_only_the_first_losses_may_lie_above_the_picture() -> None:
     assert loss_limits([(tokens, [*falling[:50], 9.0, *falling[51:]])]) == pytest.approx((1.65, 9.35))  # a spike
     assert loss_limits([(tokens[:5], falling[:5])]) is None
     assert loss_limits([]) is None
-    # The beginning is that of the longest run: a short one beside it does not bring it back.
+    # The longest run sets the limits; a shorter run in the same plot does not change them.
     assert loss_limits([(tokens, falling), ([1.0, 2.0], [11.0, 10.0])]) == pytest.approx((1.95, 3.05))
 
 

@@ -1,4 +1,4 @@
-"""What a run writes down while it goes."""
+"""The files that a run writes."""
 
 import errno
 import json
@@ -103,16 +103,16 @@ def test_progress_bar_on_a_terminal_has_the_values_of_the_log_line(
     log.training({**training_line(1), "mfu": 0.4981, "memory_gib": 12.34}, seconds_left=240)
     log.close()
     drawn = capsys.readouterr().err
-    figures = "loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1,000 tok/s  MFU 49.8%  12.3 GiB"
-    assert figures in drawn
-    assert len(figures) < 80
+    values = "loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1,000 tok/s  MFU 49.8%  12.3 GiB"
+    assert values in drawn
+    assert len(values) < 80
     assert "4.0 min left" in drawn
-    assert figures in (tmp_path / "train.log").read_text()
+    assert values in (tmp_path / "train.log").read_text()
 
 
 def test_smoothed_loss_continues_after_a_resume(tmp_path: Path) -> None:
     losses = [3.0, 2.5, float("nan"), 2.0, 1.5]
-    for name, parts in (("whole", [losses]), ("parted", [losses[:2], losses[2:]])):
+    for name, parts in (("complete", [losses]), ("parted", [losses[:2], losses[2:]])):
         (tmp_path / name).mkdir()
         step = 0
         for part in parts:
@@ -121,8 +121,10 @@ def test_smoothed_loss_continues_after_a_resume(tmp_path: Path) -> None:
                 step += 1
                 log.training(training_line(step, loss))
             log.close()
-    whole, parted = ([line["smoothed_loss"] for line in read_metrics(tmp_path / name)] for name in ("whole", "parted"))
-    assert repr(whole) == repr(parted)
+    complete, parted = (
+        [line["smoothed_loss"] for line in read_metrics(tmp_path / name)] for name in ("complete", "parted")
+    )
+    assert repr(complete) == repr(parted)
 
 
 def test_smoothing_starts_at_the_first_value_and_keeps_constants() -> None:
@@ -152,7 +154,7 @@ def test_results_of_tasks_are_lines_too(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_samples_of_a_step_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for first_step, steps in ((0, (5, 10)), (5, (5, 10)), (10, (10,))):  # stopped behind step 5, and again at the end
+    for first_step, steps in ((0, (5, 10)), (5, (5, 10)), (10, (10,))):  # stopped after step 5, and again at the end
         log = open_log(tmp_path, first_step=first_step)
         for step in steps:
             log.samples(step, ["One\nstep 99 in the text", "Two"])

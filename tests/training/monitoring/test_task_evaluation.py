@@ -75,8 +75,8 @@ def test_tasks_are_recorded_and_change_nothing_else(tiny_recipe: Make, data: Pat
     assert "0.3114" in str(task_scores(RunHistory.load(run).task_results))
 
     # The command gives the same results for the final model.
-    places = ["--model", str(run / "model"), "--data_dir", str(data), "--output", str(tmp_path / "r.json")]
-    main([*places, "--limit", "5", "--tasks", *evaluated.eval_tasks])
+    paths = ["--model", str(run / "model"), "--data_dir", str(data), "--output", str(tmp_path / "r.json")]
+    main([*paths, "--limit", "5", "--tasks", *evaluated.eval_tasks])
     by_command = json.loads((tmp_path / "r.json").read_text())["tasks"]
     assert {name: task["figures"] for name, task in by_command.items()} == {
         name: task["figures"] for name, task in results["tasks"].items()

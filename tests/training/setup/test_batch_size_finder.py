@@ -124,7 +124,7 @@ def test_run_with_auto_sees_the_same_samples(
     train(dataclasses.replace(auto, lr_scheduler_type="constant"))
     assert found[0].accumulation_steps == 4
     log = (tmp_path / "auto" / "train.log").read_text()
-    assert "= 8 × 32 × 1 process × 1 accumulated" in log  # the whole step
+    assert "= 8 × 32 × 1 process × 1 accumulated" in log  # the complete step
     assert "= 2 × 32 × 1 process × 4 accumulated" in log
     again = dataclasses.replace(plain, output_dir=str(tmp_path / "again"), lr_scheduler_type="constant")
     train(again)
@@ -153,7 +153,7 @@ def saved_by_a_block() -> Callable[..., int]:
             keeping = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16), keeping:
                 model(ids, shift_labels=ids, use_cache=False)
-            totals.append(sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in weights))
+            totals.append(sum(t.untyped_storage().nbytes() for pointer, t in kept.items() if pointer not in weights))
         return totals[1] - totals[0]
 
     return measured
@@ -168,7 +168,7 @@ def test_estimated_activations_are_what_a_block_saves(
     expected = block_activations(
         4 * 48, 64, size=2 if bf16 else 4, attention_scores=4 * 48 if attention == "eager" else 0
     )
-    # The estimate leaves out means, variances and the like.
+    # The estimate ignores means, variances and the like.
     assert saved_by_a_block(bf16, attn_implementation=attention) - copies == pytest.approx(expected, rel=0.03)
 
 

@@ -46,9 +46,9 @@ def test_fsdp2_trains_like_ddp_and_resumes_from_its_checkpoints(tiny_recipe: Mak
     ddp = tiny_recipe(output_dir=str(tmp_path / "ddp"), per_device_train_batch_size=2, max_steps=8)
     fsdp2 = dataclasses.replace(ddp, output_dir=str(tmp_path / "fsdp2"))
     launched(ddp, "cpu_2_processes")
-    said = launched(fsdp2, "fsdp2_8xa100")
-    assert "To try next" in said
-    assert said.count("  | ") >= 2  # samples, drawn by both ranks and printed by one
+    output = launched(fsdp2, "fsdp2_8xa100")
+    assert "To try next" in output
+    assert output.count("  | ") >= 2  # samples, drawn by both ranks and printed by one
     expected = losses(tmp_path / "ddp")
     assert {key for key in expected if key[0] == 8} == {(8, "train_loss"), (8, "grad_norm"), (8, "val_loss")}
     # Sums are in another order: fp32 rounding.

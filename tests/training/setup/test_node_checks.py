@@ -242,7 +242,7 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
             len(folders[1].complete_manifest.shards) - 1,
         ]
     deadline = time.monotonic() + 10
-    while not any("died" in line for line in lines) and time.monotonic() < deadline:
+    while not any("failed" in line for line in lines) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert any("has changed since" in line and "training continues with the shards" in line for line in lines)
 
@@ -250,7 +250,7 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
 def test_error_of_a_producer_is_shared_in_the_next_gather(nodes: TwoNodes) -> None:
     class Failing(BackgroundProducer):
         def fail(self) -> None:
-            self.failure = "a broken line"
+            self.failure = "a failure"
 
     producer, gathered = Failing(), []
 
@@ -260,7 +260,7 @@ def test_error_of_a_producer_is_shared_in_the_next_gather(nodes: TwoNodes) -> No
         return values
 
     ranks = Ranks(gather_object)
-    with pytest.raises(InputError, match=r"^a broken line$"), ranks.share_errors():
+    with pytest.raises(InputError, match=r"^a failure$"), ranks.share_errors():
         wait_for_shards(lambda: False, producer, ranks)
     assert len(gathered) == 2
     assert gathered[0] is False

@@ -1,4 +1,4 @@
-"""Nodes with shard folders of their own; processes with a short timeout stand in for them."""
+"""Nodes with separate shard folders; processes with a short timeout stand in for them."""
 
 import dataclasses
 import shutil

@@ -55,7 +55,7 @@ def test_non_finite_losses_and_gradients_are_skipped_and_reported(number: float)
 
 
 def test_a_spike_is_measured_against_the_losses_before_it() -> None:
-    # Mean 2.5 and deviation 1.29 of 1, 2, 3, 4: with 3 deviations a spike lies above 6.37.
+    # Mean 2.5 and deviation 1.29 of 1, 2, 3, 4: with 3 deviations losses above 6.37 are spikes.
     assert skipped_steps(new_guard(), [1.0, 2.0, 3.0, 4.0, 6.3]) == []
     assert skipped_steps(new_guard(), [1.0, 2.0, 3.0, 4.0, 6.4]) == [5]
     assert skipped_steps(new_guard(), [1.0, 2.0, 3.0, 6.4]) == []  # the window is not full
@@ -126,17 +126,17 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return state
 
 
-@pytest.mark.parametrize("broken", ["loss", "gradient"])
+@pytest.mark.parametrize("non_finite", ["loss", "gradient"])
 def test_a_skipped_update_leaves_weights_moments_and_step_counters_bit_identical(
-    broken: str, prepared: tuple[Accelerator, nn.Module, Any]
+    non_finite: str, prepared: tuple[Accelerator, nn.Module, Any]
 ) -> None:
     accelerator, model, optimizer = prepared
     guard = new_guard(threshold=0.0)
     one_step(accelerator, model, optimizer, guard)
     before = everything(model, optimizer)
     assert any(name.endswith("/step") for name in before)
-    weight = model.lm_head.weight if broken == "loss" else model.transformer.h[0].mlp.c_fc.bias
-    if broken == "loss":
+    weight = model.lm_head.weight if non_finite == "loss" else model.transformer.h[0].mlp.c_fc.bias
+    if non_finite == "loss":
         hook: Any = model.register_forward_hook(
             lambda module, inputs, outputs: outputs.__setitem__("loss", outputs.loss * torch.nan)
         )
@@ -205,7 +205,7 @@ def test_no_step_waits_for_the_device(
 # Complete runs
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> None:
+def scale_losses(monkeypatch: pytest.MonkeyPatch, factors: dict[int, float]) -> None:
     """Multiply the losses that the guard sees at some steps."""
     check = Guard.check
     monkeypatch.setattr(
@@ -249,12 +249,12 @@ def test_too_many_skipped_updates_in_a_row_name_the_newest_good_checkpoint(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(max_steps=40, save_steps=2, eval_steps=6, sample_steps=0, max_skipped_steps=3)
-    spoil(monkeypatch, {3: math.nan, 4: math.nan, 6: math.nan, 7: math.nan, 8: math.inf})
+    scale_losses(monkeypatch, {3: math.nan, 4: math.nan, 6: math.nan, 7: math.nan, 8: math.inf})
     message = r"3 updates in a row were skipped up to step 8, .* the newest good checkpoint is .*step-000006, and"
     with pytest.raises(InputError, match=message) as caught:
         train(recipe)
     assert "\n" not in str(caught.value)
-    # None was saved after step 4, whose update was skipped. The validation of step 6 gave a finite loss.
+    # No checkpoint was saved after step 4, whose update was skipped. The validation of step 6 gave a finite loss.
     assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000002", "step-000006"]
     monkeypatch.undo()
     train(dataclasses.replace(recipe, max_steps=8))
@@ -270,7 +270,7 @@ def test_a_resumed_run_skips_the_same_updates_as_an_uninterrupted_one(
         spike_window=4,
         spike_threshold=5.0,
     )
-    spoil(monkeypatch, {9: 1.5, 10: math.nan})
+    scale_losses(monkeypatch, {9: 1.5, 10: math.nan})
     train(complete)
     resumed = dataclasses.replace(complete, output_dir=str(tmp_path / "resumed"))
     (tmp_path / "resumed" / "checkpoints").mkdir(parents=True)
@@ -291,6 +291,6 @@ def test_the_checkpoint_just_before_the_first_skipped_update_is_not_called_good(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = tiny_recipe(max_steps=40, save_steps=1, save_total_limit=None, eval_steps=0, max_skipped_steps=3)
-    spoil(monkeypatch, {5: math.nan, 6: math.nan, 7: math.nan})
+    scale_losses(monkeypatch, {5: math.nan, 6: math.nan, 7: math.nan})
     with pytest.raises(InputError, match=r"newest good checkpoint is \S*step-000003; resume from it with --resume_"):
         train(recipe)

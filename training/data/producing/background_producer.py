@@ -1,7 +1,7 @@
-"""The producer in the background of training: a child process that is restarted when it dies and exits with training.
+"""The producer in the background of training: a child process that is restarted on failure and exits with training.
 
-In the training process there is only a thread that waits for the child. The child's standard input is a pipe that
-nobody writes to: when training ends, even by SIGKILL, the pipe closes and the child exits.
+In the training process there is only a thread that waits for the child. The child's standard input is a pipe that is
+never written to: when training ends, even by SIGKILL, the pipe closes and the child exits.
 """
 
 import os
@@ -41,9 +41,9 @@ class BackgroundProducer:
     """Restarts a command until it succeeds; a context manager that stops it on exit.
 
     Attributes:
-        report: receives the child's progress lines, and why it died and when it restarts; may be replaced.
+        report: receives the child's progress lines, and why it failed and when it restarts; may be replaced.
         failure: an error that waiting for the first shards cannot resolve, such as a mistake in the recipe.
-        last_error: why the child died last; None again as soon as it prints something.
+        last_error: the child's last error; None again as soon as it prints something.
     """
 
     def __init__(self, report: Callable[[str], None] = print) -> None:
@@ -68,7 +68,7 @@ class BackgroundProducer:
         self._thread.start()
 
     def training_started(self) -> None:
-        """Tell the producer that the first shards are there: from now on its errors are logged and never final."""
+        """Mark the start of training; producer errors after this are logged and retried."""
         self._training = True
 
     def stop(self) -> None:
@@ -82,17 +82,17 @@ class BackgroundProducer:
             self._thread.join(timeout=0.2)
 
     def _keep_running(self, command: list[str]) -> None:
-        delay, deaths = _FIRST_DELAY_SECONDS, 0
+        delay, failures = _FIRST_DELAY_SECONDS, 0
         while not self._stopping.is_set():
             started = time.monotonic()
             exit_code, error = self._run(command)
             if exit_code == 0 or self._stopping.is_set():
                 return
-            deaths += 1
+            failures += 1
             self.last_error = error
-            if not self._training and (exit_code == _USER_ERROR or deaths == _TRIES_BEFORE_TRAINING):
+            if not self._training and (exit_code == _USER_ERROR or failures == _TRIES_BEFORE_TRAINING):
                 self.failure = error
-                # Training may start all the same: its first shards may have been completed just before.
+                # Training may still start: its first shards may have been completed just before.
                 while not self._training and not self._stopping.wait(_POLL_SECONDS):
                     pass
                 self.failure = None
@@ -101,7 +101,7 @@ class BackgroundProducer:
             if time.monotonic() - started > _HEALTHY_SECONDS:
                 delay = _FIRST_DELAY_SECONDS
             meanwhile = "training continues with the shards that are complete; " if self._training else ""
-            self.report(f"The shard producer died: {error}; {meanwhile}restarting it in {delay:.0f} s")
+            self.report(f"The shard producer failed: {error}; {meanwhile}restarting it in {delay:.0f} s")
             self._stopping.wait(delay)
             delay = min(2 * delay, _MAX_DELAY_SECONDS)
 

@@ -46,7 +46,7 @@ def produce(
     Args:
         spec: what the folder should hold.
         num_workers: tokenizing processes; 0 tokenizes in this process, None uses all cores.
-        wait: while another process fills the folder, wait, and take over if that process dies.
+        wait: while another process fills the folder, wait, and take over if that process exits.
         report: receives progress lines where standard error is not a terminal.
 
     Raises:

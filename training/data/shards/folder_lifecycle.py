@@ -1,4 +1,4 @@
-"""The life of a shard folder: created, partial, resumed, complete; no partial file is left behind."""
+"""The life cycle of a shard folder: created, partial, resumed, complete. Partial files are deleted."""
 
 import contextlib
 import re

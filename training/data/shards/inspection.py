@@ -20,7 +20,7 @@ def inspect(path: Path, *, tokenizer: str = "gpt2", verify: bool = False) -> Ite
 
     Args:
         path: the shard folder; a producer may be writing to it.
-        tokenizer: decodes a folder that has no tokenizer of its own.
+        tokenizer: decodes a folder without a tokenizer.
         verify: read every byte, and compare hashes with the manifest and ids with the vocabulary.
 
     Raises:
@@ -62,7 +62,7 @@ def _origin(folder: ShardFolder, vocabulary: Tokenizer) -> Iterator[str]:
 
 
 def _verify(shard: Shard, vocabulary: Tokenizer) -> int:
-    """Read the whole shard, and return how many documents begin in it."""
+    """Read the complete shard, and return how many documents begin in it."""
     if shard.sha256 is not None and file_sha256(shard.path) != shard.sha256:
         raise InputError(
             f"{shard.path} is corrupted: its sha256 is not the manifest's; "

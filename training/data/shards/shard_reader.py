@@ -41,7 +41,7 @@ class Shard:
         return map_ids(self.path)
 
     def check_ids(self, vocab_size: int) -> None:
-        """Read the whole shard and compare its ids with the vocabulary.
+        """Read the complete shard and compare its ids with the vocabulary.
 
         Raises:
             InputError: an id is not below `vocab_size`.

@@ -1,7 +1,8 @@
-"""A corpus: documents in a fixed order, read from the first one or from a known position.
+"""A corpus: documents in a fixed order, read from the start or from a known position.
 
 Three kinds: documentation strings of the installed packages (no download), files and folders, and Hub datasets.
-Files and Hub datasets are streamed: memory holds a row group or a line at a time. Only a text file is read whole.
+Files and Hub datasets are streamed: memory holds a row group or a line at a time. Only text files are read into
+memory completely.
 """
 
 import re
@@ -125,7 +126,7 @@ def text_of(row: Any, text_field: str, where: str) -> str:
 def missing_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
     """Return the error for a row without the field; it lists the fields that exist."""
     fields = list(fields)
-    found = ", ".join(fields) or "no field at all"
+    found = ", ".join(fields) or "no fields"
     hint = did_you_mean(text_field, fields)
     return InputError(f"no field '{text_field}' in {where}, only {found}; name the field with --text_field{hint}")
 

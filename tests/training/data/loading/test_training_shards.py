@@ -50,7 +50,7 @@ def test_second_epoch_waits_until_the_folder_is_complete(growing: GrowingFolder,
     first_of_epoch_1 = shards.order.windows_in_epoch(0)
     shards.refresh()
     assert shards.ready() == first_of_epoch_1
-    # Every shard exists now, but the manifest does not say yet that it is complete.
+    # Every shard exists now, but the manifest does not list it as complete yet.
     growing.complete_manifest = dataclasses.replace(
         growing.complete_manifest, shards=growing.complete_manifest.shards[:3]
     )
@@ -69,8 +69,8 @@ def test_batches_continue_into_shards_added_later(workers: int, growing: Growing
     plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=16, num_processes=1)
     finished = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
     steps = 2 * finished.order.windows_in_epoch(0) // 16
-    whole = training_batches(TrainingWindows(finished, 300), plan, rank=0, first_step=0, end_step=steps)
-    expected = first_tokens(whole, steps)
+    complete = training_batches(TrainingWindows(finished, 300), plan, rank=0, first_step=0, end_step=steps)
+    expected = first_tokens(complete, steps)
 
     shards = TrainingShards(growing.show(2), seq_len=32, seed=5)
     waited: list[int] = []

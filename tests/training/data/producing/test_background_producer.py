@@ -100,7 +100,7 @@ if tries < 2:
         wait_until(lambda: (tmp_path / "tries").exists() and len((tmp_path / "tries").read_text()) == 3)
         assert producer.failure is None
     assert lines == [
-        f"The shard producer died: the disk is full; training continues with the shards that are complete; "
+        f"The shard producer failed: the disk is full; training continues with the shards that are complete; "
         f"restarting it in {seconds} s"
         for seconds in (1, 2)
     ]
@@ -125,8 +125,10 @@ def test_producer_that_failed_just_before_training_is_logged_and_restarted(tmp_p
         wait_until(lambda: producer.failure)
         producer.training_started()
         wait_until(lambda: len(lines) == 2)
-    died = "The shard producer died: bad; training continues with the shards that are complete; restarting it in 1 s"
-    assert lines == [died, "well"]
+    failed = (
+        "The shard producer failed: bad; training continues with the shards that are complete; restarting it in 1 s"
+    )
+    assert lines == [failed, "well"]
 
 
 def test_killed_producer_is_restarted_and_its_signal_logged(tmp_path: Path) -> None:
@@ -135,7 +137,7 @@ def test_killed_producer_is_restarted_and_its_signal_logged(tmp_path: Path) -> N
         producer.training_started()
         producer.start(script(tmp_path, "print('a warning', file=sys.stderr, flush=True); os.kill(os.getpid(), 9)"))
         wait_until(lambda: lines)
-    assert "died: killed by SIGKILL; training continues" in lines[0]
+    assert "failed: killed by SIGKILL; training continues" in lines[0]
 
 
 def test_producer_logs_one_line_a_minute_during_training(tmp_path: Path) -> None:
@@ -238,7 +240,7 @@ def test_producer_gets_the_cores_that_training_leaves_free(tiny_recipe: Make, mo
     assert preprocessing_workers(tiny_recipe(), 8) == 1
 
 
-# Whole runs
+# Complete runs
 
 
 def test_run_without_shards_equals_run_over_complete_shards(tiny_recipe: Make, tmp_path: Path) -> None:
@@ -391,7 +393,7 @@ def test_producer_killed_during_a_run_is_restarted_and_the_run_continues(
     train(recipe)
     thread.join()
     assert at_the_kill
-    assert "The shard producer died: killed by SIGKILL; training continues" in capsys.readouterr().out
+    assert "The shard producer failed: killed by SIGKILL; training continues" in capsys.readouterr().out
     losses = [line["train_loss"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line]
     assert len(losses) == 250
     assert processes_that_name(str(data)) == []
