@@ -1,4 +1,4 @@
-"""One writer per folder: a lock file, whose lock the operating system releases when the process dies."""
+"""One writer per folder: a lock file, whose lock the operating system releases when the process exits."""
 
 import contextlib
 import errno
@@ -50,7 +50,7 @@ def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterat
         path.write_text(f"pid {os.getpid()} on {socket.gethostname()}\n")
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is locked: a process that locks it later sees that it is gone
+        path.unlink(missing_ok=True)  # while it is locked: a process that locks it later sees that it was deleted
         lock.release()
         if created:
             with contextlib.suppress(OSError):  # not empty

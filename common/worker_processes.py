@@ -1,7 +1,7 @@
 """Map a function over items with worker processes, and yield the results in order.
 
 Processes are spawned, not forked: the caller may be a training process with threads and a GPU. Only a few items per
-worker are in flight, so memory stays constant however many items there are. Workers exit when their parent does, even
+worker are in flight, so memory use does not depend on the number of items. Workers exit when their parent does, even
 if the parent was killed.
 
 Workers import this module, so it imports little: a worker starts in a fraction of a second.

@@ -146,12 +146,11 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if not os.access(path.parent, os.W_OK):
             raise InputError(f"--{flag}: the folder {path.parent} is not writable; choose another path")
         if path.is_dir():
-            raise InputError(f"--{flag}: {path} is a folder; name a file in it")
+            raise InputError(f"--{flag}: {path} is a folder; pass a file in it")
     table = _table_path(options)
     if options.markdown is None and table is not None and table.exists() and not is_table(table):
         raise InputError(
-            f"the table would overwrite {table}, which is another file; choose another --output, or name the table by "
-            "--markdown"
+            f"the table would overwrite {table}, which is another file; choose another --output, or pass --markdown"
         )
 
 

@@ -21,7 +21,7 @@ CHART_FORMATS = (".png", ".svg", ".pdf")
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     options = parse(sys.argv[1:] if arguments is None else arguments)
-    # Imported late, because torch and transformers take seconds: mistakes in the command line are reported before that.
+    # Imported late, because torch and transformers take seconds: errors in the command line are reported before that.
     if options.list:
         from evaluation.results.report import protocol_list
 
@@ -80,7 +80,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if value is not None and value < 1:
             raise InputError(f"--{flag} must be at least 1, not {value}")
     if options.save_items and options.output is None:
-        raise InputError("--save_items needs --output; name the file")
+        raise InputError("--save_items needs --output; pass a file name")
     if options.plot is not None and options.plot.suffix not in CHART_FORMATS:
         raise InputError(f"--plot must end in {', '.join(CHART_FORMATS)}, not {options.plot.name!r}")
     if options.output is not None and options.output.suffix != ".json":

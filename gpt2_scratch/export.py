@@ -1,4 +1,4 @@
-"""Converts a model folder between `gpt2`, which transformers loads by itself, and `gpt2_scratch`, with our code.
+"""Converts a model folder between `gpt2`, which transformers loads without our code, and `gpt2_scratch`.
 
     python -m gpt2_scratch.export --model runs/quickstart/model --output my-gpt2 --format gpt2
     python -m gpt2_scratch.export --model openai-community/gpt2 --output gpt2-ours --format gpt2_scratch

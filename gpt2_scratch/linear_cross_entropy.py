@@ -1,10 +1,10 @@
 """Language-modeling head and cross entropy, computed in chunks that never hold the logits of all tokens.
 
 The logits are by far the largest tensor of a language model: in fp32, 0.8 GB for 4,096 tokens and a vocabulary of
-50,257. Here each chunk's logits give its loss, summed in fp32, and at once the gradients of hidden states and weight.
-The backward pass only scales them. The three matrix products stay, most of the memory traffic goes. On two cores with
-bf16 autocast, forward and backward take a third (8,192 tokens, vocabulary 4,096) to a quarter (4,096 tokens, vocabulary
-50,257) of the time of `F.cross_entropy`.
+50,257. Here the forward pass computes each chunk's loss, summed in fp32, and the gradients of hidden states and weight.
+The backward pass only scales them. This keeps the three matrix products and saves most memory traffic. On two cores
+with bf16 autocast, forward and backward take a third (8,192 tokens, vocabulary 4,096) to a quarter (4,096 tokens,
+vocabulary 50,257) of the time of `F.cross_entropy`.
 
 Gradients in the forward pass are an idea of Liger-Kernel (Hsu et al. 2024); not storing logits is one of "Cut Your
 Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024).

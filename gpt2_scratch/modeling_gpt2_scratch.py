@@ -308,7 +308,7 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits of only the last tokens, that many, or of these positions; 0 for all.
             kwargs: `shift_labels`, (batch, seq): targets that are already shifted, `shift_labels[:, t]` follows
                 `input_ids[:, t]`. Unlike in transformers, `shift_labels` without `labels` return the loss and no
-                logits, which are never held as a whole. They are not a named argument because Trainer skips the loss
+                logits, which are never held completely. They are not a named argument because Trainer skips the loss
                 of batches that lack a named label. `ignore_index`: default -100.
 
         Raises:

@@ -1,4 +1,4 @@
-"""The wheel holds the model library under one name; an editable install makes the whole checkout importable."""
+"""The wheel holds the model library under one name; an editable install makes the complete checkout importable."""
 
 import os
 import shutil

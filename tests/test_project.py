@@ -101,7 +101,7 @@ def test_every_requirement_is_pinned() -> None:
 
 
 @pytest.mark.parametrize("name", ["kill_fuzz", "loop"])
-def test_a_benchmark_starts_as_the_readme_says(name: str) -> None:
+def test_a_benchmark_starts_as_documented(name: str) -> None:
     # Python puts benchmarks/ first, where a file is named like a package of ours.
     program = ROOT / "benchmarks" / f"{name}.py"
     done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, timeout=60)

@@ -54,9 +54,9 @@ def _run() -> None:
             print(line)
         return
     if arguments.verify:
-        raise InputError("--verify goes with --inspect DIR")
+        raise InputError("--verify needs --inspect DIR")
     if arguments.output is None:
-        raise InputError("--output is missing; name the folder to fill")
+        raise InputError("--output is missing; pass the folder to fill")
 
     from training.data.producing.producer import produce, summarize
     from training.data.shards.shard_spec import ShardSpec

@@ -109,7 +109,7 @@ def run_task(
 
 
 def on_every_process(accelerator: Any, compute: Callable[[], _T]) -> _T:
-    """Return the result of `compute` on this process; a node's main process goes first and downloads for the others.
+    """Return the result of `compute` on this process; a node's main process runs first and downloads for the others.
 
     An `InputError` on any process is raised on all of them.
     """

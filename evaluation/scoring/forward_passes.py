@@ -26,10 +26,10 @@ _DEFAULT_TOKENS_PER_PASS = 2048
 
 _ROWS_PER_SOFTMAX = {"cpu": 32}
 _DEFAULT_ROWS_PER_SOFTMAX = 512
-"""Positions whose probabilities are computed at once: on a CPU no more than its caches hold."""
+"""Positions whose probabilities are computed together: on a CPU no more than fit into its caches."""
 
 _MAX_SCORED_AT_ONCE = 2048
-"""Positions of one sequence whose logits are computed at once; a longer sequence is read in pieces."""
+"""Positions of one sequence whose logits are computed together; a longer sequence is read in pieces."""
 
 
 @dataclass(frozen=True)

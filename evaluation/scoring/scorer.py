@@ -80,7 +80,7 @@ def score_batches(
         check_positions = share_prefixes and passes.can_share_prefixes
         share_prefixes = takes_positions_from_zero(model, text, check_positions=check_positions)
         jobs = [_job(index, item, n_positions, share_prefixes) for index, item in enumerate(items)]
-        # The longest first: running out of memory shows at once.
+        # The longest first, so that out-of-memory occurs at the start.
         jobs.sort(key=lambda job: (job.kind, job.new_tokens, job.prefix or job.length, job.length), reverse=True)
         pending = jobs[rank::world_size]
         while True:

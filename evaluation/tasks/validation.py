@@ -61,9 +61,11 @@ def read_validation_shard(folder: Path) -> np.ndarray:
     if not shards:
         raise InputError(
             f"no validation shard (*_val_*.npy or .bin) in {folder}; make shards with python -m training.prepare, or "
-            "name their folder by --data_dir"
+            "pass their folder as --data_dir"
         )
     ids = map_ids(shards[0])
     if len(ids) < 2:
-        raise InputError(f"{shards[0]} holds a single token, so there is none to predict; download or make it again")
+        raise InputError(
+            f"{shards[0]} holds a single token, so there is nothing to predict; download it or prepare it again"
+        )
     return ids

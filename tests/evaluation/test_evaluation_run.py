@@ -179,7 +179,7 @@ def test_item_key_depends_on_the_extra_values():
 
 
 @pytest.mark.parametrize("content", ["my notes", "line one\nline two", '{"model": 1}\nline two'])
-def test_another_file_in_place_of_the_item_cache_is_refused_and_kept(content, model, data, tmp_path):
+def test_another_file_at_the_path_of_the_item_cache_is_refused_and_kept(content, model, data, tmp_path):
     path = tmp_path / "results.items.jsonl"
     path.write_text(content)
     with pytest.raises(InputError, match="is not an item cache; choose another --output"):
@@ -209,7 +209,7 @@ def test_unwritable_output_is_refused_before_the_model_is_loaded(data, tmp_path)
     with pytest.raises(InputError, match="--output: cannot create the folder"):
         evaluate("no/model", data, "--output", tmp_path / "file" / "results.json")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(InputError, match="is a folder; name a file in it"):
+    with pytest.raises(InputError, match="is a folder; pass a file in it"):
         evaluate("no/model", data, "--output", tmp_path / "folder.json")
 
 

@@ -55,7 +55,7 @@ def refusal(capsys, *arguments):
 
 
 @pytest.mark.parity
-def test_text_starts_with_the_prompt_and_speed_goes_to_standard_error(folder, capfdbinary):
+def test_text_starts_with_the_prompt_and_speed_is_printed_on_standard_error(folder, capfdbinary):
     out, err = generate(capfdbinary, "--model", folder, "--prompt", "Once upon", "--max_new_tokens", 8)
     assert out.startswith(b"Once upon")
     assert "8 tokens in " in err

@@ -89,7 +89,7 @@ def test_bfloat16_weights_load_unchanged_or_in_the_requested_dtype(tmp_path):
 
 
 @pytest.mark.parametrize("tie_word_embeddings", [True, False])
-def test_head_is_tied_if_the_official_folder_says_so(tmp_path, tie_word_embeddings):
+def test_head_is_tied_if_the_official_config_requires_it(tmp_path, tie_word_embeddings):
     _, official = pair(tie_word_embeddings=tie_word_embeddings)
     official.save_pretrained(tmp_path)
     loaded = GPT2ScratchForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")

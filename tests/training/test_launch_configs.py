@@ -62,7 +62,7 @@ def test_unknown_key_is_found(change: dict[str, object], tmp_path: Path) -> None
         ("multi_node_ddp", 16, 2, "bf16", "multi_gpu"),
     ],
 )
-def test_launcher_starts_what_the_name_says(
+def test_launcher_starts_what_the_file_name_states(
     name: str, processes: int, machines: int, precision: str, launcher: str | None
 ) -> None:
     arguments = merged(CONFIGS / f"{name}.yaml")

@@ -200,7 +200,7 @@ def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: in
             continue
         # A partly removed folder must not look like a checkpoint.
         removed = old.with_name(f".removed-{old.name}")
-        with contextlib.suppress(OSError):  # the next save tries again
+        with contextlib.suppress(OSError):  # the next save retries
             old.rename(removed)
             shutil.rmtree(removed)
 

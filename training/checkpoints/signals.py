@@ -1,7 +1,7 @@
 """Stopping on a signal, and saving by the clock: all ranks do either after the same step.
 
 A signal may reach only one rank, or each rank in a different step. So after every step, and between two batches of an
-evaluation, ranks exchange what they want. The exchange runs on the CPU and its result is used one call later: it never
+evaluation, ranks exchange their requests. The exchange runs on the CPU and its result is used one call later: it never
 waits for a device.
 """
 

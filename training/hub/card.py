@@ -1,4 +1,4 @@
-"""The model card: README.md of a model folder, generated from what the run knows."""
+"""The model card: README.md of a model folder, generated from the run's records."""
 
 import math
 from dataclasses import dataclass

@@ -131,7 +131,7 @@ def find_model(folder: Path) -> tuple[Path, int | None]:
             return model, None
     if newest is None:
         raise InputError(
-            f"there is neither a config.json nor a checkpoint in {folder}; name a folder such as runs/quickstart"
+            f"there is neither a config.json nor a checkpoint in {folder}; pass a folder such as runs/quickstart"
         )
     return newest, step_of(newest)
 

@@ -8,10 +8,10 @@ from typing import Any
 from common.cli_errors import InputError
 from common.hub_retry import is_transient, network_errors
 
-OVERTAKEN = (409, 412)  # another commit came between our reading and our writing
+OVERTAKEN = (409, 412)  # another commit was made between our read and our write
 
 _CONNECT_SECONDS = 10.0
-_READ_SECONDS = 120.0  # the Hub checks a large commit before it answers
+_READ_SECONDS = 120.0  # the Hub checks a large commit before it responds
 _LONGEST_SLEEP_IN_CLIENT = 10.0
 
 
@@ -20,7 +20,7 @@ class HubOutOfReachError(InputError):
 
 
 def limit_client(read_seconds: float = _READ_SECONDS) -> None:
-    """Make the Hub's client raise after a silence, and if it is asked to come back much later.
+    """Make the Hub's client raise on a read timeout, and on a rate limit with a long wait.
 
     By default it waits forever, and sleeps for the hour that a rate limit may ask for.
     """
@@ -90,7 +90,7 @@ def can_retry(error: BaseException) -> bool:
 
 
 def retry_after(error: BaseException) -> float:
-    """Return the seconds that the Hub asked us to wait; 0 if it did not."""
+    """Return the seconds to wait that the Hub requested; 0 if none."""
     response = getattr(_refusal(error), "response", None)
     return 0.0 if response is None else _retry_after(response)
 

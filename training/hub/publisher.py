@@ -170,7 +170,7 @@ class Publisher(Hook):
             shutil.rmtree(replaced[0], ignore_errors=True)
 
     def stop(self, seconds: float) -> bool:
-        """Wait until everything is pushed, and return whether it is; afterwards, nothing is reported any more.
+        """Wait until everything is pushed, and return whether it is; reports nothing afterwards.
 
         It does not wait for an error that a retry cannot fix, or for a rate limit that ends after `seconds`.
         """

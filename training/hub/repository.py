@@ -94,7 +94,7 @@ def push_folder(folder: Path, repo_id: str, *, message: str, tag: str | None = N
 
 
 def _commit(folder: Path, repo_id: str, *, message: str, branch: str, has_native: bool) -> Pushed:
-    """Commit on top of the branch's head; the Hub answers 412 after a concurrent commit."""
+    """Commit on top of the branch's head; the Hub responds with 412 after a concurrent commit."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
 
     api = HfApi()

@@ -34,7 +34,7 @@ class SkippedUpdates(Hook):
     def weights_are_good(self, run: Run) -> bool:
         """Whether a checkpoint may be saved; waits for the device.
 
-        If the last updates were skipped, the update before them may be what broke the weights, unless a validation of
+        If the last updates were skipped, the update before them may have corrupted the weights, unless a validation of
         the current step gave a finite loss.
 
         Raises:

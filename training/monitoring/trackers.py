@@ -23,7 +23,7 @@ _AVAILABLE = {
 
 
 def chosen_trackers(recipe: Recipe) -> list[str]:
-    """The trackers that `report_to` names; "all" stands for all that are installed.
+    """The trackers that `report_to` names; "all" selects all that are installed.
 
     Raises:
         InputError: a tracker is not installed.

@@ -92,7 +92,7 @@ def all_reduce_min(accelerator: Accelerator, number: int) -> int:
 def shut_down(accelerator: Accelerator) -> None:
     """End the trackers and destroy the process group. The caller has dropped the prepared model and optimizer.
 
-    Whatever refers to the group is collected first: torch's gloo can deadlock if the group dies together with DDP.
+    Objects that refer to the group are collected first: gloo can deadlock if the group is destroyed together with DDP.
     """
     accelerator.free_memory()
     gc.collect()

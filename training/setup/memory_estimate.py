@@ -73,7 +73,7 @@ def estimate_memory(
     if recipe.activation_checkpointing:
         blocks = config.n_layer * tokens * n_embd * _FLOAT + block
     autocast_copies = parameters * size if bf16 and not sharded else 0  # of the weights, for the backward pass
-    # The chunked loss holds the gradient of the head; compiled, it forms the logits of all tokens at once.
+    # The chunked loss holds the gradient of the head; compiled, it materializes the logits of all tokens.
     holds_all_logits = recipe.compile and not sharded
     head = tokens * vocab_size * (size + _FLOAT) if holds_all_logits else vocab_size * n_embd * _FLOAT
     return MemoryEstimate(

@@ -32,7 +32,7 @@ def wait_for_shards(is_ready: Callable[[], bool], producer: BackgroundProducer, 
     Once they are complete, a failing producer is no reason to abort, as during training.
 
     Raises:
-        InputError: a producer failed for good, or another node failed.
+        InputError: a producer failed permanently, or another node failed.
     """
     while True:
         ready = is_ready()

@@ -36,7 +36,7 @@ class BatchPlan:
     def samples(self, step: int, micro_step: int, rank: int) -> range:
         """Sample indices of a rank's micro-step.
 
-        Step `s` with `B` sequences consists of samples `sB … (s+1)B-1`, whatever the number of ranks and micro-steps.
+        Step `s` with `B` sequences consists of samples `sB … (s+1)B-1`, for any number of ranks and micro-steps.
         """
         first = step * self.sequences_per_step + (micro_step * self.num_processes + rank) * self.per_device
         return range(first, first + self.per_device)

@@ -35,7 +35,7 @@ def test_result_belongs_to_one_protocol_only():
     assert published("lambada:stop_word_filter", "ppl") == []  # equal to that of harness, not the paper's
 
 
-def test_source_says_that_cbt_results_are_of_other_questions():
+def test_source_states_that_cbt_results_are_of_other_questions():
     sources = {each.source for kind in ("cn", "ne") for each in published(f"cbt_{kind}:paper", "acc")}
     assert all("validation questions" in source for source in sources)
 

@@ -135,7 +135,7 @@ def test_cbt_paper_scores_the_candidate_and_the_rest_of_the_sentence(kind, tmp_p
     assert raw["prediction"] == 0
 
 
-def test_cbt_full_sequence_takes_the_lowest_mean_loss_of_the_whole_text(tmp_path):
+def test_cbt_full_sequence_takes_the_lowest_mean_loss_of_the_complete_text(tmp_path):
     [record] = records("cbt_cn:full_sequence_raw", cbt_folder(tmp_path, cbt_text()))
     texts = [" ".join([*(f"s{p} ." for p in range(1, 21)), f"a {o} c ."]) for o in CBT_OPTIONS]
     assert record["log_likelihoods"] == pytest.approx([log_probability(t[0], t[1:]) for t in texts], **EXACT)

@@ -156,7 +156,7 @@ def test_a_signal_stops_a_run_that_waits_for_its_corpus_and_no_step_is_lost(
 def test_two_processes_stop_after_the_same_step_when_one_gets_a_signal(tiny_recipe: Make, tmp_path: Path) -> None:
     long = tiny_recipe(max_steps=100_000, save_steps=10, sample_steps=0, per_device_train_batch_size=1)
     run = Path(long.output_dir)
-    # The second time nearly all goes into validations, so the signal comes in the middle of one.
+    # The second run spends nearly all time in validations, so the signal arrives during one.
     for number, ranks, eval_steps in ((signal.SIGTERM, (1,), 0), (signal.SIGTERM, (1,), 1), (signal.SIGINT, (0, 1), 0)):
         long = dataclasses.replace(long, eval_steps=eval_steps)
         before = step_of(checkpoints(run)[-1]) if checkpoints(run) else 0

@@ -248,7 +248,7 @@ def test_an_edited_card_keeps_its_text_and_gets_new_results(tmp_path: Path) -> N
     assert again.count("# my-gpt2") == 1
 
 
-def test_a_card_that_nobody_edited_is_overwritten() -> None:
+def test_an_unedited_card_is_overwritten() -> None:
     first, _ = with_edits_of(None, card())
     later = card(replace(FACTS, val_loss=1.0, steps=20_000))
     assert with_edits_of(first, later) == with_edits_of(None, later)

@@ -1,4 +1,4 @@
-"""Pushes in the background, which a test lets through, delays or breaks."""
+"""Pushes in the background: successful, delayed and failed ones."""
 
 import threading
 import time

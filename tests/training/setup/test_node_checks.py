@@ -33,7 +33,7 @@ NO_MATCH = "^the nodes do not match: "
 
 
 class TwoNodes:
-    """Plans of one run, made at the same time; a node that waits for one that is gone fails."""
+    """Plans of one run, made at the same time; a node that waits for one that has exited fails."""
 
     def __init__(self) -> None:
         self._values: list[Any] = [None, None]

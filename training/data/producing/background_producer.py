@@ -24,8 +24,8 @@ SECONDS_BETWEEN_LINES = 60.0
 _ROOT = Path(__file__).parents[3]
 _FIRST_DELAY_SECONDS = 1.0
 _MAX_DELAY_SECONDS = 600.0
-_HEALTHY_SECONDS = 120.0  # a child that lived this long had no lasting problem
-_TRIES_BEFORE_TRAINING = 5
+_HEALTHY_SECONDS = 120.0  # a child that ran this long had no permanent error
+_ATTEMPTS_BEFORE_TRAINING = 5
 _SECONDS_TO_EXIT = 15.0
 _POLL_SECONDS = 0.1
 _USER_ERROR = 2  # the exit code of `run_command`
@@ -42,7 +42,7 @@ class BackgroundProducer:
 
     Attributes:
         report: receives the child's progress lines, and why it failed and when it restarts; may be replaced.
-        failure: an error that waiting for the first shards cannot resolve, such as a mistake in the recipe.
+        failure: an error that waiting for the first shards cannot resolve, such as an error in the recipe.
         last_error: the child's last error; None again as soon as it prints something.
     """
 
@@ -90,7 +90,7 @@ class BackgroundProducer:
                 return
             failures += 1
             self.last_error = error
-            if not self._training and (exit_code == _USER_ERROR or failures == _TRIES_BEFORE_TRAINING):
+            if not self._training and (exit_code == _USER_ERROR or failures == _ATTEMPTS_BEFORE_TRAINING):
                 self.failure = error
                 # Training may still start: its first shards may have been completed just before.
                 while not self._training and not self._stopping.wait(_POLL_SECONDS):

@@ -151,7 +151,7 @@ class ShardFolder:
 
     @property
     def complete(self) -> bool:
-        """Return whether no more shards will be added."""
+        """Return whether all shards are there."""
         return self.manifest is None or self.manifest.complete
 
     def can_train(self, all_shards: bool) -> bool:

@@ -86,7 +86,7 @@ class ShardSpec:
             same = manifest.tokenizer_fingerprint == load_tokenizer(self.tokenizer).fingerprint
         if not same:
             found.append(f"tokenizer {manifest.tokenizer} instead of {self.tokenizer}")
-        # A complete folder with a higher limit, or none, holds everything the spec wants and more.
+        # A complete folder with a higher limit, or none, holds everything the spec requires.
         limit = manifest.max_tokens
         enough = limit is None or (self.max_tokens is not None and self.max_tokens <= limit)
         if limit != self.max_tokens and not (manifest.complete and enough):

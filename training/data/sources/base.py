@@ -63,7 +63,7 @@ class Corpus(ABC):
     def _read(self, start: Position | None) -> Iterator[Document]: ...
 
     def at_revision(self, revision: str) -> "Corpus | None":
-        """Return the corpus with the content it had at `revision`, or None if that content is gone."""
+        """Return the corpus with the content it had at `revision`, or None if that content no longer exists."""
         return self if self.revision == revision else None
 
     def fraction_before(self, position: Position) -> float | None:
@@ -91,7 +91,7 @@ class Corpus(ABC):
                 valid = _replace_lone_surrogates(text)
                 yield Document(valid, position, replaced or valid is not text)
         if empty and start is None:
-            raise InputError(f"corpus '{self.name}' holds no documents; give another --corpus")
+            raise InputError(f"corpus '{self.name}' holds no documents; pass another --corpus")
 
 
 def corpus_name(corpus: str) -> str:

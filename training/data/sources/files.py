@@ -52,7 +52,7 @@ class FileCorpus(Corpus):
             self._files = sorted(found, key=lambda file: file.relative_to(path).parts)
             self._files = [file for file in self._files if "/." not in f"/{file.relative_to(path).as_posix()}"]
             if not self._files:
-                raise InputError(f"{path} holds no files that end in {', '.join(FILE_ENDINGS)}; give another --corpus")
+                raise InputError(f"{path} holds no files that end in {', '.join(FILE_ENDINGS)}; pass another --corpus")
         else:
             self._files = [path]
             if not path.name.lower().endswith(FILE_ENDINGS):

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ROWS_BETWEEN_POSITIONS = 256
-_TRIES_OF_A_CORRUPTED_FILE = 5  # a truncated response can look like one
+_ATTEMPTS_AT_A_CORRUPTED_FILE = 5  # a truncated response can look like one
 
 
 class HubCorpus(Corpus):
@@ -68,7 +68,7 @@ class HubCorpus(Corpus):
 
         position = start or {"row": 0, "state": None}
         number = position["row"]
-        corrupted_at, tries = -1, 0
+        corrupted_at, attempts = -1, 0
         while True:
             try:
                 for row, state in self._rows(position["state"], skipped=number - position["row"]):
@@ -81,8 +81,8 @@ class HubCorpus(Corpus):
                 return
             except (*network_errors(), pyarrow.ArrowException, UnicodeDecodeError) as error:
                 if _is_about_content(error):
-                    corrupted_at, tries = number, tries + 1 if corrupted_at == number else 1
-                    if tries == _TRIES_OF_A_CORRUPTED_FILE:
+                    corrupted_at, attempts = number, attempts + 1 if corrupted_at == number else 1
+                    if attempts == _ATTEMPTS_AT_A_CORRUPTED_FILE:
                         raise InputError(
                             f"{self.repository} holds a file that is corrupted at row {number + 1:,} "
                             f"({one_line(error)}); report it to the authors, and give another --corpus"

@@ -16,7 +16,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, val_tokens: int, report:
     """Return a BPE trained on at most 64 million characters after the validation part.
 
     Where the validation part ends is known only once there is a tokenizer. So a number of characters is reserved for
-    it, and doubled if it turns out too small.
+    it, and doubled if it is too small.
 
     Raises:
         InputError: the corpus is too small.

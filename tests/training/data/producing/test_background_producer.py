@@ -301,7 +301,7 @@ def test_folder_prepared_with_max_tokens_can_be_trained_on(
     assert manifest == folder.complete_manifest
 
 
-def test_waiting_run_logs_why_the_producer_died(
+def test_waiting_run_logs_why_the_producer_failed(
     tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     growing.show(2)

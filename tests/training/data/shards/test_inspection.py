@@ -117,7 +117,7 @@ def test_folder_whose_tokenizer_was_replaced_is_refused(
     [
         (("--inspect", "nowhere"), "error: nowhere does not exist; make shards"),
         (("--corpus", "installed-docs"), "error: --output is missing"),
-        (("--corpus", "installed-docs", "--output", "x", "--verify"), "error: --verify goes with --inspect DIR"),
+        (("--corpus", "installed-docs", "--output", "x", "--verify"), "error: --verify needs --inspect DIR"),
         ((), "one of the arguments --corpus --inspect is required"),
     ],
 )
