@@ -26,7 +26,7 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-# Lowest first. A module may import what stands on an earlier line; `a, b` on one line do not import each other.
+# Lowest first. A module may import those on earlier lines; `a, b` on one line do not import each other.
 LAYERS = """
 common
 gpt2_scratch
@@ -84,7 +84,7 @@ def test_no_script_folder_shadows_a_module() -> None:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_file_grows_past_350_lines(path: Path) -> None:
-    limit = 380 if path.name == "modeling_gpt2_scratch.py" else 350  # the whole model reads in one file
+    limit = 380 if path.name == "modeling_gpt2_scratch.py" else 350  # the model is one file
     assert len(path.read_text().splitlines()) <= limit
     assert path.stem != "utils"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from common.cli_errors import CommandParser, InputError, run_command
 from training.data.producing.producer_process import interrupt_on_sigterm
 
-# The worker processes import this module: heavy imports stand inside functions.
+# The worker processes import this module: heavy imports are inside functions.
 
 DEFAULT_SHARD_TOKENS = 100_000_000
 

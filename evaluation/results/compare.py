@@ -73,7 +73,7 @@ def paired_t(a: Sequence[float], b: Sequence[float], counts: Sequence[int]) -> D
 
 
 def two_sided_p(t: float, degrees: int) -> float:
-    """Return the probability that Student's t with `degrees` of freedom lies beyond ±t; values below 1e-12 are noise.
+    """Return the probability that Student's t with `degrees` of freedom is beyond ±t; values below 1e-12 are noise.
 
     Source: Abramowitz and Stegun, 26.7.3 and 26.7.4: finite sums for whole degrees of freedom.
     """

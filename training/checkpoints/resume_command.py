@@ -63,7 +63,7 @@ def program(name: str) -> str:
 
 
 def _shown(path: Path) -> str:
-    """The path relative to the current folder if it lies below, the bare name if PATH finds it, else the full path."""
+    """The path relative to the current folder if it is below, the bare name if PATH finds it, else the full path."""
     if path.is_relative_to(Path.cwd()):
         return str(path.relative_to(Path.cwd()))
     return path.name if shutil.which(path.name) == str(path) else str(path)

@@ -17,7 +17,7 @@ from training.monitoring.run_history import RunFacts
 from training.monitoring.samples import TEMPERATURE, TOP_K
 from training.recipe import Recipe
 
-_FOLDER = '"path/to/this/folder"'  # stands for the model until it has an id on the Hub
+_FOLDER = '"path/to/this/folder"'  # used for the model until it has an id on the Hub
 _TESTED_TRANSFORMERS = "5.17 to 5.24"  # the range in setup.cfg
 _PACKAGE = (
     f"The code in this folder works with transformers {_TESTED_TRANSFORMERS}. "

@@ -159,9 +159,9 @@ def total_steps(recipe: Recipe, order: Order | None) -> int:
     else:
         assert order is not None
         epochs = Fraction(repr(recipe.num_train_epochs))  # in decimal; as binary floats, 2.3 - 2 is less than 0.3
-        whole = sum(order.windows_in_epoch(epoch) for epoch in range(int(epochs)))
+        full_epochs = sum(order.windows_in_epoch(epoch) for epoch in range(int(epochs)))
         part = int((epochs - int(epochs)) * order.windows_in_epoch(int(epochs)))
-        steps = (whole + part) * recipe.seq_len // recipe.tokens_per_step
+        steps = (full_epochs + part) * recipe.seq_len // recipe.tokens_per_step
     if not steps:
         raise InputError(
             f"the run is shorter than one step of tokens_per_step={recipe.tokens_per_step:,}; "

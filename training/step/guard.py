@@ -6,7 +6,7 @@ It decides on the device, from the loss and gradient norm over all ranks, so all
 its device. The verdicts are copied to the host asynchronously and read some steps later. The cost per step is one
 all-reduce of a scalar and a dozen kernels on `spike_window` numbers.
 
-A loss is a spike if it lies more than `spike_threshold` standard deviations above the mean of the last `spike_window`
+A loss is a spike if it is more than `spike_threshold` standard deviations above the mean of the last `spike_window`
 losses: the rule of OLMo-core's skip-step optimizers and of llm.c. As there, losses of skipped spikes enter the window.
 Otherwise a new level of the loss would remain a spike forever.
 """
@@ -92,7 +92,7 @@ class Guard:
 
         Args:
             loss: mean over all ranks, a scalar on the device.
-            grad_norm: norm of the whole gradient before clipping, a scalar on the device.
+            grad_norm: global norm of the gradient before clipping, a scalar on the device.
         """
         self._step += 1
         window, skipped_in_a_row = self.state.values()

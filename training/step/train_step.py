@@ -19,7 +19,7 @@ class StepResult(NamedTuple):
 
     Attributes:
         loss: mean over all ranks, a scalar on the device; reading it waits for the device.
-        grad_norm: norm of the whole gradient before clipping, a scalar on the device.
+        grad_norm: global norm of the gradient before clipping, a scalar on the device.
         learning_rate: of the step.
     """
 

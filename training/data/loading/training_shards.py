@@ -17,7 +17,7 @@ class TrainingShards:
     """Training shards in order; picklable, so that each loader process can follow the folder by itself.
 
     Args:
-        folder: the opened folder; it is opened again when a sample lies after its last shard.
+        folder: the opened folder; it is reopened when a sample is after its last shard.
         seq_len: tokens in a window's inputs.
         seed: seed of the data order.
 

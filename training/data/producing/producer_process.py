@@ -2,7 +2,7 @@
 
     python -m training.data.producing.producer_process SPEC_AS_JSON NUM_WORKERS
 
-Its worker processes import this module, so heavy imports stand inside functions.
+Its worker processes import this module, so heavy imports are inside functions.
 """
 
 import os

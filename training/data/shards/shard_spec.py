@@ -26,7 +26,7 @@ class ShardSpec:
         tokenizer: "gpt2", the folder of a saved tokenizer, or "train:4096" to train one on the corpus.
         shard_tokens: tokens in each training shard but the last.
         val_tokens: tokens in the validation shard, which is the beginning of the corpus.
-        max_tokens: training tokens to stop after; None takes the whole corpus.
+        max_tokens: training tokens to stop after; None takes the complete corpus.
 
     Raises:
         InputError: a size is out of range, or the vocabulary size of `train:` is not a number that BPE can reach.

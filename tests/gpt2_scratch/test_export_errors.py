@@ -82,8 +82,8 @@ def test_failed_export_creates_no_parent_folders(tmp_path, capsys):
         run_command(lambda: export(tmp_path / "model", tmp_path / "a" / "b" / "half", "gpt2", "--dtype", "float16"))
     assert "too large for torch.float16" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    export(tmp_path / "model", tmp_path / "a" / "b" / "whole", "gpt2")
-    assert (tmp_path / "a" / "b" / "whole" / "config.json").exists()
+    export(tmp_path / "model", tmp_path / "a" / "b" / "complete", "gpt2")
+    assert (tmp_path / "a" / "b" / "complete" / "config.json").exists()
 
 
 def test_attention_implementation_need_not_be_installed(scratch, tmp_path):
