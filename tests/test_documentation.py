@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ ELSEWHERE = ("make ", "pip install ", ".venv/bin/python -m pytest")
 
 SMALLER = {
     "--max_steps 1200": "--max_steps 8",
-    "--max_steps 400": "--max_steps 4",
+    "--max_steps 400": "--max_steps 6",
     "--decay_steps 300": "--decay_steps 2",
     "step-000900": "step-000004",
     "--shard_tokens 2000000": "--shard_tokens 9000",
@@ -125,11 +126,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "my-texts" / "a.jsonl").write_text(text.replace('"text"', '"content"'))
     (folder / "input.txt").write_text(text)
     run(folder, "accelerate launch training/train.py --output_dir runs/quickstart --data_dir data/installed-docs")
-    run(folder, "accelerate launch training/train.py --output_dir runs/mine --data_dir data/installed-docs")
+    own = "--corpus my-texts/ --text_field content --data_dir data/mine --output_dir runs/mine"
+    run(folder, f"accelerate launch training/train.py {own}")
     return folder
 
 
 def shortened(line: str) -> str:
+    line = re.sub(r"\s+# .*", "", line)
     for long, short in SMALLER.items():
         line = line.replace(long, short)
     # The launcher's own flags come before the script.
@@ -151,6 +154,8 @@ def run(folder: Path, line: str) -> str:
         "OMP_NUM_THREADS": "1",
     }
     line = shortened(line).replace(".venv/bin/python", "python")
+    if exported := re.search(r"gpt2_scratch.export .*--output (\S+)", line):  # several pages show the same command
+        shutil.rmtree(folder / exported[1], ignore_errors=True)
     done = subprocess.run(
         ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
     )

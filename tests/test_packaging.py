@@ -63,6 +63,7 @@ def test_wheel_installs_one_top_level_package(installed: Path) -> None:
     assert not [path for path in installed.rglob("*.py") if "from common" in path.read_text()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["generate", "export"])
 def test_commands_run_from_an_installed_wheel(installed: Path, tmp_path: Path, command: str) -> None:
     done = run_with(installed, f"gpt2_scratch.{command}", "--help", cwd=tmp_path)

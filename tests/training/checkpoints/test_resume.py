@@ -46,6 +46,7 @@ def started(recipe: Recipe) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+@pytest.mark.slow
 def test_repeatedly_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_recipe: Make, tmp_path: Path) -> None:
     complete = tiny_recipe(
         output_dir=str(tmp_path / "complete"), max_steps=60, save_steps=3, eval_steps=20, dropout=0.1

@@ -78,6 +78,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_published_model_loads_four_ways(hub_of_a_run: tuple[LoopbackHub, Any], tmp_path: Path) -> None:
     hub, recipe = hub_of_a_run
     main(["push", recipe.output_dir, "--repo_id", "me/tiny", "--native"])
@@ -126,6 +127,7 @@ print(model.generate(torch.arange(8)[None], max_new_tokens=12, do_sample=False, 
 """
 
 
+@pytest.mark.slow
 def test_published_folder_is_renewed_by_the_documented_commands(hub: LoopbackHub, tmp_path: Path) -> None:
     model = tiny()
     model.save_pretrained(tmp_path / "old")

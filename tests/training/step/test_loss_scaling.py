@@ -53,6 +53,7 @@ def test_accumulation_makes_no_difference(per_device: int, one_pass: dict[str, T
     assert_same_step(one_step(build_accelerator(recipe()), per_device), one_pass)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu_2_processes", "fsdp2_8xa100"])
 def test_two_processes_make_no_difference(config: str, one_pass: dict[str, Tensor], tmp_path: Path) -> None:
     command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "2"]
