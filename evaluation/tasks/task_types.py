@@ -188,6 +188,15 @@ class Task(ABC):
         """
 
 
+class TextTask(Task):
+    """A task that scores running text. Each item has one request; `Item.extra` counts the text in another unit."""
+
+    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
+        """Return the log-likelihood of the text in nats, and its length in tokens and in the unit of `extra`."""
+        [score] = scores
+        return {"index": item.index, "log_likelihood": score.sum, "tokens": score.tokens, **item.extra}
+
+
 def argmax(values: Sequence[float]) -> int:
     """Return the index of the largest value, the first of equal ones."""
     return max(range(len(values)), key=values.__getitem__)

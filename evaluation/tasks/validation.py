@@ -1,17 +1,16 @@
 """The loss on the first validation shard of a shard folder, in this project's format or llm.c's."""
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
 from common.cli_errors import InputError
 from common.token_files import map_ids, split_of
-from evaluation.tasks.task_types import Encoder, Item, LogLikelihood, Metric, Request, Task, data_hash
+from evaluation.tasks.task_types import Encoder, Item, Metric, Request, TextTask, data_hash
 
 
-class Validation(Task):
+class Validation(TextTask):
     """Loss, perplexity and bits per byte."""
 
     name = "validation"
@@ -39,16 +38,6 @@ class Validation(Task):
             request = Request(ids[:1], ids[1:])
             items.append(Item(index, (request,), extra={"bytes": len(text)}, data=data_hash(ids)))
         return items
-
-    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
-        """See `Task.record`."""
-        [score] = scores
-        return {
-            "index": item.index,
-            "log_likelihood": score.sum,
-            "tokens": score.tokens,
-            "bytes": item.extra["bytes"],
-        }
 
 
 def read_validation_shard(folder: Path) -> np.ndarray:

@@ -7,14 +7,14 @@ context (at the beginning of the text: after all there is).
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from evaluation.tasks.data_sources import find_file, hub_rows, read_lines, unusable
 from evaluation.tasks.detokenizers import detokenize_wikitext
-from evaluation.tasks.task_types import Encoder, Ids, Item, LogLikelihood, Metric, Request, Task, data_hash
+from evaluation.tasks.task_types import Encoder, Ids, Item, Metric, Request, TextTask, data_hash
 
 
-class WikiText2(Task):
+class WikiText2(TextTask):
     """The perplexity of the detokenized text."""
 
     name = "wikitext2"
@@ -44,16 +44,6 @@ class WikiText2(Task):
             items.append(Item(index, (request,), extra={"words": sum(words[line : line + ends])}, data=data))
             line += ends
         return items
-
-    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
-        """See `Task.record`."""
-        [score] = scores
-        return {
-            "index": item.index,
-            "log_likelihood": score.sum,
-            "tokens": score.tokens,
-            "words": item.extra["words"],
-        }
 
     def _text(self, lines: Sequence[str]) -> str:
         return detokenize_wikitext("".join(lines))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.background import wait_until
 
 from training.hub import publisher as publisher_module
 from training.hub.publisher import Publisher
@@ -61,13 +62,6 @@ def folder(tmp_path: Path) -> Callable[[str], Path]:
 
 
 Make = Callable[[str], Path]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_one_push_at_a_time_and_the_newest_wins(hub: Hub, publisher: Publisher, folder: Make) -> None:
@@ -134,24 +128,23 @@ def test_a_newer_folder_replaces_one_that_failed(
     assert hub.pushed == [2]
 
 
-def test_the_end_does_not_wait_after_an_error_that_a_retry_cannot_fix(
-    hub: Hub, publisher: Publisher, folder: Make, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("setting", "error"),
+    [
+        pytest.param(("FIRST_PAUSE_SECONDS", 30.0), ValueError("Invalid metadata"), id="error that no retry fixes"),
+        pytest.param(("retry_after", lambda error: 3600.0), ConnectionError("limited"), id="rate limit beyond it"),
+    ],
+)
+def test_the_end_does_not_wait_past_its_deadline(
+    hub: Hub,
+    publisher: Publisher,
+    folder: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    setting: tuple[str, Any],
+    error: Exception,
 ) -> None:
-    monkeypatch.setattr(publisher_module, "FIRST_PAUSE_SECONDS", 30.0)
-    hub.errors = [ValueError("Invalid metadata") for _ in range(3)]
-    publisher.submit(folder("a"), 1)
-    wait_until(lambda: bool(hub.lines))
-    started = time.monotonic()
-    assert not publisher.stop(25)
-    assert time.monotonic() - started < 20
-    assert len(hub.errors) == 1  # one attempt before the end, and one at it
-
-
-def test_the_end_does_not_wait_for_a_rate_limit_beyond_its_deadline(
-    hub: Hub, publisher: Publisher, folder: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(publisher_module, "retry_after", lambda error: 3600.0)
-    hub.errors = [ConnectionError("limited") for _ in range(3)]
+    monkeypatch.setattr(publisher_module, *setting)
+    hub.errors = [error] * 3
     publisher.submit(folder("a"), 1)
     wait_until(lambda: bool(hub.lines))
     started = time.monotonic()
