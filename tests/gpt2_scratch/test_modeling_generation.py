@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.tiny_models import cache_of, given, one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
 from transformers.cache_utils import DynamicCache
+from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
 pytestmark = pytest.mark.parity
@@ -38,6 +39,31 @@ def test_generation_equals_the_official_one_token_for_token(way, attn_implementa
     ours, official = (generate(model, batch, **GENERATION[way]) for model in pair(attn_implementation))
     assert torch.equal(ours, official)
     assert ours.shape[1] > 20
+
+
+def compile_everywhere():
+    """generate() compiles its steps on GPUs only, unless this asks for it."""
+    config = CompileConfig(fullgraph=True, mode=None, backend="aot_eager", dynamic=True)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams", "static", "assisted", "compiled"])
+def test_cached_generation_equals_uncached_generation_and_the_official_one(way):
+    ours, official = pair("sdpa")
+    batch = left_padded(1 if way == "assisted" else 3)
+    options = {"do_sample": False, **({"num_beams": 4} if way == "beams" else {})}
+    ways = {
+        "static": lambda: {"cache_implementation": "static", "disable_compile": True},
+        "assisted": lambda: {"assistant_model": tiny(n_layer=1)},
+        "compiled": lambda: {"cache_implementation": "static", "compile_config": compile_everywhere()},
+    }
+    torch._dynamo.reset()
+    cached = generate(ours, batch, **options, **ways.get(way, dict)())
+    if way == "compiled":
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    assert torch.equal(cached, generate(ours, batch, **options, use_cache=False))
+    assert torch.equal(cached, generate(official, batch, **options))
 
 
 def test_scores_hidden_states_and_attentions_of_generation_equal_the_official_ones():
