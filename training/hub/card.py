@@ -19,9 +19,11 @@ from training.recipe import Recipe
 
 _FOLDER = '"path/to/this/folder"'  # used for the model until it has an id on the Hub
 _TESTED_TRANSFORMERS = "5.17 to 5.24"  # the range in setup.cfg
-_PACKAGE = (
+_PACKAGE = (  # one line: an export to native GPT-2 drops it
     f"The code in this folder works with transformers {_TESTED_TRANSFORMERS}. "
-    "With the `gpt2-scratch` package installed, `import gpt2_scratch` replaces `trust_remote_code=True`."
+    "With the `gpt2-scratch` package installed, `import gpt2_scratch` replaces `trust_remote_code=True`, and "
+    f"`python -m gpt2_scratch.export --model {_FOLDER} --output renewed --format gpt2_scratch` "
+    "copies the model with the package's newer code."
 )
 _NATIVE = 'Programs that know GPT-2 but not this code load the same weights with `revision="native"`.'
 

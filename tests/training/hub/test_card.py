@@ -336,3 +336,9 @@ def test_card_names_the_versions_of_transformers_that_setup_cfg_allows() -> None
     requirement = re.search(r"transformers>=5\.(\d+),<5\.(\d+)\n", (ROOT / "setup.cfg").read_text())
     oldest, too_new = map(int, requirement.groups())
     assert f"works with transformers 5.{oldest} to 5.{too_new - 1}." in card()
+
+
+def test_card_gives_the_command_that_renews_the_code_of_the_published_model() -> None:
+    command = 'python -m gpt2_scratch.export --model "me/tiny" --output renewed --format gpt2_scratch'
+    assert command in card_for_repository(card(), "me/tiny", branch="main", has_native=False)
+    assert "gpt2_scratch.export" not in card_for_repository(card(), "me/tiny", branch="native", has_native=True)
