@@ -5,28 +5,33 @@ Saved folders also carry their own code, for `trust_remote_code=True`. The impor
 seconds, because it imports transformers and torch.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+import transformers
 
-from .configuration_gpt2_scratch import GPT2ScratchConfig
+from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig
+from .heads_gpt2_scratch import (
+    GPT2ScratchForQuestionAnswering,
+    GPT2ScratchForSequenceClassification,
+    GPT2ScratchForTokenClassification,
+)
 from .linear_cross_entropy import linear_cross_entropy
-from .modeling_gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
+from .modeling_gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchModel
 from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
-
-AutoConfig.register(GPT2ScratchConfig.model_type, GPT2ScratchConfig)
-AutoModel.register(GPT2ScratchConfig, GPT2ScratchModel)
-AutoModelForCausalLM.register(GPT2ScratchConfig, GPT2ScratchForCausalLM)
-AutoModelForSequenceClassification.register(GPT2ScratchConfig, GPT2ScratchForSequenceClassification)
-
-GPT2ScratchConfig.register_for_auto_class()
-GPT2ScratchModel.register_for_auto_class("AutoModel")
-GPT2ScratchForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-GPT2ScratchForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
 
 __all__ = [
     "GPT2ScratchConfig",
     "GPT2ScratchForCausalLM",
+    "GPT2ScratchForQuestionAnswering",
     "GPT2ScratchForSequenceClassification",
+    "GPT2ScratchForTokenClassification",
     "GPT2ScratchModel",
     "GPT2ScratchPreTrainedModel",
     "linear_cross_entropy",
 ]
+
+transformers.AutoConfig.register(GPT2ScratchConfig.model_type, GPT2ScratchConfig)
+GPT2ScratchConfig.register_for_auto_class()
+for _auto_class, _location in AUTO_MAP.items():
+    if _auto_class != "AutoConfig":
+        _model_class = globals()[_location.rpartition(".")[2]]
+        getattr(transformers, _auto_class).register(GPT2ScratchConfig, _model_class)
+        _model_class.register_for_auto_class(_auto_class)

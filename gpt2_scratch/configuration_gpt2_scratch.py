@@ -1,17 +1,29 @@
 """The configuration of a GPT-2.
 
-Field names and defaults are those of the official `gpt2` checkpoints, so their config.json loads unchanged. Unknown
-keys, and options that are not implemented here, are errors: ignoring them would silently compute another model.
+Needs transformers 5.17 or newer. Field names and defaults are those of the official `gpt2` checkpoints, so their
+config.json loads unchanged. Unknown keys, and options that are not implemented here, are errors: ignoring them would
+silently compute another model.
 """
 
 import difflib
 import fnmatch
+import sys
 from collections.abc import Iterable
 from typing import Any, Self
 
+import transformers
+
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 17):
+    raise ImportError(
+        f"gpt2_scratch needs transformers 5.17 or newer, found {transformers.__version__}; upgrade it with "
+        '"pip install -U transformers", or use the native GPT-2 of this model, which older versions load'
+    )
+
+# After the check: older versions lack some of these.
 from huggingface_hub.dataclasses import strict
 from transformers import GenerationConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.models.auto import modeling_auto
 
 # Variants of GPT-2's attention in `transformers` that are not implemented here. False is accepted.
 _NOT_IMPLEMENTED = ("scale_attn_by_inverse_layer_idx", "reorder_and_upcast_attn", "add_cross_attention")
@@ -21,7 +33,17 @@ AUTO_MAP = {
     "AutoConfig": "configuration_gpt2_scratch.GPT2ScratchConfig",
     "AutoModel": "modeling_gpt2_scratch.GPT2ScratchModel",
     "AutoModelForCausalLM": "modeling_gpt2_scratch.GPT2ScratchForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_gpt2_scratch.GPT2ScratchForSequenceClassification",
+    "AutoModelForSequenceClassification": "heads_gpt2_scratch.GPT2ScratchForSequenceClassification",
+    "AutoModelForTokenClassification": "heads_gpt2_scratch.GPT2ScratchForTokenClassification",
+    "AutoModelForQuestionAnswering": "heads_gpt2_scratch.GPT2ScratchForQuestionAnswering",
+}
+
+# The tables of transformers with the class names of each task, by model type.
+_TASK_TABLES = {
+    "AutoModelForCausalLM": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "AutoModelForSequenceClassification": modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForTokenClassification": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "AutoModelForQuestionAnswering": modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
 }
 
 # Keys in config.json files of GPT-2, from all versions of `transformers`, that have no effect on this model.
@@ -32,6 +54,7 @@ _WITHOUT_EFFECT = {
     *("auto_map", "tokenizer_class", "prefix", "finetuning_task", "is_decoder", "cross_attention_hidden_size"),
     *("pruned_heads", "tie_encoder_decoder", "torchscript", "use_bfloat16", "tf_legacy_loss", "sep_token_id"),
     *("decoder_start_token_id", "transformers_weights", "tie_last_hidden_states", "conversational", "xla_device"),
+    "classifier_dropout",  # read by the token classification head only
     *("output_scores", "eos_token_ids", "is_encoder_decoder", "num_labels", "use_return_dict", "loss_type"),
 }
 # Keys that transformers, Unsloth and programs such as `transformers.js` add.
@@ -93,6 +116,11 @@ class GPT2ScratchConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 50256
     pad_token_id: int | None = None
     tie_word_embeddings: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the content of config.json. PEFT calls this before it looks up our model type."""
+        register_model_type()
+        return super().to_dict()
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Check the fields, and refuse unknown keys."""
@@ -196,3 +224,20 @@ def _suggestion(name: str, known: Iterable[str] = _FIELDS) -> str:
     # Not common.suggestions: a published folder carries this file, and its code imports nothing outside that folder.
     closest = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f", did you mean {closest[0]!r}?" if closest else ""
+
+
+def register_model_type() -> None:
+    """Register our model type with libraries that decide by names of classes or model types.
+
+    Trainer shifts labels under label smoothing, and pipelines accept a model, if its class is in the table of its task.
+    PEFT, once imported, has one table of default layers per method; GPT-2's apply.
+    """
+    for auto_class, table in _TASK_TABLES.items():
+        table[GPT2ScratchConfig.model_type] = AUTO_MAP[auto_class].rpartition(".")[2]
+    peft = sys.modules.get("peft.utils.constants")
+    for table in vars(peft).values() if peft is not None else ():
+        if isinstance(table, dict) and "gpt2" in table:
+            table.setdefault(GPT2ScratchConfig.model_type, table["gpt2"])
+
+
+register_model_type()

@@ -24,8 +24,13 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from common.cli_errors import CommandParser, InputError, one_line, run_command
 
-from . import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
 from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig
+from .heads_gpt2_scratch import (
+    GPT2ScratchForQuestionAnswering,
+    GPT2ScratchForSequenceClassification,
+    GPT2ScratchForTokenClassification,
+)
+from .modeling_gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchModel
 from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
 
 FORMATS = ("gpt2", "gpt2_scratch")
@@ -34,6 +39,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _OFFICIAL_NAMES: dict[type[GPT2ScratchPreTrainedModel], str] = {
     GPT2ScratchForCausalLM: "GPT2LMHeadModel",
     GPT2ScratchForSequenceClassification: "GPT2ForSequenceClassification",
+    GPT2ScratchForTokenClassification: "GPT2ForTokenClassification",
+    GPT2ScratchForQuestionAnswering: "GPT2ForQuestionAnswering",
     GPT2ScratchModel: "GPT2Model",
 }
 _CLASSES = {name: ours for ours, official in _OFFICIAL_NAMES.items() for name in (official, ours.__name__)}
@@ -237,11 +244,12 @@ def write_config(
     model_format: str,
     dtype: torch.dtype | None,
 ) -> None:
-    """Write config.json with another model type, class, code location and dtype; all other keys stay."""
-    config_dict = {key: value for key, value in config_dict.items() if key != "auto_map"}
+    """Write config.json with another model type, class, code location, context size and dtype; other keys stay."""
+    config_dict = {key: value for key, value in config_dict.items() if key not in ("auto_map", "n_ctx")}
     config_dict["model_type"] = model_format
     if model_format == "gpt2":
         config_dict["architectures"] = [_OFFICIAL_NAMES[model_class]]
+        config_dict["n_ctx"] = config_dict.get("n_positions", 1024)  # llama.cpp and others read this name
     else:
         config_dict["architectures"] = [model_class.__name__]
         config_dict["auto_map"] = AUTO_MAP
@@ -257,16 +265,55 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def copy_other_files(source: Path, target: Path, model_format: str) -> None:
-    """Copy tokenizer, generation config and model card; in format gpt2 the card no longer asks to trust our code."""
+    """Copy tokenizer, generation config and model card.
+
+    In format gpt2, the card no longer asks to trust our code, and the tokenizer's class is one that all versions know.
+    """
     for path in sorted({path for pattern in _COPIED for path in source.glob(pattern)}):
         if path.is_file() and path.name not in _NOT_COPIED:
             shutil.copyfile(path, target / path.name)
+    if model_format == "gpt2":
+        _name_tokenizer_class(target)
     card = target / "README.md"
     if model_format == "gpt2" and card.exists():
         lines = card.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
         kept = [line for line in lines if "`import gpt2_scratch`" not in line and line.strip() != "- gpt2_scratch"]
         text = "".join(kept).replace(", trust_remote_code=True", "")
         card.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def _name_tokenizer_class(folder: Path) -> None:
+    """Replace a general tokenizer class, under which transformers 4 returns token_type_ids, or which it does not know.
+
+    GPT-2 adds embeddings of token_type_ids, so the logits would be wrong. `GPT2Tokenizer` gives the same ids and
+    offsets in transformers 4, 5 and transformers.js, if the tokenizer is of GPT-2's kind.
+    """
+    path = folder / "tokenizer_config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+            return
+        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        is_gpt2 = is_gpt2_tokenizer(tokenizer)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return  # not a tokenizer of transformers; it is copied as it is
+    config["tokenizer_class"] = "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"
+    config.setdefault("model_input_names", ["input_ids", "attention_mask"])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def is_gpt2_tokenizer(tokenizer: dict[str, Any]) -> bool:
+    """Return whether the content of a tokenizer.json is a byte-level BPE with GPT-2's pre-tokenization."""
+    pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
+    post_processor = tokenizer.get("post_processor") or {}
+    return (
+        tokenizer["model"].get("type") == "BPE"
+        and not tokenizer.get("normalizer")
+        and pre_tokenizer.get("type") == "ByteLevel"
+        and pre_tokenizer.get("use_regex", True)
+        and not pre_tokenizer.get("add_prefix_space")
+        and not post_processor.get("special_tokens")  # adds no tokens to the text
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

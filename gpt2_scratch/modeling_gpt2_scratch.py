@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
@@ -31,6 +31,7 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
+from .heads_gpt2_scratch import GPT2ScratchForSequenceClassification  # noqa: F401 - a saved folder carries the heads too
 from .linear_cross_entropy import linear_cross_entropy
 from .pretrained_gpt2_scratch import (
     CACHE_NAME,
@@ -356,23 +357,3 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
         )
-
-
-class GPT2ScratchForSequenceClassification(GenericForSequenceClassification, GPT2ScratchPreTrainedModel):
-    """GPT-2 with a classification head on the last token of each sequence that is not `pad_token_id`.
-
-    The forward pass is the one that transformers' classifiers share: logits (batch, num_labels), and a loss that
-    depends on the kind of labels.
-    """
-
-    base_model_prefix = "transformer"
-    new_head_prefix = "score."
-
-    def __init__(self, config: GPT2ScratchConfig) -> None:
-        # Skips the shared class's constructor: it builds the base model with AutoModel, which asks for
-        # `trust_remote_code` again.
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.transformer = GPT2ScratchModel(config)
-        self.score = nn.Linear(config.n_embd, config.num_labels, bias=False)
-        self.post_init()

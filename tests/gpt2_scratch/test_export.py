@@ -8,15 +8,28 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.model_folders import SIZES, change_config, contents, export, refusal, save, scratch  # noqa: F401 - a fixture
+from support.model_folders import (  # noqa: F401 - a fixture
+    SIZES,
+    TRICKY,
+    change_config,
+    change_json,
+    contents,
+    export,
+    refusal,
+    save,
+    scratch,
+)
 from support.paths import ROOT
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, pre_tokenizers
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from common.cli_errors import run_command
 from gpt2_scratch import (
     GPT2ScratchConfig,
     GPT2ScratchForCausalLM,
+    GPT2ScratchForQuestionAnswering,
     GPT2ScratchForSequenceClassification,
+    GPT2ScratchForTokenClassification,
     GPT2ScratchModel,
 )
 
@@ -36,6 +49,7 @@ def test_round_trip_of_our_folder_returns_every_byte_except_the_card(scratch, tm
 def test_round_trip_of_an_official_folder_returns_every_byte(tmp_path, tie_word_embeddings):
     official = GPT2LMHeadModel(GPT2Config(**SIZES, tie_word_embeddings=tie_word_embeddings))
     official.save_pretrained(tmp_path / "native")
+    change_config(tmp_path / "native", n_ctx=SIZES["n_positions"])  # as in OpenAI's folders
     export(tmp_path / "native", tmp_path / "ours", "gpt2_scratch")
     export(tmp_path / "ours", tmp_path / "again", "gpt2")
     assert contents(tmp_path / "native") == contents(tmp_path / "again")
@@ -63,10 +77,35 @@ def test_native_folder_holds_no_trace_of_our_code(scratch, tmp_path, capsys):
     config = json.loads((tmp_path / "native" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("gpt2", ["GPT2LMHeadModel"])
     assert "auto_map" not in config
+    assert config["n_ctx"] == SIZES["n_positions"]
     card = (tmp_path / "native" / "README.md").read_text()
     assert 'from_pretrained("path/to/this/folder")' in card
     assert "scratch" not in card
     assert "trust" not in card
+
+
+@pytest.mark.parametrize("saved_as", ["PreTrainedTokenizerFast", "TokenizersBackend"])
+@pytest.mark.parametrize(
+    ("pre_tokenizer", "expected"),
+    [(pre_tokenizers.ByteLevel(add_prefix_space=False), "GPT2Tokenizer"), (None, "PreTrainedTokenizerFast")],
+)
+def test_native_tokenizer_has_a_class_and_inputs_that_transformers_4_knows(
+    scratch, tmp_path, saved_as, pre_tokenizer, expected
+):
+    shutil.copytree(scratch, tmp_path / "model")
+    backend = Tokenizer.from_file(str(scratch / "tokenizer.json"))
+    backend.pre_tokenizer = pre_tokenizer or pre_tokenizers.Metaspace()
+    backend.save(str(tmp_path / "model" / "tokenizer.json"))
+    change_json(tmp_path / "model" / "tokenizer_config.json", tokenizer_class=saved_as)
+    export(tmp_path / "model", tmp_path / "native", "gpt2")
+    config = json.loads((tmp_path / "native" / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == expected
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+    before, after = (AutoTokenizer.from_pretrained(tmp_path / name) for name in ("model", "native"))
+    for text in TRICKY:
+        expected_encoding, encoding = (one(text, return_offsets_mapping=True) for one in (before, after))
+        assert encoding.data == expected_encoding.data
+        assert after.decode(encoding["input_ids"]) == before.decode(expected_encoding["input_ids"])
 
 
 NATIVE = """
@@ -148,7 +187,12 @@ def test_old_weight_names_of_official_checkpoints_are_understood_and_kept(tmp_pa
 
 @pytest.mark.parametrize(
     ("model_class", "official"),
-    [(GPT2ScratchModel, "GPT2Model"), (GPT2ScratchForSequenceClassification, "GPT2ForSequenceClassification")],
+    [
+        (GPT2ScratchModel, "GPT2Model"),
+        (GPT2ScratchForSequenceClassification, "GPT2ForSequenceClassification"),
+        (GPT2ScratchForTokenClassification, "GPT2ForTokenClassification"),
+        (GPT2ScratchForQuestionAnswering, "GPT2ForQuestionAnswering"),
+    ],
 )
 def test_models_with_another_head_keep_it(tmp_path, model_class, official):
     save(model_class, tmp_path / "model", num_labels=5)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.paths import ROOT
 from support.tiny_models import one_thread, tiny  # noqa: F401 - a fixture for all
+from transformers import GPT2Tokenizer
 
 from gpt2_scratch import GPT2ScratchForSequenceClassification
 
@@ -19,6 +20,7 @@ NOT_INSTALLED = 'import sys; sys.modules["gpt2_scratch"] = None'
 LOAD = """
 import sys, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForQuestionAnswering, AutoModelForTokenClassification
 torch.set_num_threads(1)
 
 config = AutoConfig.from_pretrained("model", **options)
@@ -29,6 +31,11 @@ names = [type(one).__name__ for one in (config, model, base, classifier)]
 classes = ["GPT2ScratchConfig", "GPT2ScratchForCausalLM", "GPT2ScratchModel", "GPT2ScratchForSequenceClassification"]
 assert names == classes, names
 assert model.lm_head.weight is model.transformer.wte.weight
+tagger = AutoModelForTokenClassification.from_pretrained("model", **options)
+reader = AutoModelForQuestionAnswering.from_pretrained("model", **options)
+assert [type(one).__name__ for one in (tagger, reader)] == [
+    "GPT2ScratchForTokenClassification", "GPT2ScratchForQuestionAnswering"
+]
 assert type(AutoModelForCausalLM.from_config(config, **options)) is type(model)
 
 input_ids = torch.arange(20).view(1, 20)
@@ -100,6 +107,34 @@ def test_code_of_a_folder_is_not_run_without_trust(saved):
 def test_folder_contains_exactly_the_code_it_imports(saved):
     sources = {path.name for path in (saved[0] / "model").glob("*.py")}
     imported = {"modeling_gpt2_scratch.py", "configuration_gpt2_scratch.py", "pretrained_gpt2_scratch.py"}
-    assert sources == imported | {"linear_cross_entropy.py"}
+    assert sources == imported | {"heads_gpt2_scratch.py", "linear_cross_entropy.py"}
     for name in sources:
         assert (saved[0] / "model" / name).read_bytes() == (ROOT / "gpt2_scratch" / name).read_bytes()
+
+
+def test_tokenizer_loads_without_a_question(saved):
+    """AutoTokenizer reads config.json first, which names code: it asks, unless the answer is given beforehand."""
+    script = f"""
+{NOT_INSTALLED}
+from transformers import AutoTokenizer, GPT2TokenizerFast
+for tokenizer in (
+    AutoTokenizer.from_pretrained("model", trust_remote_code=True),
+    GPT2TokenizerFast.from_pretrained("model"),
+):
+    assert type(tokenizer).__name__ == "GPT2Tokenizer", type(tokenizer)
+    assert list(tokenizer("abc")) == ["input_ids", "attention_mask"]
+    assert tokenizer("abc").input_ids == [0, 1, 2]
+"""
+    GPT2Tokenizer(vocab={"a": 0, "b": 1, "c": 2, "<|endoftext|>": 96}).save_pretrained(saved[0] / "model")
+    result = run(saved[0], script)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.16.0"])
+def test_code_of_a_folder_names_the_version_of_transformers_that_it_needs(saved, monkeypatch, version):
+    monkeypatch.setattr("transformers.__version__", version)
+    path = saved[0] / "model" / "configuration_gpt2_scratch.py"
+    with pytest.raises(ImportError, match=rf"needs transformers 5.17 or newer, found {version}; upgrade it"):
+        exec(path.read_text(), {"__name__": "configuration_gpt2_scratch"})
+    # The package index's range and the code's minimum are the same.
+    assert "transformers>=5.17," in (ROOT / "setup.cfg").read_text()

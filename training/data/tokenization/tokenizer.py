@@ -75,7 +75,9 @@ class Tokenizer:
             "bos_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
             "eos_token": END_OF_TEXT,
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            # Without these two, transformers 4 also returns token_type_ids, which GPT-2 adds as embeddings.
+            "model_input_names": ["input_ids", "attention_mask"],
+            "tokenizer_class": "GPT2Tokenizer",
             "unk_token": END_OF_TEXT,
         }
         if model_max_length is not None:
