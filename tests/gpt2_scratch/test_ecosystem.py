@@ -1,9 +1,22 @@
 """Trainer, peft and accelerate work with our models."""
 
+import copy
+
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    AutoPeftModelForCausalLM,
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
 from support.tiny_models import one_thread, pair, tiny, tokens  # noqa: F401 - a fixture for all
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
@@ -77,6 +90,19 @@ def test_trainer_gives_the_losses_of_the_official_model(tmp_path):
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
+def test_label_smoothing_gives_the_losses_of_the_official_model(tmp_path):
+    ours, official = pair()
+    official.loss_type = "ForCausalLM"  # as above
+    found = []
+    for number, model in enumerate((ours, official)):
+        options = {"label_smoothing_factor": 0.1, "max_steps": 4, "save_strategy": "no"}
+        one = trainer(model, tmp_path / str(number), **options)
+        one.train()
+        found.append(losses(one))
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_trainer_trains_a_classifier(tmp_path):
     torch.manual_seed(0)
     tiny(pad_token_id=0).save_pretrained(tmp_path / "model")
@@ -85,6 +111,36 @@ def test_trainer_trains_a_classifier(tmp_path):
     one = trainer(model, tmp_path / "run", dataset, save_strategy="no")
     one.train()
     assert losses(one)[-1] < 0.2
+
+
+@peft_warns
+@pytest.mark.filterwarnings("ignore:Unsupported layer type .*LayerNorm:UserWarning")
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True),
+        LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, use_dora=True),
+        AdaLoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True, total_step=10),
+        IA3Config(task_type="CAUSAL_LM", fan_in_fan_out=True),
+        LNTuningConfig(task_type="CAUSAL_LM"),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    ],
+    ids=lambda config: config.peft_type + (" DoRA" if getattr(config, "use_dora", False) else ""),
+)
+def test_peft_without_target_modules_adapts_what_it_adapts_in_the_official_model(config):
+    found = []
+    for model in pair():
+        torch.manual_seed(0)
+        adapted = get_peft_model(model, copy.deepcopy(config))
+        loss = adapted(input_ids=tokens(), labels=tokens(), use_cache=False).loss
+        loss.backward()
+        found.append((loss, {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}))
+    (loss, trained), (official_loss, official_trained) = found
+    assert torch.equal(loss, official_loss)
+    assert trained
+    assert trained.keys() == official_trained.keys()
+    assert all(torch.equal(gradient, official_trained[name]) for name, gradient in trained.items())
 
 
 @peft_warns

@@ -71,6 +71,7 @@ def run(folder, script, **environment):
         [sys.executable, "load.py"],
         cwd=folder,
         env={"PATH": os.environ["PATH"], "HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", **environment},
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
@@ -138,3 +139,40 @@ def test_code_of_a_folder_names_the_version_of_transformers_that_it_needs(saved,
         exec(path.read_text(), {"__name__": "configuration_gpt2_scratch"})
     # The package index's range and the code's minimum are the same.
     assert "transformers>=5.17," in (ROOT / "setup.cfg").read_text()
+
+
+LIBRARIES = """
+import torch
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers.utils import logging
+logging.set_verbosity_error()
+torch.set_num_threads(1)
+
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True)
+official = GPT2LMHeadModel(__import__("transformers").GPT2Config(**{
+    name: value for name, value in model.config.to_dict().items() if name not in ("auto_map", "model_type")
+}))
+official.load_state_dict(model.state_dict())
+official.loss_type = "ForCausalLM"  # Trainer guesses it for ours, and would count one target too many
+rows = [{"input_ids": list(range(i, i + 16)), "labels": list(range(i, i + 16))} for i in range(16)]
+losses = []
+for one in (model, official):
+    arguments = TrainingArguments(
+        "run", label_smoothing_factor=0.1, max_steps=3, logging_steps=1, save_strategy="no", report_to="none",
+        use_cpu=True, disable_tqdm=True, seed=0, learning_rate=1e-2,
+    )
+    trainer = Trainer(one, arguments, train_dataset=rows)
+    trainer.train()
+    losses.append([line["loss"] for line in trainer.state.log_history if "loss" in line])
+assert losses[0] == losses[1], losses
+
+from peft import IA3Config, LoraConfig, get_peft_model  # after the model is built
+for config in (LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True), IA3Config(task_type="CAUSAL_LM")):
+    assert any(parameter.requires_grad for parameter in get_peft_model(official, config).parameters())
+    get_peft_model(AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True), config)
+"""
+
+
+def test_libraries_recognize_a_model_of_the_folders_own_code(saved):
+    result = run(saved[0], NOT_INSTALLED + LIBRARIES)
+    assert result.returncode == 0, result.stderr
