@@ -2,26 +2,33 @@
 
 The logits are by far the largest tensor of a language model: in fp32, 0.8 GB for 4,096 tokens and a vocabulary of
 50,257. Here the forward pass computes each chunk's loss, summed in fp32, and the gradients of hidden states and weight.
-The backward pass only scales them. This keeps the three matrix products and saves most memory traffic. On two cores
-with bf16 autocast, forward and backward take a third (8,192 tokens, vocabulary 4,096) to a quarter (4,096 tokens,
-vocabulary 50,257) of the time of `F.cross_entropy`.
+The backward pass only scales them. This keeps the three matrix products and saves most memory traffic.
 
-Gradients in the forward pass are an idea of Liger-Kernel (Hsu et al. 2024); not storing logits is one of "Cut Your
-Losses in Large-Vocabulary Language Models" (Wijmans et al. 2024).
+It is a custom operator, so a compiled model calls it as it is, without a break in its graph. Gradients in the forward
+pass are an idea of Liger-Kernel (Hsu et al. 2024); not storing logits is one of "Cut Your Losses in Large-Vocabulary
+Language Models" (Wijmans et al. 2024).
 """
 
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._triton import has_triton
 
-# Tokens per chunk. The value for CPUs is the fastest measured for vocabularies of 4,096 and 50,257: smaller chunks add
-# up the weight's gradient more often, larger ones cause more page faults.
-_CHUNK_TOKENS = {"cpu": 1024, "cuda": 8192}
-# Logits held in fp32. Fewer would fit a CPU's cache and gain 5 % on idle cores, but lose far more on shared cores,
-# where threads wait for each other at every small step.
-_SOFTMAX_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+# On CPUs; the fastest values measured for vocabularies of 4,096 and 50,257: smaller chunks add up the weight's
+# gradient more often, larger ones cause more page faults.
+_CHUNK_TOKENS = 1024
+# Logits held in fp32 on CPUs. Fewer would fit a CPU's cache and gain 5 % on idle cores, but lose far more on shared
+# cores, where threads wait for each other at every small step.
+_SOFTMAX_LOGITS = 2**22
+# On GPUs: 0.5 GB in bf16, and products that are large enough for every multiprocessor. The vocabulary is padded to a
+# multiple of 64, because GPUs multiply odd sizes slowly.
+_GPU_CHUNK_LOGITS = 2**28
+_GPU_COLUMNS = 64
 
 
 def linear_cross_entropy(
@@ -31,11 +38,12 @@ def linear_cross_entropy(
     *,
     ignore_index: int = -100,
     reduction: str = "mean",
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Return `F.cross_entropy((hidden_states @ weight.T).float(), targets)`, an fp32 scalar, with less memory.
 
-    Under autocast the products run in its dtype; the weight's gradient is summed over chunks in fp32. Under
-    `torch.compile` the plain expression is used, which the compiler fuses.
+    Under autocast the products run in its dtype; the weight's gradient is summed over chunks in fp32.
 
     Args:
         hidden_states: (..., n_embd).
@@ -43,6 +51,9 @@ def linear_cross_entropy(
         targets: (...) token ids, already shifted.
         ignore_index: targets of this value are ignored.
         reduction: "sum", or "mean" over the targets that are not ignored (NaN if there are none).
+        label_smoothing: as in `F.cross_entropy`.
+        z_loss: factor of the squared logarithm of the softmax's denominator, which is added to the loss (PaLM paper,
+            section 5).
 
     Raises:
         ValueError: another reduction, or targets of the wrong shape.
@@ -55,11 +66,14 @@ def linear_cross_entropy(
             "give one target per hidden state"
         )
     hidden_states, targets = hidden_states.reshape(-1, hidden_states.shape[-1]), targets.reshape(-1)
-    if torch.compiler.is_compiling() or hidden_states.device.type == "meta":
-        logits = F.linear(hidden_states, weight).float()
-        return F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction=reduction)
+    device = hidden_states.device.type
+    # The meta device has no autocast.
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
     needs_gradient = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_states, weight)]
-    total = _SummedCrossEntropy.apply(hidden_states, weight, targets, ignore_index, *needs_gradient)
+    total, _, _ = _summed_loss(
+        hidden_states, weight, targets, dtype, ignore_index, label_smoothing, z_loss, *needs_gradient
+    )
     if reduction == "sum":
         return total
     count = (targets != ignore_index).sum()
@@ -67,86 +81,158 @@ def linear_cross_entropy(
     return (total / count.clamp(min=1)).masked_fill(count == 0, float("nan"))
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """The summed loss. The forward pass computes its gradients; the backward pass scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_states: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        ignore_index: int,
-        needs_hidden: bool,
-        needs_weight: bool,
-    ) -> Tensor:
-        device = hidden_states.device.type
-        autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else hidden_states.dtype
-        ctx.dtypes = hidden_states.dtype, weight.dtype
-        with torch.autocast(device, enabled=False):
-            loss, *gradients = _loss_and_gradients(
-                hidden_states.to(dtype), weight.to(dtype), targets, ignore_index, needs_hidden, needs_weight
-            )
-        ctx.save_for_backward(*gradients)
-        return loss
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = []
-        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
-            # Scaled in fp32 and rounded once, because bf16 cannot hold most factors, such as 1 / count for a mean.
-            precise = torch.promote_types(dtype, torch.float32)
-            scaled.append(None if gradient is None else (gradient.to(precise) * upstream).to(dtype))
-        return (*scaled, None, None, None, None)
-
-
-def _loss_and_gradients(
-    hidden_states: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, needs_hidden: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return the summed loss and its gradients for hidden states and weight (fp32), None where not needed.
+# The code of a folder from the Hub is another module, with an operator of its own.
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::summed_loss", mutates_args=())
+def _summed_loss(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the summed loss and its gradients for hidden states (in `dtype`) and weight (fp32), empty if not needed.
 
     A frozen head, as in LoRA, costs two matrix products instead of three.
     """
-    tokens, vocab_size = len(hidden_states), len(weight)
-    kind = hidden_states.device.type
-    chunk = max(1, min(tokens, _CHUNK_TOKENS.get(kind, 4096)))
-    rows = min(chunk, max(1, _SOFTMAX_LOGITS.get(kind, 2**27) // vocab_size))
+    tokens, vocab_size, device = len(hidden_states), len(weight), hidden_states.device
+    chunk, columns = _chunk_shape(vocab_size, device.type)
+    chunk = max(1, min(tokens, chunk))
+    softmax = _compiled_softmax() if device.type == "cuda" and has_triton() else _softmax_in_blocks
 
-    counted = targets != ignore_index
-    targets = torch.where(counted, targets, 0).unsqueeze(1)
-    counted = counted.unsqueeze(1)
-    losses = torch.empty(tokens, 1, dtype=torch.float32, device=hidden_states.device)
-    logits_buffer = hidden_states.new_empty(chunk, vocab_size)
-    softmax_buffer = torch.empty(rows, vocab_size, dtype=torch.float32, device=hidden_states.device)
-    hidden_gradient = torch.empty_like(hidden_states) if needs_hidden else None
-    weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+    if columns > vocab_size:
+        weight = F.pad(weight, (0, 0, 0, columns - vocab_size))
+    counted = (targets != ignore_index).unsqueeze(1)
+    targets = targets.unsqueeze(1).masked_fill(~counted, 0)
+    losses = torch.empty(tokens, 1, dtype=torch.float32, device=device)
+    buffer = hidden_states.new_empty(chunk, columns)
+    hidden_gradient, weight_gradient = _empty_gradients(hidden_states, weight, dtype, needs_hidden, needs_weight)
+    weight_gradient.zero_()
     product = torch.empty_like(weight) if needs_weight else None
 
-    for start in range(0, tokens, chunk):
-        part = slice(start, min(start + chunk, tokens))
-        logits = logits_buffer[: part.stop - start]
-        torch.mm(hidden_states[part], weight.t(), out=logits)
-        for first in range(start, part.stop, rows):
-            subset = slice(first, min(first + rows, part.stop))
-            block = logits[first - start : subset.stop - start]
-            probabilities = softmax_buffer[: len(block)]
-            probabilities.copy_(block)
-            target_logits = probabilities.gather(1, targets[subset])
-            maximum = probabilities.amax(1, keepdim=True)
-            torch.softmax(probabilities, 1, out=probabilities)
-            # The largest probability is exp(0) / sum, which gives the sum without another exp.
-            torch.sub(maximum - target_logits, probabilities.amax(1, keepdim=True).log_(), out=losses[subset])
-            if needs_hidden or needs_weight:
-                # d loss / d logits = probabilities - one_hot(target)
-                probabilities.scatter_add_(1, targets[subset], torch.full_like(target_logits, -1.0))
-                probabilities.mul_(counted[subset])
-                block.copy_(probabilities)
-        if hidden_gradient is not None:
-            torch.mm(logits, weight, out=hidden_gradient[part])
-        if weight_gradient is not None:
-            weight_gradient.add_(torch.mm(logits.t(), hidden_states[part], out=product))
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, tokens, chunk):
+            part = slice(start, min(start + chunk, tokens))
+            logits = buffer[: part.stop - start]
+            torch.mm(hidden_states[part], weight.t(), out=logits)
+            logits[:, vocab_size:] = -torch.inf
+            losses[part] = softmax(logits, targets[part], counted[part], vocab_size, label_smoothing, z_loss)
+            if needs_hidden:
+                torch.mm(logits, weight, out=hidden_gradient[part])
+            if product is not None:
+                weight_gradient.add_(torch.mm(logits.t(), hidden_states[part], out=product))
+    return losses.sum(), hidden_gradient, weight_gradient[:vocab_size]
 
-    loss = losses.masked_fill_(~counted, 0.0).sum()
-    return loss, hidden_gradient, weight_gradient
+
+def _chunk_shape(vocab_size: int, device_type: str) -> tuple[int, int]:
+    """Return the tokens and the columns of a chunk of logits."""
+    if device_type == "cpu":
+        return _CHUNK_TOKENS, vocab_size
+    columns = _GPU_COLUMNS * math.ceil(vocab_size / _GPU_COLUMNS)
+    return max(1024, _GPU_CHUNK_LOGITS // columns // 1024 * 1024), columns
+
+
+def _empty_gradients(
+    hidden_states: Tensor, weight: Tensor, dtype: torch.dtype, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor]:
+    return (
+        torch.empty_like(hidden_states, dtype=dtype) if needs_hidden else hidden_states.new_empty(0, dtype=dtype),
+        torch.empty_like(weight, dtype=torch.float32) if needs_weight else weight.new_empty(0, dtype=torch.float32),
+    )
+
+
+@_summed_loss.register_fake
+def _(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    dtype: torch.dtype,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _empty_gradients(hidden_states, weight, dtype, needs_hidden, needs_weight)
+    return hidden_states.new_empty((), dtype=torch.float32), *gradients
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.dtypes, ctx.needed = (inputs[0].dtype, inputs[1].dtype), inputs[-2:]
+    ctx.save_for_backward(*output[1:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@torch.autograd.function.once_differentiable
+def _scale_gradients(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    scaled: list[Tensor | None] = []
+    for gradient, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True):
+        # Scaled in fp32 and rounded once, because bf16 cannot hold most factors, such as 1 / count for a mean.
+        precise = torch.promote_types(dtype, torch.float32)
+        use = needed and upstream is not None
+        scaled.append((gradient.to(precise) * upstream).to(dtype) if use else None)
+    return (*scaled, *(None,) * 7)
+
+
+_summed_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+def _softmax_in_blocks(
+    logits: Tensor, targets: Tensor, counted: Tensor, vocab_size: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """Return the losses (tokens, 1), and replace the logits by their gradient; few logits at a time are in fp32."""
+    losses = torch.empty_like(targets, dtype=torch.float32)
+    rows = max(1, _SOFTMAX_LOGITS // logits.shape[1])
+    buffer = torch.empty(min(rows, len(logits)), logits.shape[1], dtype=torch.float32, device=logits.device)
+    for start in range(0, len(logits), rows):
+        part = slice(start, min(start + rows, len(logits)))
+        probabilities = buffer[: part.stop - start]
+        probabilities.copy_(logits[part])
+        target_logits = probabilities.gather(1, targets[part])
+        maximum = probabilities.amax(1, keepdim=True)
+        mean = probabilities[:, :vocab_size].mean(1, keepdim=True) if label_smoothing else None
+        torch.softmax(probabilities, 1, out=probabilities)
+        # The largest probability is exp(0) / sum, which gives the sum without another exp.
+        log_of_largest = probabilities.amax(1, keepdim=True).log_()
+        torch.sub(maximum - target_logits, log_of_largest, out=losses[part])
+        # d loss / d logits = probabilities - one_hot(target)
+        if z_loss:
+            log_of_sum = maximum - log_of_largest
+            losses[part] += z_loss * log_of_sum.square()
+            probabilities.mul_(1 + 2 * z_loss * log_of_sum)
+        probabilities.scatter_add_(1, targets[part], torch.full_like(target_logits, label_smoothing - 1.0))
+        if mean is not None:
+            losses[part] += label_smoothing * (target_logits - mean)
+            probabilities[:, :vocab_size] -= label_smoothing / vocab_size
+        probabilities.mul_(counted[part])
+        logits[part] = probabilities
+    return losses.masked_fill_(~counted, 0.0)
+
+
+@functools.cache
+def _compiled_softmax() -> Callable[..., Tensor]:
+    """`_softmax` in two kernels: one reads the logits, one replaces them."""
+    return torch.compile(_softmax)
+
+
+def _softmax(
+    logits: Tensor, targets: Tensor, counted: Tensor, vocab_size: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """Do the same as `_softmax_in_blocks`, for the compiler."""
+    values = logits.float()
+    log_of_sum = values.logsumexp(1, keepdim=True)
+    target_logits = values.gather(1, targets)
+    losses = log_of_sum - target_logits + z_loss * log_of_sum.square()
+    gradient = (values - log_of_sum).exp() * (1 + 2 * z_loss * log_of_sum)
+    columns = torch.arange(logits.shape[1], device=logits.device)
+    gradient = gradient - torch.where(columns == targets, 1.0 - label_smoothing, 0.0)
+    if label_smoothing:
+        losses = losses + label_smoothing * (target_logits - values[:, :vocab_size].mean(1, keepdim=True))
+        gradient = gradient - torch.where(columns < vocab_size, label_smoothing / vocab_size, 0.0)
+    logits.copy_(gradient * counted)
+    return torch.where(counted, losses, 0.0)

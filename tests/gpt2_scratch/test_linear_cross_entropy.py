@@ -3,6 +3,8 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 from gpt2_scratch import linear_cross_entropy
 
@@ -10,12 +12,17 @@ from gpt2_scratch import linear_cross_entropy
 module = sys.modules["gpt2_scratch.linear_cross_entropy"]
 
 
-@pytest.fixture(autouse=True, params=["many chunks", "default chunks"])
+@pytest.fixture(autouse=True, params=["many chunks", "default chunks", "as on a GPU"])
 def chunks(request, monkeypatch):
-    """Also use chunks and softmax blocks that do not divide the input evenly."""
+    """Also use chunks and softmax blocks that do not divide the input evenly, and the padded vocabulary of a GPU."""
     if request.param == "many chunks":
-        monkeypatch.setattr(module, "_CHUNK_TOKENS", {"cpu": 13})
-        monkeypatch.setattr(module, "_SOFTMAX_LOGITS", {"cpu": 5 * 101 + 3})
+        monkeypatch.setattr(module, "_CHUNK_TOKENS", 13)
+        monkeypatch.setattr(module, "_SOFTMAX_LOGITS", 5 * 101 + 3)
+    if request.param == "as on a GPU":
+        columns = module._chunk_shape(101, "cuda")[1]
+        assert columns == 128
+        monkeypatch.setattr(module, "_chunk_shape", lambda vocab_size, device: (13, -(-vocab_size // 64) * 64))
+        monkeypatch.setattr(module, "_softmax_in_blocks", module._softmax)
 
 
 def problem(tokens=50, n_embd=24, vocab_size=101, dtype=torch.float32, ignored=0):
@@ -98,6 +105,29 @@ def test_bf16_parameters_get_bf16_gradients():
             rtol=2e-2,
             atol=2e-2 * other.float().std().item() + 1e-3 if other.dim() else 1e-3,
         )
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_label_smoothing_and_z_loss_equal_the_plain_expression(label_smoothing, z_loss):
+    def expected(hidden_states, weight, targets):
+        logits = hidden_states @ weight.T
+        squares = logits.logsumexp(1).square()[targets != -100]
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing) + z_loss * squares.mean()
+
+    arguments = problem(ignored=7)
+    options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    found = loss_and_gradients(linear_cross_entropy, *arguments, **options)
+    for one, other in zip(found, loss_and_gradients(expected, *arguments), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_second_derivative_is_refused():
+    hidden_states, weight, targets = problem()
+    loss = linear_cross_entropy(hidden_states, weight, targets).square()
+    gradient = torch.autograd.grad(loss, weight, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_without_gradients_only_the_loss_is_computed():
@@ -192,6 +222,20 @@ def test_compiles_to_one_graph_with_the_same_values():
     expected, found = (loss_and_gradients(f, *arguments) for f in (linear_cross_entropy, compiled))
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_compiled_graph_holds_no_logits():
+    arguments = problem(tokens=60)
+    sizes = []
+
+    def record(graph, _):
+        sizes.extend(node.meta["val"].numel() for node in graph.graph.nodes if hasattr(node.meta.get("val"), "numel"))
+        return make_boxed_func(graph)
+
+    backend = aot_autograd(fw_compiler=record, bw_compiler=record)
+    loss_and_gradients(torch.compile(linear_cross_entropy, fullgraph=True, backend=backend), *arguments)
+    assert len(sizes) > 5
+    assert max(sizes) == 101 * 24  # the weight; the logits would be 60 × 101
 
 
 def test_other_reductions_and_shapes_are_refused():
