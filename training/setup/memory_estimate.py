@@ -46,7 +46,7 @@ def estimate_memory(
 
     Args:
         config: of the model.
-        recipe: for seq_len, dropout, compile and activation checkpointing.
+        recipe: for seq_len, dropout and activation checkpointing.
         sequences: per forward pass.
         num_processes: that share the weights if `sharded` (FSDP2), or exchange gradients otherwise.
         sharded: FSDP2.
@@ -73,9 +73,7 @@ def estimate_memory(
     if recipe.activation_checkpointing:
         blocks = config.n_layer * tokens * n_embd * _FLOAT + block
     autocast_copies = parameters * size if bf16 and not sharded else 0  # of the weights, for the backward pass
-    # The chunked loss holds the gradient of the head; compiled, it materializes the logits of all tokens.
-    holds_all_logits = recipe.compile and not sharded
-    head = tokens * vocab_size * (size + _FLOAT) if holds_all_logits else vocab_size * n_embd * _FLOAT
+    head = vocab_size * n_embd * _FLOAT  # the chunked loss holds the gradient of the head
     return MemoryEstimate(
         weights=held,
         gradients=held + in_transit,
