@@ -41,6 +41,7 @@ training.data.tokenization
 training.data.shards
 training.data.producing
 training.data.loading
+training.settings
 training.recipe
 training.optim, training.step
 training.checkpoints

@@ -10,11 +10,10 @@ integer, report an error over several lines, suggest no name and take 0.15 to 0.
 """
 
 import dataclasses
-import operator
 import re
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,48 +24,13 @@ from common.cli_errors import InputError
 from common.suggestions import did_you_mean
 from common.typed_values import convert
 from evaluation.tasks.registry import task_named
+from training.settings import BOUNDS, local, setting
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
 LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
-
-_BOUNDS = {
-    "at_least": (operator.ge, "at least {:,}"),
-    "more_than": (operator.gt, "more than {:,}"),
-    "at_most": (operator.le, "at most {:,}"),
-    "less_than": (operator.lt, "less than {:,}"),
-}
-
-
-def setting(
-    help_text: str,
-    default: Any = dataclasses.MISSING,
-    *,
-    group: Literal["data", "model"] | None = None,
-    per_node: bool = False,
-    on_card: bool = True,
-    **bounds: float,
-) -> Any:
-    """A field of the recipe.
-
-    Args:
-        help_text: documentation of the key and help of the flag.
-        default: value when the recipe has no such key; without it, the key is required.
-        group: "data" and "model" are the run's identity, which a resumed run may not change.
-        per_node: nodes of one run may have different values.
-        on_card: the model card lists the value. Not for paths, and not for what the card describes in words.
-        bounds: limits of a number, by the names in `_BOUNDS`.
-    """
-    metadata = {"help": help_text, "group": group, "per_node": per_node, "on_card": on_card, "bounds": bounds}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def local(help_text: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
-    """A `setting` of one node: a path, or what only rank 0 does. The model card does not list it."""
-    return setting(help_text, default, per_node=True, on_card=False, **options)
+OptimizerName = Literal["adamw", "muon"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,14 +81,26 @@ class Recipe:
     attn_implementation: str = setting("eager, sdpa, flash_attention_2 or flex_attention", "sdpa")
 
     # optimization
-    optimizer: Literal["adamw"] = setting("optimizer", "adamw", group="model")
+    optimizer: OptimizerName = setting(
+        "adamw, or muon for the blocks' matrices and adamw for the rest", "adamw", group="model"
+    )
     per_device_train_batch_size: int | Literal["auto"] = setting(
         "sequences per forward pass on one device; auto for the most that fit into memory", 8, at_least=1
     )
     max_steps: int | None = setting("run length in optimizer steps", None, more_than=0)
     num_train_epochs: float | None = setting("run length in passes over the training shards", None, more_than=0)
     max_tokens: int | None = setting("run length in tokens", None, more_than=0)
-    learning_rate: float = setting("peak learning rate", 6e-4, more_than=0)
+    learning_rate: float = setting(
+        "peak learning rate; with muon, of the blocks' matrices",
+        by_optimizer={"adamw": 6e-4, "muon": 0.02},
+        more_than=0,
+    )
+    embedding_learning_rate: float | None = setting(
+        "peak learning rate of the embeddings", by_optimizer={"muon": 4e-3}, more_than=0
+    )
+    norm_learning_rate: float | None = setting(
+        "peak learning rate of biases and layer norms", by_optimizer={"muon": 4e-3}, more_than=0
+    )
     min_learning_rate_ratio: float = setting(
         "final learning rate as a fraction of the peak", 0.1, at_least=0, at_most=1
     )
@@ -133,7 +109,15 @@ class Recipe:
     decay_steps: int | None = setting(
         "final steps in which warmup_stable_decay decays (default: a fifth of the run)", None, more_than=0
     )
-    weight_decay: float = setting("decoupled weight decay of matrices and embeddings", 0.1, at_least=0)
+    weight_decay: float = setting(
+        "decoupled weight decay of matrices, and with adamw of embeddings",
+        by_optimizer={"adamw": 0.1, "muon": 0.01},
+        at_least=0,
+    )
+    muon_momentum: float | None = setting("momentum of muon", by_optimizer={"muon": 0.95}, at_least=0, less_than=1)
+    muon_momentum_warmup_steps: int | None = setting(
+        "steps in which the momentum of muon rises from 0.85", by_optimizer={"muon": 300}, at_least=0
+    )
     adam_beta1: float = setting("beta1 of AdamW", 0.9, at_least=0, less_than=1)
     adam_beta2: float = setting("beta2 of AdamW", 0.95, at_least=0, less_than=1)
     adam_epsilon: float = setting("epsilon of AdamW", 1e-8, more_than=0)
@@ -217,10 +201,18 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        for name, defaults in _by_optimizer().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, defaults.get(self.optimizer))
+            elif self.optimizer not in defaults:
+                raise InputError(
+                    f"recipe key {name} is for optimizer {' or '.join(defaults)}, not {self.optimizer}; "
+                    "remove it, or change optimizer"
+                )
         for key in dataclasses.fields(self):
             value, bounds = getattr(self, key.name), key.metadata["bounds"]
-            if isinstance(value, int | float) and not all(_BOUNDS[b][0](value, limit) for b, limit in bounds.items()):
-                valid = " and ".join(_BOUNDS[bound][1].format(limit) for bound, limit in bounds.items())
+            if isinstance(value, int | float) and not all(BOUNDS[b][0](value, limit) for b, limit in bounds.items()):
+                valid = " and ".join(BOUNDS[bound][1].format(limit) for bound, limit in bounds.items())
                 raise InputError(f"recipe key {key.name}: expected {valid}, found {value:,}")
         if self.profile_steps is not None and not profiled_steps(self.profile_steps):
             raise InputError(
@@ -283,6 +275,12 @@ class Recipe:
         ]
 
 
+def _by_optimizer() -> dict[str, Mapping[str, Any]]:
+    """Keys whose default depends on the optimizer, and the defaults of the optimizers that have them."""
+    keys = dataclasses.fields(Recipe)
+    return {key.name: key.metadata["by_optimizer"] for key in keys if "by_optimizer" in key.metadata}
+
+
 def profiled_steps(text: str) -> range:
     """The steps in "10-12" or "10", counted from 1 as in the logs; empty if the text is invalid."""
     found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
@@ -317,6 +315,9 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     overrides = overrides or {}
     if any(name in overrides for name in LENGTHS):  # a length from a flag replaces that of the file
         loaded = {key: value for key, value in loaded.items() if key not in LENGTHS}
+    if overrides.get("optimizer", loaded.get("optimizer", "adamw")) != loaded.get("optimizer", "adamw"):
+        # An optimizer from a flag brings its own defaults: the file's values are for the other one.
+        loaded = {key: value for key, value in loaded.items() if key not in _by_optimizer()}
     values = {**loaded, **overrides}
     kinds = field_types()
     for key in values:

@@ -1,10 +1,12 @@
 """One optimizer step and one validation of a tiny model, on any number of ranks and micro-steps.
 
-As a program, for `accelerate launch`: `one_step.py FOLDER PER_DEVICE …` writes a file of results per batch size.
+As a program, for `accelerate launch`: `one_step.py FOLDER PER_DEVICE …` writes a file of results per optimizer and
+batch size.
 """
 
 import itertools
 import sys
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from support.tiny_models import tiny
 from training.checkpoints.state_snapshot import bare_model
 from training.data.loading.loader import IGNORED
 from training.monitoring.validation import validation_loss
-from training.recipe import Recipe
+from training.recipe import OptimizerName, Recipe
 from training.setup.accelerator import build_accelerator
 from training.setup.model import prepare_for_training
 from training.step.batch_plan import plan_batch
@@ -31,8 +33,9 @@ from training.step.train_step import train_step
 SEQUENCES, SEQ_LEN, VALIDATION_SEQUENCES = 8, 20, 7
 
 
-def recipe() -> Recipe:
+def recipe(optimizer: OptimizerName = "adamw") -> Recipe:
     return Recipe(
+        optimizer=optimizer,
         output_dir="unused",
         data_dir="unused",
         corpus="unused",
@@ -48,7 +51,7 @@ def tokens(count: int, seed: int) -> Tensor:
     return torch.randint(0, 96, (count, SEQ_LEN + 1), generator=torch.Generator().manual_seed(seed))
 
 
-def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
+def one_step(accelerator: Accelerator, per_device: int, optimizer_name: OptimizerName = "adamw") -> dict[str, Tensor]:
     """Loss, gradient norm, weights after the step, and validation loss: full tensors on the host."""
     plan = plan_batch(
         tokens_per_step=SEQUENCES * SEQ_LEN,
@@ -57,7 +60,7 @@ def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
         num_processes=accelerator.num_processes,
     )
     rank = accelerator.process_index
-    model, optimizer = prepare_for_training(accelerator, tiny().train(), recipe())
+    model, optimizer = prepare_for_training(accelerator, tiny().train(), recipe(optimizer_name))
     ids = tokens(SEQUENCES, seed=1)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -85,9 +88,9 @@ def one_step(accelerator: Accelerator, per_device: int) -> dict[str, Tensor]:
     return results
 
 
-def skipped_steps(accelerator: Accelerator) -> dict[str, Tensor]:
+def skipped_steps(accelerator: Accelerator, optimizer_name: OptimizerName) -> dict[str, Tensor]:
     """Whether a NaN loss on the last rank alone makes all ranks skip the update: the second of three steps has it."""
-    model, optimizer = prepare_for_training(accelerator, tiny().train(), recipe())
+    model, optimizer = prepare_for_training(accelerator, tiny().train(), recipe(optimizer_name))
     guard = Guard(accelerator.device, threshold=0.0, window=2, skip_spikes=False)
     is_last_rank = accelerator.process_index == accelerator.num_processes - 1
 
@@ -144,14 +147,16 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     folder, sizes = Path(sys.argv[1]), [int(size) for size in sys.argv[2:]]
     accelerator = build_accelerator(recipe())
-    for size in sizes:
-        results = one_step(accelerator, size)
+    for optimizer in typing.get_args(OptimizerName):
+        for size in sizes:
+            results = one_step(accelerator, size, optimizer)
+            if accelerator.is_main_process:
+                assert accelerator.num_processes == 2
+                results["sharded"] = torch.tensor(accelerator.is_fsdp2)
+                save_file(results, folder / f"{optimizer}-{size}.safetensors")
+            accelerator.free_memory()
+        results = skipped_steps(accelerator, optimizer)
         if accelerator.is_main_process:
-            assert accelerator.num_processes == 2
-            results["sharded"] = torch.tensor(accelerator.is_fsdp2)
-            save_file(results, folder / f"{size}.safetensors")
+            save_file(results, folder / f"{optimizer}-skipped.safetensors")
         accelerator.free_memory()
-    results = skipped_steps(accelerator)
-    if accelerator.is_main_process:
-        save_file(results, folder / "skipped.safetensors")
     accelerator.end_training()

@@ -115,6 +115,10 @@ def test_price_without_preflight_is_an_error() -> None:
         ({"decay_steps": 0, "lr_scheduler_type": "warmup_stable_decay"}, "decay_steps: expected more than 0"),
         ({"profile_steps": "12-10"}, "profile_steps: expected FIRST-LAST, such as 10-12, found 12-10"),
         ({"profile_steps": "0"}, "profile_steps: expected FIRST-LAST, such as 10-12, found 0"),
+        ({"muon_momentum": 0.9}, "muon_momentum is for optimizer muon, not adamw; remove it, or change optimizer"),
+        ({"embedding_learning_rate": 0.01}, "embedding_learning_rate is for optimizer muon, not adamw"),
+        ({"optimizer": "muon", "muon_momentum": 1.0}, "muon_momentum: expected at least 0 and less than 1, found 1.0"),
+        ({"optimizer": "moun"}, "optimizer: expected one of adamw, muon, found 'moun'"),
         ({"spike_window": 1}, "spike_window: expected at least 2"),
         ({"max_skipped_steps": 0}, "max_skipped_steps: expected at least 1"),
     ],
@@ -124,6 +128,23 @@ def test_invalid_recipe_is_a_one_line_error(change: dict[str, Any], message: str
     with pytest.raises(InputError, match=message) as caught:
         load_recipe(path)
     assert "\n" not in str(caught.value)
+
+
+def test_each_optimizer_has_its_own_defaults(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", **MINIMAL)
+    adamw, muon = load_recipe(path), load_recipe(path, {"optimizer": "muon"})
+    assert (adamw.learning_rate, adamw.weight_decay, adamw.muon_momentum) == (6e-4, 0.1, None)
+    assert (muon.learning_rate, muon.weight_decay, muon.muon_momentum) == (0.02, 0.01, 0.95)
+    assert load_recipe(path, {"optimizer": "muon", "learning_rate": "0.03"}).learning_rate == 0.03
+
+
+def test_an_optimizer_from_a_flag_replaces_the_files_and_its_settings(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", **MINIMAL, learning_rate=1e-3, adam_beta2=0.99)
+    muon = load_recipe(path, {"optimizer": "muon"})
+    assert (muon.learning_rate, muon.adam_beta2) == (0.02, 0.99)
+    muon.save(tmp_path / "muon.yaml")
+    adamw = load_recipe(tmp_path / "muon.yaml", {"optimizer": "adamw"})
+    assert (adamw.learning_rate, adamw.muon_momentum) == (6e-4, None)
 
 
 def test_missing_key_is_an_error(tmp_path: Path) -> None:

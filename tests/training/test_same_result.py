@@ -18,9 +18,12 @@ Make = Callable[..., Recipe]
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-@pytest.mark.parametrize("stop", [4, 8])
-def test_an_interrupted_run_ends_bit_identical_to_a_complete_one(stop: int, tiny_recipe: Make, tmp_path: Path) -> None:
-    complete = tiny_recipe(output_dir=str(tmp_path / "complete"), dropout=0.1, save_total_limit=None)
+@pytest.mark.parametrize(("optimizer", "stop"), [("adamw", 4), ("adamw", 8), ("muon", 4)])
+def test_an_interrupted_run_ends_bit_identical_to_a_complete_one(
+    optimizer: str, stop: int, tiny_recipe: Make, tmp_path: Path
+) -> None:
+    output_dir = str(tmp_path / "complete")
+    complete = tiny_recipe(output_dir=output_dir, optimizer=optimizer, dropout=0.1, save_total_limit=None)
     train(complete)
     interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
     # A run that was killed after a checkpoint: its log already has later lines.
@@ -47,8 +50,9 @@ def test_accumulation_gives_the_same_weights_as_one_large_batch(tiny_recipe: Mak
         assert losses(small)[key] == pytest.approx(loss, abs=1e-5), key
 
 
-def test_two_processes_equal_one(tiny_recipe: Make, tmp_path: Path) -> None:
-    one = tiny_recipe(output_dir=str(tmp_path / "one"), max_steps=6)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_equal_one(optimizer: str, tiny_recipe: Make, tmp_path: Path) -> None:
+    one = tiny_recipe(output_dir=str(tmp_path / "one"), optimizer=optimizer, max_steps=6)
     two = dataclasses.replace(one, output_dir=str(tmp_path / "two"))
     train(one)
     done = launched(two, tmp_path / "two.yaml", processes=2)

@@ -95,5 +95,6 @@ def prepare_for_training(
     elif recipe.compile:
         module = torch.compile(model)
     # After sharding, which replaces the parameters.
-    wrapped, optimizer = accelerator.prepare(module, build_optimizer(model, recipe))
+    dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+    wrapped, optimizer = accelerator.prepare(module, build_optimizer(model, recipe, dtype=dtype))
     return wrapped, optimizer

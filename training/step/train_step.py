@@ -57,7 +57,7 @@ def train_step(
     full, so the plain mean over batches and ranks is the mean over the step's tokens.
     """
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
     loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(accumulation_steps):
         inputs = model_inputs(next(batches), accelerator.device, end_of_text_id)

@@ -42,8 +42,12 @@ def killed_after(run: Path, recipe: Recipe, step: int) -> Recipe:
     return copied
 
 
-def test_fsdp2_trains_like_ddp_and_resumes_from_its_checkpoints(tiny_recipe: Make, tmp_path: Path) -> None:
-    ddp = tiny_recipe(output_dir=str(tmp_path / "ddp"), per_device_train_batch_size=2, max_steps=8)
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+def test_fsdp2_trains_like_ddp_and_resumes_from_its_checkpoints(
+    optimizer: str, tiny_recipe: Make, tmp_path: Path
+) -> None:
+    output_dir = str(tmp_path / "ddp")
+    ddp = tiny_recipe(output_dir=output_dir, optimizer=optimizer, per_device_train_batch_size=2, max_steps=8)
     fsdp2 = dataclasses.replace(ddp, output_dir=str(tmp_path / "fsdp2"))
     launched(ddp, "cpu_2_processes")
     output = launched(fsdp2, "fsdp2_8xa100")

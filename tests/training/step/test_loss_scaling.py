@@ -32,6 +32,14 @@ def one_pass() -> dict[str, Tensor]:
     return one_step(build_accelerator(recipe()), SEQUENCES)
 
 
+@pytest.fixture(scope="module")
+def one_pass_of_muon() -> dict[str, Tensor]:
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    return one_step(build_accelerator(recipe("muon")), SEQUENCES, "muon")
+
+
 def test_a_step_equals_one_of_the_plain_loss_over_all_tokens(one_pass: dict[str, Tensor]) -> None:
     import torch.nn.functional as F
     from support.one_step import tokens
@@ -55,7 +63,9 @@ def test_accumulation_makes_no_difference(per_device: int, one_pass: dict[str, T
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["cpu_2_processes", "fsdp2_8xa100"])
-def test_two_processes_make_no_difference(config: str, one_pass: dict[str, Tensor], tmp_path: Path) -> None:
+def test_two_processes_make_no_difference(
+    config: str, one_pass: dict[str, Tensor], one_pass_of_muon: dict[str, Tensor], tmp_path: Path
+) -> None:
     command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "2"]
     command += ["--mixed_precision", "no", "--main_process_port", "0"]
     command += ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
@@ -63,10 +73,11 @@ def test_two_processes_make_no_difference(config: str, one_pass: dict[str, Tenso
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **hidden})
     assert done.returncode == 0, done.stderr
-    for per_device in (4, 2, 1):
-        found = load_file(tmp_path / f"{per_device}.safetensors")
-        assert found["sharded"].item() == (config == "fsdp2_8xa100")
-        assert_same_step(found, one_pass)
-    # A NaN loss on one rank: all ranks skip the update.
-    skipped = load_file(tmp_path / "skipped.safetensors")
-    assert {name: tensor.item() for name, tensor in skipped.items()} == {"unchanged": 1, "updated": 1, "reported": 1}
+    for optimizer, expected in (("adamw", one_pass), ("muon", one_pass_of_muon)):
+        for per_device in (4, 2, 1):
+            found = load_file(tmp_path / f"{optimizer}-{per_device}.safetensors")
+            assert found["sharded"].item() == (config == "fsdp2_8xa100")
+            assert_same_step(found, expected)
+        # A NaN loss on one rank: all ranks skip the update.
+        skipped = load_file(tmp_path / f"{optimizer}-skipped.safetensors")
+        assert {name: flag.item() for name, flag in skipped.items()} == {"unchanged": 1, "updated": 1, "reported": 1}

@@ -1,0 +1,221 @@
+"""Muon: momentum whose matrices are orthogonalized before they are added to the weights.
+
+An update of AdamW is dominated by a few directions. Muon sets all singular values of a matrix's momentum to about 1, so
+every direction moves equally far (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). NorMuon then gives
+every output neuron a step of the same size (Li et al. 2025, arXiv 2510.05491). Embeddings, biases and layer norms stay
+with AdamW.
+
+What `torch.optim.Muon` lacks, and this has: the (in, out) layout of Conv1D; query, key and value as three matrices;
+matrices of one shape in one batched product, shared out over the processes; sharded weights; skipped updates without a
+host synchronization (`found_inf`).
+
+Cost: about 2·(rows/tokens_per_step) of the blocks' forward and backward pass; one all-gather of the blocks' weights
+with several processes, and one more with sharded weights.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import AdamW, Optimizer
+
+from training.optim.orthogonalize import POLAR_EXPRESS, Coefficients, orthogonalize
+
+_FIRST_MOMENTUM = 0.85  # at the start of its warmup; modded-nanogpt
+_EPSILON = 1e-10
+
+
+@dataclass
+class _Update:
+    """The update of a parameter that is being computed.
+
+    Attributes:
+        parameter: of shape (in, splits · out); sharded or not.
+        group: its parameter group.
+        direction: what to orthogonalize, full, of the parameter's shape.
+    """
+
+    parameter: Tensor
+    group: dict[str, Any]
+    direction: Tensor
+
+    def matrices(self) -> list[Tensor]:
+        """The direction's matrices (rows, columns), transposed where necessary so that rows <= columns."""
+        return [_wide(part) for part in self.direction.chunk(self.group["splits"], dim=1)]
+
+
+class Muon(Optimizer):
+    """Muon for groups of matrices, and fused AdamW for all other groups.
+
+    Args:
+        matrices: groups of matrices in (in, out) layout, each with `params`, `lr` and `weight_decay`, and `splits`: the
+            number of matrices side by side in one parameter (3 for query, key and value). Parameters without a gradient
+            are left alone.
+        others: groups of AdamW, each with `params`, `lr`, `weight_decay`, `betas` and `eps`.
+        momentum: after `momentum_warmup_steps`, in which it rises from 0.85.
+        second_moment_beta: decay of NorMuon's mean square per output neuron; None for plain Muon.
+        cautious: decay only weights that the update moves toward 0 as well (Chen et al. 2025, arXiv 2510.12402).
+        coefficients: of the iteration; the default is five steps of Polar Express.
+        dtype: in which matrices are orthogonalized.
+
+    The update of a matrix is scaled by sqrt(max(1, out / in)), as `torch.optim.Muon` does for the (out, in) layout.
+    """
+
+    _step_supports_amp_scaling = True  # see training/step/guard.py
+
+    def __init__(
+        self,
+        matrices: Iterable[dict[str, Any]],
+        others: Iterable[dict[str, Any]],
+        *,
+        momentum: float = 0.95,
+        momentum_warmup_steps: int = 0,
+        second_moment_beta: float | None = 0.95,
+        cautious: bool = True,
+        coefficients: Coefficients = POLAR_EXPRESS,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._momentum, self._momentum_warmup_steps = momentum, momentum_warmup_steps
+        self._second_moment_beta, self._cautious = second_moment_beta, cautious
+        self._coefficients, self._dtype = coefficients, dtype
+        self._adamw = AdamW(list(others), fused=True)
+        super().__init__([*matrices, *self._adamw.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update all parameters that have a gradient; if `found_inf` is 1, leave weights and state bit-identical."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        skip: Tensor | None = getattr(self, "found_inf", None)
+        updates = [
+            self._updated_momentum(parameter, group, skip)
+            for group in self.param_groups
+            if "splits" in group
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        for update, orthogonal in zip(updates, self._orthogonalized(updates), strict=True):
+            self._apply(update, orthogonal, skip)
+        # `load_state_dict` replaces state and groups, so the inner optimizer gets them before every step.
+        self._adamw.param_groups = [group for group in self.param_groups if "splits" not in group]
+        self._adamw.state = self.state
+        self._adamw.found_inf, self._adamw.grad_scale = skip, None  # type: ignore[attr-defined]
+        self._adamw.step()
+        return loss
+
+    def _updated_momentum(self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None) -> _Update:
+        """Add the gradient to the momentum, and return the direction: Nesterov's, full even if weights are sharded."""
+        state = self.state[parameter]
+        if not state:
+            device = parameter.device
+            state["step"] = torch.zeros((), device=device)
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+            if self._second_moment_beta is not None:
+                state["second_moment"] = torch.zeros(1, parameter.shape[1], device=device)
+        assert parameter.grad is not None
+        gradient, buffer = _local(parameter.grad), _local(state["momentum_buffer"])
+        momentum: float | Tensor = self._momentum
+        if self._momentum_warmup_steps:
+            share = (state["step"] / self._momentum_warmup_steps).clamp(max=1)
+            momentum = _FIRST_MOMENTUM + (self._momentum - _FIRST_MOMENTUM) * share
+        averaged = torch.lerp(buffer, gradient, 1 - momentum)
+        direction = torch.lerp(gradient, averaged, momentum).to(self._dtype)
+        _assign(buffer, averaged, skip)
+        _assign(state["step"], state["step"] + 1, skip)
+        if isinstance(parameter, DTensor):
+            sharded = DTensor.from_local(
+                direction,
+                parameter.device_mesh,
+                parameter.placements,
+                run_check=False,
+                shape=parameter.shape,
+                stride=parameter.stride(),
+            )
+            direction = sharded.full_tensor()
+        return _Update(parameter, group, direction)
+
+    def _orthogonalized(self, updates: Sequence[_Update]) -> list[Tensor]:
+        """The orthogonalized directions, each of its parameter's shape.
+
+        Matrices of one shape are one batch. Every process orthogonalizes an equal part of each batch, while the parts
+        of the batch before are gathered.
+        """
+        by_shape: dict[torch.Size, list[Tensor]] = {}
+        for update in updates:
+            for matrix in update.matrices():
+                by_shape.setdefault(matrix.shape, []).append(matrix)
+        shared = [self._shared_out(torch.stack(matrices)) for matrices in by_shape.values()]
+        done = {shape: iter(finish()) for shape, finish in zip(by_shape, shared, strict=True)}
+        results = []
+        for update in updates:
+            rows, columns = update.direction.shape[0], update.direction.shape[1] // update.group["splits"]
+            parts = [next(done[matrix.shape]) for matrix in update.matrices()]
+            results.append(torch.cat([part.mT if rows > columns else part for part in parts], dim=1))
+        return results
+
+    def _shared_out(self, batch: Tensor) -> Callable[[], Tensor]:
+        """Orthogonalize this process's part of a batch (matrices, rows, columns); the result waits for all parts."""
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if processes == 1:
+            orthogonal = orthogonalize(batch, self._coefficients)
+            return lambda: orthogonal
+        each = math.ceil(len(batch) / processes)
+        padded = torch.cat([batch, batch.new_zeros(each * processes - len(batch), *batch.shape[1:])])
+        own = orthogonalize(padded[dist.get_rank() * each :][:each], self._coefficients).contiguous()
+        gathered = torch.empty_like(padded)
+        work = dist.all_gather_into_tensor(gathered, own, async_op=True)
+        assert work is not None
+
+        def finish() -> Tensor:
+            work.wait()
+            return gathered[: len(batch)]
+
+        return finish
+
+    def _apply(self, update: _Update, orthogonal: Tensor, skip: Tensor | None) -> None:
+        """Add the scaled update to the parameter, after decaying it."""
+        parameter, group = update.parameter, update.group
+        change = orthogonal.to(parameter.dtype)
+        if self._second_moment_beta is not None:
+            moment = self.state[parameter]["second_moment"]
+            averaged = torch.lerp(moment, change.square().mean(dim=0, keepdim=True), 1 - self._second_moment_beta)
+            change = _rescaled(change, averaged, group["splits"])
+            _assign(moment, averaged, skip)
+        rows, columns = change.shape[0], change.shape[1] // group["splits"]
+        if isinstance(parameter, DTensor):  # this process's rows; all have the full update, so nothing is sent
+            mesh, placements = parameter.device_mesh, parameter.placements
+            change = distribute_tensor(change, mesh, placements, src_data_rank=None).to_local()
+        weight = _local(parameter)
+        decay: Any = group["lr"] * group["weight_decay"]
+        if self._cautious and decay:
+            decay = decay * (change * weight >= 0)
+        step_size = group["lr"] * math.sqrt(max(1.0, columns / rows))
+        _assign(weight, weight * (1 - decay) - step_size * change, skip)
+
+
+def _rescaled(change: Tensor, mean_squares: Tensor, splits: int) -> Tensor:
+    """Divide every output neuron by its root mean square, and keep the norm of each matrix."""
+    rescaled = change * (mean_squares + _EPSILON).rsqrt()
+    shape = (change.shape[0], splits, -1)
+    before, after = (tensor.reshape(shape).norm(dim=(0, 2)) for tensor in (change, rescaled))
+    return (rescaled.reshape(shape) * (before / after.clamp(min=_EPSILON))[:, None]).reshape(change.shape)
+
+
+def _assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    """Set the target to the value, unless `skip` is 1; decided on the device."""
+    target.copy_(value if skip is None else torch.where(skip == 1, target, value))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _wide(matrix: Tensor) -> Tensor:
+    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
