@@ -1,6 +1,6 @@
 """An estimate of the memory that training needs on one device, without running it.
 
-Weights, gradients and AdamW's two moments are fp32. The activations that a block saves for its backward pass follow
+Weights, gradients, AdamW's two moments and Muon's momentum are fp32. The activations that a block saves for its backward pass follow
 Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section 4.1), except that the
 residual stream stays fp32 under autocast. Not included: what torch.compile saves, and the gigabyte or so that allocator
 and libraries take on a GPU.
@@ -46,7 +46,7 @@ def estimate_memory(
 
     Args:
         config: of the model.
-        recipe: for seq_len, dropout and activation checkpointing.
+        recipe: for seq_len, optimizer, dropout and activation checkpointing.
         sequences: per forward pass.
         num_processes: that share the weights if `sharded` (FSDP2), or exchange gradients otherwise.
         sharded: FSDP2.
@@ -56,7 +56,10 @@ def estimate_memory(
     size = 2 if bf16 else _FLOAT
     tokens, n_embd, vocab_size = sequences * recipe.seq_len, config.n_embd, config.vocab_size
     parameters = count_parameters(config)
-    held = parameters * _FLOAT // (num_processes if sharded else 1)
+    shares = num_processes if sharded else 1
+    held = parameters * _FLOAT // shares
+    matrices = config.n_layer * (4 * n_embd + 2 * _n_inner(config)) * n_embd
+    one_moment_only = matrices * _FLOAT // shares if recipe.optimizer == "muon" else 0
     # DDP copies gradients into buckets; FSDP2 gathers its largest unit, the embeddings.
     in_transit = 0
     if num_processes > 1:
@@ -77,7 +80,7 @@ def estimate_memory(
     return MemoryEstimate(
         weights=held,
         gradients=held + in_transit,
-        optimizer=2 * held,
+        optimizer=2 * held - one_moment_only,
         activations=blocks + autocast_copies + head + tokens * n_embd * (_FLOAT + 2 * size),
     )
 
@@ -85,11 +88,15 @@ def estimate_memory(
 def count_parameters(config: PreTrainedConfig) -> int:
     """Parameters of a GPT-2 with this config and a tied head."""
     n_embd = config.n_embd
-    n_inner = 4 * n_embd if config.n_inner is None else config.n_inner
+    n_inner = _n_inner(config)
     attention = 4 * n_embd * n_embd + 4 * n_embd
     mlp = 2 * n_embd * n_inner + n_inner + n_embd
     embeddings = (config.vocab_size + config.n_positions) * n_embd
     return embeddings + config.n_layer * (attention + mlp + 4 * n_embd) + 2 * n_embd
+
+
+def _n_inner(config: PreTrainedConfig) -> int:
+    return 4 * config.n_embd if config.n_inner is None else config.n_inner
 
 
 def block_activations(tokens: int, n_embd: int, *, size: int, attention_scores: int = 0, dropout: bool = False) -> int:

@@ -178,6 +178,9 @@ def test_estimate_of_gpt2_124m_equals_a_count_by_hand(tiny_recipe: Make) -> None
     assert count_parameters(config) == 124_439_808
     one, two = (estimate_memory(config, recipe, sequences=sequences, bf16=True) for sequences in (1, 2))
     assert (one.weights, one.gradients, one.optimizer) == (497_759_232, 497_759_232, 995_518_464)
+    # Muon keeps one moment of the 12 · 12 · 768² entries in matrices of the blocks, two of all else.
+    muon = estimate_memory(config, tiny_recipe(seq_len=1024, optimizer="muon"), sequences=1)
+    assert one.optimizer - muon.optimizer == 12 * 12 * 768**2 * 4
     # Per token and channel: 36 bytes in a block, and 8 after the last one.
     assert two.activations - one.activations == 1024 * 768 * (36 * 12 + 8)
     shared = estimate_memory(config, recipe, sequences=1, num_processes=8, sharded=True, bf16=True)

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
     [
         ({"n_layer": 3}, r"belongs to another run \(n_layer: 2 → 3\); undo the change, or choose another output_dir"),
         ({"seed": 1, "seq_len": 16}, r"another run \(seq_len: 32 → 16; seed: 1337 → 1\)"),
+        ({"optimizer": "muon"}, r"another run \(optimizer: adamw → muon\); undo the change"),
         ({"resume_from_checkpoint": "none"}, "already contains a run, and resume_from_checkpoint is none"),
         ({"resume_from_checkpoint": "nowhere"}, "nowhere is not a checkpoint: it has no training_state"),
     ],
