@@ -35,7 +35,8 @@ def setting(
         by_optimizer: the default for each optimizer that has this setting; it stays None for others.
         bounds: limits of a number, by the names in `BOUNDS`.
     """
-    metadata = {"help": help_text, "group": group, "per_node": per_node, "on_card": on_card, "bounds": bounds}
+    metadata: dict[str, Any] = {"help": help_text, "group": group, "per_node": per_node, "on_card": on_card}
+    metadata["bounds"] = bounds
     if by_optimizer:
         defaults = ", ".join(f"{optimizer}: {value:g}" for optimizer, value in by_optimizer.items())
         metadata |= {"help": f"{help_text} (default of {defaults})", "by_optimizer": by_optimizer}

@@ -1,9 +1,9 @@
 """An estimate of the memory that training needs on one device, without running it.
 
-Weights, gradients, AdamW's two moments and Muon's momentum are fp32. The activations that a block saves for its backward pass follow
-Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section 4.1), except that the
-residual stream stays fp32 under autocast. Not included: what torch.compile saves, and the gigabyte or so that allocator
-and libraries take on a GPU.
+Weights, gradients, AdamW's two moments and Muon's momentum are fp32. The activations that a block saves for its
+backward pass follow Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large Transformer Models", section
+4.1), except that the residual stream stays fp32 under autocast. Not included: what torch.compile saves, and the
+gigabyte or so that allocator and libraries take on a GPU.
 """
 
 import os
