@@ -97,7 +97,7 @@ def run_task(
         for batch in batches:
             for position, scores in batch:
                 n = missing[position]
-                records[n] = {**task.record(items[n], scores), "data": items[n].data}
+                records[n] = {"index": items[n].index, **task.record(items[n], scores), "data": items[n].data}
                 if cache is not None:
                     cache.add(keys[n], records[n])
                 count(records[n])

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.tasks.data_sources import RowSource, read_lines, unusable
+from evaluation.tasks.data_sources import RowSource, RowTask, read_lines, unusable
 from evaluation.tasks.detokenizers import detokenize_penn_treebank
 from evaluation.tasks.encoding import context_tokens, encode_candidates, truncate_together
 from evaluation.tasks.task_types import Encoder, Item, LogLikelihood, Metric, Request, Task, argmax, data_hash
@@ -51,7 +51,7 @@ def _problem(row: dict[str, Any]) -> str | None:
     return None
 
 
-class _Cbt(Task):
+class _Cbt(RowTask):
     """A protocol for one kind of question, "CN" or "NE"."""
 
     metrics: ClassVar = (Metric("acc", "accuracy", "prediction"),)
@@ -62,7 +62,7 @@ class _Cbt(Task):
         if raw:
             self.protocol = f"{type(self).protocol}_raw"
             self.description = f"{type(self).description} The text is left as it is."
-        self._rows = RowSource(
+        self.rows = RowSource(
             repository="cam-cst/cbt",
             config=kind,
             split="test",
@@ -72,20 +72,13 @@ class _Cbt(Task):
             parse=_questions,
         )
 
-    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        return [
-            Item(
-                index,
-                self._requests(row, encoder, n_positions),
-                gold=row["options"].index(row["answer"]),
-                data=data_hash([row[field] for field in self._rows.fields]),
-            )
-            for index, row in enumerate(self._rows.read(data_dir, limit))
-        ]
+    def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item:
+        requests = self._requests(row, encoder, n_positions)
+        data = data_hash([row[field] for field in self.rows.fields])
+        return Item(index, requests, gold=row["options"].index(row["answer"]), data=data)
 
     def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
         return {
-            "index": item.index,
             "gold": item.gold,
             "prediction": argmax([self._compared(score) for score in scores]),
             "log_likelihoods": [score.sum for score in scores],

@@ -5,6 +5,7 @@ loading scripts. Errors name the line.
 """
 
 import json
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -12,16 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from common.cli_errors import InputError, one_line
+from evaluation.tasks.task_types import Encoder, Item, Task
 
 _PARQUET_BRANCH = "refs/convert/parquet"
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield line number and value of each line of a JSON-lines file.
-
-    Raises:
-        InputError: a line is not JSON.
-    """
+    """Yield line number and value of each line of a JSON-lines file."""
     for number, line in enumerate(read_lines(path), 1):
         if not line.strip():
             continue
@@ -38,9 +36,7 @@ class RowSource:
     """A data set of rows.
 
     Attributes:
-        repository: on the Hub, "Rowan/hellaswag".
-        config: of the data set on the Hub.
-        split: "validation" or "test".
+        repository: on the Hub, with its config and split.
         file_names: names or glob patterns of the official file.
         fields: the fields of every row with their types.
         problem: returns what else is wrong with a row, or None.
@@ -61,19 +57,15 @@ class RowSource:
         Raises:
             InputError: the data is missing, or a row is malformed.
         """
-        where: Path | str
-        rows: Iterable[tuple[int, Any]]
         if data_dir is None:
-            where = self.repository
-            rows = enumerate(hub_rows(self.repository, self.config, self.split, limit), 1)
+            rows: Iterable[tuple[int, Any]] = enumerate(hub_rows(self.repository, self.config, self.split, limit), 1)
         else:
-            where = find_file(data_dir, self.file_names)
-            rows = self.parse(where)
+            path = find_file(data_dir, self.file_names)
+            rows = self.parse(path)
         found = []
         for number, row in islice(rows, limit):
-            problem = self._wrong_field(row) or self.problem(row)
-            if problem:
-                raise unusable(where, number, problem)
+            if problem := self._wrong_field(row) or self.problem(row):
+                raise unusable(self.repository if data_dir is None else path, number, problem)
             found.append(row)
         return found
 
@@ -88,12 +80,22 @@ class RowSource:
         return None
 
 
-def hub_rows(repository: str, config: str, split: str, limit: int | None = None) -> list[dict[str, Any]]:
-    """Return the first `limit` rows of a data set on the Hub, or all.
+class RowTask(Task):
+    """A task whose items are the rows of a data set."""
 
-    Raises:
-        InputError: the data set cannot be downloaded and is not in the cache.
-    """
+    rows: RowSource
+
+    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
+        """See `Task.items`."""
+        rows = self.rows.read(data_dir, limit)
+        return [self._item(index, row, encoder, n_positions) for index, row in enumerate(rows)]
+
+    @abstractmethod
+    def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item: ...
+
+
+def hub_rows(repository: str, config: str, split: str, limit: int | None = None) -> list[dict[str, Any]]:
+    """Return the first `limit` rows of a data set on the Hub, or all."""
     import datasets
     from datasets.utils.logging import disable_progress_bar
 
@@ -110,11 +112,7 @@ def hub_rows(repository: str, config: str, split: str, limit: int | None = None)
 
 
 def find_file(data_dir: Path, names: Sequence[str]) -> Path:
-    """Return the first of `names`, which may be glob patterns, in `data_dir` or any folder below it.
-
-    Raises:
-        InputError: there is no such file.
-    """
+    """Return the first of `names`, which may be glob patterns, in `data_dir` or any folder below it."""
     for name in names:
         for path in (data_dir / name, *sorted(data_dir.rglob(name))):
             if path.is_file():
@@ -126,11 +124,7 @@ def find_file(data_dir: Path, names: Sequence[str]) -> Path:
 
 
 def read_lines(path: Path) -> list[str]:
-    r"""Return the lines of a text file with their ends; only "\n" and "\r\n" end a line.
-
-    Raises:
-        InputError: the file is unreadable, empty or not UTF-8.
-    """
+    r"""Return the lines of a text file with their ends; only "\n" and "\r\n" end a line."""
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -7,16 +7,9 @@ Treebank (CBT) and of WikiText.
 import re
 from collections.abc import Sequence
 
-_Rules = Sequence[tuple[re.Pattern[str], str]]
-
-
-def _rules(*pairs: tuple[str, str]) -> _Rules:
-    return [(re.compile(pattern, re.MULTILINE), replacement) for pattern, replacement in pairs]
-
-
 _CONTRACTIONS = r" '(?=(?:s|S|m|d|ll|re|ve|t)\b)"
 
-_PENN_TREEBANK = _rules(
+_PENN_TREEBANK = (
     (r"-L[RSC]B- ?", "("),
     (r" ?-R[RSC]B-", ")"),
     (r"`` ?", '"'),
@@ -29,7 +22,7 @@ _PENN_TREEBANK = _rules(
     (r" ([.,;:!?%])", r"\1"),
 )
 
-_WIKITEXT = _rules(
+_WIKITEXT = (
     (r" @([-,.])@ ", r"\1"),
     (r"^ | $", ""),
     (r"^((?:= )+)(.*?)((?: =)+)$", r"\1\2\3"),
@@ -54,7 +47,7 @@ def detokenize_wikitext(text: str) -> str:
     return _apply(_WIKITEXT, text)
 
 
-def _apply(rules: _Rules, text: str) -> str:
+def _apply(rules: Sequence[tuple[str, str]], text: str) -> str:
     for pattern, replacement in rules:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     return text

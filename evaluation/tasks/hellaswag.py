@@ -3,12 +3,11 @@
 import re
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.tasks.data_sources import RowSource
+from evaluation.tasks.data_sources import RowSource, RowTask
 from evaluation.tasks.encoding import context_tokens, encode_jointly
-from evaluation.tasks.task_types import Encoder, Item, LogLikelihood, Metric, Request, Task, argmax, data_hash
+from evaluation.tasks.task_types import Encoder, Item, LogLikelihood, Metric, Request, argmax, data_hash
 
 
 def _problem(row: dict[str, Any]) -> str | None:
@@ -18,48 +17,43 @@ def _problem(row: dict[str, Any]) -> str | None:
     return None if label in ("0", "1", "2", "3") else f"the label is not 0, 1, 2 or 3: {label!r}"
 
 
-_ROWS = RowSource(
-    repository="Rowan/hellaswag",
-    config="default",
-    split="validation",
-    file_names=("hellaswag_val.jsonl", "hellaswag_val*.jsonl"),
-    fields={
-        "activity_label": str,
-        "ctx_a": str,
-        "ctx_b": str,
-        "ctx": str,
-        "endings": list,
-        "label": (int, str),
-    },
-    problem=_problem,
-)
-
-
-class _HellaSwag(Task):
+class _HellaSwag(RowTask):
     name = "hellaswag"
     metrics: ClassVar = (
         Metric("acc_norm", "accuracy", "prediction"),
         Metric("acc", "accuracy", "prediction_by_sum"),
     )
+    rows = RowSource(
+        repository="Rowan/hellaswag",
+        config="default",
+        split="validation",
+        file_names=("hellaswag_val.jsonl", "hellaswag_val*.jsonl"),
+        fields=dict.fromkeys(("activity_label", "ctx_a", "ctx_b", "ctx"), str) | {"endings": list, "label": (int, str)},
+        problem=_problem,
+    )
+    unit = "tokens"  # acc_norm compares the mean log-likelihood per unit of the ending
 
-    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        return [
-            Item(
-                index,
-                self._requests(row, encoder),
-                gold=int(row["label"]),
-                extra=self._lengths(row),
-                data=data_hash([str(row[field]) for field in _ROWS.fields]),
-            )
-            for index, row in enumerate(_ROWS.read(data_dir, limit))
-        ]
+    def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item:
+        data = data_hash([str(row[field]) for field in self.rows.fields])
+        return Item(index, self._requests(row, encoder), int(row["label"]), extra=self._lengths(row), data=data)
 
     @abstractmethod
-    def _requests(self, row: dict[str, Any], encoder: Encoder) -> tuple[Request, ...]:
-        """Return the requests of a row."""
+    def _requests(self, row: dict[str, Any], encoder: Encoder) -> tuple[Request, ...]: ...
 
     def _lengths(self, row: dict[str, Any]) -> dict[str, list[int]]:
         return {}
+
+    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
+        """Return the ending with the best mean log-likelihood, and the one with the best sum."""
+        sums = [score.sum for score in scores]
+        lengths = item.extra.get(self.unit) or [score.tokens for score in scores]
+        return {
+            "gold": item.gold,
+            "prediction": _argmax_of_mean(sums, lengths),
+            "prediction_by_sum": argmax(sums),
+            "log_likelihoods": sums,
+            self.unit: lengths,
+        }
 
 
 class HellaSwagCompletion(_HellaSwag):
@@ -76,18 +70,6 @@ class HellaSwagCompletion(_HellaSwag):
         context = context_tokens(encoder, encoder.encode(row["ctx"]))
         return tuple(Request(context, tuple(encoder.encode(f" {ending}"))) for ending in row["endings"])
 
-    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
-        """See `Task.record`."""
-        sums, tokens = [score.sum for score in scores], [score.tokens for score in scores]
-        return {
-            "index": item.index,
-            "gold": item.gold,
-            "prediction": _argmax_of_mean(sums, tokens),
-            "prediction_by_sum": argmax(sums),
-            "log_likelihoods": sums,
-            "tokens": tokens,
-        }
-
 
 class HellaSwagHarness(_HellaSwag):
     """The ending with the highest log-likelihood after the activity's label."""
@@ -99,6 +81,7 @@ class HellaSwagHarness(_HellaSwag):
         "acc_norm is per character, which is the same for ASCII; its acc_bytes is per byte)."
     )
     source = "EleutherAI/lm-evaluation-harness, task hellaswag, 0-shot"
+    unit = "bytes"
 
     def _requests(self, row: dict[str, Any], encoder: Encoder) -> tuple[Request, ...]:
         context = without_tags(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
@@ -113,18 +96,10 @@ class HellaSwagHarness(_HellaSwag):
         }
 
     def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
-        """See `Task.record`."""
-        sums = [score.sum for score in scores]
-        return {
-            "index": item.index,
-            "gold": item.gold,
-            "prediction": _argmax_of_mean(sums, item.extra["bytes"]),
-            "prediction_by_sum": argmax(sums),
-            # The harness's own acc_norm; it differs only where endings are not ASCII.
-            "prediction_by_characters": _argmax_of_mean(sums, item.extra["characters"]),
-            "log_likelihoods": sums,
-            "bytes": item.extra["bytes"],
-        }
+        """See `_HellaSwag.record`; the harness's own acc_norm differs only where endings are not ASCII."""
+        record = super().record(item, scores)
+        characters = _argmax_of_mean(record["log_likelihoods"], item.extra["characters"])
+        return {**record, "prediction_by_characters": characters}
 
 
 def _argmax_of_mean(sums: Sequence[float], lengths: Sequence[int]) -> int:

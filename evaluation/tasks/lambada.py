@@ -4,54 +4,36 @@
 protocols here are the ones in use; each gives the same model another accuracy.
 """
 
+import functools
 import re
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.tasks.data_sources import RowSource
+from evaluation.tasks.data_sources import RowSource, RowTask
 from evaluation.tasks.encoding import context_tokens, encode_jointly
-from evaluation.tasks.stop_words import STOP_WORDS
-from evaluation.tasks.task_types import (
-    Encoder,
-    Generated,
-    Generation,
-    Item,
-    LogLikelihood,
-    Metric,
-    Request,
-    Task,
-    data_hash,
-)
+from evaluation.tasks.task_types import Encoder, Generated, Generation, Item, LogLikelihood, Metric, Request, data_hash
 
 _NEW_TOKENS = 8  # the longest target has fewer in GPT-2's vocabulary
 _WORD = re.compile(r"\w+(?:['’-]\w+)*")
-
-
-def split_last_word(text: str) -> tuple[str, str]:
-    """Return what precedes and what follows the last space."""
-    context, _, word = text.rpartition(" ")
-    return context, word
-
-
-def _problem(row: dict[str, Any]) -> str | None:
-    context, word = split_last_word(row["text"])
-    return None if context.strip() and _WORD.search(word) else f"not a passage and a last word: {row['text'][:40]!r}"
-
-
-_ROWS = RowSource(
-    repository="EleutherAI/lambada_openai",
-    config="default",
-    split="test",
-    file_names=("lambada_test.jsonl",),
-    fields={"text": str},
-    problem=_problem,
+_STOP_WORDS = frozenset(  # the function words of the Snowball stemmer's list (snowballstem.org)
+    """
+    i me my myself we us our ours ourselves you your yours yourself yourselves he him his himself she her hers
+    herself it its itself they them their theirs themselves what which who whom this that these those am is are
+    was were be been being have has had having do does did doing would should could ought a an the and but if or
+    because as until while of at by for with about against between into through during before after above below
+    to from up down in out on off over under again further then once here there when where why how all any both
+    each few more most other some such no nor not only own same so than too very can will just
+    """.split()  # noqa: SIM905 - a list would take a line per word
 )
 
 
-class _Lambada(Task):
+def _problem(row: dict[str, Any]) -> str | None:
+    context, _, word = row["text"].rpartition(" ")
+    return None if context.strip() and _WORD.search(word) else f"not a passage and a last word: {row['text'][:40]!r}"
+
+
+class _Lambada(RowTask):
     """The last word, right if each of its scored tokens is the model's most likely one."""
 
     name = "lambada"
@@ -59,25 +41,20 @@ class _Lambada(Task):
         Metric("acc", "accuracy", "prediction"),
         Metric("ppl", "perplexity", "log_likelihood", "words"),
     )
-
-    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        texts = [row["text"] for row in _ROWS.read(data_dir, limit)]
-        return [self._item(index, text, encoder) for index, text in enumerate(texts)]
-
-    @abstractmethod
-    def _item(self, index: int, text: str, encoder: Encoder) -> Item:
-        """Return the item of a passage."""
+    rows = RowSource(
+        repository="EleutherAI/lambada_openai",
+        config="default",
+        split="test",
+        file_names=("lambada_test.jsonl",),
+        fields={"text": str},
+        problem=_problem,
+    )
 
     def record(self, item: Item, scores: Sequence[Any]) -> dict[str, Any]:
+        """Return whether the word is the model's choice, and its log-likelihood in nats."""
         score: LogLikelihood = scores[0]
-        return {
-            "index": item.index,
-            "gold": True,
-            "prediction": score.greedy,
-            "log_likelihood": score.sum,
-            "words": 1,
-            "target": item.gold,
-        }
+        prediction = {"gold": True, "prediction": score.greedy}
+        return {**prediction, "log_likelihood": score.sum, "words": 1, "target": item.gold}
 
 
 class LambadaHarness(_Lambada):
@@ -90,9 +67,12 @@ class LambadaHarness(_Lambada):
     )
     source = "EleutherAI/lm-evaluation-harness, task lambada_openai"
 
-    def _item(self, index: int, text: str, encoder: Encoder) -> Item:
-        context, word = split_last_word(text)
-        return Item(index, (encode_jointly(encoder, context, f" {word}"),), gold=word, data=data_hash(text))
+    def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item:
+        context, _, word = row["text"].rpartition(" ")
+        return Item(index, (self._request(encoder, context, word),), gold=word, data=data_hash(row["text"]))
+
+    def _request(self, encoder: Encoder, context: str, word: str) -> Request:
+        return encode_jointly(encoder, context, f" {word}")
 
 
 class LambadaLastToken(_Lambada):
@@ -105,10 +85,10 @@ class LambadaLastToken(_Lambada):
     )
     source = "openai/gpt-2 issue 131"
 
-    def _item(self, index: int, text: str, encoder: Encoder) -> Item:
-        ids = encoder.encode(text.rstrip())
-        request = Request(context_tokens(encoder, ids[:-1]), (ids[-1],))
-        return Item(index, (request,), gold=encoder.decode(ids[-1:]), data=data_hash(text))
+    def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item:
+        *context, last = encoder.encode(row["text"].rstrip())
+        request = Request(context_tokens(encoder, context), (last,))
+        return Item(index, (request,), gold=encoder.decode([last]), data=data_hash(row["text"]))
 
 
 class LambadaWord(_Lambada):
@@ -123,29 +103,20 @@ class LambadaWord(_Lambada):
     source = "from-scratch projects that generate and compare"
     metrics: ClassVar = (Metric("acc", "accuracy", "prediction"),)
 
-    def _item(self, index: int, text: str, encoder: Encoder) -> Item:
+    def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item:
+        text = row["text"]
         # Unlike what follows the last space, this word never holds a quotation mark or a line break.
         *_, target = _WORD.finditer(text)
-        ids = encoder.encode(text[: target.start()].rstrip(" "))
+        context = context_tokens(encoder, encoder.encode(text[: target.start()].rstrip(" ")))
         new_tokens = max(_NEW_TOKENS, len(encoder.encode(f" {target[0]}")) + 1)  # one more shows that the word ends
-        return Item(
-            index,
-            (Generation(context_tokens(encoder, ids), new_tokens),),
-            gold=target[0],
-            extra={"decode": encoder.decode},
-            data=data_hash(text),
-        )
+        request = Generation(context, new_tokens)
+        return Item(index, (request,), gold=target[0], extra={"decode": encoder.decode}, data=data_hash(text))
 
     def record(self, item: Item, scores: Sequence[Generated]) -> dict[str, Any]:
-        """See `Task.record`."""
+        """Return the first word of the generated text, and the text."""
         text = item.extra["decode"](scores[0].ids)
         word = _WORD.search(text)
-        return {
-            "index": item.index,
-            "gold": item.gold,
-            "prediction": word[0] if word else "",
-            "generated": text,
-        }
+        return {"gold": item.gold, "prediction": word[0] if word else "", "generated": text}
 
 
 class LambadaStopWordFilter(LambadaHarness):
@@ -158,17 +129,12 @@ class LambadaStopWordFilter(LambadaHarness):
     )
     source = "GPT-2 paper, section 3.3, which does not list its stop words; this list is Snowball's for English"
 
-    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        """See `Task.items`."""
-        excluded = stop_tokens(encoder)
-        items = super().items(data_dir, encoder, n_positions, limit)
-        return [
-            replace(item, requests=tuple(Request(r.context, r.continuation, excluded) for r in item.requests))  # type: ignore[union-attr]
-            for item in items
-        ]
+    def _request(self, encoder: Encoder, context: str, word: str) -> Request:
+        return replace(super()._request(encoder, context, word), excluded=stop_tokens(encoder))
 
 
+@functools.lru_cache(maxsize=1)
 def stop_tokens(encoder: Encoder) -> frozenset[int]:
     """Return the tokens that are a stop word after a space, in lower case or capitalized."""
-    encoded = [encoder.encode(f" {form}") for word in STOP_WORDS for form in (word, word.capitalize())]
+    encoded = [encoder.encode(f" {form}") for word in _STOP_WORDS for form in (word, word.capitalize())]
     return frozenset(ids[0] for ids in encoded if len(ids) == 1)

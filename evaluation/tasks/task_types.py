@@ -166,13 +166,7 @@ class Task(ABC):
 
     @abstractmethod
     def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        """Return the first `limit` items, or all.
-
-        Args:
-            data_dir: a folder with the official files; None reads the Hub.
-            encoder: the model's tokenizer.
-            n_positions: the longest sequence that the model takes, in tokens.
-            limit: the number of items.
+        """Return the first `limit` items, or all, from the official files in `data_dir`, or from the Hub.
 
         Raises:
             InputError: the data is missing or malformed.
@@ -180,12 +174,7 @@ class Task(ABC):
 
     @abstractmethod
     def record(self, item: Item, scores: Sequence[Any]) -> dict[str, Any]:
-        """Return the record of an item, which JSON can hold: "index", and what the metrics need.
-
-        Args:
-            item: of this task.
-            scores: a `LogLikelihood` or `Generated` for each of its requests.
-        """
+        """Return what the metrics need of an item, in a form that JSON can hold, from the scores of its requests."""
 
 
 class TextTask(Task):
@@ -194,7 +183,7 @@ class TextTask(Task):
     def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
         """Return the log-likelihood of the text in nats, and its length in tokens and in the unit of `extra`."""
         [score] = scores
-        return {"index": item.index, "log_likelihood": score.sum, "tokens": score.tokens, **item.extra}
+        return {"log_likelihood": score.sum, "tokens": score.tokens, **item.extra}
 
 
 def argmax(values: Sequence[float]) -> int:

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from common.cli_errors import InputError
 from common.token_files import map_ids, split_of
 from evaluation.tasks.task_types import Encoder, Item, Metric, Request, TextTask, data_hash
@@ -30,31 +28,20 @@ class Validation(TextTask):
         """See `Task.items`."""
         if data_dir is None:
             raise InputError("the task validation needs a shard folder; pass --data_dir")
-        shard = read_validation_shard(data_dir)
+        shards = sorted(path for path in data_dir.glob("*") if split_of(path.name) == "val")
+        if not shards:
+            raise InputError(
+                f"no validation shard (*_val_*.npy or .bin) in {data_dir}; make shards with python -m "
+                "training.prepare, or pass their folder as --data_dir"
+            )
+        shard = map_ids(shards[0])
+        if len(shard) < 2:
+            raise InputError(
+                f"{shards[0]} holds a single token, so there is nothing to predict; download it or prepare it again"
+            )
         items = []
         for index, start in enumerate(range(0, len(shard) - 1, n_positions)[:limit]):
             ids = tuple(shard[start : start + n_positions + 1].tolist())
             text = encoder.decode_bytes([token for token in ids[1:] if token != encoder.end_of_text_id])
-            request = Request(ids[:1], ids[1:])
-            items.append(Item(index, (request,), extra={"bytes": len(text)}, data=data_hash(ids)))
+            items.append(Item(index, (Request(ids[:1], ids[1:]),), extra={"bytes": len(text)}, data=data_hash(ids)))
         return items
-
-
-def read_validation_shard(folder: Path) -> np.ndarray:
-    """Return the token ids of a folder's first validation shard, (tokens,), memory-mapped.
-
-    Raises:
-        InputError: there is none, or it is truncated or has another format.
-    """
-    shards = sorted(path for path in folder.glob("*") if split_of(path.name) == "val")
-    if not shards:
-        raise InputError(
-            f"no validation shard (*_val_*.npy or .bin) in {folder}; make shards with python -m training.prepare, or "
-            "pass their folder as --data_dir"
-        )
-    ids = map_ids(shards[0])
-    if len(ids) < 2:
-        raise InputError(
-            f"{shards[0]} holds a single token, so there is nothing to predict; download it or prepare it again"
-        )
-    return ids
