@@ -1,6 +1,7 @@
 """The work of `python -m evaluation.run --model … --tasks …`: load, evaluate, print and write."""
 
 import argparse
+import contextlib
 import datetime
 import os
 import time
@@ -15,10 +16,10 @@ from accelerate.utils import InitProcessGroupKwargs
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from common.cpus import use_all_cores
-from evaluation.results.item_cache import ItemCache, cache_path, model_fingerprint, refuse_another_model
+from evaluation.results.item_cache import ItemCache, model_fingerprint, refuse_another_model
 from evaluation.results.metric_values import load_metrics
 from evaluation.results.report import is_table, markdown_table, terminal_table
-from evaluation.results.results_file import Results, TaskResult, read_results
+from evaluation.results.results_file import Results, read_results
 from evaluation.results.task_runner import from_main_process, on_every_process, read_items, run_task
 from evaluation.scoring.scorer import n_positions_of
 from evaluation.scoring.tokenizer_adapter import TokenizerAdapter
@@ -29,10 +30,7 @@ _PROCESS_TIMEOUT = datetime.timedelta(hours=6)  # one process downloads while th
 
 
 def evaluate_model(options: argparse.Namespace) -> None:
-    """Evaluate the model, print the table, and write the output files.
-
-    Args:
-        options: from `evaluation.run.parse`.
+    """Evaluate the model, print the table, and write the output files; `options` come from `evaluation.run.parse`.
 
     Raises:
         InputError: the model, the data or an output path cannot be used.
@@ -67,11 +65,16 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator, model: Any,
     items = on_every_process(
         accelerator, lambda: read_items(options.tasks, options.data_dir, encoder, n_positions, options.limit)
     )
-    cache = _open_cache(options, accelerator, weights, dtype)
-    tasks: list[TaskResult] = []
-    try:
-        for task in options.tasks:
-            result = run_task(
+    caches: list[ItemCache] = []  # on the main process, with --output
+    if options.output is not None:
+        path = options.output.with_suffix(".items.jsonl")
+        from_main_process(
+            accelerator, lambda: caches.append(ItemCache(path, model=options.model, weights=weights, dtype=dtype))
+        )
+    cache = caches[0] if caches else None
+    with contextlib.closing(cache) if cache else contextlib.nullcontext():
+        tasks = [
+            run_task(
                 model,
                 task,
                 items[task.full_name],
@@ -80,10 +83,8 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator, model: Any,
                 cache=cache,
                 show_progress=True,
             )
-            tasks.append(result)
-    finally:
-        if cache is not None:
-            cache.close()
+            for task in options.tasks
+        ]
     device = accelerator.device
     return Results(
         model=options.model,
@@ -120,17 +121,6 @@ def _load(options: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
             "tokenizer that the model was trained with"
         )
     return model, tokenizer
-
-
-def _open_cache(options: argparse.Namespace, accelerator: Accelerator, weights: str, dtype: str) -> ItemCache | None:
-    """Return the item cache on the main process; None on the others, and without --output."""
-    caches: list[ItemCache] = []
-    if options.output is not None:
-        path = cache_path(options.output)
-        from_main_process(
-            accelerator, lambda: caches.append(ItemCache(path, model=options.model, weights=weights, dtype=dtype))
-        )
-    return caches[0] if caches else None
 
 
 def _check_outputs(options: argparse.Namespace) -> None:

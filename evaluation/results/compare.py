@@ -6,8 +6,7 @@ Accuracies are compared by McNemar's exact test, losses by a paired t-test.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.cli_errors import InputError
 from evaluation.results.report import aligned, number
@@ -19,16 +18,8 @@ from evaluation.tasks.task_types import Metric
 Records = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Difference:
-    """How model B differs from model A.
-
-    Attributes:
-        difference: b - a, of accuracies or of mean losses in nats.
-        interval: 95 % confidence interval of the difference.
-        p_value: two-sided.
-        test: its name, and what it counted.
-    """
+class Difference(NamedTuple):
+    """How model B differs from A: b - a of accuracies or mean losses in nats, its 95 % interval, the two-sided p."""
 
     difference: float
     interval: tuple[float, float]
@@ -53,13 +44,7 @@ def mcnemar(a: Sequence[bool], b: Sequence[bool]) -> Difference:
 
 
 def paired_t(a: Sequence[float], b: Sequence[float], counts: Sequence[int]) -> Difference:
-    """Compare two models' losses on the same items.
-
-    Args:
-        a: log-likelihoods of the items under model A, in nats.
-        b: the same under model B.
-        counts: tokens, words or bytes of the items, the same for both models.
-    """
+    """Compare two models' log-likelihoods of the same items, in nats; an item counts so many tokens, words or bytes."""
     total, items = sum(counts), len(a)
     differences = [x - y for x, y in zip(a, b, strict=True)]  # loss of B - loss of A
     mean = math.fsum(differences) / total
@@ -120,20 +105,17 @@ def comparison_table(a: Results, b: Results) -> str:
                     f"{name} has no items of {first.task}; run its command again with --save_items and the same "
                     "--output: cached items are not scored again"
                 )
-        _refuse_different_items(first.task, first.records, second.records)
+        keys = ("index", "gold", "target", "data")
+        items = [[[record.get(key) for key in keys] for record in result.records] for result in (first, second)]
+        if items[0] != items[1]:
+            raise InputError(
+                f"A ({len(items[0]):,} items) and B ({len(items[1]):,} items) were not evaluated on the same items of "
+                f"{first.task}; use the same data and --limit"
+            )
         for metric in task_named(first.task).metrics:
             values = [number(result.metrics[metric.name].value) for result in (first, second)]
             rows.append([first.task, metric.name, *values, *_cells(metric, first.records, second.records)])
     return "\n".join([f"A: {a.model} ({a.dtype})", f"B: {b.model} ({b.dtype})", "", *aligned(rows)])
-
-
-def _refuse_different_items(task: str, a: Records, b: Records) -> None:
-    keys = ("index", "gold", "target", "data")
-    if [[record.get(key) for key in keys] for record in a] != [[record.get(key) for key in keys] for record in b]:
-        raise InputError(
-            f"A ({len(a):,} items) and B ({len(b):,} items) were not evaluated on the same items of {task}; use the "
-            "same data and --limit"
-        )
 
 
 def _cells(metric: Metric, a: Records, b: Records) -> list[str]:

@@ -8,6 +8,7 @@ and tokenizer, so a model that was trained further never reuses results.
 import array
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,6 @@ from evaluation.tasks.task_types import Generation, Item, Task
 
 _IRRELEVANT_CONFIG = {"_name_or_path", "_commit_hash", "auto_map", "transformers_version", "dtype", "torch_dtype"}
 _HEADER_PREFIX = b'{"model": '  # how a file starts whose writer was killed while writing the first line
-
-
-def cache_path(output: Path) -> Path:
-    """Return the path of the item cache of `results.json`: `results.items.jsonl`."""
-    return output.with_suffix(".items.jsonl")
 
 
 def model_fingerprint(model: Any, tokenizer: Any) -> str:
@@ -58,13 +54,7 @@ def item_key(task: Task, item: Item) -> str:
 
 
 class ItemCache:
-    """The records of scored items by `item_key`, and the file that keeps them.
-
-    Args:
-        path: of the file, which is created if absent.
-        model: its name, for messages.
-        weights: the `model_fingerprint`.
-        dtype: of the weights, "bfloat16".
+    """The records of scored items by `item_key`, and the file that keeps them; `weights` is the `model_fingerprint`.
 
     Raises:
         InputError: the file is of another model, is not an item cache, or is not writable.
@@ -86,15 +76,10 @@ class ItemCache:
         content = self._path.read_bytes()
         complete = content[: content.rfind(b"\n") + 1]
         lines = [_parsed(line) for line in complete.splitlines()]
-        if lines:
-            is_cache = {"model", "weights", "dtype"} <= set(lines[0])
-        else:
-            is_cache = _HEADER_PREFIX.startswith(content[: len(_HEADER_PREFIX)])
-        if not is_cache:
+        killed_at_once = not lines and _HEADER_PREFIX.startswith(content[: len(_HEADER_PREFIX)])
+        if not killed_at_once and not (lines and {"model", "weights", "dtype"} <= set(lines[0])):
             raise InputError(f"{self._path} exists and is not an item cache; choose another --output")
-        if len(complete) < len(content):  # the writer was killed inside a line
-            with self._path.open("r+b") as file:
-                file.truncate(len(complete))
+        os.truncate(self._path, len(complete))  # the writer may have been killed inside a line
         if lines:
             refuse_another_model(self._path, lines[0], weights, dtype)
             self.records = {line["key"]: line["record"] for line in lines if {"key", "record"} <= set(line)}
@@ -121,11 +106,7 @@ class ItemCache:
 
 
 def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dtype: str) -> None:
-    """Refuse a file with results of another model, or of the same model in another dtype.
-
-    Raises:
-        InputError: `found`, the header of `path`, is of another model or dtype.
-    """
+    """Raise an `InputError` if `found`, the header of `path`, is of another model, or of another dtype."""
     if found["dtype"] != dtype:
         difference = f"in {found['dtype']}, not {dtype}"
     elif found["weights"] != weights:

@@ -1,13 +1,15 @@
 """The metrics of a task, computed from its records by the `evaluate` modules in `evaluation/metrics/`."""
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.cli_errors import InputError
-from evaluation.tasks.task_types import Metric, Task
+from evaluation.results.standard_errors import exp
+from evaluation.tasks.task_types import Task
 
 METRICS = Path(__file__).parents[1] / "metrics"
 
@@ -25,16 +27,37 @@ class MetricValue:
 
     value: float
     stderr: float | None
-    interval: tuple[float, float] | None
+    interval: Sequence[float] | None
     module: str
 
 
-def load_metrics(tasks: Iterable[Task]) -> None:
-    """Load the metric modules of the tasks, so that a failure shows before the scoring.
+class RunningMetric:
+    """The first metric of `task` over the records added so far; its text is "acc_norm 0.2955", or empty."""
 
-    Raises:
-        InputError: the modules' cache is not writable.
-    """
+    def __init__(self, task: Task) -> None:
+        self._metric = task.metrics[0]
+        self._sum = self._count = 0.0
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Count a record."""
+        prediction, reference = record[self._metric.prediction], record[self._metric.reference]
+        accuracy = self._metric.module == "accuracy"
+        self._sum += prediction == reference if accuracy else -prediction
+        self._count += 1 if accuracy else reference
+
+    def __str__(self) -> str:
+        if not self._count:
+            return ""
+        value = self._sum / self._count
+        if self._metric.module == "perplexity":
+            value = exp(value)
+        elif self._metric.module == "bits_per_byte":
+            value /= math.log(2)
+        return f"{self._metric.name} {value:.4f}"
+
+
+def load_metrics(tasks: Iterable[Task]) -> None:
+    """Load the metric modules of the tasks, so that an `InputError` about their cache shows before the scoring."""
     for module in {metric.module for task in tasks for metric in task.metrics}:
         _load(module)
 
@@ -45,20 +68,18 @@ def compute_metrics(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[st
     Raises:
         InputError: the modules' cache is not writable, or the records are too few for a metric.
     """
-    return {metric.name: _compute(task, metric, records) for metric in task.metrics}
-
-
-def _compute(task: Task, metric: Metric, records: Sequence[Mapping[str, Any]]) -> MetricValue:
-    predictions = [record[metric.prediction] for record in records]
-    references = [record[metric.reference] for record in records]
-    if metric.module != "accuracy" and not sum(references):
-        raise InputError(
-            f"the {len(records)} items of {task.full_name} hold no {metric.reference}, so there is no "
-            f"{metric.name}; raise the limit"
-        )
-    result = _load(metric.module).compute(predictions=predictions, references=references)
-    interval = result["interval"]
-    return MetricValue(result[metric.module], result["stderr"], tuple(interval) if interval else None, metric.module)
+    values = {}
+    for metric in task.metrics:
+        predictions = [record[metric.prediction] for record in records]
+        references = [record[metric.reference] for record in records]
+        if metric.module != "accuracy" and not sum(references):
+            raise InputError(
+                f"the {len(records)} items of {task.full_name} hold no {metric.reference}, so there is no "
+                f"{metric.name}; raise the limit"
+            )
+        found = _load(metric.module).compute(predictions=predictions, references=references)
+        values[metric.name] = MetricValue(found[metric.module], found["stderr"], found["interval"], metric.module)
+    return values
 
 
 @functools.cache

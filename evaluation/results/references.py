@@ -19,14 +19,9 @@ _OWN_HARNESS = "README of a from-scratch GPT-2, its own harness"
 
 @dataclass(frozen=True)
 class Reference:
-    """One published result.
+    """A published result of a GPT-2: a fraction for accuracies, nats per token for losses.
 
-    Attributes:
-        task: with its protocol, "hellaswag:harness"; not necessarily one of our tasks.
-        metric: of that task, "acc_norm".
-        size: of the GPT-2.
-        value: a fraction for accuracies, nats per token for losses.
-        source: where it was published.
+    `task` names the protocol too, "hellaswag:harness"; it may not be one of our tasks.
     """
 
     task: str

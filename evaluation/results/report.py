@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from evaluation.results.metric_values import MetricValue
 from evaluation.results.references import SIZES, one_per_size, published
 from evaluation.results.results_file import Results
 from evaluation.tasks.registry import default_protocols, tasks
@@ -87,15 +86,11 @@ def _table(results: Results) -> tuple[list[list[str]], list[str]]:
             references = found[result.task, name]
             task, _, protocol = result.task.partition(":")
             shown = [number(references[size].value) if size in references else "" for size in sizes]
-            rows.append([task, protocol, name, *_shown(metric), f"{result.items:,}", *shown])
+            error = "" if metric.stderr is None else number(metric.stderr)
+            interval = " – ".join(map(number, metric.interval or ()))
+            rows.append([task, protocol, name, number(metric.value), error, interval, f"{result.items:,}", *shown])
     sources = {each.source: None for references in found.values() for each in references.values()}
     return rows, list(sources)
-
-
-def _shown(metric: MetricValue) -> tuple[str, str, str]:
-    error = "" if metric.stderr is None else number(metric.stderr)
-    interval = "" if metric.interval is None else " – ".join(number(end) for end in metric.interval)
-    return number(metric.value), error, interval
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -36,9 +36,7 @@ class TaskResult:
 
     Attributes:
         task: full name, "hellaswag:harness".
-        items: number of items.
         seconds: of scoring the items that were not cached.
-        metrics: by name, in the task's order.
         records: of all items, in the order of the data; empty if read from a file without them.
     """
 
@@ -54,21 +52,14 @@ class Results:
     """The results of a model.
 
     Attributes:
-        model: folder or Hub id.
         revision: as requested on the Hub; None for a folder or the latest one.
         commit: the commit that was loaded from the Hub.
         weights: a hash of weights, config and tokenizer.
-        parameters: number of parameters.
-        n_positions: the longest sequence that the model takes.
-        dtype: "float32".
         device: "cpu", or the name of the GPU.
-        processes: number of processes.
         data_dir: folder of the data; None for the Hub.
         limit: maximum items per task; None for all.
         started: time in ISO 8601 with its zone.
         seconds: of everything after loading the model.
-        tasks: a result for each.
-        versions: of packages.
         step: of the run that trains the model; None outside training.
     """
 
@@ -157,10 +148,14 @@ def read_results(path: Path) -> Results:
 
 
 def _task_from_json(name: str, values: Mapping[str, Any]) -> TaskResult:
-    metrics = {}
-    for metric, given in values["figures"].items():
-        interval = given["interval_95"]
-        value = math.inf if given["value"] is None else given["value"]
-        metrics[metric] = MetricValue(value, given["stderr"], tuple(interval) if interval else None, given["metric"])
+    metrics = {
+        metric: MetricValue(
+            math.inf if given["value"] is None else given["value"],
+            given["stderr"],
+            given["interval_95"],
+            given["metric"],
+        )
+        for metric, given in values["figures"].items()
+    }
     records = [{"index": record["index"], **record} for record in values.get("records", [])]
     return TaskResult(name, values["items"], values["seconds"], metrics, records)

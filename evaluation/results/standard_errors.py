@@ -30,19 +30,29 @@ def wilson_interval(right: int, total: int) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def normal_interval(value: float, stderr: float | None) -> list[float] | None:
+    """Return the 95 % interval of a normal distribution; None without a standard error."""
+    return None if stderr is None else [value - Z * stderr, value + Z * stderr]
+
+
+def exp(value: float) -> float:
+    """Return exp(value), infinite if it overflows a float, as for the words of a random model."""
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
 def ratio_of_sums(values: Sequence[float], counts: Sequence[float]) -> tuple[float, float | None]:
     """Return sum(values) / sum(counts) and its standard error by the delta method; None for a single item.
 
-    Args:
-        values: one per item, such as its loss in nats.
-        counts: one per item, such as its number of tokens; not all zero.
+    An item has a value, such as its loss in nats, and a count, such as its number of tokens.
     """
     total = math.fsum(counts)
     if len(values) != len(counts) or total <= 0:
         raise ValueError(f"needs as many values as counts, and counts above 0; got {len(values)} and {len(counts)}")
     ratio = math.fsum(values) / total
-    number = len(values)
-    if number < 2:
+    if len(values) < 2:
         return ratio, None
     squares = math.fsum((value - ratio * count) ** 2 for value, count in zip(values, counts, strict=True))
-    return ratio, math.sqrt(number / (number - 1) * squares) / total
+    return ratio, math.sqrt(len(values) / (len(values) - 1) * squares) / total

@@ -16,9 +16,8 @@ from common.cli_errors import InputError
 from common.progress import Progress
 from common.ranks import Ranks
 from evaluation.results.item_cache import ItemCache, item_key
-from evaluation.results.metric_values import compute_metrics
+from evaluation.results.metric_values import RunningMetric, compute_metrics
 from evaluation.results.results_file import TaskResult
-from evaluation.results.running_metric import RunningMetric
 from evaluation.scoring.scorer import score_batches
 from evaluation.tasks.task_types import Encoder, Item, Task
 
@@ -56,10 +55,8 @@ def run_task(
 
     Args:
         model: any causal language model of transformers, on its device, unwrapped.
-        task: which.
         items: of the task, from `read_items`.
         accelerator: distributes the items over its processes.
-        tokens_per_batch: as of `score_batches`.
         sharded_model: forward passes need all processes, so each process scores all items.
         cache: of the main process; None on the others, or without a cache.
         show_progress: on the main process.
@@ -114,18 +111,17 @@ def on_every_process(accelerator: Any, compute: Callable[[], _T]) -> _T:
     An `InputError` on any process is raised on all of them.
     """
     ranks = _ranks(accelerator)
-    result: list[_T] = []
-    error: InputError | None = None
+    result: _T | InputError
     with accelerator.local_main_process_first():
         try:
-            result.append(compute())
-        except InputError as raised:  # leaving the block by an exception would skip its barrier
-            error = raised
+            result = compute()
+        except InputError as error:  # leaving the block by an exception would skip its barrier
+            result = error
     with ranks.share_errors():
-        if error is not None:
-            raise error
+        if isinstance(result, InputError):
+            raise result
     ranks.gather(None)
-    return result[0]
+    return result
 
 
 def from_main_process(accelerator: Any, compute: Callable[[], _T]) -> _T:

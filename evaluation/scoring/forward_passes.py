@@ -6,6 +6,7 @@ padded prefix and its continuation.
 
 import functools
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from transformers import DynamicCache
 from transformers.activations import NewGELUActivation
 from transformers.cache_utils import DynamicLayer
 
-from evaluation.scoring.batching import TOKENS_PER_SCORED_TOKEN, cheapest_batches
 from evaluation.tasks.task_types import LogLikelihood, Request
+
+TOKENS_PER_SCORED_TOKEN = 8
+"""Tokens whose keys, values and activations take about as much memory as the logits of one token."""
 
 _TOKENS_PER_PASS = {"cpu": 64}
 _DEFAULT_TOKENS_PER_PASS = 2048
@@ -93,10 +96,7 @@ class ForwardPasses:
     def shared(self, groups: Sequence[Sequence[Request]], prefixes: Sequence[int], budget: int) -> list[LogLikelihood]:
         """Return the scores of groups of requests, where the tokens that a group has in common are read once.
 
-        Args:
-            groups: requests that begin with the same tokens.
-            prefixes: how many tokens each group has in common.
-            budget: tokens in a pass, cached ones included.
+        The requests of group n begin with the same `prefixes[n]` tokens. Cached tokens count in `budget` too.
         """
         requests = [request for group in groups for request in group]
         group_of = [number for number, group in enumerate(groups) for _ in group]
@@ -253,3 +253,34 @@ class _PrefixCache:
         for index, (keys, values) in enumerate(self._layers):
             cache.update(keys[:, :, :longest][prefixes], values[:, :, :longest][prefixes], index)
         return cache
+
+
+def cheapest_batches(
+    lengths: Mapping[int, int], scored: Mapping[int, int], *, budget: int, cached: int, tokens_per_pass: int
+) -> list[list[int]]:
+    """Return the keys of `lengths`, longest first, in the batches that take the least time and fit into memory.
+
+    Dynamic programming over the sorted lengths: a pass over n sequences costs n times the longest one, padding
+    included, and a constant, `tokens_per_pass`. Of each sequence, `lengths` are read, `scored` get logits, and `cached`
+    tokens are in the cache already; `budget` is the number of tokens in a pass, padding and cached ones included.
+    """
+    keys = sorted(lengths, key=lengths.__getitem__, reverse=True)
+    costs, starts = [0], [0]  # of the first n sequences: their cost, and where their last batch starts
+    for end in range(1, len(keys) + 1):
+        cheapest, cheapest_start, logits = math.inf, end - 1, 0
+        for start in range(end - 1, -1, -1):
+            rows, longest = end - start, lengths[keys[start]]
+            logits += scored[keys[start]]
+            too_much = rows * (cached + longest) > budget or logits * TOKENS_PER_SCORED_TOKEN > budget
+            if too_much and rows > 1:
+                break
+            cost = costs[start] + tokens_per_pass + rows * longest
+            if cost < cheapest:
+                cheapest, cheapest_start = cost, start
+        costs.append(int(cheapest))
+        starts.append(cheapest_start)
+    batches, end = [], len(keys)
+    while end:
+        batches.append(keys[starts[end] : end])
+        end = starts[end]
+    return batches[::-1]

@@ -13,14 +13,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
 
 from common.cli_errors import InputError
 from common.ranks import Ranks
-from evaluation.scoring.batching import TOKENS_PER_SCORED_TOKEN
-from evaluation.scoring.forward_passes import ForwardPasses
-from evaluation.scoring.generation import generate
+from evaluation.scoring.forward_passes import TOKENS_PER_SCORED_TOKEN, ForwardPasses
 from evaluation.scoring.model_checks import takes_positions_from_zero
 from evaluation.tasks.encoding import common_prefix_length
 from evaluation.tasks.task_types import Generated, Generation, Item, Request
@@ -185,7 +186,7 @@ def _run(passes: ForwardPasses, model: Any, batch: list[_Job], budget: int) -> l
     if batch[0].kind == "generation":
         requests = [request for job in batch for request in job.item.requests if isinstance(request, Generation)]
         n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        generated = generate(model, [request.context for request in requests], batch[0].new_tokens, n_positions)
+        generated = _generate(model, [request.context for request in requests], batch[0].new_tokens, n_positions)
         flat = [
             None if ids is None else Generated(ids[: request.max_new_tokens])
             for ids, request in zip(generated, requests, strict=True)
@@ -206,6 +207,50 @@ def _run(passes: ForwardPasses, model: Any, batch: list[_Job], budget: int) -> l
                 f"the model returned {what} at item {job.item.index}; check its weights, or load it in float32"
             )
     return found
+
+
+@torch.inference_mode()
+def _generate(
+    model: Any, contexts: Sequence[Sequence[int]], new_tokens: int, n_positions: int | None
+) -> list[tuple[int, ...] | None]:
+    """Return greedy continuations of at most `new_tokens` tokens, without end-of-sequence tokens; None for NaN.
+
+    Contexts are truncated on the left to fit `n_positions` together with the new tokens. Of the model's own generation
+    config (penalties, suppressed tokens, …) only the end-of-sequence tokens count.
+    """
+    longest = n_positions - new_tokens if n_positions else None
+    rows = [list(context)[-longest:] if longest else list(context) for context in contexts]
+    width = max(map(len, rows))
+    config = model.config.get_text_config()
+    own_padding = getattr(config, "pad_token_id", None)
+    padding = own_padding if own_padding is not None and 0 <= own_padding < config.vocab_size else 0  # masked
+    device = model.get_input_embeddings().weight.device
+    input_ids = torch.tensor([[padding] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    is_nan = torch.zeros(len(rows), dtype=torch.bool, device=device)
+
+    def check_nan(input_ids: Tensor, scores: Tensor) -> Tensor:
+        is_nan.logical_or_(scores.isnan().any(-1))
+        return scores
+
+    own_config = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own_config.eos_token_id, pad_token_id=padding)
+    try:
+        output = model.generate(
+            input_ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            logits_processor=LogitsProcessorList([check_nan]),
+        )
+    finally:
+        model.generation_config = own_config
+    eos = own_config.eos_token_id
+    eos_ids = set(eos if isinstance(eos, list) else [eos])
+    continuations: list[tuple[int, ...] | None] = []
+    for ids, failed in zip(output[:, width:].tolist(), is_nan.tolist(), strict=True):
+        end = next((position for position, token in enumerate(ids) if token in eos_ids), new_tokens)
+        continuations.append(None if failed else tuple(ids[:end]))
+    return continuations
 
 
 def _check(model: Any, items: Sequence[Item], n_positions: int) -> None:

@@ -130,7 +130,7 @@ class LambadaStopWordFilter(LambadaHarness):
     source = "GPT-2 paper, section 3.3, which does not list its stop words; this list is Snowball's for English"
 
     def _request(self, encoder: Encoder, context: str, word: str) -> Request:
-        return replace(super()._request(encoder, context, word), excluded=stop_tokens(encoder))
+        return replace(super()._request(encoder, context, word), excluded=stop_tokens(encoder))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1)

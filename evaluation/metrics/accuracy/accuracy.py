@@ -1,4 +1,8 @@
-"""Accuracy with its standard error and 95 % interval."""
+"""The share of predictions that equal their reference.
+
+Returns `accuracy`, `stderr` (sample standard deviation over the square root of n, as in lm-evaluation-harness; None for
+a single item) and `interval` (95 %, Wilson).
+"""
 
 from typing import Any
 
@@ -7,25 +11,17 @@ import evaluate
 
 from evaluation.results.standard_errors import accuracy_standard_error, wilson_interval
 
-_DESCRIPTION = """The share of predictions that equal their reference.
-
-Returns `accuracy`, `stderr` (sample standard deviation over the square root of n, as in lm-evaluation-harness; None for
-a single item) and `interval` (95 %, Wilson).
-"""
-
 
 class Accuracy(evaluate.Metric):
-    """The share of predictions that equal their reference."""
+    """The share of predictions that equal their reference; both are integers or strings."""
 
     def _info(self) -> evaluate.MetricInfo:
-        kinds = ("int64", "string")
         return evaluate.MetricInfo(
-            description=_DESCRIPTION,
+            description=str(__doc__),
             citation="Wilson, E. B. (1927). Probable inference, the law of succession, and statistical inference.",
-            inputs_description="predictions and references: integers or strings",
             features=[
                 datasets.Features({"predictions": datasets.Value(kind), "references": datasets.Value(kind)})
-                for kind in kinds
+                for kind in ("int64", "string")
             ],
         )
 

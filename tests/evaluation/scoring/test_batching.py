@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from evaluation.scoring.batching import TOKENS_PER_SCORED_TOKEN, cheapest_batches
+from evaluation.scoring.forward_passes import TOKENS_PER_SCORED_TOKEN, cheapest_batches
 
 
 @pytest.mark.parametrize("budget", [30, 90, 10_000])

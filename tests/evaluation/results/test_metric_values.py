@@ -2,7 +2,7 @@
 
 import pytest
 
-from evaluation.results.running_metric import RunningMetric
+from evaluation.results.metric_values import RunningMetric
 from evaluation.tasks.registry import task_named
 
 RECORDS = [{"gold": 1, "prediction": 1}, {"gold": 2, "prediction": 0}, {"gold": 3, "prediction": 3}]
