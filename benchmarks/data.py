@@ -37,8 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.cli_errors import InputError, run_command
 from common.cpus import usable_cpus
 from common.worker_processes import results_in_order, start_workers
-from training.data.loading.loader import TrainingWindows, training_batches
-from training.data.loading.training_shards import TrainingShards
+from training.data.loading.loader import TrainingShards, TrainingWindows, training_batches
 from training.data.producing.producer import batches
 from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.sources.base import INSTALLED_DOCS, Document

@@ -5,11 +5,9 @@ It can be stopped at any time and run again: it resumes after the last complete 
 """
 
 import argparse
-import time
 from pathlib import Path
 
-from common.cli_errors import CommandParser, InputError, run_command
-from training.data.producing.producer_process import interrupt_on_sigterm
+from common.cli_errors import CommandParser, InputError, interrupt_on_sigterm, run_command
 
 # The worker processes import this module: heavy imports are inside functions.
 
@@ -58,7 +56,7 @@ def _run() -> None:
     if arguments.output is None:
         raise InputError("--output is missing; pass the folder to fill")
 
-    from training.data.producing.producer import produce, summarize
+    from training.data.producing.producer import produce
     from training.data.shards.shard_spec import ShardSpec
 
     spec = ShardSpec(
@@ -71,9 +69,7 @@ def _run() -> None:
         val_tokens=arguments.shard_tokens if arguments.val_tokens is None else arguments.val_tokens,
         max_tokens=arguments.max_tokens,
     )
-    started = time.perf_counter()
-    folder = produce(spec, num_workers=arguments.num_workers, report=lambda line: print(line, flush=True))
-    print(summarize(folder, time.perf_counter() - started))
+    produce(spec, num_workers=arguments.num_workers, report=lambda line: print(line, flush=True))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from support.small_corpora import make_shards
 from common.cli_errors import InputError
 from common.folder_lock import locked
 from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
-from training.data.loading.training_shards import TrainingShards
+from training.data.loading.loader import TrainingShards
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import train_bpe
@@ -208,7 +208,7 @@ def test_two_processes_of_a_node_start_one_producer(tiny_recipe: Make, tmp_path:
         while process.poll() is None:
             for found in processes_that_name(str(tmp_path / "data")):
                 try:
-                    if b"producer_process" in Path(f"/proc/{found}/cmdline").read_bytes():
+                    if b"background_producer" in Path(f"/proc/{found}/cmdline").read_bytes():
                         # Between fork and exec, a process looks like its parent.
                         producers.add(os.getsid(found))
                 except (FileNotFoundError, ProcessLookupError):

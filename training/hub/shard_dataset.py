@@ -10,9 +10,9 @@ from huggingface_hub import DatasetCardData
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError
 from common.token_files import split_of
-from training.data.shards.folder_lifecycle import TOKENIZER_FILES
 from training.data.shards.manifest import MANIFEST_NAME, Manifest
 from training.data.shards.shard_reader import Shard, ShardFolder
+from training.data.shards.shard_writer import TOKENIZER_FILES
 from training.hub.card_edits import results_block, with_edits_of
 from training.hub.hub_errors import input_errors
 from training.hub.provenance import ENGLISH_CORPORA, hub_dataset

@@ -16,9 +16,8 @@ from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.checksums import state_checksum
 from training.checkpoints.data_identity import refuse_other_data
 from training.checkpoints.resume import check_end, find_resume_point
-from training.data.loading.loader import validation_windows
+from training.data.loading.loader import TrainingShards, validation_windows
 from training.data.loading.order import Order
-from training.data.loading.training_shards import TrainingShards
 from training.data.producing.background_producer import BackgroundProducer
 from training.data.shards.shard_reader import ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedConfig
 
-from training.data.loading.training_shards import TrainingShards
+from training.data.loading.loader import TrainingShards
 from training.data.tokenization.tokenizer import Tokenizer
 from training.recipe import Recipe
 from training.step.batch_plan import BatchPlan

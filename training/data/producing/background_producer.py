@@ -1,7 +1,8 @@
 """The producer in the background of training: a child process that is restarted on failure and exits with training.
 
 In the training process there is only a thread that waits for the child. The child's standard input is a pipe that is
-never written to: when training ends, even by SIGKILL, the pipe closes and the child exits.
+never written to: when training ends, even by SIGKILL, the pipe closes and the child exits. The child runs this module,
+and so do its worker processes: heavy imports are inside functions.
 """
 
 import os
@@ -13,11 +14,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from common.cli_errors import subprocess_environment
+from common.cli_errors import interrupt_on_sigterm, run_command, subprocess_environment
 from common.rate_limited_log import RateLimitedLog
-from training.data.shards.shard_spec import ShardSpec
+
+if TYPE_CHECKING:
+    from training.data.shards.shard_spec import ShardSpec
 
 SECONDS_BETWEEN_LINES = 60.0
 
@@ -29,11 +32,13 @@ _ATTEMPTS_BEFORE_TRAINING = 5
 _SECONDS_TO_EXIT = 15.0
 _POLL_SECONDS = 0.1
 _USER_ERROR = 2  # the exit code of `run_command`
+_NICENESS = 5  # training has priority
+_SECONDS_TO_CLEAN_UP = 10.0
 
 
-def producer_command(spec: ShardSpec, num_workers: int) -> list[str]:
+def producer_command(spec: "ShardSpec", num_workers: int) -> list[str]:
     """Return the command of the child process that fills the folder of `spec`."""
-    module = "training.data.producing.producer_process"
+    module = "training.data.producing.background_producer"
     return [sys.executable, "-P", "-m", module, spec.to_json(), str(num_workers)]
 
 
@@ -142,3 +147,32 @@ def _last_line(errors: IO[bytes]) -> str:
     errors.seek(max(0, errors.seek(0, os.SEEK_END) - 10_000))
     lines = errors.read().decode(errors="replace").strip().splitlines()
     return lines[-1].removeprefix("error: ") if lines else ""
+
+
+def _produce() -> None:
+    """Fill the folder of the spec in the first argument; the work of the child process."""
+    interrupt_on_sigterm()
+    os.nice(_NICENESS)
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    from training.data.producing.producer import produce
+    from training.data.shards.shard_spec import ShardSpec
+
+    produce(
+        ShardSpec.from_json(sys.argv[1]),
+        num_workers=int(sys.argv[2]),
+        wait=True,
+        report=lambda line: print(line, flush=True),
+    )
+
+
+def _exit_with_parent() -> None:
+    """Exit once standard input closes: the parent holds its other end until it exits or is killed."""
+    while os.read(sys.stdin.fileno(), 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_SECONDS_TO_CLEAN_UP)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    run_command(_produce)

@@ -6,7 +6,9 @@ shard, inside the document that was interrupted. A Hub repository of ready shard
 """
 
 import contextlib
+import functools
 import itertools
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +22,16 @@ from common.rate_limited_log import RateLimitedLog
 from common.worker_processes import map_in_order
 from training.data.producing.progress import ProducerProgress
 from training.data.producing.shard_download import download_shards, list_ready_shards
-from training.data.shards.folder_lifecycle import create_folder, removing_partial_files, resume_folder
 from training.data.shards.manifest import Manifest, ResumePoint
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
-from training.data.shards.shard_writer import ShardWriter, require_space
+from training.data.shards.shard_writer import (
+    ShardWriter,
+    create_folder,
+    removing_partial_files,
+    require_space,
+    resume_folder,
+)
 from training.data.sources.base import Corpus, Document, Position
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.sources.open_corpus import open_corpus
@@ -47,23 +54,36 @@ def produce(
         spec: what the folder should hold.
         num_workers: tokenizing processes; 0 tokenizes in this process, None uses all cores.
         wait: while another process fills the folder, wait, and take over if that process exits.
-        report: receives progress lines where standard error is not a terminal.
+        report: receives progress lines where standard error is not a terminal, and a summary.
 
     Raises:
         InputError: the corpus or tokenizer cannot be used, the folder holds something else, or the disk is full.
     """
     if num_workers is not None and num_workers < 0:
         raise InputError(f"num_workers must be at least 0, found {num_workers}")
+    started = time.perf_counter()
     folder = spec.open_folder()
-    if folder is not None and folder.complete:
-        return folder
+    if folder is None or not folder.complete:
+        _lock_and_fill(spec, num_workers, wait, report)
+        folder = ShardFolder.open(spec.folder)
+    manifest, ids = folder.manifest, folder.val_shard.read()
+    assert manifest is not None  # a folder of ours
+    bytes_per_token = Tokenizer.load(folder.path).token_byte_lengths()[ids].sum() / len(ids)
+    report(
+        f"{folder.path}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
+        f"{manifest.tokens:,} tokens of {manifest.tokenizer}, "
+        f"{bytes_per_token:.2f} bytes per token in validation, {time.perf_counter() - started:.1f} s"
+    )
+    return folder
+
+
+def _lock_and_fill(spec: ShardSpec, num_workers: int | None, wait: bool, report: Callable[[str], None]) -> None:
     corpus = open_corpus(
         spec.corpus, spec.corpus_config, text_field=spec.text_field, num_workers=num_workers, report=report
     )
     log = RateLimitedLog(SECONDS_BETWEEN_WAITING_LINES, report)
-    line = f"another process is filling {spec.folder}; waiting for it"
+    on_wait = functools.partial(log, f"another process is filling {spec.folder}; waiting for it") if wait else None
     try:
-        on_wait = (lambda: log(line)) if wait else None
         with locked(spec.folder, on_wait=on_wait), removing_partial_files(spec.folder):
             folder = spec.open_folder()  # again: another producer may have written to it until now
             if folder is None or not folder.complete:
@@ -75,20 +95,6 @@ def produce(
             f"cannot write to {spec.folder}: {error.strerror}; free space or choose another folder, and run again: "
             "complete shards are kept"
         ) from None
-    return ShardFolder.open(spec.folder)
-
-
-def summarize(folder: ShardFolder, elapsed_seconds: float) -> str:
-    """Return a line about a complete folder of ours."""
-    manifest = folder.manifest
-    assert manifest is not None
-    ids = folder.val_shard.read()
-    bytes_per_token = Tokenizer.load(folder.path).token_byte_lengths()[ids].sum() / len(ids)
-    return (
-        f"{folder.path}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
-        f"{manifest.tokens:,} tokens of {manifest.tokenizer}, "
-        f"{bytes_per_token:.2f} bytes per token in validation, {elapsed_seconds:.1f} s"
-    )
 
 
 def _fill(

@@ -17,11 +17,10 @@ from common.atomic_files import file_sha256, fsync
 from common.cli_errors import InputError
 from common.token_files import split_of
 from training.data.producing.progress import ProducerProgress
-from training.data.shards.folder_lifecycle import create_folder
 from training.data.shards.manifest import Manifest, ShardRecord
 from training.data.shards.shard_reader import Shard
 from training.data.shards.shard_spec import ShardSpec
-from training.data.shards.shard_writer import require_space
+from training.data.shards.shard_writer import create_folder, require_space
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from common.cli_errors import InputError
-from training.data.loading.loader import IGNORED, TrainingWindows, training_batches, validation_batches
+from training.data.loading.loader import IGNORED, TrainingShards, TrainingWindows, training_batches, validation_batches
 from training.data.loading.order import Order
-from training.data.loading.training_shards import TrainingShards
 from training.data.shards.shard_reader import Shard, ShardFolder
 from training.step.batch_plan import plan_batch
 

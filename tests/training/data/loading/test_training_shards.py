@@ -10,8 +10,7 @@ from support.growing_folder import GrowingFolder, restore
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.data_identity import refuse_other_data, shard_identities
-from training.data.loading.loader import TrainingWindows, training_batches
-from training.data.loading.training_shards import TrainingShards
+from training.data.loading.loader import TrainingShards, TrainingWindows, training_batches
 from training.data.shards.shard_reader import ShardFolder
 from training.recipe import Recipe
 from training.step.batch_plan import plan_batch
