@@ -4,42 +4,25 @@ import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 PARTIAL_SUFFIX = ".unfinished"
 
 
-class _HashingStream:
-    """A binary file, open for writing, that computes the sha256 of what is written to it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.digest = hashlib.sha256()
-
-    def write(self, data: bytes) -> int:
-        self.digest.update(data)
-        return self._stream.write(data)
-
-
-def write_atomically(path: Path, content: str | Callable[[Any], object]) -> str:
-    """Write a file that appears only when it is complete, and return its sha256.
-
-    Args:
-        path: the file.
-        content: its text, or a function that writes to the stream it is given.
-    """
+def write_atomically(path: Path, content: str | Callable[[BinaryIO], object]) -> str:
+    """Write text, or what a function writes to a stream, to a file that appears complete; return its sha256."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     with partial.open("wb") as file:
-        stream = _HashingStream(file)
         if isinstance(content, str):
-            stream.write(content.encode())
+            file.write(content.encode())
         else:
-            content(stream)
+            content(file)
         file.flush()
         os.fsync(file.fileno())
+    digest = file_sha256(partial)
     partial.replace(path)
     fsync(path.parent)
-    return stream.digest.hexdigest()
+    return digest
 
 
 def file_sha256(path: Path) -> str:

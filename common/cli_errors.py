@@ -6,12 +6,13 @@ the import of torch and transformers.
 
 import argparse
 import contextlib
+import difflib
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,6 +28,12 @@ class InputError(ValueError):
 def one_line(error: BaseException, limit: int = 300) -> str:
     """Return an error's message on one line, truncated to `limit` characters."""
     return " ".join(str(error).split())[:limit]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean X?` with the known name closest to `name`, or an empty string if none is close."""
+    closest = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {closest[0]}?" if closest else ""
 
 
 class CommandParser(argparse.ArgumentParser):

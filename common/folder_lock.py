@@ -18,14 +18,8 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Keep other processes from locking `folder`; create it, and remove it again if it stays empty.
 
-    On a file system without `flock`, nothing is locked.
-
-    Args:
-        folder: the folder to write to.
-        on_wait: called every second while another process holds the lock; None raises instead of waiting.
-
-    Raises:
-        InputError: another process holds the lock.
+    On a file system without `flock`, nothing is locked. While another process holds the lock, `on_wait` is called every
+    second; None raises an `InputError` instead of waiting.
     """
     from filelock import FileLock, Timeout
 

@@ -18,20 +18,13 @@ _SECONDS_BETWEEN_LINES = 60.0
 _FIRST_DELAY_SECONDS = 1.0
 _LONGEST_DELAY_SECONDS = 60.0
 _LONGEST_OUTAGE_SECONDS = 24 * 3600.0
-DISK_ERRORS = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def is_disk_error(error: BaseException) -> bool:
     """Return whether the disk is full or a path cannot be written."""
-    return isinstance(error, OSError) and error.errno in DISK_ERRORS
+    return isinstance(error, OSError) and error.errno in (*_FULL, *_NOT_WRITABLE)
 
 
 def hub_cache_error(error: BaseException) -> InputError | None:
@@ -79,10 +72,7 @@ def is_transient(error: BaseException) -> bool:
 class HubRetry:
     """Retries with exponential backoff, at most a minute between attempts and a day in all.
 
-    Args:
-        repository: the repository that is read, for messages.
-        log: receives one line a minute during an outage.
-        advice: what to do when retrying is pointless, for the error message.
+    `log` receives a line a minute during an outage; `advice` is what to do when retrying is pointless.
     """
 
     def __init__(self, repository: str, log: Callable[[str], None], *, advice: str) -> None:
@@ -120,11 +110,7 @@ class HubRetry:
         self._delay = min(2 * self._delay, _LONGEST_DELAY_SECONDS)
 
     def call(self, action: Callable[[], Result]) -> Result:
-        """Return the result of `action`, retried while its errors are transient.
-
-        Raises:
-            InputError: the error is not transient, or the outage has lasted a day.
-        """
+        """Return the result of `action`, retried while its errors are transient; errors as of `wait`."""
         while True:
             try:
                 result = action()

@@ -16,16 +16,12 @@ class Progress:
     """Progress of a long task, on standard error; a context manager.
 
     Args:
-        total: how many units there are; None if unknown.
+        total: how many units there are; None if unknown, and then large numbers are shown as 1.2M.
         initial: units that were done before.
-        unit: what is counted, "items"; large numbers of "tokens" are shown as 1.2M.
-        description: of the task.
         enabled: False shows nothing, as on ranks other than 0.
-        report: receives the lines where there is no terminal; None writes none.
-        seconds_between_lines: the shortest time between two such lines.
+        report: receives a line every `seconds_between_lines` where there is no terminal; None writes none.
         status_below: show the status on a separate line, below the bar.
         bar_format: as of `tqdm`.
-        stream: where the bar is drawn.
     """
 
     def __init__(

@@ -18,9 +18,7 @@ class _Failure:
 class Ranks:
     """The ranks of a run, which exchange values and errors.
 
-    Args:
-        gather_object: `accelerate.utils.gather_object`, which returns the lists of all ranks as one; None for a rank
-            that exchanges nothing.
+    `gather_object` is accelerate's, which joins the lists of all ranks; None for a rank that exchanges nothing.
     """
 
     def __init__(self, gather_object: Callable[[list[Any]], list[Any]] | None = None) -> None:

@@ -5,12 +5,7 @@ from collections.abc import Callable
 
 
 class RateLimitedLog:
-    """Passes on the first line, then at most one every `seconds`; drops the others.
-
-    Args:
-        seconds: minimum time between two lines.
-        log: receives the lines.
-    """
+    """Passes on the first line, then at most one every `seconds`; drops the others."""
 
     def __init__(self, seconds: float, log: Callable[[str], None]) -> None:
         self._seconds = seconds

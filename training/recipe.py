@@ -20,8 +20,7 @@ from typing import Any, Literal
 import yaml
 
 from common.atomic_files import write_atomically
-from common.cli_errors import InputError
-from common.suggestions import did_you_mean
+from common.cli_errors import InputError, did_you_mean
 from common.typed_values import convert
 from evaluation.tasks.registry import task_named
 from training.settings import BOUNDS, local, setting

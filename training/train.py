@@ -15,8 +15,7 @@ if __name__ == "__main__":
     # Python puts training/ first; with the project's root there instead, no file here can shadow a library's module.
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from common.cli_errors import CommandParser, InputError, run_command
-from common.suggestions import did_you_mean
+from common.cli_errors import CommandParser, InputError, did_you_mean, run_command
 from training.recipe import QUICKSTART, Recipe, field_types, load_recipe
 
 

@@ -2,8 +2,7 @@
 
 import functools
 
-from common.cli_errors import InputError
-from common.suggestions import did_you_mean
+from common.cli_errors import InputError, did_you_mean
 from evaluation.tasks.cbt import cbt_tasks
 from evaluation.tasks.hellaswag import HellaSwagCompletion, HellaSwagHarness
 from evaluation.tasks.lambada import LambadaHarness, LambadaLastToken, LambadaStopWordFilter, LambadaWord

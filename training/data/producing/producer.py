@@ -115,7 +115,7 @@ def _fill(
         manifest = create_folder(spec, corpus, tokenizer)
     _check_disk_space(spec, corpus, manifest)
     corpus_progress = _CorpusProgress(manifest)
-    writer = ShardWriter(spec.folder, manifest, manifest_changes=corpus_progress.at_shard_end)
+    writer = ShardWriter(spec.folder, manifest, corpus_progress.at_shard_end)
     encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, manifest.dtype)
     documents = corpus.read(manifest.resume.position if manifest.resume else None)
     if folder is not None and manifest.documents:

@@ -1,10 +1,9 @@
 """The manifest of a shard folder: where the shards came from, and a record of each."""
 
 import json
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError, one_line
@@ -55,14 +54,14 @@ class Manifest:
     tokenizer_fingerprint: str
     vocab_size: int
     end_of_text_id: int
-    dtype: str
+    dtype: Literal["uint16", "uint32"]
     shard_tokens: int
     val_tokens: int
     max_tokens: int | None
     complete: bool = False
     replaced_documents: int = 0
     resume: ResumePoint | None = None
-    shards: tuple[ShardRecord, ...] = field(default=())
+    shards: tuple[ShardRecord, ...] = ()
     format_version: int = FORMAT_VERSION
 
     @property
@@ -104,62 +103,55 @@ class Manifest:
             )
         try:
             return _parse(data)
-        except ValueError as error:
-            raise _invalid(path, str(error)) from None
+        except (ValueError, TypeError) as error:
+            raise _invalid(path, one_line(error)) from None
 
 
 def _parse(data: dict[str, Any]) -> Manifest:
-    """Return the manifest with the values in `data`, or raise a ValueError that says what is invalid."""
+    """Return the manifest with the values in `data`, or raise a ValueError or TypeError that says what is invalid."""
     records, resume = data.get("shards", []), data.get("resume")
     if not isinstance(records, list):
         raise ValueError("shards is not a list")
-    shards = tuple(_dataclass_of(ShardRecord, record) for record in records)
-    if isinstance(resume, dict):
-        resume = {"position" if key == "place" else key: value for key, value in resume.items()}
-    resume = None if resume is None else _dataclass_of(ResumePoint, resume)
-    manifest: Manifest = _dataclass_of(Manifest, {**data, "shards": shards, "resume": resume})
-    if manifest.dtype not in ("uint16", "uint32"):
-        raise ValueError(f"dtype is {manifest.dtype}")
-    if not 0 <= manifest.end_of_text_id < manifest.vocab_size:
-        raise ValueError(f"end_of_text_id {manifest.end_of_text_id} with vocab_size {manifest.vocab_size}")
-    if min(manifest.shard_tokens, manifest.val_tokens) < 1:
-        raise ValueError("shard_tokens or val_tokens below 1")
+    shards = tuple(_checked(ShardRecord, record) for record in records)
+    if isinstance(resume, dict) and "place" in resume:
+        resume = {"document": resume.get("document"), "position": resume["place"]}
+    resume = None if resume is None else _checked(ResumePoint, resume)
+    manifest: Manifest = _checked(Manifest, {**data, "shards": shards, "resume": resume})
     splits = [shard.split for shard in shards]
-    if splits != sorted(splits, reverse=True) or splits[:1] == ["train"]:
-        raise ValueError("validation shards must precede training shards")
-    if manifest.complete and shards and "train" not in splits:
-        raise ValueError("complete, but without a training shard")
-    if any(shard.tokens < 1 or shard.documents < 0 for shard in shards):
-        raise ValueError("a shard has no tokens, or a negative number of documents")
-    if len({shard.file for shard in shards}) < len(shards):
-        raise ValueError("two shards have the same file")
-    if any(Path(shard.file).name != shard.file or not shard.file.isprintable() for shard in shards):
-        raise ValueError("a shard's file is not a file name")
-    if manifest.resume is not None and not 0 <= manifest.resume.document < max(1, manifest.documents):
-        raise ValueError(f"resume.document {manifest.resume.document} of {manifest.documents} documents")
+    out_of_range = not 0 <= manifest.end_of_text_id < manifest.vocab_size
+    problems = {
+        f"end_of_text_id {manifest.end_of_text_id} with vocab_size {manifest.vocab_size}": out_of_range,
+        "shard_tokens or val_tokens below 1": min(manifest.shard_tokens, manifest.val_tokens) < 1,
+        "validation shards must precede training shards": splits != sorted(splits, reverse=True)
+        or splits[:1] == ["train"],
+        "complete, but without a training shard": manifest.complete and splits and "train" not in splits,
+        "a shard has no tokens, or a negative number of documents": any(
+            s.tokens < 1 or s.documents < 0 for s in shards
+        ),
+        "two shards have the same file": len({shard.file for shard in shards}) < len(shards),
+        "a shard's file is not a file name": any(
+            Path(s.file).name != s.file or not s.file.isprintable() for s in shards
+        ),
+    }
+    if resume is not None:
+        outside = not 0 <= resume.document < max(1, manifest.documents)
+        problems[f"resume.document {resume.document} of {manifest.documents} documents"] = outside
+    for problem, found in problems.items():
+        if found:
+            raise ValueError(problem)
     return manifest
 
 
-def _dataclass_of(kind: type[Any], data: Any) -> Any:
+def _checked(kind: type[Any], data: Any) -> Any:
     """Return an instance of `kind` with the values in `data`; keys and types must match its fields."""
-    required = {item.name for item in fields(kind) if item.default is MISSING}
-    hints = get_type_hints(kind)
-    if not isinstance(data, dict) or not required <= set(data) <= set(hints):
-        raise ValueError(f"the keys are not those of {kind.__name__}")
-    for name, value in data.items():
-        hint = hints[name]
-        allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-        if not any(_is_a(value, kind) for kind in allowed):
-            raise ValueError(f"{name} is {value!r:.40}")
-    return kind(**data)
+    from huggingface_hub.dataclasses import type_validator
 
-
-def _is_a(value: Any, kind: Any) -> bool:
-    if kind is Any:
-        return True
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    return type(value) is (get_origin(kind) or kind)
+    if not isinstance(data, dict):
+        raise TypeError(f"{data!r:.40} is not an object")
+    instance = kind(**data)
+    for name, hint in get_type_hints(kind).items():
+        type_validator(name, getattr(instance, name), hint)
+    return instance
 
 
 def _invalid(path: Path, reason: str) -> InputError:

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -28,7 +28,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _SPARE_BYTES = 1 << 20  # for the manifest and the file system's own data
 
 
-def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtype: str | None = None) -> Manifest:
+def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtype: Any = None) -> Manifest:
     """Write the tokenizer and a manifest without shards into the spec's folder, which exists; return the manifest.
 
     `dtype` of the ids is by default the smallest that holds the vocabulary.
@@ -109,19 +109,12 @@ def _remove_partial_files(folder: Path, manifest: Manifest | None) -> None:
 class ShardWriter:
     """Cuts a stream of ids into shards, writes each as soon as it is full, and updates the manifest.
 
-    Args:
-        folder: an existing folder.
-        manifest: the folder's manifest; writing continues after the shards it lists.
-        manifest_changes: called with the number of documents that begin in the shards so far, when a shard is
-            complete; returns further fields of the manifest to change.
+    Writing continues after the shards that the manifest lists. `manifest_changes` is called when a shard is complete,
+    with the number of documents that begin in the shards so far, and returns further fields of the manifest to change.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        manifest: Manifest,
-        *,
-        manifest_changes: Callable[[int], dict[str, Any]] = lambda documents: {},
+        self, folder: Path, manifest: Manifest, manifest_changes: Callable[[int], dict[str, Any]] = lambda documents: {}
     ) -> None:
         self.manifest = manifest
         self._manifest_changes = manifest_changes
@@ -199,9 +192,12 @@ class ShardWriter:
         split: Split = "train" if self.manifest.shards else "val"
         file = f"{self.manifest.corpus}_{split}_{len(self.manifest.shards):06d}.npy"
         require_space(self._folder, ids.nbytes)
-        digest = write_atomically(
-            self._folder / file, lambda stream: np.lib.format.write_array(cast(Any, stream), ids, allow_pickle=False)
-        )
+
+        def write(stream: BinaryIO) -> None:
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(ids))
+            stream.write(ids.data)  # unlike `np.save`, it raises ENOSPC when the disk is full
+
+        digest = write_atomically(self._folder / file, write)
         documents = int(np.count_nonzero(ids == self.manifest.end_of_text_id))
         record = ShardRecord(file, split, len(ids), documents, digest)
         changes = self._manifest_changes(self.manifest.documents + documents)

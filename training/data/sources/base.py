@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.cli_errors import InputError
-from common.suggestions import did_you_mean
+from common.cli_errors import InputError, did_you_mean
 
 INSTALLED_DOCS = "installed-docs"
 HUB_CORPORA = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}

@@ -4,8 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from common.cli_errors import InputError
-from common.suggestions import did_you_mean
+from common.cli_errors import InputError, did_you_mean
 from training.data.sources.base import (
     DEFAULT_HUB_CONFIG,
     FILE_ENDINGS,

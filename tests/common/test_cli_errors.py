@@ -1,4 +1,4 @@
-from common.suggestions import did_you_mean
+from common.cli_errors import did_you_mean
 
 
 def test_closest_known_name_is_suggested() -> None:
