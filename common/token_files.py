@@ -34,11 +34,7 @@ def split_of(name: str) -> Split | None:
 
 
 def map_ids(path: Path) -> "np.ndarray":
-    """Return the file's ids, (tokens,), read-only and memory-mapped.
-
-    Raises:
-        InputError: see `read_header`.
-    """
+    """Return the file's ids, (tokens,), read-only and memory-mapped; errors as of `read_header`."""
     import numpy as np
 
     dtype, tokens, offset = read_header(path)

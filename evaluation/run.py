@@ -38,11 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Return the checked options; `tasks` are `Task` objects without duplicates.
-
-    Raises:
-        InputError: an unknown flag or task, a wrong value, or flags that exclude each other.
-    """
+    """Return the checked options; `tasks` are `Task` objects without duplicates."""
     parser = CommandParser(
         prog="python -m evaluation.run", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
     )

@@ -221,7 +221,7 @@ def _is_known(name: str) -> bool:
 
 def _suggestion(name: str, known: Iterable[str] = _FIELDS) -> str:
     """Return `, did you mean 'X'?` if a known name is close, else an empty string."""
-    # Not common.suggestions: a published folder carries this file, and its code imports nothing outside that folder.
+    # Not common.cli_errors: a published folder carries this file, and its code imports nothing outside that folder.
     closest = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
     return f", did you mean {closest[0]!r}?" if closest else ""
 

@@ -84,11 +84,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def comparison_table(a: Results, b: Results) -> str:
-    """Return a table of how B differs from A on the tasks that both were evaluated on.
-
-    Raises:
-        InputError: they have no task in common, lack records, or were evaluated on different items.
-    """
+    """Return a table of how B differs from A on the tasks that both were evaluated on, with the same items."""
     of_b = {result.task: result for result in b.tasks}
     shared = [(result, of_b[result.task]) for result in a.tasks if result.task in of_b]
     if not shared:

@@ -63,11 +63,7 @@ def load_metrics(tasks: Iterable[Task]) -> None:
 
 
 def compute_metrics(task: Task, records: Sequence[Mapping[str, Any]]) -> dict[str, MetricValue]:
-    """Return the task's metrics by name, computed from at least one record.
-
-    Raises:
-        InputError: the modules' cache is not writable, or the records are too few for a metric.
-    """
+    """Return the task's metrics by name; records with nothing to divide by raise an `InputError`."""
     values = {}
     for metric in task.metrics:
         predictions = [record[metric.prediction] for record in records]

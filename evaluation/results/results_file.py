@@ -121,11 +121,7 @@ def _finite(value: float | None) -> float | None:
 
 
 def read_results(path: Path) -> Results:
-    """Return the content of a results.json; tasks have no records if it was written without them.
-
-    Raises:
-        InputError: the file does not exist, or is something else.
-    """
+    """Return the content of a results.json; tasks have no records if it was written without them."""
     try:
         values = json.loads(path.read_bytes())
     except OSError as error:

@@ -27,11 +27,7 @@ _T = TypeVar("_T")
 def read_items(
     tasks: Sequence[Task], data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None
 ) -> dict[str, list[Item]]:
-    """Return each task's items by its full name.
-
-    Raises:
-        InputError: the data of a task is missing or malformed.
-    """
+    """Return each task's items by its full name; data that is missing or malformed raises an `InputError`."""
     items = {task.full_name: task.items(data_dir, encoder, n_positions, limit) for task in tasks}
     for name, found in items.items():
         if not found:

@@ -16,10 +16,7 @@ _TOLERANCE_IN_HALF_PRECISION = 5e-2
 def takes_positions_from_zero(model: Any, ids: Ids, *, check_positions: bool) -> bool:
     """Return whether `position_ids` of 0, 1, … match the model's default; RoBERTa's start after the pad token.
 
-    Args:
-        model: on its device, in evaluation mode.
-        ids: a text, whose first tokens are read.
-        check_positions: False only checks that the model is causal, and returns False.
+    The first tokens of `ids` are read. `check_positions=False` only checks that the model is causal, and returns False.
 
     Raises:
         InputError: the model is not causal: its logits depend on later tokens, as BERT's do without `is_decoder`.

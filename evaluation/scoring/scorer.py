@@ -54,7 +54,6 @@ def score_batches(
 
     Args:
         model: any causal language model of transformers, on its device, unwrapped.
-        items: of any tasks.
         accelerator: distributes the items over its processes; None for this process only.
         tokens_per_batch: maximum tokens per forward pass, padding and cached tokens included (default: 4,096 on a CPU,
             16,384 otherwise; halved on out-of-memory).
@@ -107,7 +106,6 @@ class _Job:
     """An item to score.
 
     Attributes:
-        index: of the item.
         kind: "generation", "separate" or "shared"; a batch has one kind.
         requests: truncated to the model's positions; none for generations.
         length: tokens of its longest request.

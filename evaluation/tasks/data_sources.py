@@ -33,14 +33,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 @dataclass(frozen=True)
 class RowSource:
-    """A data set of rows.
+    """A data set of rows: on the Hub, or an official file, whose names may be glob patterns.
 
-    Attributes:
-        repository: on the Hub, with its config and split.
-        file_names: names or glob patterns of the official file.
-        fields: the fields of every row with their types.
-        problem: returns what else is wrong with a row, or None.
-        parse: yields line number and row from the official file.
+    `parse` yields line number and row of the file. Every row has the `fields`; `problem` returns what else is wrong.
     """
 
     repository: str
@@ -52,11 +47,7 @@ class RowSource:
     parse: Callable[[Path], Iterable[tuple[int, Any]]] = json_lines
 
     def read(self, data_dir: Path | None, limit: int | None) -> list[dict[str, Any]]:
-        """Return the first `limit` rows, or all, from `data_dir` or else from the Hub.
-
-        Raises:
-            InputError: the data is missing, or a row is malformed.
-        """
+        """Return the first `limit` rows, or all, from `data_dir` or else from the Hub; none may be malformed."""
         if data_dir is None:
             rows: Iterable[tuple[int, Any]] = enumerate(hub_rows(self.repository, self.config, self.split, limit), 1)
         else:

@@ -46,12 +46,10 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Request:
-    """Asks for the sum of log p(token | all tokens before it) over a continuation.
+    """Asks for the sum of log p(token | all tokens before it) over a continuation; neither part is empty.
 
-    Attributes:
-        context: the tokens before; truncated on the left if the model has too few positions. Not empty.
-        continuation: the tokens to score. Not empty.
-        excluded: tokens that the greedy choice ignores; they change `greedy`, not the log-likelihood.
+    The context is truncated on the left if the model has too few positions. The greedy choice ignores the tokens in
+    `excluded`; they do not change the log-likelihood.
     """
 
     context: Ids
@@ -66,12 +64,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Generation:
-    """Asks for a greedy continuation.
-
-    Attributes:
-        context: the tokens before; truncated on the left so that context and new tokens fit the model.
-        max_new_tokens: fewer are generated if the model ends the text.
-    """
+    """Asks for a greedy continuation, shorter if the model ends the text; the context is truncated on the left."""
 
     context: Ids
     max_new_tokens: int
@@ -79,13 +72,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """The score of a `Request`.
-
-    Attributes:
-        sum: natural logarithm of the continuation's probability.
-        tokens: number of tokens in the continuation.
-        greedy: whether every token of the continuation is the model's most likely one.
-    """
+    """The score of a `Request`: log p of the continuation in nats, its tokens, and whether all are the most likely."""
 
     sum: float
     tokens: int
@@ -104,8 +91,6 @@ class Item:
     """A question, a passage, or a window of a document.
 
     Attributes:
-        index: its position in the data.
-        requests: their scores come in the same order.
         gold: the right answer; None if there is none.
         extra: what else the record is made from: lengths of the candidates in bytes, numbers of words, …
         data: the `data_hash` of the row or text, the same for every tokenizer. Two models' results are compared only
@@ -126,14 +111,10 @@ def data_hash(data: Any) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a task reports.
+    """A number that a task reports, such as "acc_norm", computed by a module of `evaluation/metrics/`.
 
-    Attributes:
-        name: in results.json and in `evaluation/results/references.py`: "acc_norm".
-        module: of `evaluation/metrics/`. "accuracy" compares predictions with references; "perplexity", "loss" and
-            "bits_per_byte" take log-likelihoods in nats and counts (of tokens, words, passages or bytes).
-        prediction: the record's key for the module's predictions.
-        reference: the record's key for the module's references.
+    `prediction` and `reference` are keys of the record. "accuracy" compares their values; "perplexity", "loss" and
+    "bits_per_byte" take log-likelihoods in nats and counts (of tokens, words, passages or bytes).
     """
 
     name: str
@@ -143,14 +124,10 @@ class Metric:
 
 
 class Task(ABC):
-    """A task under one protocol.
+    """A task under one protocol, such as "hellaswag" under "harness".
 
-    Attributes:
-        name: "hellaswag".
-        protocol: "harness".
-        description: the exact handling of the text, in a sentence or two.
-        source: where the protocol comes from.
-        metrics: the first one is shown on the progress bar.
+    The description states the exact handling of the text, and the source where the protocol comes from. The first
+    metric is shown on the progress bar.
     """
 
     name: str

@@ -64,13 +64,7 @@ class WikiText2Raw(WikiText2):
 
 
 def sliding_windows(ids: Ids, first_context: int, n_positions: int) -> list[Request]:
-    """Return requests that score each of `ids` once, in windows of `n_positions` tokens, half of them overlapping.
-
-    Args:
-        ids: the text.
-        first_context: the context of the first token.
-        n_positions: the longest sequence that the model takes.
-    """
+    """Return requests that score each of `ids` once, in windows of `n_positions` tokens, half of them overlapping."""
     stride = max(1, n_positions // 2)
     requests = [Request((first_context,), ids[:n_positions])]
     for start in range(n_positions, len(ids), stride):
@@ -79,11 +73,7 @@ def sliding_windows(ids: Ids, first_context: int, n_positions: int) -> list[Requ
 
 
 def read_test_lines(data_dir: Path | None) -> list[str]:
-    """Return the lines of the test set with their ends, as in the official file.
-
-    Raises:
-        InputError: the file is missing, truncated or holds another text.
-    """
+    """Return the lines of the test set with their ends, as in the official file."""
     if data_dir is None:
         # The Hub stores an empty line as an empty text; in the file it is a space.
         rows = hub_rows("Salesforce/wikitext", "wikitext-2-raw-v1", "test")

@@ -1,11 +1,10 @@
 """Sample index → window of tokens, as a pure function of the seed, the sequence length and the shards' sizes.
 
-A run's position in the data is one integer: no index file is stored, and resuming skips nothing, on any number of
-processes. Epoch 0 takes the shards in their own order, so that it can begin before the last one exists; later epochs
-permute them. The windows within a shard are permuted too, and from epoch 1 on each epoch shifts where windows begin,
-so that no two epochs cut the text at the same positions. A Feistel network with cycle walking computes the permutation
-of one index at a time (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002): it needs no buffer, and is
-the same on every platform and library version. One lookup takes about five microseconds.
+Resuming needs one integer, and no index file. Epoch 0 takes the shards in their own order, so that it can begin before
+the last one exists; later epochs permute them. The windows within a shard are permuted too, and from epoch 1 on each
+epoch shifts where windows begin, so that no two epochs cut the text at the same positions. A Feistel network with cycle
+walking computes the permutation of one index at a time (Black and Rogaway, "Ciphers with Arbitrary Finite Domains",
+2002): it needs no buffer, and is the same on every platform. One lookup takes about five microseconds.
 """
 
 import bisect
@@ -67,11 +66,6 @@ class Order:
 
     A window has `seq_len + 1` tokens: the inputs, and the targets shifted by one. Neighbors share one token, so every
     token but a shard's first is a target once per epoch. The last, incomplete window of a shard is dropped.
-
-    Args:
-        shard_tokens: tokens in each training shard, in the order of the shards.
-        seq_len: tokens in a window's inputs.
-        seed: seed of the permutations.
 
     Raises:
         ValueError: no shard holds a window.

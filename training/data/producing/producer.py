@@ -155,11 +155,7 @@ def _fraction_done(writer: ShardWriter, corpus: Corpus, batch: "Batch") -> float
 def _skip_written(
     documents: Iterator[Document], writer: ShardWriter, folder: ShardFolder, encode: EncodeDocuments
 ) -> None:
-    """Advance `documents` past those in complete shards, and give the writer the rest of the last one.
-
-    Raises:
-        InputError: the corpus does not continue as the shards do.
-    """
+    """Advance `documents` past those in complete shards, and give the writer the rest of the last one."""
     count = writer.manifest.documents
     parts: list[np.ndarray] = []  # of the last document, which may span several shards
     for shard in reversed(folder.shards):
@@ -182,10 +178,7 @@ def _skip_written(
 
 @dataclass
 class Batch:
-    """Documents that a worker encodes together, from index `first` of the corpus and its position on.
-
-    `replaced` holds the indices of the documents with invalid UTF-8.
-    """
+    """Documents from index `first` on, encoded together; `replaced` are the indices of those with invalid UTF-8."""
 
     first: int
     position: Position | None

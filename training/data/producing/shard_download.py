@@ -29,13 +29,7 @@ if TYPE_CHECKING:
 
 
 def list_ready_shards(corpus: HubCorpus) -> list["RepoFile"]:
-    """Return the repository's shards of token ids, validation first; none where it holds text.
-
-    With a config, only shards in the folder of that name count.
-
-    Raises:
-        InputError: the shards lack a split, are of two file types, or have ambiguous names.
-    """
+    """Return the shards of the repository, or of its folder named by the config, validation first; none for text."""
     import huggingface_hub
 
     tree = corpus.retry.call(
@@ -73,12 +67,7 @@ def download_shards(
     manifest: Manifest | None,
     report: Callable[[str], None],
 ) -> None:
-    """Download those of the ready shards that the folder lacks, up to `max_tokens`, and mark it complete.
-
-    Raises:
-        InputError: a shard does not fit the tokenizer, or the Hub refuses it.
-        OSError: the disk is full.
-    """
+    """Download those of the ready shards that the folder lacks, up to `max_tokens`, and mark it complete."""
     from huggingface_hub.utils import disable_progress_bars
 
     if parse_train_spec(spec.tokenizer) is not None:

@@ -16,15 +16,11 @@ _PREVIEW_CHARACTERS = 110
 
 
 def inspect(path: Path, *, tokenizer: str = "gpt2", verify: bool = False) -> Iterator[str]:
-    """Yield lines that describe a folder: its origin, its shards, and how its text begins.
+    """Yield lines that describe a folder, to which a producer may be writing: its origin, its shards, and some text.
 
     Args:
-        path: the shard folder; a producer may be writing to it.
         tokenizer: decodes a folder without a tokenizer.
         verify: read every byte, and compare hashes with the manifest and ids with the vocabulary.
-
-    Raises:
-        InputError: the folder holds no shards, or one differs from the manifest.
     """
     folder = ShardFolder.open(path)
     vocabulary = folder.load_tokenizer(tokenizer)

@@ -41,11 +41,7 @@ class Shard:
         return map_ids(self.path)
 
     def check_ids(self, vocab_size: int) -> None:
-        """Read the complete shard and compare its ids with the vocabulary.
-
-        Raises:
-            InputError: an id is not below `vocab_size`.
-        """
+        """Read the complete shard, and raise an `InputError` if an id is not below `vocab_size`."""
         ids = self.read()
         for start in range(0, len(ids), _IDS_PER_CHECK):
             largest = int(ids[start : start + _IDS_PER_CHECK].max())
@@ -70,11 +66,7 @@ class ShardReader:
         weakref.finalize(self, os.close, self._descriptor)
 
     def read(self, first: int, count: int) -> np.ndarray:
-        """Return `count` ids from offset `first` on, (count,), read-only.
-
-        Raises:
-            InputError: the file was truncated after it was opened.
-        """
+        """Return `count` ids from offset `first` on, (count,), read-only; an `InputError` if the file is truncated."""
         size = self._header.dtype.itemsize
         content = os.pread(self._descriptor, count * size, self._header.offset + first * size)
         if len(content) < count * size:
@@ -138,11 +130,7 @@ class ShardFolder:
 
     @property
     def val_shard(self) -> Shard:
-        """Return the validation shard, the first of several.
-
-        Raises:
-            InputError: there is none, or none yet.
-        """
+        """Return the validation shard, the first of several; an `InputError` where there is none, or none yet."""
         for shard in self.shards:
             if shard.split == "val":
                 return shard
@@ -159,11 +147,7 @@ class ShardFolder:
         return self.complete or (bool(self.train_shards) and not all_shards)
 
     def load_tokenizer(self, name: str) -> Tokenizer:
-        """Return the tokenizer in the folder, or the one called `name` where the folder has none.
-
-        Raises:
-            InputError: the shards were made with another tokenizer.
-        """
+        """Return the tokenizer in the folder, or the one called `name`; it must be the one that made the shards."""
         own = (self.path / "tokenizer.json").exists()
         tokenizer = Tokenizer.load(self.path) if own else load_tokenizer(name)
         if self.manifest is not None and tokenizer.fingerprint != self.manifest.tokenizer_fingerprint:

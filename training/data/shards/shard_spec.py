@@ -18,16 +18,6 @@ MAX_SHARD_TOKENS = 1 << 32  # a shard is assembled in memory
 class ShardSpec:
     """What a shard folder should hold; the fields are the flags of `python -m training.prepare`.
 
-    Attributes:
-        folder: the shard folder, `--output`; it need not exist.
-        corpus: see `open_corpus`.
-        corpus_config: configuration of a Hub dataset.
-        text_field: field or column that holds the text.
-        tokenizer: "gpt2", the folder of a saved tokenizer, or "train:4096" to train one on the corpus.
-        shard_tokens: tokens in each training shard but the last.
-        val_tokens: tokens in the validation shard, which is the beginning of the corpus.
-        max_tokens: training tokens to stop after; None takes the complete corpus.
-
     Raises:
         InputError: a size is out of range, or the vocabulary size of `train:` is not a number that BPE can reach.
     """
@@ -49,9 +39,7 @@ class ShardSpec:
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise InputError(f"{name} must be at least {smallest}, found {value}")
-        for name in ("shard_tokens", "val_tokens"):
-            value = getattr(self, name)
-            if value > MAX_SHARD_TOKENS:
+            if name != "max_tokens" and value > MAX_SHARD_TOKENS:
                 raise InputError(f"{name} must be at most {MAX_SHARD_TOKENS:,}, found {value:,}")
 
     def to_json(self) -> str:
@@ -80,8 +68,7 @@ class ShardSpec:
         ]
         vocab_size = parse_train_spec(self.tokenizer)
         if vocab_size is not None or self.tokenizer == "gpt2":
-            name = f"bpe-{vocab_size}" if vocab_size is not None else "gpt2"
-            same = manifest.tokenizer == name
+            same = manifest.tokenizer == (f"bpe-{vocab_size}" if vocab_size else "gpt2")
         else:
             same = manifest.tokenizer_fingerprint == load_tokenizer(self.tokenizer).fingerprint
         if not same:
@@ -94,21 +81,13 @@ class ShardSpec:
         return found
 
     def open_folder(self) -> ShardFolder | None:
-        """Return the shard folder after comparing it with the spec; None where it holds nothing yet.
-
-        Raises:
-            InputError: see `check`.
-        """
+        """Return the shard folder, checked by `check`; None where it holds nothing yet."""
         folder = ShardFolder.find(self.folder)
         self.check(folder)
         return folder
 
     def check(self, folder: ShardFolder | None) -> None:
-        """Compare what `ShardFolder.find` returned for the folder with the spec.
-
-        Raises:
-            InputError: the folder is a file, or holds other files or other shards.
-        """
+        """Raise an `InputError` if `folder`, from `ShardFolder.find`, is a file, or holds other files or shards."""
         if folder is None:
             if self.folder.is_file():
                 raise InputError(f"{self.folder} is a file, not a folder; choose another folder")

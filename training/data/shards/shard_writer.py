@@ -56,11 +56,7 @@ def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtyp
 
 
 def resume_folder(folder: Path, source: Corpus, manifest: Manifest) -> tuple[Corpus, Tokenizer]:
-    """Remove the partial files of a folder; return the corpus at the folder's revision, and the tokenizer.
-
-    Raises:
-        InputError: the corpus or the tokenizer has changed, or the corpus has no such position.
-    """
+    """Remove the partial files of a folder; return the corpus and the tokenizer, which must not have changed."""
     corpus = source.at_revision(manifest.corpus_revision)
     if corpus is None:
         raise InputError(

@@ -27,10 +27,9 @@ Position = Any
 
 
 class Document(NamedTuple):
-    """A text that is not blank.
+    """A text that is not blank, in valid Unicode.
 
     Attributes:
-        text: valid Unicode.
         position: where reading can start at this document; None where the corpus has no position for it.
         replaced: whether invalid bytes or lone surrogates were replaced by U+FFFD.
     """
@@ -41,11 +40,7 @@ class Document(NamedTuple):
 
 
 class Corpus(ABC):
-    """Documents in a fixed order.
-
-    Attributes:
-        name: safe in file names; the prefix of the shards.
-    """
+    """Documents in a fixed order; its name is the prefix of the shards' file names."""
 
     name: str
 
@@ -105,11 +100,7 @@ def corpus_name(corpus: str) -> str:
 
 
 def text_of(row: Any, text_field: str, where: str) -> str:
-    """Return the text of the row found at `where`; null becomes an empty document.
-
-    Raises:
-        InputError: the row is not an object, lacks the field, or holds something other than text in it.
-    """
+    """Return the text of the row found at `where`; null is an empty document, anything else an `InputError`."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is not a JSON object but {type(row).__name__}")
     if text_field not in row:

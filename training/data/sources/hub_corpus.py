@@ -140,10 +140,7 @@ def _is_about_content(error: BaseException) -> bool:
 
 
 def _count_rows(builder: "datasets.DatasetBuilder") -> int | None:
-    """Return the number of rows from the dataset card, or an estimate from the rows of the first Parquet file.
-
-    FineWeb's card has no number. None where the files are not Parquet.
-    """
+    """Return the number of rows from the dataset card, or an estimate by the first Parquet file; FineWeb's has none."""
     import fsspec
     import pyarrow.parquet
 

@@ -28,10 +28,11 @@ def open_corpus(
     num_workers: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Corpus:
-    """Return the corpus; nothing is requested from the Hub yet.
+    """Return the corpus called `installed-docs`, `fineweb`, `fineweb-edu`, a path, or a Hub dataset (owner/name).
+
+    Nothing is requested from the Hub yet.
 
     Args:
-        corpus: `installed-docs`, `fineweb`, `fineweb-edu`, the path of a file or folder, or a Hub dataset (owner/name).
         corpus_config: configuration of a Hub dataset (default for FineWeb: `sample-10BT`).
         text_field: field or column that holds the text in JSON lines, Parquet and Hub datasets.
         num_workers: processes that gather installed-docs; None uses all cores.

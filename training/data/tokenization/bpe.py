@@ -25,13 +25,7 @@ _BEFORE_LAST_SPACE_OF_A_RUN = re.compile(f"(?<=[{_SPACE}])(?=[{_SPACE}][^{_SPACE
 
 
 class BytePairEncoding:
-    """Text to ids and back; can be pickled, and unpickled without a download.
-
-    Args:
-        name: for `repr`.
-        ranks: token bytes -> id; a lower id merges first.
-        special_tokens: text -> id.
-    """
+    """Text to ids and back; can be pickled, and unpickled without a download. Arguments as of `Tokenizer`."""
 
     def __init__(self, name: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
         self._exact, self._without_look_ahead = (

@@ -29,9 +29,7 @@ _MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 class Tokenizer:
     """A byte-level BPE with GPT-2's pre-tokenization.
 
-    Args:
-        ranks: token bytes -> id; a lower id merges first.
-        special_tokens: text -> id; must hold `<|endoftext|>`.
+    `ranks` maps token bytes to ids, where a lower id merges first, and `special_tokens` text, with `<|endoftext|>`.
     """
 
     def __init__(self, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> None:
@@ -87,11 +85,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Return the tokenizer of a folder's `tokenizer.json`, which must be byte-level BPE like GPT-2's.
-
-        Raises:
-            InputError: the file is missing, corrupted, or describes another kind of tokenizer.
-        """
+        """Return the tokenizer of a folder's `tokenizer.json`, which must be byte-level BPE like GPT-2's."""
         path = Path(folder) / "tokenizer.json"
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -137,17 +131,17 @@ def _load_from_hub(repo_id: str) -> Tokenizer:
 
 
 def parse_train_spec(spec: str) -> int | None:
-    """Return the vocabulary size in "train:4096"; None where `spec` does not request training.
-
-    Raises:
-        InputError: the size is not a number, or too small.
-    """
+    """Return the vocabulary size in "train:4096", which must be large enough; None for another tokenizer."""
     kind, _, size = spec.partition(":")
     if kind != "train":
         return None
     if not (size.isascii() and size.isdigit()):
         raise InputError(f"'{spec}' has no vocabulary size; write it as in train:4096")
-    _check_vocab_size(int(size))
+    if int(size) < _MIN_VOCAB_SIZE:
+        raise InputError(
+            f"a vocabulary needs at least {_MIN_VOCAB_SIZE} tokens (256 bytes and the end of text), found "
+            f"{int(size):,}; 4096 is a good size for a small corpus"
+        )
     return int(size)
 
 
@@ -155,12 +149,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Return a byte-level BPE trained on `texts`: the 256 bytes, the merges, and `<|endoftext|>` with the last id.
 
     Raises:
-        InputError: the vocabulary is too small to hold all bytes, or the texts are too short to fill it.
+        InputError: the texts are too short to fill the vocabulary.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import models, pre_tokenizers, trainers
 
-    _check_vocab_size(vocab_size)
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     trainer = trainers.BpeTrainer(
@@ -189,14 +182,6 @@ def _load_gpt2() -> Tokenizer:
             "has cached it, or train a tokenizer (train:4096)"
         ) from None
     return Tokenizer(encoding._mergeable_ranks, encoding._special_tokens)
-
-
-def _check_vocab_size(vocab_size: int) -> None:
-    if vocab_size < _MIN_VOCAB_SIZE:
-        raise InputError(
-            f"a vocabulary needs at least {_MIN_VOCAB_SIZE} tokens (256 bytes and the end of text), found "
-            f"{vocab_size:,}; 4096 is a good size for a small corpus"
-        )
 
 
 def _fingerprint(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:

@@ -17,9 +17,6 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, val_tokens: int, report:
 
     Where the validation part ends is known only once there is a tokenizer. So a number of characters is reserved for
     it, and doubled if it is too small.
-
-    Raises:
-        InputError: the corpus is too small.
     """
     reserved = _RESERVED_CHARACTERS_PER_TOKEN * val_tokens
     while True:
