@@ -24,15 +24,13 @@ Ids = tuple[int, ...]
 
 
 class Encoder(Protocol):
-    """Text to ids and back, with no token added; `evaluation.scoring.tokenizer_adapter` wraps Hugging Face's."""
+    """Text to ids and back, with no token added; `evaluation.scoring.tokenizer_adapter` wraps Hugging Face's.
 
-    @property
-    def end_of_text_id(self) -> int:
-        """The id used as context for text that has none."""
+    `end_of_text_id` is the context of text that has none. Models expect `bos_ids` before every text; GPT-2 none.
+    """
 
-    @property
-    def bos_ids(self) -> Ids:
-        """The tokens that the model expects before every text: none for GPT-2, often a beginning-of-sequence token."""
+    end_of_text_id: int
+    bos_ids: Ids
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of `text`; special tokens spelled out in it are plain text."""

@@ -27,9 +27,9 @@ _BEFORE_LAST_SPACE_OF_A_RUN = re.compile(f"(?<=[{_SPACE}])(?=[{_SPACE}][^{_SPACE
 class BytePairEncoding:
     """Text to ids and back; can be pickled, and unpickled without a download. Arguments as of `Tokenizer`."""
 
-    def __init__(self, name: str, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
+    def __init__(self, ranks: dict[bytes, int], special_tokens: dict[str, int]) -> None:
         self._exact, self._without_look_ahead = (
-            tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
+            tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
             for pattern in (_SAME_AS_GPT2, _WITHOUT_LOOK_AHEAD)
         )
 

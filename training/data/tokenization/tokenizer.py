@@ -40,7 +40,7 @@ class Tokenizer:
         self.bos_ids: tuple[int, ...] = ()  # ids that an encoding starts with, for evaluation; GPT-2 has none
         self.fingerprint: str = _fingerprint(self.ranks, self.special_tokens)
         self.name: str = "gpt2" if self.fingerprint == _GPT2_FINGERPRINT else f"bpe-{self.vocab_size}"
-        self.bpe = BytePairEncoding(self.name, self.ranks, self.special_tokens)
+        self.bpe = BytePairEncoding(self.ranks, self.special_tokens)
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text; a literal `<|endoftext|>` in it does not become the special token."""
