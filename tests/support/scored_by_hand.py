@@ -8,7 +8,7 @@ import torch
 from evaluation.scoring.scorer import n_positions_of
 from evaluation.tasks.task_types import Item, Request
 
-CHECKS = 2  # forward passes of `model_checks` before the first item
+CHECKS = 2  # forward passes that check the model before the first item
 TOLERANCE = 1e-4  # as documented; fp32 sums in another order differ by about 1e-5
 
 
