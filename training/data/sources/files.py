@@ -47,14 +47,16 @@ class FileCorpus(Corpus):
         self.name = corpus_name(str(path))
         self._text_field = text_field
         self._root = path if path.is_dir() else path.parent
-        files = [file for file in path.rglob("*") if "/." not in f"/{file.relative_to(path).as_posix()}"]
-        files = [file for file in files or [path] if file.name.lower().endswith(FILE_ENDINGS) and file.is_file()]
-        if not files:
-            problem, fix = (
-                ("holds no files that", "pass another --corpus") if path.is_dir() else ("does not", "rename it")
-            )
-            raise InputError(f"{path} {problem} end in {', '.join(FILE_ENDINGS)}; {fix}")
-        self._files = sorted(files, key=lambda file: file.relative_to(self._root).parts)
+        if path.is_dir():
+            found = [file for file in path.rglob("*") if file.name.lower().endswith(FILE_ENDINGS) and file.is_file()]
+            self._files = sorted(found, key=lambda file: file.relative_to(path).parts)
+            self._files = [file for file in self._files if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            if not self._files:
+                raise InputError(f"{path} holds no files that end in {', '.join(FILE_ENDINGS)}; pass another --corpus")
+        else:
+            self._files = [path]
+            if not path.name.lower().endswith(FILE_ENDINGS):
+                raise InputError(f"{path} does not end in {', '.join(FILE_ENDINGS)}; rename it")
 
     @functools.cached_property
     def revision(self) -> str:
