@@ -213,7 +213,7 @@ def test_smallest_vocabulary_holds_the_bytes_and_end_of_text():
 
 def test_vocabulary_without_room_for_the_bytes_is_an_error():
     with pytest.raises(InputError, match=r"at least 257 tokens.*found 256"):
-        train_bpe(["text"], 256)
+        parse_train_spec("train:256")
 
 
 def test_corpus_too_small_for_the_vocabulary_is_an_error_with_the_possible_size():
