@@ -5,6 +5,7 @@ It can be stopped at any time and run again: it resumes after the last complete 
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
 
 from common.cli_errors import CommandParser, InputError, interrupt_on_sigterm, run_command
@@ -25,7 +26,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_either = parser.add_mutually_exclusive_group(required=True).add_argument
     add_either("--corpus", help="installed-docs, fineweb, fineweb-edu, a file or folder, or a Hub dataset (owner/name)")
     add_either("--inspect", type=Path, metavar="DIR", help="describe a shard folder, made by this or another program")
-    add("--output", type=Path, help="the shard folder; created if missing")
+    add("--output", type=Path, dest="folder", metavar="DIR", help="the shard folder; created if missing")
     add("--verify", action="store_true", help="with --inspect, check every byte: hashes and token ids")
     add("--corpus_config", help="configuration of a Hub dataset; FineWeb's default is sample-10BT")
     add("--text_field", default="text", help="field or column that holds the text in JSON lines and Parquet")
@@ -53,22 +54,15 @@ def _run() -> None:
         return
     if arguments.verify:
         raise InputError("--verify needs --inspect DIR")
-    if arguments.output is None:
+    if arguments.folder is None:
         raise InputError("--output is missing; pass the folder to fill")
+    if arguments.val_tokens is None:
+        arguments.val_tokens = arguments.shard_tokens
 
     from training.data.producing.producer import produce
     from training.data.shards.shard_spec import ShardSpec
 
-    spec = ShardSpec(
-        folder=arguments.output,
-        corpus=arguments.corpus,
-        corpus_config=arguments.corpus_config,
-        text_field=arguments.text_field,
-        tokenizer=arguments.tokenizer,
-        shard_tokens=arguments.shard_tokens,
-        val_tokens=arguments.shard_tokens if arguments.val_tokens is None else arguments.val_tokens,
-        max_tokens=arguments.max_tokens,
-    )
+    spec = ShardSpec(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ShardSpec)})
     produce(spec, num_workers=arguments.num_workers, report=lambda line: print(line, flush=True))
 
 
