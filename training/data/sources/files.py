@@ -60,7 +60,7 @@ class FileCorpus(Corpus):
 
     @functools.cached_property
     def revision(self) -> str:
-        """Return a hash of names, sizes and content; beyond 256 MiB, only of evenly spaced chunks."""
+        """Return a hash of names, sizes and content; beyond 256 MiB, of chunks, so small changes may go unnoticed."""
         digest = hashlib.sha256()
         stride = _HASHED_CHUNK_BYTES * max(1, -(-sum(self._sizes) // (_HASHED_CHUNK_BYTES * _HASHED_CHUNKS)))
         for file, size in zip(self._files, self._sizes, strict=True):
