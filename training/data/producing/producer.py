@@ -100,9 +100,9 @@ def _lock_and_fill(spec: ShardSpec, num_workers: int | None, wait: bool, report:
 def _fill(
     spec: ShardSpec, corpus: Corpus, folder: ShardFolder | None, num_workers: int | None, report: Callable[[str], None]
 ) -> None:
-    manifest, tokenizer = folder.manifest if folder else None, None
-    if manifest is not None:
-        corpus, tokenizer = resume_folder(spec.folder, corpus, manifest)
+    manifest, tokenizer = None, None
+    if folder is not None and (manifest := folder.manifest) is not None:
+        corpus, tokenizer = resume_folder(folder, manifest, corpus)
     if isinstance(corpus, HubCorpus) and (files := list_ready_shards(corpus)):
         download_shards(spec, corpus, files, manifest, report)
         return

@@ -19,6 +19,7 @@ from common.atomic_files import PARTIAL_SUFFIX, fsync, write_atomically
 from common.cli_errors import InputError
 from common.token_files import Split
 from training.data.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
+from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.base import Corpus
 from training.data.tokenization.tokenizer import Tokenizer
@@ -55,25 +56,21 @@ def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtyp
     return manifest
 
 
-def resume_folder(folder: Path, source: Corpus, manifest: Manifest) -> tuple[Corpus, Tokenizer]:
+def resume_folder(folder: ShardFolder, manifest: Manifest, source: Corpus) -> tuple[Corpus, Tokenizer]:
     """Remove the partial files of a folder; return the corpus and the tokenizer, which must not have changed."""
     corpus = source.at_revision(manifest.corpus_revision)
     if corpus is None:
         raise InputError(
-            f"the corpus '{source.name}' has changed since {folder} was created; delete the folder and prepare it again"
+            f"the corpus '{source.name}' has changed since {folder.path} was created; delete the folder and prepare it "
+            "again"
         )
     if manifest.resume is not None and not corpus.is_position(manifest.resume.position):
         raise InputError(
-            f"{folder / MANIFEST_NAME} resumes '{source.name}' from a position that it does not have, "
+            f"{folder.path / MANIFEST_NAME} resumes '{source.name}' from a position that it does not have, "
             f"{manifest.resume.position!r:.40}; delete the folder and prepare it again"
         )
-    tokenizer = Tokenizer.load(folder)
-    if tokenizer.fingerprint != manifest.tokenizer_fingerprint:
-        raise InputError(
-            f"tokenizer.json in {folder} is not the tokenizer that made its shards; "
-            "delete the folder and prepare it again"
-        )
-    _remove_partial_files(folder, manifest)
+    tokenizer = folder.load_tokenizer(str(folder.path))
+    _remove_partial_files(folder.path, manifest)
     return corpus, tokenizer
 
 

@@ -181,8 +181,9 @@ def test_second_producer_waits_for_the_first_and_finds_the_folder_complete(
             shutil.copytree(shard_folder, spec.folder, dirs_exist_ok=True)
             written = {path: path.stat().st_ino for path in spec.folder.glob("*.npy")}
         assert waiting.result().complete
-    assert len(lines) == 1
-    assert "another process is filling" in lines[0]
+    waited, summary = lines
+    assert "another process is filling" in waited
+    assert "11 shards" in summary
     assert written == {path: path.stat().st_ino for path in spec.folder.glob("*.npy")}
 
 
