@@ -101,7 +101,7 @@ def test_every_requirement_is_pinned() -> None:
     assert "torch==2.13.0" in pins
 
 
-@pytest.mark.parametrize("name", ["kill_fuzz", "loop"])
+@pytest.mark.parametrize("name", ["kill_fuzz", "learning", "loop"])
 def test_a_benchmark_starts_as_documented(name: str) -> None:
     # Python puts benchmarks/ first, where a file is named like a package of ours.
     program = ROOT / "benchmarks" / f"{name}.py"

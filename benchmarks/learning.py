@@ -1,0 +1,255 @@
+"""Which recipe learns most: several recipes over the same data and seeds, against the first one.
+
+    python benchmarks/learning.py adamw muon [--steps 240 300 600] [--seeds 1 2 3] [--output runs/learning]
+
+A recipe is a YAML file with max_steps, or a built-in one: `classic` (AdamW as GPT-2 recipes have it), `adamw` (tuned),
+`muon`. The first is the baseline, which runs for the largest number of steps only. The others run for every number,
+with warmup and decay shortened alike, so each run ends with its own schedule. Printed are
+
+- the final validation loss per number of steps: mean and standard deviation over the seeds, and the steps' seconds;
+- the difference from the baseline at the same number of steps, paired by seed, with its 95 % interval (Student's t);
+- the steps and the time at which a recipe reaches the baseline's final loss, interpolated between its runs.
+
+Every run is a run folder under --output. When stopped, the benchmark saves a checkpoint; the same command continues and
+skips finished runs. `learning.png` there shows loss against tokens and against time.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Before benchmarks/, which Python puts first: its evaluation.py would shadow the package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from common.cli_errors import CommandParser, InputError, run_command
+from training.monitoring.plots import smoothed
+from training.monitoring.run_history import read_metrics
+from training.recipe import QUICKSTART, Recipe, load_recipe
+
+PROXY = {"n_embd": 128, "max_steps": 600, "min_learning_rate_ratio": 0, "attn_implementation": "sdpa"}
+PROXY |= {"mixed_precision": "no", "logging_steps": 10, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "classic": {"learning_rate": 6e-4, "adam_beta2": 0.95, "warmup_steps": 60, "min_learning_rate_ratio": 0.1},
+    "adamw": {"learning_rate": 4e-3, "adam_beta2": 0.99, "warmup_steps": 60},
+    "muon": {"optimizer": "muon", "adam_beta2": 0.95, "warmup_steps": 10, "lr_scheduler_type": "linear"},
+}
+# 97.5 % quantiles of Student's t, by degrees of freedom.
+STUDENT = dict(enumerate([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262], start=1))
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        loss: final validation loss, nats per token.
+        seconds_per_step: median over the logged steps.
+        tokens, losses: training loss of the logged steps.
+    """
+
+    loss: float
+    seconds_per_step: float
+    tokens: list[int]
+    losses: list[float]
+
+
+Results = dict[str, dict[int, dict[int, Result]]]  # by recipe, number of steps and seed
+
+
+def named_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
+    """A built-in recipe or one from a file, with its length in steps."""
+    if name in BUILT_IN:
+        recipe = load_recipe(QUICKSTART, {**PROXY, **BUILT_IN[name], **overrides})
+    elif Path(name).suffix in (".yaml", ".yml"):
+        recipe = load_recipe(Path(name), overrides)
+    else:
+        raise InputError(f"{name} is neither a YAML file nor one of {', '.join(BUILT_IN)}")
+    if recipe.max_steps is None:
+        raise InputError(f"{name} has no max_steps, of which warmup and decay are a part; give it a length in steps")
+    return recipe
+
+
+def shortened(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe for another number of steps, with warmup and decay in proportion."""
+    assert recipe.max_steps is not None
+    share = steps / recipe.max_steps
+    decay_steps = None if recipe.decay_steps is None else max(1, round(share * recipe.decay_steps))
+    warmup_steps = round(share * recipe.warmup_steps)
+    return dataclasses.replace(recipe, max_steps=steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
+
+
+def result_of(folder: Path, steps: int) -> Result | None:
+    """The result of a run of so many steps, if it is finished."""
+    lines = read_metrics(folder)
+    ends = [line["val_loss"] for line in lines if line["step"] == steps and "val_loss" in line]
+    logged = [line for line in lines if line.get("tokens_per_second")]
+    if not ends or not logged:
+        return None
+    tokens_per_step = logged[0]["tokens"] // logged[0]["step"]
+    seconds = [tokens_per_step / line["tokens_per_second"] for line in logged]
+    return Result(
+        loss=ends[-1],
+        seconds_per_step=statistics.median(seconds),
+        tokens=[line["tokens"] for line in logged],
+        losses=[line["train_loss"] for line in logged],
+    )
+
+
+def run_all(recipes: dict[str, Recipe], lengths: Sequence[int], seeds: Sequence[int], output: Path) -> Results:
+    """Train what is not finished yet, seed by seed, and return all results."""
+    from training.loop import train
+
+    baseline = next(iter(recipes))
+    results: Results = {name: {} for name in recipes}
+    for seed in seeds:
+        for name, recipe in recipes.items():
+            for steps in lengths[-1:] if name == baseline else lengths:
+                folder = output / name / f"{steps}-steps" / f"seed-{seed}"
+                run = dataclasses.replace(shortened(recipe, steps), seed=seed, output_dir=str(folder))
+                if result_of(folder, steps) is None:
+                    with contextlib.redirect_stdout(io.StringIO()):
+                        train(run)
+                result = result_of(folder, steps)
+                assert result is not None
+                print(f"{name}, {steps} steps, seed {seed}: {result.loss:.4f}", flush=True)
+                results[name].setdefault(steps, {})[seed] = result
+    return results
+
+
+def mean_loss(results: dict[int, Result]) -> float:
+    """The mean final loss over the seeds."""
+    return statistics.mean(result.loss for result in results.values())
+
+
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The mean of paired differences and half the width of its 95 % interval; infinite for a single pair."""
+    degrees = len(differences) - 1
+    if degrees == 0:
+        return differences[0], math.inf
+    quantile = STUDENT.get(degrees, 2.2)
+    return statistics.mean(differences), quantile * statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def steps_to_reach(loss: float, curve: dict[int, float]) -> float | None:
+    """The number of steps at which `curve` (steps → final loss) reaches a loss.
+
+    Linear in the logarithm of the steps between two runs. None if no run reaches it; the shortest run's steps if that
+    already does.
+    """
+    points = sorted(curve.items())
+    if points[0][1] <= loss:
+        return points[0][0]
+    for (left, above), (right, below) in itertools.pairwise(points):
+        if below <= loss:
+            share = (above - loss) / (above - below)
+            return math.exp(math.log(left) + share * (math.log(right) - math.log(left)))
+    return None
+
+
+def report(results: Results) -> list[str]:
+    """The lines that compare all recipes with the first."""
+    baseline, *others = results
+    end, base = max(results[baseline].items())
+    lines = [
+        "",
+        "| recipe | steps | seeds | validation loss | deviation | s/step |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, by_steps in results.items():
+        for steps, seeds in sorted(by_steps.items()):
+            losses = [result.loss for result in seeds.values()]
+            spread = f"{statistics.stdev(losses):.4f}" if len(losses) > 1 else "–"
+            lines.append(
+                f"| {name} | {steps} | {len(losses)} | {mean_loss(seeds):.4f} | {spread} | {seconds(seeds):.3f} |"
+            )
+    lines.append("")
+    for name in others:
+        same = results[name].get(end, {})
+        if same:
+            mean, half = interval([same[seed].loss - base[seed].loss for seed in same])
+            verdict = "significant" if abs(mean) > half else "not significant"
+            lines.append(f"{name} − {baseline} at {end} steps: {mean:+.4f} ± {half:.4f}, {verdict} (95 %)")
+        reached = steps_to_reach(mean_loss(base), {steps: mean_loss(runs) for steps, runs in results[name].items()})
+        if reached is None:
+            lines.append(f"{name} does not reach the final loss of {baseline}")
+            continue
+        at_most = "at most " if reached == min(results[name]) else ""
+        cost = seconds(max(results[name].items())[1]) / seconds(base)
+        lines.append(
+            f"{name} reaches the final loss of {baseline} in {at_most}{reached:.0f} steps: {reached / end:.2f} of the "
+            f"steps, {reached * cost / end:.2f} of the time"
+        )
+    return lines
+
+
+def seconds(runs: dict[int, Result]) -> float:
+    """Median seconds of a step over the seeds."""
+    return statistics.median(result.seconds_per_step for result in runs.values())
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw the loss against tokens and against time: training as curves, final validation as points."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4.5), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    ends = []
+    for index, (name, by_steps) in enumerate(results.items()):
+        color = f"C{index % 10}"
+        for steps, runs in by_steps.items():
+            tokens_per_step = next(iter(runs.values())).tokens[-1] / steps
+            pace = seconds(runs) / tokens_per_step
+            first = next(iter(runs.values()))
+            mean = [statistics.mean(values) for values in zip(*(run.losses for run in runs.values()), strict=True)]
+            ends += [mean_loss(runs), mean[len(mean) // 4]]
+            for axes, scale in ((left, 1.0), (right, pace)):
+                at = [scale * tokens for tokens in first.tokens]
+                axes.plot(at, smoothed(mean, max(1, len(mean) // 30)), color=color, alpha=0.4, linewidth=1)
+                label = f"{name} ({mean_loss(runs):.3f})" if steps == max(by_steps) else None
+                axes.plot(at[-1], mean_loss(runs), "o", color=color, markersize=5, label=label)
+    margin = 0.05 * (max(ends) - min(ends)) or 0.1
+    left.set(xlabel="tokens", ylabel="loss (nats per token)", ylim=(min(ends) - margin, max(ends) + margin))
+    right.set(xlabel="seconds of training steps")
+    for axes in (left, right):
+        axes.grid(alpha=0.2)
+    left.legend(title="validation")
+    with path.open("wb") as file:
+        FigureCanvasAgg(figure).print_png(file)
+
+
+def main() -> None:
+    """Train, print the comparison, and draw it."""
+    assert __doc__ is not None
+    parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML file or built-in recipe; first the baseline")
+    parser.add_argument("--steps", type=int, nargs="+", default=[240, 300, 600], help="lengths of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
+    parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of all runs")
+    parser.add_argument("--data_dir", help="shard folder of all recipes (default: each recipe's own)")
+    arguments = parser.parse_args()
+    overrides = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
+    recipes = {Path(name).stem: named_recipe(name, overrides) for name in arguments.recipes}
+    if len(recipes) < len(arguments.recipes):
+        raise InputError("two recipes have the same name; rename a file")
+    lengths, seeds = sorted(set(arguments.steps)), sorted(set(arguments.seeds))
+    if lengths[0] < 1:
+        raise InputError(f"--steps: expected at least 1, found {lengths[0]}")
+    results = run_all(recipes, lengths, seeds, arguments.output)
+    print("\n".join(report(results)))
+    picture = arguments.output / "learning.png"
+    draw(results, picture)
+    print(f"\n{picture}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,101 @@
+"""The comparison of recipes: its arithmetic by hand, and tiny runs that are not repeated."""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from support.paths import ROOT
+
+from common.cli_errors import InputError
+from training.recipe import Recipe
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+@pytest.fixture(scope="module")
+def learning() -> Iterator[ModuleType]:
+    path = sys.path.copy()
+    spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks" / "learning.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules["learning"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    sys.path[:] = path
+    del sys.modules["learning"]
+
+
+def test_steps_are_interpolated_in_their_logarithm(learning: ModuleType) -> None:
+    curve = {100: 5.0, 400: 4.0, 1600: 3.5}
+    assert learning.steps_to_reach(4.5, curve) == pytest.approx(200)  # halfway from log 100 to log 400
+    assert learning.steps_to_reach(4.0, curve) == pytest.approx(400)
+    assert learning.steps_to_reach(3.75, curve) == pytest.approx(800)
+    assert learning.steps_to_reach(5.5, curve) == 100
+    assert learning.steps_to_reach(3.4, curve) is None
+
+
+def test_the_interval_of_paired_differences_is_students(learning: ModuleType) -> None:
+    mean, half = learning.interval([-0.4, -0.5, -0.6])
+    assert mean == pytest.approx(-0.5)
+    assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)  # two degrees of freedom
+    assert learning.interval([-0.5]) == (-0.5, math.inf)
+
+
+def test_a_shorter_run_has_shorter_warmup_and_decay(learning: ModuleType, tiny_recipe: Callable[..., Recipe]) -> None:
+    recipe = tiny_recipe(max_steps=600, warmup_steps=60, lr_scheduler_type="warmup_stable_decay", decay_steps=420)
+    short = learning.shortened(recipe, 240)
+    assert (short.max_steps, short.warmup_steps, short.decay_steps) == (240, 24, 168)
+
+
+def test_recipes_are_compared_and_finished_runs_are_not_repeated(
+    learning: ModuleType,
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tiny_recipe(max_steps=8, eval_steps=0, sample_steps=0, save_steps=0)
+    recipe.save(tmp_path / "slow.yaml")
+    dataclasses.replace(recipe, learning_rate=0.02).save(tmp_path / "fast.yaml")
+    names = [str(tmp_path / name) for name in ("slow.yaml", "fast.yaml")]
+    command = ["learning.py", *names, "--steps", "4", "8", "--seeds", "1", "2", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    learning.main()
+    printed = capsys.readouterr().out
+    runs = sorted(path.parent.relative_to(tmp_path / "out") for path in tmp_path.rglob("metrics.jsonl"))
+    # The baseline runs for the largest number of steps only.
+    assert [str(run) for run in runs] == [
+        *("fast/4-steps/seed-1", "fast/4-steps/seed-2", "fast/8-steps/seed-1", "fast/8-steps/seed-2"),
+        *("slow/8-steps/seed-1", "slow/8-steps/seed-2"),
+    ]
+    assert "fast − slow at 8 steps: -" in printed
+    assert "fast reaches the final loss of slow in" in printed
+    assert (tmp_path / "out" / "learning.png").stat().st_size > 10_000
+
+    def fail(recipe: Recipe) -> None:
+        raise AssertionError("a finished run was started again")
+
+    monkeypatch.setattr("training.loop.train", fail)
+    learning.main()
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["muno", "adamw"], "muno is neither a YAML file nor one of classic, adamw, muon"),
+        (["muon", "muon"], "two recipes have the same name"),
+        (["adamw", "--steps", "0"], "--steps: expected at least 1, found 0"),
+    ],
+)
+def test_bad_input_is_a_one_line_error(
+    learning: ModuleType, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["learning.py", *arguments])
+    with pytest.raises(InputError, match=message):
+        learning.main()
