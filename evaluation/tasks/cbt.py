@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from evaluation.tasks.data_sources import RowSource, RowTask, read_lines, unusable
+from evaluation.tasks.data_sources import RowTask, read_lines, unusable
 from evaluation.tasks.detokenizers import detokenize_penn_treebank
 from evaluation.tasks.encoding import context_tokens, encode_candidates, truncate_together
 from evaluation.tasks.task_types import Encoder, Item, LogLikelihood, Metric, Request, Task, argmax, data_hash
@@ -19,42 +19,13 @@ _SENTENCES = 20
 _CANDIDATES = 10
 
 
-def _questions(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Parse the official file: numbered lines, the 21st with tabs between question, answer, nothing and candidates."""
-    sentences: list[str] = []
-    number = 0
-    for number, line in enumerate(read_lines(path), 1):
-        if not line.strip() and not sentences:
-            continue
-        position, _, text = line.rstrip("\n").partition(" ")
-        if position != str(len(sentences) + 1):
-            raise unusable(path, number, f"sentence {len(sentences) + 1} of a question is missing: {line[:30]!r}")
-        if len(sentences) < _SENTENCES:
-            sentences.append(text)
-            continue
-        parts = text.split("\t")
-        if len(parts) != 4:
-            raise unusable(path, number, f"not question, answer and candidates between tabs: {line[-40:]!r}")
-        yield number, {"sentences": sentences, "question": parts[0], "answer": parts[1], "options": parts[3].split("|")}
-        sentences = []
-    if sentences:
-        raise unusable(path, number + 1, f"the file ends before sentence {len(sentences) + 1} of a question")
-
-
-def _problem(row: dict[str, Any]) -> str | None:
-    if len(row["sentences"]) != _SENTENCES:
-        return f"{len(row['sentences'])} sentences instead of {_SENTENCES}"
-    if _BLANK not in row["question"]:
-        return f"no {_BLANK} in the question: {row['question'][:40]!r}"
-    if len(row["options"]) != _CANDIDATES or row["answer"] not in row["options"]:
-        return f"the answer {row['answer']!r} is not among {_CANDIDATES} candidates: {row['options']!r:.60}"
-    return None
-
-
 class _Cbt(RowTask):
     """A protocol for one kind of question, "CN" or "NE"."""
 
     metrics: ClassVar = (Metric("acc", "accuracy", "prediction"),)
+    repository = "cam-cst/cbt"
+    split = "test"
+    fields: ClassVar = {"sentences": list, "question": str, "answer": str, "options": list}
 
     def __init__(self, kind: str, *, raw: bool) -> None:
         self.name = f"cbt_{kind.lower()}"
@@ -62,19 +33,44 @@ class _Cbt(RowTask):
         if raw:
             self.protocol = f"{type(self).protocol}_raw"
             self.description = f"{type(self).description} The text is left as it is."
-        self.rows = RowSource(
-            repository="cam-cst/cbt",
-            config=kind,
-            split="test",
-            file_names=(f"cbtest_{kind}_test_2500ex.txt", f"cbtest_{kind}_test*.txt"),
-            fields={"sentences": list, "question": str, "answer": str, "options": list},
-            problem=_problem,
-            parse=_questions,
-        )
+        self.config = kind
+        self.file_names = (f"cbtest_{kind}_test_2500ex.txt", f"cbtest_{kind}_test*.txt")
+
+    def _parse(self, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Parse numbered lines, the 21st with tabs between question, answer, nothing and candidates."""
+        sentences: list[str] = []
+        number = 0
+        for number, line in enumerate(read_lines(path), 1):
+            if not line.strip() and not sentences:
+                continue
+            position, _, text = line.rstrip("\n").partition(" ")
+            if position != str(len(sentences) + 1):
+                raise unusable(path, number, f"sentence {len(sentences) + 1} of a question is missing: {line[:30]!r}")
+            if len(sentences) < _SENTENCES:
+                sentences.append(text)
+                continue
+            parts = text.split("\t")
+            if len(parts) != 4:
+                raise unusable(path, number, f"not question, answer and candidates between tabs: {line[-40:]!r}")
+            question, answer, _, options = parts
+            row = {"sentences": sentences, "question": question, "answer": answer, "options": options.split("|")}
+            yield number, row
+            sentences = []
+        if sentences:
+            raise unusable(path, number + 1, f"the file ends before sentence {len(sentences) + 1} of a question")
+
+    def _problem(self, row: dict[str, Any]) -> str | None:
+        if len(row["sentences"]) != _SENTENCES:
+            return f"{len(row['sentences'])} sentences instead of {_SENTENCES}"
+        if _BLANK not in row["question"]:
+            return f"no {_BLANK} in the question: {row['question'][:40]!r}"
+        if len(row["options"]) != _CANDIDATES or row["answer"] not in row["options"]:
+            return f"the answer {row['answer']!r} is not among {_CANDIDATES} candidates: {row['options']!r:.60}"
+        return None
 
     def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item:
         requests = self._requests(row, encoder, n_positions)
-        data = data_hash([row[field] for field in self.rows.fields])
+        data = data_hash([row[field] for field in self.fields])
         return Item(index, requests, gold=row["options"].index(row["answer"]), data=data)
 
     def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:

@@ -6,11 +6,10 @@ loading scripts. Errors name the line.
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from common.cli_errors import InputError, one_line
 from evaluation.tasks.task_types import Encoder, Item, Task
@@ -31,34 +30,31 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         yield number, row
 
 
-@dataclass(frozen=True)
-class RowSource:
-    """A data set of rows: on the Hub, or an official file, whose names may be glob patterns.
+class RowTask(Task):
+    """A task whose items are the rows of a data set: on the Hub, or in an official file of one of `file_names`.
 
-    `parse` yields line number and row of the file. Every row has the `fields`; `problem` returns what else is wrong.
+    These may be glob patterns. Every row has the `fields`, of their types.
     """
 
     repository: str
-    config: str
+    config: str = "default"
     split: str
     file_names: Sequence[str]
-    fields: Mapping[str, type | tuple[type, ...]]
-    problem: Callable[[dict[str, Any]], str | None]
-    parse: Callable[[Path], Iterable[tuple[int, Any]]] = json_lines
+    fields: ClassVar[Mapping[str, type | tuple[type, ...]]]
 
-    def read(self, data_dir: Path | None, limit: int | None) -> list[dict[str, Any]]:
-        """Return the first `limit` rows, or all, from `data_dir` or else from the Hub; none may be malformed."""
+    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
+        """See `Task.items`."""
         if data_dir is None:
             rows: Iterable[tuple[int, Any]] = enumerate(hub_rows(self.repository, self.config, self.split, limit), 1)
         else:
             path = find_file(data_dir, self.file_names)
-            rows = self.parse(path)
-        found = []
-        for number, row in islice(rows, limit):
-            if problem := self._wrong_field(row) or self.problem(row):
-                raise unusable(self.repository if data_dir is None else path, number, problem)
-            found.append(row)
-        return found
+            rows = self._parse(path)
+        items = []
+        for index, (line, row) in enumerate(islice(rows, limit)):
+            if problem := self._wrong_field(row) or self._problem(row):
+                raise unusable(self.repository if data_dir is None else path, line, problem)
+            items.append(self._item(index, row, encoder, n_positions))
+        return items
 
     def _wrong_field(self, row: Any) -> str | None:
         if not isinstance(row, dict):
@@ -70,16 +66,13 @@ class RowSource:
                 return f"field {name!r} has the wrong type: {row[name]!r:.40}"
         return None
 
+    def _parse(self, path: Path) -> Iterable[tuple[int, Any]]:
+        """Yield line number and row of the official file."""
+        return json_lines(path)
 
-class RowTask(Task):
-    """A task whose items are the rows of a data set."""
-
-    rows: RowSource
-
-    def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
-        """See `Task.items`."""
-        rows = self.rows.read(data_dir, limit)
-        return [self._item(index, row, encoder, n_positions) for index, row in enumerate(rows)]
+    @abstractmethod
+    def _problem(self, row: dict[str, Any]) -> str | None:
+        """Return what is wrong with the values of a row, or None."""
 
     @abstractmethod
     def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item: ...

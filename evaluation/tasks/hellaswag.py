@@ -5,16 +5,9 @@ from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from evaluation.tasks.data_sources import RowSource, RowTask
+from evaluation.tasks.data_sources import RowTask
 from evaluation.tasks.encoding import context_tokens, encode_jointly
 from evaluation.tasks.task_types import Encoder, Item, LogLikelihood, Metric, Request, argmax, data_hash
-
-
-def _problem(row: dict[str, Any]) -> str | None:
-    endings, label = row["endings"], str(row["label"])
-    if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
-        return f"not four endings: {endings!r:.60}"
-    return None if label in ("0", "1", "2", "3") else f"the label is not 0, 1, 2 or 3: {label!r}"
 
 
 class _HellaSwag(RowTask):
@@ -23,18 +16,27 @@ class _HellaSwag(RowTask):
         Metric("acc_norm", "accuracy", "prediction"),
         Metric("acc", "accuracy", "prediction_by_sum"),
     )
-    rows = RowSource(
-        repository="Rowan/hellaswag",
-        config="default",
-        split="validation",
-        file_names=("hellaswag_val.jsonl", "hellaswag_val*.jsonl"),
-        fields=dict.fromkeys(("activity_label", "ctx_a", "ctx_b", "ctx"), str) | {"endings": list, "label": (int, str)},
-        problem=_problem,
-    )
+    repository = "Rowan/hellaswag"
+    split = "validation"
+    file_names = ("hellaswag_val.jsonl", "hellaswag_val*.jsonl")
+    fields: ClassVar = {
+        "activity_label": str,
+        "ctx_a": str,
+        "ctx_b": str,
+        "ctx": str,
+        "endings": list,
+        "label": (int, str),
+    }
     unit = "tokens"  # acc_norm compares the mean log-likelihood per unit of the ending
 
+    def _problem(self, row: dict[str, Any]) -> str | None:
+        endings, label = row["endings"], str(row["label"])
+        if len(endings) != 4 or not all(isinstance(ending, str) and ending.strip() for ending in endings):
+            return f"not four endings: {endings!r:.60}"
+        return None if label in ("0", "1", "2", "3") else f"the label is not 0, 1, 2 or 3: {label!r}"
+
     def _item(self, index: int, row: dict[str, Any], encoder: Encoder, n_positions: int) -> Item:
-        data = data_hash([str(row[field]) for field in self.rows.fields])
+        data = data_hash([str(row[field]) for field in self.fields])
         return Item(index, self._requests(row, encoder), int(row["label"]), extra=self._lengths(row), data=data)
 
     @abstractmethod

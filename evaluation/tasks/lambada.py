@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from evaluation.tasks.data_sources import RowSource, RowTask
+from evaluation.tasks.data_sources import RowTask
 from evaluation.tasks.encoding import context_tokens, encode_jointly
 from evaluation.tasks.task_types import Encoder, Generated, Generation, Item, LogLikelihood, Metric, Request, data_hash
 
@@ -28,11 +28,6 @@ _STOP_WORDS = frozenset(  # the function words of the Snowball stemmer's list (s
 )
 
 
-def _problem(row: dict[str, Any]) -> str | None:
-    context, _, word = row["text"].rpartition(" ")
-    return None if context.strip() and _WORD.search(word) else f"not a passage and a last word: {row['text'][:40]!r}"
-
-
 class _Lambada(RowTask):
     """The last word, right if each of its scored tokens is the model's most likely one."""
 
@@ -41,14 +36,16 @@ class _Lambada(RowTask):
         Metric("acc", "accuracy", "prediction"),
         Metric("ppl", "perplexity", "log_likelihood", "words"),
     )
-    rows = RowSource(
-        repository="EleutherAI/lambada_openai",
-        config="default",
-        split="test",
-        file_names=("lambada_test.jsonl",),
-        fields={"text": str},
-        problem=_problem,
-    )
+    repository = "EleutherAI/lambada_openai"
+    split = "test"
+    file_names = ("lambada_test.jsonl",)
+    fields: ClassVar = {"text": str}
+
+    def _problem(self, row: dict[str, Any]) -> str | None:
+        context, _, word = row["text"].rpartition(" ")
+        if context.strip() and _WORD.search(word):
+            return None
+        return f"not a passage and a last word: {row['text'][:40]!r}"
 
     def record(self, item: Item, scores: Sequence[Any]) -> dict[str, Any]:
         """Return whether the word is the model's choice, and its log-likelihood in nats."""
