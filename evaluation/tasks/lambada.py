@@ -50,8 +50,13 @@ class _Lambada(RowTask):
     def record(self, item: Item, scores: Sequence[Any]) -> dict[str, Any]:
         """Return whether the word is the model's choice, and its log-likelihood in nats."""
         score: LogLikelihood = scores[0]
-        prediction = {"gold": True, "prediction": score.greedy}
-        return {**prediction, "log_likelihood": score.sum, "words": 1, "target": item.gold}
+        return {
+            "gold": True,
+            "prediction": score.greedy,
+            "log_likelihood": score.sum,
+            "words": 1,
+            "target": item.gold,
+        }
 
 
 class LambadaHarness(_Lambada):
