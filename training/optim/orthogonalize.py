@@ -33,8 +33,26 @@ def orthogonalize(matrices: Tensor, coefficients: Coefficients = POLAR_EXPRESS) 
         coefficients: (a, b, c) of each step.
     """
     x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * _MARGIN).clamp(min=_EPSILON)
+    if x.dtype == torch.float32 and x.shape[-1] >= 2 * x.shape[-2]:
+        return _iterate_on_gram(x @ x.mT, coefficients) @ x
     for a, b, c in coefficients:
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def _iterate_on_gram(gram: Tensor, coefficients: Coefficients) -> Tensor:
+    """The product of the steps' polynomials, from the (batch, rows, rows) Gram matrices alone.
+
+    It saves over a third of the operations for matrices four times as wide as high. bf16 is too coarse for it.
+    """
+    polynomial = product = None
+    for a, b, c in coefficients:
+        if polynomial is not None:
+            gram = polynomial @ gram @ polynomial
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = polynomial if product is None else polynomial @ product
+    assert product is not None
+    return product
