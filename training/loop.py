@@ -176,7 +176,7 @@ def _add_hooks(
         start = Start(run.first_step, device_name(run.accelerator.device), run.accelerator.num_processes)
         monitor.log.history.add_start(run.output_dir, start)
     validation = Validation(run, monitor, coordinator)
-    samples = Samples(monitor)
+    samples = Samples(run, monitor)
     writer = CheckpointWriter(run, skeleton=skeleton, before_rename=monitor.log.flush_to_disk)
     skipped_updates = SkippedUpdates(monitor, validation, writer)
     checkpoints = Checkpoints(writer, coordinator, skipped_updates, monitor)
@@ -185,7 +185,7 @@ def _add_hooks(
     # A signal stops the run here or in an evaluation; the next start runs missing evaluations.
     run.hooks += [StopOnSignal(coordinator), validation]
     if plan.tasks is not None:
-        run.hooks.append(TaskEvaluation(plan.tasks, monitor, coordinator))
+        run.hooks.append(TaskEvaluation(run, plan.tasks, monitor, coordinator))
     run.hooks += [samples, ModelFolder(writer, validation, samples, monitor)]
     if plan.repo_id is not None:
         run.hooks.append(Publisher(run, plan.repo_id, monitor.log.history))

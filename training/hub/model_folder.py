@@ -1,12 +1,16 @@
 """The model folder at the end of a run."""
 
+import json
+from pathlib import Path
+from shlex import quote
+
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import copy_model, publish
 from training.checkpoints.checkpoint_writer import CheckpointWriter
+from training.checkpoints.resume_command import extend_command, program
 from training.hub.card import write_model_card
 from training.monitoring.monitor import Monitor
 from training.monitoring.run_history import RunFacts
-from training.monitoring.run_summary import summary_text
 from training.monitoring.samples import Samples
 from training.monitoring.validation import Validation
 from training.step.hooks import Hook, Run
@@ -40,7 +44,7 @@ class ModelFolder(Hook):
                 "run again: all steps are saved, and only this is missing"
             ) from None
         prompts = run.recipe.sample_prompts
-        run.report(summary_text(run.output_dir, facts, prompt=prompts[0] if prompts else ""))
+        run.report(_summary(run.output_dir, facts, prompts[0] if prompts else ""))
 
     def _write_model(self, run: Run, facts: RunFacts) -> None:
         model, partial = run.output_dir / "model", run.output_dir / ".unfinished-model"
@@ -49,3 +53,33 @@ class ModelFolder(Hook):
         self._monitor.plot_final(run.output_dir, partial)
         write_model_card(partial, run.recipe, facts, run.config, earlier=model)
         publish(partial, model)
+
+
+def _summary(output_dir: Path, facts: RunFacts, prompt: str) -> str:
+    """Where the files are, the validation loss, a sample, and three commands that work as printed."""
+    model, python = output_dir / "model", program("python")
+    sample = "\n".join("  | " + line for line in "\n".join(facts.samples[:1]).strip().splitlines())
+    # JSON strings are valid Python, and their double quotes fit into the shell's single quotes.
+    code = (
+        "import gpt2_scratch; from transformers import pipeline; "
+        f'print(pipeline("text-generation", {json.dumps(str(model))})({json.dumps(prompt)})[0]["generated_text"])'
+    )
+    return f"""
+The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
+
+  model        {model}
+  curves       {output_dir / "curves.png"}
+  metrics      {output_dir / "metrics.jsonl"}
+  samples      {output_dir / "samples.txt"}
+  checkpoints  {output_dir / "checkpoints"}
+
+  validation   {facts.val_loss:.4f} nats per token
+               {facts.bits_per_byte:.4f} bits per byte ({facts.gzip_bits_per_byte:.4f} by gzip -9 on the same text)
+
+{sample}
+
+To try next:
+  {python} -m gpt2_scratch.generate --model {quote(str(model))} --prompt {quote(prompt)}
+  {python} -c {quote(code)}
+  {extend_command(output_dir, facts.steps)}
+"""

@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedModel
 
 from common.cli_errors import subprocess_environment
+from training.checkpoints.state_snapshot import bare_model
 from training.monitoring.plots import Curves, plot_curves
 from training.monitoring.run_log import RunLog
 from training.monitoring.throughput import Throughput, device_name, flops_per_token, memory_bytes, peak_flops
@@ -138,8 +142,10 @@ class Monitor(Hook):
         if known:
             self._accelerator.log(known, step=step)
 
-    def plot(self, run: Run) -> None:
-        """Plot the curves in the background; at the end of the run, `plot_final` does it."""
+    def record(self, run: Run, values: Mapping[str, Any], text: str) -> None:
+        """Record an evaluation of the current step, print `text`, and plot the curves unless the run ends."""
+        self.log.record({"step": run.step, "tokens": run.tokens, **values}, text)
+        self.track(run.step, values)
         if self._accelerator.is_main_process and run.step < run.total_steps:
             self._plotter.start(run.output_dir)
 
@@ -154,3 +160,59 @@ class Monitor(Hook):
         """Stop the plot in progress and close the files."""
         self._plotter.stop()
         self.log.close()
+
+
+class PeriodicEvaluation(Hook):
+    """An evaluation that is due every so many steps, and at the end.
+
+    If a signal stops the run during the evaluation, the next start runs it.
+
+    Args:
+        monitor: of the run.
+        every: steps between two evaluations; 0: only at the end.
+        columns: its values in metrics.jsonl.
+    """
+
+    def __init__(self, monitor: Monitor, every: int, columns: set[str]) -> None:
+        self._monitor, self._every, self._columns = monitor, every, columns
+
+    def is_due(self, run: Run) -> bool:
+        """Whether the evaluation is due after the current step."""
+        return run.is_due(self._every)
+
+    def is_recorded(self, run: Run) -> bool:
+        """Whether rank 0 has recorded the evaluation of the current step; False on other ranks."""
+        lines = self._monitor.log.history.metrics
+        return any(line["step"] == run.step and self._columns <= line.keys() for line in lines)
+
+    def evaluate(self, run: Run) -> None:
+        """Evaluate the model and record the result; called by all ranks together."""
+        raise NotImplementedError
+
+    def before_training(self, run: Run) -> None:
+        """Evaluate the checkpoint if an earlier start was stopped before it could."""
+        if run.step and self.is_due(run) and not run.on_any_rank(self.is_recorded(run)):
+            self.evaluate(run)
+
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Evaluate if it is due."""
+        if self.is_due(run):
+            self.evaluate(run)
+
+
+@contextmanager
+def evaluation_mode(accelerator: Accelerator, model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The bare model, without dropout, gradients and compiling, in the precision of the run.
+
+    The random state of training is left alone.
+    """
+    bare, was_training = bare_model(accelerator, model), model.training
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    # Compiled blocks would be recompiled for every length.
+    eager = torch.compiler.set_stance("force_eager")
+    model.eval()
+    try:
+        with torch.no_grad(), eager, torch.random.fork_rng(devices=devices), accelerator.autocast():
+            yield bare
+    finally:
+        model.train(was_training)

@@ -4,8 +4,9 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,17 +82,15 @@ class RunHistory:
     gzip_bits_per_byte: float | None = None
 
     @classmethod
-    def load(cls, output_dir: Path) -> "RunHistory":
-        """Read the history of a run from its folder."""
-        path = output_dir / _STARTS
-        starts = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    def load(cls, output_dir: Path, last_step: float = math.inf) -> "RunHistory":
+        """Read the history of a run from its folder, without metrics and samples after `last_step`."""
         results = None
         with contextlib.suppress(InputError):  # there are none, or an earlier version wrote them
             results = read_results(output_dir / TASK_RESULTS)
         return cls(
-            metrics=read_metrics(output_dir),
-            samples=read_samples(output_dir),
-            starts=[Start(**json.loads(line)) for line in starts],
+            metrics=[line for line in read_metrics(output_dir) if line["step"] <= last_step],
+            samples={step: texts for step, texts in _read_samples(output_dir).items() if step <= last_step},
+            starts=[Start(**json.loads(line)) for line in _read(output_dir / _STARTS).splitlines()],
             task_results=results,
         )
 
@@ -140,33 +139,46 @@ def training_seconds(lines: list[dict[str, Any]]) -> float | None:
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl, with NaN and infinities as floats; truncated lines are skipped."""
-    path = output_dir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-    return [json.loads(line, object_hook=_with_floats) for line in lines if is_complete_line(line, json.loads)]
+    lines = []
+    for text in _read(output_dir / "metrics.jsonl").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text, object_hook=_with_floats))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 def _with_floats(values: dict[str, Any]) -> dict[str, Any]:
     return {key: float(value) if value in _NOT_FINITE else value for key, value in values.items()}
 
 
-def is_complete_line(line: str, read: Callable[[str], Any]) -> bool:
-    """Return whether a line of a log ends with a newline and `read` can parse it."""
-    try:
-        read(line)
-    except (ValueError, KeyError, TypeError, IndexError):
-        return False
-    return line.endswith("\n")
-
-
-def read_samples(output_dir: Path) -> dict[int, list[str]]:
-    """Return the texts of a run's samples.txt by step."""
-    path = output_dir / "samples.txt"
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    parts = re.split(r"^step (\d+)\n\n", text, flags=re.MULTILINE)[1:]
-    # Each line of a sample follows "  | "; an empty line separates two samples.
-    return {
-        int(step): ["\n".join(line[4:] for line in sample.splitlines()) for sample in block.strip("\n").split("\n\n")]
-        for step, block in zip(parts[::2], parts[1::2], strict=True)
+def metrics_line(values: Mapping[str, Any]) -> str:
+    """Return a line of metrics.jsonl; a non-finite float becomes a string that `float()` can parse (as in protobuf)."""
+    valid = {
+        key: value if not isinstance(value, float) or math.isfinite(value) else json.dumps(value)
+        for key, value in values.items()
     }
+    return json.dumps(valid) + "\n"
+
+
+def samples_section(step: int, texts: Sequence[str]) -> str:
+    """Return a section of samples.txt: each line of a sample follows "  | "; an empty line separates two samples."""
+    return "\n\n".join([f"step {step}", *map(quoted, texts)]) + "\n\n"
+
+
+def quoted(sample: str) -> str:
+    """Return a sample as it is printed."""
+    return "  | " + sample.strip("\n").replace("\n", "\n  | ")
+
+
+def _read_samples(output_dir: Path) -> dict[int, list[str]]:
+    """Return the texts of a run's samples.txt by step; truncated headings are skipped."""
+    parts = re.split(r"^step (\d+)\n\n", _read(output_dir / "samples.txt"), flags=re.MULTILINE)[1:]
+    return {int(step): _samples(section) for step, section in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def _samples(section: str) -> list[str]:
+    blocks = [block.split("\n") for block in section.split("\n\n") if block.startswith("  | ")]
+    return ["\n".join(line[4:] for line in block if line.startswith("  | ")) for block in blocks]
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

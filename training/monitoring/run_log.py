@@ -3,42 +3,28 @@
 Only rank 0 writes. A resumed run first drops lines after its checkpoint, so that each step is logged once.
 """
 
-import json
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
+from tqdm.std import EMA
 
 from common.atomic_files import write_atomically
 from common.durations import format_duration
 from common.progress import Progress
-from training.monitoring.run_history import RunHistory, is_complete_line
+from training.monitoring.run_history import RunHistory, metrics_line, quoted, samples_section
 
-_BUFFER_BYTES = 1 << 20  # some thousand lines
-_SMOOTHING = 0.9  # weight of the past in the smoothed loss, which averages the last ten or twenty logged steps
-
-
-class Smoothed:
-    """Exponential moving average with bias correction (as in Adam)."""
-
-    def __init__(self, weight: float) -> None:
-        self._weight, self._sum, self._count = weight, 0.0, 0
-
-    def add(self, value: float) -> float:
-        """Add a value and return the average; a non-finite value is returned and not added."""
-        if not math.isfinite(value):
-            return value
-        self._count += 1
-        self._sum = self._weight * self._sum + (1.0 - self._weight) * value
-        return self._sum / (1.0 - self._weight**self._count)
+_BUFFER_BYTES = 1 << 20  # some thousand lines, which cannot be written while the disk is full
+_SMOOTHING = 0.1  # weight of a new loss in the smoothed loss, which averages the last ten or twenty logged steps
+_COLUMNS = {"train_loss": "train", "val_loss": "val", "hellaswag_acc_norm": "hella"}  # log.txt's names of metrics
 
 
 class RunLog:
-    """The files and the terminal output of a run; on ranks other than 0, all methods do nothing.
+    """The files and the terminal output of a run; only rank 0 writes and prints.
 
     Args:
         output_dir: the run folder, which exists.
@@ -47,131 +33,91 @@ class RunLog:
         total_steps: length of the progress bar.
 
     Attributes:
-        history: what was recorded by all starts of the run; empty on other ranks.
+        history: what was recorded by all starts of the run; on other ranks, by this start.
     """
 
     def __init__(self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int) -> None:
         self.enabled = enabled
-        self.history = RunHistory()
-        if not enabled:
-            return
-        self._metrics = _reopened(output_dir / "metrics.jsonl", lambda line: json.loads(line)["step"], first_step)
-        self._columns = _reopened(output_dir / "log.txt", lambda line: int(line.split()[0]), first_step)
-        self._samples, self._last_samples = _reopened_samples(output_dir / "samples.txt", first_step)
-        self._printed = _appending(output_dir / "train.log")
-        self._unwritten: set[str] = set()
-        self._smoothed = Smoothed(_SMOOTHING)
-        self.history = RunHistory.load(output_dir)
+        self.history = RunHistory.load(output_dir, first_step) if enabled else RunHistory()
+        self._smoothed = EMA(_SMOOTHING)
         for line in self.history.metrics:
             if "train_loss" in line:
-                self._smoothed.add(line["train_loss"])
+                self._smooth(line["train_loss"])
+        self._files: dict[str, TextIO] = {}
+        self._unwritten: set[str] = set()
+        if enabled:
+            for name, text in self._contents().items():
+                write_atomically(output_dir / name, text)
+            for name in ("metrics.jsonl", "log.txt", "samples.txt", "train.log"):
+                self._files[name] = (output_dir / name).open("a", encoding="utf-8", buffering=_BUFFER_BYTES)
         self._progress = Progress(
             total=total_steps,
             initial=first_step,
+            enabled=enabled,
             status_below=True,
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}  {elapsed}{desc}",
         )
         self._total_steps = total_steps
+
+    def _contents(self) -> dict[str, str]:
+        """The files that this start appends to."""
+        return {
+            "metrics.jsonl": "".join(map(metrics_line, self.history.metrics)),
+            "log.txt": "".join(map(_columns, self.history.metrics)),
+            "samples.txt": "".join(samples_section(step, texts) for step, texts in self.history.samples.items()),
+        }
 
     def print(self, text: str) -> None:
         """Print a line, above the progress bar if there is one, and append it to train.log."""
         if self.enabled:
             tqdm.write(text, file=sys.stdout)
             sys.stdout.flush()
-            self._append(self._printed, text + "\n")
+            self._append("train.log", text + "\n")
 
     def advance(self) -> None:
         """Advance the progress bar by one step."""
-        if self.enabled:
-            self._progress.update()
+        self._progress.update()
 
     def training(self, values: Mapping[str, Any], seconds_left: float = math.nan) -> dict[str, Any]:
-        """Record a logged step in metrics.jsonl and log.txt, and show it in the progress bar or else as a line.
-
-        Returns:
-            The values with `smoothed_loss`; no values on other ranks.
-        """
-        if not self.enabled:
-            return {}
-        recorded: dict[str, Any] = {}
-        for key, value in values.items():
-            recorded[key] = value
-            if key == "train_loss":
-                recorded["smoothed_loss"] = self._smoothed.add(value)
-        self._record(recorded, {"train": values["train_loss"]})
+        """Record a logged step, show it in the progress bar or else as a line, and return it with `smoothed_loss`."""
+        recorded = {**values, "smoothed_loss": self._smooth(values["train_loss"])}
+        self.record(recorded)
         status, left = _status(recorded), f"{format_duration(seconds_left)} left"
         line = f"step {values['step']}/{self._total_steps}  {status}  {left}"
         if self._progress.has_bar:
             self._progress.describe(f"  {left}")
             self._progress.update(0, status)
-            self._append(self._printed, line + "\n")
+            self._append("train.log", line + "\n")
         else:
             self.print(line)
         return recorded
 
-    def guarded(self, values: Mapping[str, Any]) -> None:
-        """Record a spike or a skipped update in metrics.jsonl, and print it."""
-        if not self.enabled:
-            return
-        self._write(values)
-        first, last = values["samples"]
-        what = "update skipped" if values["guard"] == "skipped" else "spike"
-        self.print(
-            f"step {values['step']}  {what}: loss {values['loss']:.4f}  norm {values['grad_norm']:.2f}  "
-            f"samples {first} to {last}"
-        )
+    def _smooth(self, loss: float) -> float:
+        """The smoothed loss; a non-finite loss is returned and not averaged."""
+        return float(self._smoothed(loss)) if math.isfinite(loss) else loss
 
-    def validation(self, values: Mapping[str, Any]) -> None:
-        """Record a validation in metrics.jsonl and log.txt, and print it."""
-        if not self.enabled:
-            return
-        self._record(values, {"val": values["val_loss"]})
-        per_byte = values.get("bits_per_byte")
-        self.print(
-            f"step {values['step']}  validation loss {values['val_loss']:.4f} nats per token"
-            + (f", {per_byte:.4f} bits per byte" if per_byte is not None else "")
-        )
-
-    def tasks(self, values: Mapping[str, Any]) -> None:
-        """Record results of evaluation tasks in metrics.jsonl, and print them.
-
-        Args:
-            values: `step`, `tokens`, and results by task and metric: `hellaswag_acc_norm`, `lambada_acc`, `cbt_cn_acc`,
-                … `hellaswag_acc_norm` also goes to log.txt, as `step hella 0.2955`.
-        """
-        if not self.enabled:
-            return
-        self._record(values, {"hella": values["hellaswag_acc_norm"]} if "hellaswag_acc_norm" in values else {})
-        results = (f"{key} {value:.4f}" for key, value in values.items() if key not in ("step", "tokens"))
-        self.print(f"step {values['step']}  " + "  ".join(results))
+    def record(self, values: Mapping[str, Any], text: str | None = None) -> None:
+        """Append values, with `step`, to metrics.jsonl and log.txt, and print what `text` says of them."""
+        self.history.metrics.append(dict(values))
+        self._append("metrics.jsonl", metrics_line(values))
+        self._append("log.txt", _columns(values))
+        if text is not None:
+            self.print(f"step {values['step']}  {text}")
 
     def samples(self, step: int, texts: Sequence[str], *, show: bool = True) -> None:
         """Append samples to samples.txt, once per step; with `show`, print them."""
-        if not self.enabled or step <= self._last_samples:
+        if step in self.history.samples:
             return
         self.history.samples[step] = list(texts)
-        shown = ["  | " + text.strip("\n").replace("\n", "\n  | ") for text in texts]
-        for text in shown if show else ():
-            self.print(text)
-        self._append(self._samples, "\n\n".join([f"step {step}", *shown]) + "\n\n")
-        self._last_samples = step
+        for text in texts if show else ():
+            self.print(quoted(text))
+        self._append("samples.txt", samples_section(step, texts))
 
-    def has_samples(self, step: int) -> bool:
-        """Whether samples.txt has samples of `step`; False on other ranks."""
-        return self.enabled and step <= self._last_samples
-
-    def _record(self, values: Mapping[str, Any], columns: Mapping[str, float]) -> None:
-        self._write(values)
-        for stream, value in columns.items():
-            self._append(self._columns, f"{values['step']} {stream} {value:.4f}\n")
-
-    def _write(self, values: Mapping[str, Any]) -> None:
-        self.history.metrics.append(dict(values))
-        line = json.dumps({key: _json_value(value) for key, value in values.items()}, allow_nan=False)
-        self._append(self._metrics, line + "\n")
-
-    def _append(self, file: TextIO, text: str) -> None:
+    def _append(self, name: str, text: str) -> None:
         """Write to a file of the run; on a full disk, the text stays in the file's buffer until there is space."""
+        if not self.enabled:
+            return
+        file = self._files[name]
         try:
             file.write(text)
             file.flush()
@@ -181,9 +127,9 @@ class RunLog:
                     f"cannot write {file.name} ({error.strerror}): free some space; training continues, and "
                     "unwritten lines are kept in memory"
                 )
-            self._unwritten.add(file.name)
+            self._unwritten.add(name)
         else:
-            self._unwritten.discard(file.name)
+            self._unwritten.discard(name)
 
     def flush_to_disk(self) -> None:
         """Force all lines to disk; called before a checkpoint gets its final name.
@@ -191,20 +137,23 @@ class RunLog:
         Raises:
             OSError: the disk is full; a checkpoint must not appear without its lines in metrics.jsonl.
         """
-        if self.enabled:
-            for file in (self._metrics, self._columns, self._samples):
-                file.flush()
-                os.fsync(file.fileno())
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close the progress bar and the files."""
-        if self.enabled:
-            self._progress.close()
-            for file in (self._metrics, self._columns, self._samples, self._printed):
-                try:
-                    file.close()
-                except OSError as error:
-                    print(f"could not write the last lines of {file.name} ({error.strerror})", file=sys.stderr)
+        self._progress.close()
+        for file in self._files.values():
+            try:
+                file.close()
+            except OSError as error:
+                print(f"could not write the last lines of {file.name} ({error.strerror})", file=sys.stderr)
+
+
+def _columns(values: Mapping[str, Any]) -> str:
+    """The lines of log.txt for a line of metrics.jsonl."""
+    return "".join(f"{values['step']} {name} {values[key]:.4f}\n" for key, name in _COLUMNS.items() if key in values)
 
 
 def _status(values: Mapping[str, Any]) -> str:
@@ -214,54 +163,8 @@ def _status(values: Mapping[str, Any]) -> str:
         f"loss {values['train_loss']:.4f} ~{values['smoothed_loss']:.4f}",
         f"lr {values['learning_rate']:.2e}",
         f"norm {values['grad_norm']:.2f}",
-        f"{_short(values['tokens_per_second'])} tok/s",
+        f"{tqdm.format_sizeof(values['tokens_per_second'])} tok/s",
     ]
     parts += [f"MFU {mfu:.1%}"] if mfu is not None else []
     parts += [f"{memory:.1f} GiB"] if memory is not None else []
     return "  ".join(parts)
-
-
-def _short(rate: float) -> str:
-    """A rate with at least three digits: `13,800`, `182k`, `1.75M`."""
-    if rate < 1e5:
-        return f"{rate:,.0f}"
-    return f"{rate / 1e3:.0f}k" if rate < 999_500 else f"{rate / 1e6:.2f}M"
-
-
-def _reopened_samples(path: Path, last_step: int) -> tuple[TextIO, int]:
-    """samples.txt opened for appending, without samples after `last_step`, and the last step that has samples."""
-    kept: list[str] = []
-    last, keep = -1, True
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if path.exists() else ()
-    for line in lines:
-        if line.startswith("step "):
-            number = line.split()[1:]
-            step = int(number[0]) if number and number[0].isdecimal() else last_step + 1  # truncated by a crash
-            keep = step <= last_step
-            last = step if keep else last
-        kept += [line] if keep else []
-    if path.exists():
-        write_atomically(path, "".join(kept))
-    return _appending(path), last
-
-
-def _reopened(path: Path, step_of: Callable[[str], int], last_step: int) -> TextIO:
-    """The file opened for appending, without truncated lines and lines after `last_step`."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if is_complete_line(line, step_of) and step_of(line) <= last_step]
-        if len(kept) < len(lines):
-            write_atomically(path, "".join(kept))
-    return _appending(path)
-
-
-def _appending(path: Path) -> TextIO:
-    """The file opened for appending, with a buffer for lines that cannot be written while the disk is full."""
-    return path.open("a", encoding="utf-8", buffering=_BUFFER_BYTES)
-
-
-def _json_value(value: Any) -> Any:
-    """A non-finite float as a string that `float()` can parse (as in protobuf's JSON)."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value

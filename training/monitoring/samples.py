@@ -1,33 +1,26 @@
 """Samples: text that the model generates from the recipe's prompts while it trains."""
 
-from collections.abc import Sequence
-
 import torch
-from accelerate import Accelerator
-from transformers import PreTrainedModel
 
-from training.checkpoints.state_snapshot import bare_model
-from training.data.tokenization.tokenizer import Tokenizer
-from training.monitoring.monitor import Monitor
-from training.step.hooks import PeriodicEvaluation, Run
+from training.monitoring.monitor import Monitor, PeriodicEvaluation, evaluation_mode
+from training.step.hooks import Run
 
 TEMPERATURE, TOP_K = 0.8, 50
 
 
 class Samples(PeriodicEvaluation):
-    """Samples from the model every `sample_steps`."""
+    """Samples from the model every `sample_steps`; those of the last step come with the summary."""
 
-    def __init__(self, monitor: Monitor) -> None:
-        self._monitor = monitor
+    def __init__(self, run: Run, monitor: Monitor) -> None:
+        super().__init__(monitor, run.recipe.sample_steps, set())
 
     def is_due(self, run: Run) -> bool:
-        """Every `sample_steps`; the samples of the last step come with the summary."""
-        every = run.recipe.sample_steps
-        return every > 0 and run.step % every == 0 and run.step < run.total_steps
+        """Every `sample_steps`, but not at the end."""
+        return super().is_due(run) and run.step < run.total_steps
 
     def is_recorded(self, run: Run) -> bool:
         """Whether samples.txt has samples of the current step."""
-        return self._monitor.log.has_samples(run.step)
+        return run.step in self._monitor.log.history.samples
 
     def evaluate(self, run: Run) -> None:
         """Generate samples, record and print them."""
@@ -38,59 +31,33 @@ class Samples(PeriodicEvaluation):
 
         Only rank 0 generates, unless the weights are sharded: then all ranks take part.
         """
-        recipe, accelerator = run.recipe, run.accelerator
-        if not (accelerator.is_main_process or accelerator.is_fsdp2):
+        if not (run.accelerator.is_main_process or run.accelerator.is_fsdp2):
             return
         with self._monitor.pause():
-            texts = sample_texts(
-                accelerator,
-                bare_model(accelerator, run.model),
-                run.tokenizer,
-                recipe.sample_prompts,
-                max_new_tokens=recipe.sample_tokens,
-                seed=recipe.seed + run.step,
-            )
+            texts = _generate(run)
         self._monitor.log.samples(run.step, texts, show=show)
         self._monitor.track(run.step, {"samples": "\n\n".join(texts)})
 
 
-@torch.no_grad()
-def sample_texts(
-    accelerator: Accelerator,
-    model: PreTrainedModel,
-    tokenizer: Tokenizer,
-    prompts: Sequence[str],
-    *,
-    max_new_tokens: int,
-    seed: int,
-) -> list[str]:
-    """Each prompt with its continuation; the random state of training is left alone.
-
-    If the model is sharded, all ranks must call this with the same arguments.
-    """
-    was_training = model.training
-    model.eval()
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+def _generate(run: Run) -> list[str]:
+    """Each prompt with its continuation."""
+    end_of_text, device = run.tokenizer.end_of_text_id, run.accelerator.device
+    longest = min(run.recipe.sample_tokens, run.config.n_positions // 2)
     texts = []
-    # Compiled blocks would be recompiled for every length.
-    eager = torch.compiler.set_stance("force_eager")
-    with eager, torch.random.fork_rng(devices=devices), accelerator.autocast():
-        torch.manual_seed(seed)
-        for prompt in prompts:
+    with evaluation_mode(run.accelerator, run.model) as model:
+        torch.manual_seed(run.recipe.seed + run.step)
+        for prompt in run.recipe.sample_prompts:
             # A prompt that is too long is truncated from the left.
-            room = model.config.n_positions - min(max_new_tokens, model.config.n_positions // 2)
-            ids = [tokenizer.end_of_text_id, *tokenizer.encode(prompt)][-room:]
+            ids = [end_of_text, *run.tokenizer.encode(prompt)][longest - run.config.n_positions :]
             output = model.generate(
-                torch.tensor([ids], device=accelerator.device),
-                attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=accelerator.device),
-                max_new_tokens=min(max_new_tokens, model.config.n_positions - len(ids)),
+                torch.tensor([ids], device=device),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=device),
+                max_new_tokens=min(run.recipe.sample_tokens, run.config.n_positions - len(ids)),
                 do_sample=True,
                 temperature=TEMPERATURE,
                 top_k=TOP_K,
-                pad_token_id=tokenizer.end_of_text_id,
+                pad_token_id=end_of_text,
                 remove_invalid_values=True,  # the loss shows that a run diverges; samples must not raise
             )
-            generated = output[0].tolist()
-            texts.append(tokenizer.decode([token for token in generated if token != tokenizer.end_of_text_id]))
-    model.train(was_training)
+            texts.append(run.tokenizer.decode([token for token in output[0].tolist() if token != end_of_text]))
     return texts

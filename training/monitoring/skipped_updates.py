@@ -57,7 +57,7 @@ class SkippedUpdates(Hook):
     def _report(self, run: Run, verdict: Verdict) -> None:
         samples = run.batch.sequences_per_step
         first = (verdict.step - 1) * samples
-        self._monitor.log.guarded(
+        self._monitor.log.record(
             {
                 "step": verdict.step,
                 "tokens": verdict.step * run.batch.tokens_per_step,
@@ -65,7 +65,9 @@ class SkippedUpdates(Hook):
                 "loss": verdict.loss,
                 "grad_norm": verdict.grad_norm,
                 "samples": [first, first + samples - 1],
-            }
+            },
+            f"{'update skipped' if verdict.skipped else 'spike'}: loss {verdict.loss:.4f}  norm "
+            f"{verdict.grad_norm:.2f}  samples {first} to {first + samples - 1}",
         )
         if verdict.skipped_in_a_row >= run.recipe.max_skipped_steps:
             self._writer.wait(run)

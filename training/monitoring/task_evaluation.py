@@ -6,12 +6,8 @@ Results go to metrics.jsonl, onto the curves, and into eval_results.json in the 
 
 import datetime
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
-from torch import nn
 
 from common.cli_errors import InputError
 from evaluation.results.metric_values import load_metrics
@@ -20,12 +16,11 @@ from evaluation.results.task_runner import read_items, run_task
 from evaluation.tasks.registry import default_protocols, task_named
 from evaluation.tasks.task_types import Encoder
 from training.checkpoints.signals import Coordinator
-from training.checkpoints.state_snapshot import bare_model
-from training.monitoring.monitor import Monitor
+from training.monitoring.monitor import Monitor, PeriodicEvaluation, evaluation_mode
 from training.monitoring.run_history import TASK_RESULTS
 from training.monitoring.throughput import device_name
 from training.recipe import Recipe
-from training.step.hooks import PeriodicEvaluation, Run
+from training.step.hooks import Run
 
 
 class TaskSet:
@@ -54,62 +49,35 @@ class TaskSet:
         data = [(name, [item.data for item in items]) for name, items in sorted(self.items.items())]
         return hashlib.sha256(repr(data).encode()).hexdigest()
 
-    @property
-    def column_names(self) -> set[str]:
-        """The keys of the tasks' results in metrics.jsonl."""
-        return {column_name(task.full_name, metric.name) for task in self.tasks for metric in task.metrics}
-
-    def evaluate(
-        self, accelerator: Accelerator, model: nn.Module, between_batches: Callable[[], None] = lambda: None
-    ) -> list[TaskResult]:
-        """Evaluate the model on all ranks; the random state of training is left alone.
-
-        Args:
-            accelerator: of the run.
-            model: as prepared for training.
-            between_batches: called equally often on all ranks; if it raises, the evaluation ends.
-
-        Raises:
-            InputError: the model's output is NaN.
-        """
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-        bare = bare_model(accelerator, model)
-        # Compiled blocks would be recompiled for every length.
-        eager = torch.compiler.set_stance("force_eager")
-        with eager, torch.random.fork_rng(devices=devices), accelerator.autocast():
-            return [
-                run_task(
-                    bare,
-                    task,
-                    self.items[task.full_name],
-                    accelerator=accelerator,
-                    sharded_model=bool(accelerator.is_fsdp2),
-                    between_batches=between_batches,
-                )
-                for task in self.tasks
-            ]
-
 
 class TaskEvaluation(PeriodicEvaluation):
     """Evaluates the model on the recipe's tasks every `eval_task_steps`."""
 
-    def __init__(self, tasks: TaskSet, monitor: Monitor, coordinator: Coordinator) -> None:
-        self._tasks, self._monitor, self._coordinator = tasks, monitor, coordinator
-
-    def is_due(self, run: Run) -> bool:
-        """Every `eval_task_steps`, and at the end."""
-        return run.is_due(run.recipe.eval_task_steps)
-
-    def is_recorded(self, run: Run) -> bool:
-        """Whether metrics.jsonl has the results of the current step."""
-        lines = self._monitor.log.history.metrics
-        return any(self._tasks.column_names <= line.keys() and line["step"] == run.step for line in lines)
+    def __init__(self, run: Run, tasks: TaskSet, monitor: Monitor, coordinator: Coordinator) -> None:
+        columns = {column_name(task.full_name, metric.name) for task in tasks.tasks for metric in task.metrics}
+        super().__init__(monitor, run.recipe.eval_task_steps, columns)
+        self._tasks, self._coordinator = tasks, coordinator
 
     def evaluate(self, run: Run) -> None:
-        """Evaluate on all ranks, and write metrics.jsonl and eval_results.json."""
-        with self._monitor.pause():
-            results = self._tasks.evaluate(run.accelerator, run.model, self._coordinator.check_stop)
-        if run.accelerator.is_main_process:
+        """Evaluate on all ranks, and write metrics.jsonl and eval_results.json.
+
+        Raises:
+            InputError: the model's output is NaN.
+        """
+        accelerator = run.accelerator
+        with self._monitor.pause(), evaluation_mode(accelerator, run.model) as model:
+            results = [
+                run_task(
+                    model,
+                    task,
+                    self._tasks.items[task.full_name],
+                    accelerator=accelerator,
+                    sharded_model=bool(accelerator.is_fsdp2),
+                    between_batches=self._coordinator.check_stop,
+                )
+                for task in self._tasks.tasks
+            ]
+        if accelerator.is_main_process:
             path = run.output_dir / TASK_RESULTS
             file = self._monitor.log.history.task_results = _results_file(run, results)
             try:
@@ -119,10 +87,8 @@ class TaskEvaluation(PeriodicEvaluation):
                     f"cannot write {path} ({error.strerror}): free some space; training continues, the results are in "
                     "metrics.jsonl, and the next evaluation writes the file"
                 )
-        values = {"step": run.step, "tokens": run.tokens, **columns(results)}
-        self._monitor.log.tasks(values)
-        self._monitor.plot(run)
-        self._monitor.track(run.step, values)
+        values = columns(results)
+        self._monitor.record(run, values, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
 
 def _results_file(run: Run, results: list[TaskResult]) -> Results:

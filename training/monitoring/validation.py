@@ -1,17 +1,21 @@
 """Validation: the loss on held-out text, in nats per token and bits per byte."""
 
+import gzip
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from training.checkpoints.signals import Coordinator
 from training.data.loading.loader import IGNORED, validation_batches, validation_windows
-from training.monitoring.bits_per_byte import ScoredText
-from training.monitoring.monitor import Monitor
-from training.step.hooks import PeriodicEvaluation, Run
+from training.data.shards.shard_reader import Shard
+from training.data.tokenization.tokenizer import Tokenizer
+from training.monitoring.monitor import Monitor, PeriodicEvaluation
+from training.step.hooks import Run
 from training.step.train_step import model_inputs
 
 
@@ -24,19 +28,12 @@ class Validation(PeriodicEvaluation):
     """
 
     def __init__(self, run: Run, monitor: Monitor, coordinator: Coordinator) -> None:
-        self._monitor, self._coordinator = monitor, coordinator
+        super().__init__(monitor, run.recipe.eval_steps, {"val_loss"})
+        self._coordinator = coordinator
         recipe, shard = run.recipe, run.shards.folder.val_shard
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
         self.text = ScoredText.of_windows(shard, run.tokenizer, windows=windows, seq_len=recipe.seq_len)
         self.last_step, self.last_loss = -1, math.nan
-
-    def is_due(self, run: Run) -> bool:
-        """Every `eval_steps`, and at the end."""
-        return run.is_due(run.recipe.eval_steps)
-
-    def is_recorded(self, run: Run) -> bool:
-        """Whether metrics.jsonl has a validation of the current step."""
-        return any("val_loss" in line and line["step"] == run.step for line in self._monitor.log.history.metrics)
 
     def evaluate(self, run: Run) -> None:
         """Score the validation text on all ranks."""
@@ -59,10 +56,40 @@ class Validation(PeriodicEvaluation):
             )
         self.last_step, self.last_loss = run.step, loss
         bits_per_byte = self.text.bits_per_byte(loss)
-        values = {"step": run.step, "tokens": run.tokens, "val_loss": loss, "val_tokens": tokens}
-        self._monitor.log.validation({**values, "bits_per_byte": bits_per_byte})
-        self._monitor.plot(run)
-        self._monitor.track(run.step, {"val_loss": loss, "bits_per_byte": bits_per_byte})
+        self._monitor.record(
+            run,
+            {"val_loss": loss, "val_tokens": tokens, "bits_per_byte": bits_per_byte},
+            f"validation loss {loss:.4f} nats per token, {bits_per_byte:.4f} bits per byte",
+        )
+
+
+@dataclass(frozen=True)
+class ScoredText:
+    """The text that a validation scores.
+
+    Attributes:
+        tokens: the targets of all validation windows in order, one-dimensional ids.
+        byte_count: bytes of their text; end-of-text tokens have none.
+    """
+
+    tokens: np.ndarray
+    byte_count: int
+
+    @classmethod
+    def of_windows(cls, shard: Shard, tokenizer: Tokenizer, *, windows: int, seq_len: int) -> "ScoredText":
+        """The text of the first `windows` windows of a validation shard."""
+        tokens = np.asarray(shard.read()[1 : windows * seq_len + 1])
+        return cls(tokens, int(tokenizer.token_byte_lengths()[tokens].sum()))
+
+    def bits_per_byte(self, nats_per_token: float) -> float:
+        """Bits per byte of a model with this mean loss, including its loss on end-of-text tokens."""
+        return nats_per_token * len(self.tokens) / (math.log(2) * self.byte_count)
+
+    def gzip_bits_per_byte(self, tokenizer: Tokenizer) -> float:
+        """Bits per byte of `gzip -9` on the same text, with documents separated by a newline."""
+        documents = np.split(self.tokens, np.flatnonzero(self.tokens == tokenizer.end_of_text_id))
+        text = b"\n".join(tokenizer.decode_bytes(part[part != tokenizer.end_of_text_id].tolist()) for part in documents)
+        return 8 * len(gzip.compress(text, compresslevel=9)) / self.byte_count
 
 
 @torch.no_grad()

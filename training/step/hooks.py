@@ -105,32 +105,3 @@ class Hook:
 
     def close(self) -> None:
         """Called once at the end of this start, even after an error; hooks are closed in reverse order."""
-
-
-class PeriodicEvaluation(Hook):
-    """An evaluation that is due every so many steps.
-
-    If a signal stops the run during the evaluation, the next start runs it.
-    """
-
-    def is_due(self, run: Run) -> bool:
-        """Whether the evaluation is due after the current step."""
-        raise NotImplementedError
-
-    def is_recorded(self, run: Run) -> bool:
-        """Whether rank 0 has recorded the evaluation of the current step; False on other ranks."""
-        raise NotImplementedError
-
-    def evaluate(self, run: Run) -> None:
-        """Evaluate the model and record the result; called by all ranks together."""
-        raise NotImplementedError
-
-    def before_training(self, run: Run) -> None:
-        """Evaluate the checkpoint if an earlier start was stopped before it could."""
-        if run.step and self.is_due(run) and not run.on_any_rank(self.is_recorded(run)):
-            self.evaluate(run)
-
-    def after_step(self, run: Run, result: StepResult) -> None:
-        """Evaluate if it is due."""
-        if self.is_due(run):
-            self.evaluate(run)

@@ -9,7 +9,7 @@ import pytest
 
 from training.data.shards.shard_reader import Shard
 from training.data.tokenization.tokenizer import END_OF_TEXT, Tokenizer
-from training.monitoring.bits_per_byte import ScoredText
+from training.monitoring.validation import ScoredText
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import pytest
 
 from training.monitoring.run_history import read_metrics
-from training.monitoring.run_log import RunLog, Smoothed
+from training.monitoring.run_log import RunLog
 
 
 def training_line(step: int, loss: float = 3.0) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def open_log(folder: Path, first_step: int = 0) -> RunLog:
 def test_log_txt_has_three_columns_for_plotting(tmp_path: Path) -> None:
     log = open_log(tmp_path)
     log.training(training_line(1, 3.28411))
-    log.validation({"step": 1, "tokens": 100, "val_loss": 3.29244, "val_tokens": 10})
+    log.record({"step": 1, "tokens": 100, "val_loss": 3.29244, "val_tokens": 10})
     log.close()
     assert (tmp_path / "log.txt").read_text() == "1 train 3.2841\n1 val 3.2924\n"
 
@@ -90,7 +90,7 @@ def test_log_line_has_the_values_of_the_progress_bar(tmp_path: Path, capsys: pyt
     log.training({**training_line(1), "mfu": 0.4981, "memory_gib": 12.34}, seconds_left=3700)
     log.close()
     assert capsys.readouterr().out == (
-        "step 1/10  loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1,000 tok/s  MFU 49.8%  12.3 GiB  1 h 02 min left\n"
+        "step 1/10  loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1.00k tok/s  MFU 49.8%  12.3 GiB  1 h 02 min left\n"
     )
 
 
@@ -103,7 +103,7 @@ def test_progress_bar_on_a_terminal_has_the_values_of_the_log_line(
     log.training({**training_line(1), "mfu": 0.4981, "memory_gib": 12.34}, seconds_left=240)
     log.close()
     drawn = capsys.readouterr().err
-    values = "loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1,000 tok/s  MFU 49.8%  12.3 GiB"
+    values = "loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1.00k tok/s  MFU 49.8%  12.3 GiB"
     assert values in drawn
     assert len(values) < 80
     assert "4.0 min left" in drawn
@@ -127,30 +127,24 @@ def test_smoothed_loss_continues_after_a_resume(tmp_path: Path) -> None:
     assert repr(complete) == repr(parted)
 
 
-def test_smoothing_starts_at_the_first_value_and_keeps_constants() -> None:
-    average = Smoothed(0.9)
-    assert [average.add(4.0) for _ in range(3)] == pytest.approx([4.0] * 3)
-    average = Smoothed(0.5)
-    assert average.add(1.0) == 1.0
-    assert average.add(3.0) == pytest.approx((0.5 * 0.5 * 1.0 + 0.5 * 3.0) / 0.75)
-
-
-def test_non_finite_value_shows_in_the_average_only_once() -> None:
-    average = Smoothed(0.5)
-    average.add(2.0)
-    assert math.isnan(average.add(float("nan")))
-    assert average.add(2.0) == pytest.approx(2.0)
+def test_smoothed_loss_starts_at_the_first_loss_and_skips_non_finite_ones(tmp_path: Path) -> None:
+    log = open_log(tmp_path)
+    losses = [4.0, 4.0, math.nan, 4.0, 3.0]
+    smoothed = [log.training(training_line(step, loss))["smoothed_loss"] for step, loss in enumerate(losses, start=1)]
+    log.close()
+    last = (0.1 * 4.0 * (0.9**3 + 0.9**2 + 0.9) + 0.1 * 3.0) / (1 - 0.9**4)
+    assert smoothed == pytest.approx([4.0, 4.0, math.nan, 4.0, last], nan_ok=True)
 
 
 def test_results_of_tasks_are_lines_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = open_log(tmp_path)
     values = {"step": 4, "tokens": 400, "hellaswag_acc_norm": 0.2955, "lambada_acc": 0.3256}
-    log.tasks(values)
-    log.tasks({"step": 5, "tokens": 500, "cbt_cn_acc": 0.87})
+    log.record(values, "hellaswag_acc_norm 0.2955")
+    log.record({"step": 5, "tokens": 500, "cbt_cn_acc": 0.87})
     log.close()
     assert read_metrics(tmp_path)[0] == values
     assert (tmp_path / "log.txt").read_text() == "4 hella 0.2955\n"
-    assert capsys.readouterr().out.startswith("step 4  hellaswag_acc_norm 0.2955  lambada_acc 0.3256\n")
+    assert capsys.readouterr().out.startswith("step 4  hellaswag_acc_norm 0.2955\n")
 
 
 def test_samples_of_a_step_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -173,7 +167,7 @@ def test_truncated_samples_are_dropped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rate", "words"), [(950.4, "950"), (13_800, "13,800"), (182_400, "182k"), (999_900, "1.00M"), (1_750_000, "1.75M")]
+    ("rate", "words"), [(950.4, "950"), (13_800, "13.8k"), (182_400, "182k"), (999_900, "1.00M"), (1_750_000, "1.75M")]
 )
 def test_rates_are_short_enough_for_a_line(
     rate: float, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -203,15 +197,15 @@ def test_full_disk_neither_ends_the_run_nor_loses_lines(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = RunLog(tmp_path, enabled=True, first_step=0, total_steps=4)
-    disk = _FullDisk(log._metrics)
-    monkeypatch.setattr(log, "_metrics", disk)
+    disk = _FullDisk(log._files["metrics.jsonl"])
+    monkeypatch.setitem(log._files, "metrics.jsonl", disk)
     for step in (1, 2):
-        log.tasks({"step": step, "tokens": step, "lambada_acc": 0.5})
+        log.record({"step": step, "tokens": step, "lambada_acc": 0.5})
     with pytest.raises(OSError, match="No space left"):
         log.flush_to_disk()
     assert capsys.readouterr().out.count("free some space; training continues") == 1
     disk.is_full = False
-    log.tasks({"step": 3, "tokens": 3, "lambada_acc": 0.5})
+    log.record({"step": 3, "tokens": 3, "lambada_acc": 0.5})
     log.flush_to_disk()
     log.close()
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3]

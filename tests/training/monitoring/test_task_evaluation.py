@@ -59,6 +59,7 @@ def test_tasks_are_recorded_and_change_nothing_else(tiny_recipe: Make, data: Pat
     names = ("hellaswag_acc_norm", "hellaswag_acc", "hellaswag_harness_acc_norm", "hellaswag_harness_acc")
     assert set(lines[0]) == {"step", "tokens", *names, "lambada_word_acc"}
     assert f"4 hella {lines[0]['hellaswag_acc_norm']:.4f}\n" in (run / "log.txt").read_text()
+    assert f"step 4  hellaswag_acc_norm {lines[0]['hellaswag_acc_norm']:.4f}  " in (run / "train.log").read_text()
 
     results = json.loads((run / "eval_results.json").read_text())
     assert (results["step"], results["limit"], results["data_dir"]) == (6, 5, None)
