@@ -6,7 +6,6 @@ import gc
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from common.folder_lock import locked
 from common.rate_limited_log import RateLimitedLog
@@ -23,18 +21,16 @@ from training.checkpoints.checkpoint_folder import load_checkpoint, remove_lefto
 from training.checkpoints.checkpoint_writer import CheckpointWriter
 from training.checkpoints.resume import set_aside_later_checkpoints
 from training.checkpoints.resume_command import extend_command, resume_command
-from training.checkpoints.signals import Coordinator, StopOnSignal, StopTraining
+from training.checkpoints.signals import Coordinator, StopTraining
 from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, BackgroundProducer
 from training.hub.model_folder import ModelFolder
 from training.hub.publisher import Publisher, pending_push
 from training.monitoring.monitor import Monitor
 from training.monitoring.profiling import Profiling
-from training.monitoring.run_history import Start
 from training.monitoring.samples import Samples
 from training.monitoring.skipped_updates import SkippedUpdates
 from training.monitoring.task_evaluation import TaskEvaluation
-from training.monitoring.throughput import device_name
 from training.monitoring.validation import Validation
 from training.optim.schedule import learning_rate_at
 from training.recipe import Recipe
@@ -48,7 +44,6 @@ from training.setup.accelerator import (
 from training.setup.batch_size_finder import find_batch_size
 from training.setup.model import build_model, prepare_for_training
 from training.setup.plan import Plan, plan_run
-from training.step.document_mask import attention_for
 from training.step.guard import Guard
 from training.step.hooks import Hook, Run
 from training.step.train_step import StepResult, train_step
@@ -83,7 +78,7 @@ def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
     with BackgroundProducer() as producer:
         plan = plan_run(recipe, producer, gather_object=gather)
         if plan.is_complete:
-            _report_complete(plan)
+            _report_complete(plan.run)
         else:
             _train(plan, accelerator(), producer, hooks)
 
@@ -127,25 +122,20 @@ def take_steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
 
 
 def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, user_hooks: Sequence[Hook]) -> None:
-    # No progress bar for every saved model, and no messages before an error that we report in one line.
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    attention = attention_for(plan.recipe, accelerator.device.type)
-    model = build_model(replace(plan.recipe, attn_implementation=attention), plan.tokenizer, plan.resume_from)
-    if plan.recipe.per_device_train_batch_size == "auto":
-        plan = replace(plan, batch=find_batch_size(plan.batch, accelerator, model, plan.recipe, plan.document_mark))
+    run = plan.run
+    model = build_model(run.recipe, run.tokenizer, device_type=accelerator.device.type, weights=run.resume_from)
+    if run.recipe.per_device_train_batch_size == "auto":
+        run.batch = find_batch_size(run.batch, accelerator, model, run.recipe, run.document_mark)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
-            stack.enter_context(locked(plan.output_dir))
+            stack.enter_context(locked(run.output_dir))
         skeleton = skeleton_of(model)
-        run = _build_run(plan, accelerator, model)
+        _prepare(run, accelerator, model)
         set_aside = _claim_run_folder(run) if accelerator.is_main_process else []
         coordinator = Coordinator(
-            save_minutes=plan.recipe.save_minutes if accelerator.is_main_process else None,
-            num_processes=accelerator.num_processes,
-            timeout=PROCESS_TIMEOUT,
+            save_minutes=run.recipe.save_minutes, num_processes=accelerator.num_processes, timeout=PROCESS_TIMEOUT
         )
-        checkpoints = _add_hooks(run, plan, coordinator, skeleton, user_hooks)
+        checkpoints = _add_hooks(plan, coordinator, skeleton, user_hooks)
         stack.callback(_close, run, producer)
         if set_aside:
             run.report(f"later checkpoints were renamed to {', '.join(map(str, set_aside))}; delete them if you like")
@@ -166,15 +156,43 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
             hook.after_training(run)
 
 
+def _prepare(run: Run, accelerator: Accelerator, model: PreTrainedModel) -> None:
+    """Set the run's model, optimizer and guard, with the state of the checkpoint to resume from."""
+    recipe = run.recipe
+    run.accelerator, run.config, run.parameters = accelerator, model.config, model.num_parameters()
+    run.model, run.optimizer = prepare_for_training(accelerator, model, recipe)
+    run.guard = Guard(
+        accelerator.device,
+        threshold=recipe.spike_threshold,
+        window=recipe.spike_window,
+        skip_spikes=recipe.skip_spikes,
+        step=run.first_step,
+    )
+    torch.manual_seed(recipe.seed + accelerator.process_index)  # each rank draws its own dropout
+    if run.resume_from is not None:
+        load_checkpoint(
+            run.resume_from,
+            accelerator=accelerator,
+            model=run.model,
+            optimizer=run.optimizer,
+            loop_state=run.guard.state,
+        )
+
+
+def _claim_run_folder(run: Run) -> list[Path]:
+    """Write the recipe and clean up the run folder, once everything could be built; return checkpoints set aside."""
+    run.recipe.save(run.output_dir / "recipe.yaml")
+    remove_leftovers(run.output_dir)
+    return set_aside_later_checkpoints(run.output_dir, run.first_step)
+
+
 def _add_hooks(
-    run: Run, plan: Plan, coordinator: Coordinator, skeleton: PreTrainedModel, user_hooks: Sequence[Hook]
+    plan: Plan, coordinator: Coordinator, skeleton: PreTrainedModel, user_hooks: Sequence[Hook]
 ) -> "Checkpoints":
     """Set the run's hooks, and return the one that saves checkpoints."""
+    run = plan.run
     monitor = Monitor(run)
     run.report = monitor.log.print
-    if run.accelerator.is_main_process:
-        start = Start(run.first_step, device_name(run.accelerator.device), run.accelerator.num_processes)
-        monitor.log.history.add_start(run.output_dir, start)
     validation = Validation(run, monitor, coordinator)
     samples = Samples(run, monitor)
     writer = CheckpointWriter(run, skeleton=skeleton, before_rename=monitor.log.flush_to_disk)
@@ -183,7 +201,7 @@ def _add_hooks(
     # These see every step. Profiling comes first, so that the trace ends before other hooks run.
     run.hooks = [Profiling(), monitor, skipped_updates, *user_hooks]
     # A signal stops the run here or in an evaluation; the next start runs missing evaluations.
-    run.hooks += [StopOnSignal(coordinator), validation]
+    run.hooks += [coordinator, validation]
     if plan.tasks is not None:
         run.hooks.append(TaskEvaluation(run, plan.tasks, monitor, coordinator))
     run.hooks += [samples, ModelFolder(writer, validation, samples, monitor)]
@@ -203,48 +221,6 @@ def _close(run: Run, producer: BackgroundProducer) -> None:
     for hook in reversed(run.hooks):
         hook.close()
     shut_down(run.accelerator)
-
-
-def _build_run(plan: Plan, accelerator: Accelerator, model: PreTrainedModel) -> Run:
-    """Prepare model and optimizer, and load the checkpoint to resume from."""
-    recipe = plan.recipe
-    config, parameters = model.config, sum(parameter.numel() for parameter in model.parameters())
-    prepared, optimizer = prepare_for_training(accelerator, model, recipe)
-    guard = Guard(
-        accelerator.device,
-        threshold=recipe.spike_threshold,
-        window=recipe.spike_window,
-        skip_spikes=recipe.skip_spikes,
-        step=plan.first_step,
-    )
-    torch.manual_seed(recipe.seed + accelerator.process_index)  # each rank draws its own dropout
-    if plan.resume_from is not None:
-        load_checkpoint(
-            plan.resume_from, accelerator=accelerator, model=prepared, optimizer=optimizer, loop_state=guard.state
-        )
-    return Run(
-        recipe=recipe,
-        shards=plan.shards,
-        tokenizer=plan.tokenizer,
-        batch=plan.batch,
-        first_step=plan.first_step,
-        total_steps=plan.total_steps,
-        resume_from=plan.resume_from,
-        accelerator=accelerator,
-        model=prepared,
-        optimizer=optimizer,
-        config=config,
-        parameters=parameters,
-        guard=guard,
-        step=plan.first_step,
-    )
-
-
-def _claim_run_folder(run: Run) -> list[Path]:
-    """Write the recipe and clean up the run folder, once everything could be built; return checkpoints set aside."""
-    run.recipe.save(run.output_dir / "recipe.yaml")
-    remove_leftovers(run.output_dir)
-    return set_aside_later_checkpoints(run.output_dir, run.first_step)
 
 
 def _training_batches(
@@ -295,11 +271,11 @@ def _frozen_gc() -> Iterator[None]:
         gc.unfreeze()
 
 
-def _report_complete(plan: Plan) -> None:
+def _report_complete(run: Run) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"The run in {plan.output_dir} is complete: {plan.first_step:,} of {plan.total_steps:,} steps.")
-        print(f"To train longer:\n  {extend_command(plan.output_dir, plan.total_steps)}")
-        if left := pending_push(plan.recipe, plan.first_step):
+        print(f"The run in {run.output_dir} is complete: {run.first_step:,} of {run.total_steps:,} steps.")
+        print(f"To train longer:\n  {extend_command(run.output_dir, run.total_steps)}")
+        if left := pending_push(run.recipe, run.first_step):
             print(left)
 
 

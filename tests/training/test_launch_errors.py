@@ -184,4 +184,4 @@ def test_error_of_the_hub_cache_is_distinguished_from_one_of_the_run_folder(
     from training.setup.preflight import _Ids
 
     with pytest.raises(InputError, match="cannot write to the Hugging Face cache"):
-        build_model(tiny_recipe(init_from="openai-community/gpt2"), _Ids(300, 299))
+        build_model(tiny_recipe(init_from="openai-community/gpt2"), _Ids(300, 299), device_type="cpu")

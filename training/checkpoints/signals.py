@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Self, TypeVar
 
 import torch
 import torch.distributed
@@ -42,7 +42,7 @@ class SignalWatch:
         self._launcher = os.getppid() if _is_launched() else None
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> "SignalWatch":
+    def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._on_signal)
@@ -102,11 +102,11 @@ class StopTraining(Exception):  # noqa: N818  (not an error)
         self.between_steps = between_steps
 
 
-class Coordinator:
-    """Ranks agree here on stopping and on saving by the clock. A context manager, inside which signals are recorded.
+class Coordinator(SignalWatch, Hook):
+    """Ranks agree here on stopping and on saving by the clock. As a hook, it stops the run after a step.
 
     Args:
-        save_minutes: time between two checkpoints, by the clock of rank 0; None on other ranks, or for no such saves.
+        save_minutes: time between two checkpoints; None for no saves by the clock.
         num_processes: of the run.
         timeout: how long ranks wait for each other.
 
@@ -116,7 +116,7 @@ class Coordinator:
     """
 
     def __init__(self, *, save_minutes: float | None, num_processes: int, timeout: datetime.timedelta) -> None:
-        self._signals = SignalWatch()
+        super().__init__()
         self._save_seconds = None if save_minutes is None else 60 * save_minutes
         self._last_save = time.monotonic()
         self._saves = 0  # so that a result that is one call old does not ask for a second save
@@ -125,16 +125,13 @@ class Coordinator:
         self.stop_signal = 0
         self.save_is_due = False
 
-    def __enter__(self) -> "Coordinator":
-        self._signals.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._signals.__exit__(*exception)
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Exchange signals with the other ranks, once per step."""
+        self.check_stop()
 
     def poll(self) -> None:
         """Exchange signals and due saves with the other ranks; all ranks must call this equally often."""
-        wanted = [self._signals.received, self._saves + self._clock_is_due(time.monotonic())]
+        wanted = [self.received, self._saves + self._clock_is_due()]
         if self._group is not None:
             agreed = self.wait()
             tensor = torch.tensor(wanted)
@@ -177,16 +174,5 @@ class Coordinator:
         self._saves += 1
         self.save_is_due = False
 
-    def _clock_is_due(self, now: float) -> bool:
-        return self._save_seconds is not None and now - self._last_save >= self._save_seconds
-
-
-class StopOnSignal(Hook):
-    """Stops the run after a step if a signal arrived on any rank. The loop catches the `StopTraining` and saves."""
-
-    def __init__(self, coordinator: Coordinator) -> None:
-        self._coordinator = coordinator
-
-    def after_step(self, run: Run, result: StepResult) -> None:
-        """Exchange signals with the other ranks, once per step."""
-        self._coordinator.check_stop()
+    def _clock_is_due(self) -> bool:
+        return self._save_seconds is not None and time.monotonic() - self._last_save >= self._save_seconds

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from common.cli_errors import subprocess_environment
 from training.checkpoints.state_snapshot import bare_model
 from training.monitoring.plots import Curves, plot_curves
+from training.monitoring.run_history import Start
 from training.monitoring.run_log import RunLog
 from training.monitoring.throughput import Throughput, device_name, flops_per_token, memory_bytes, peak_flops
 from training.monitoring.trackers import start_trackers
@@ -73,6 +74,9 @@ class Monitor(Hook):
             first_step=run.first_step,
             total_steps=run.total_steps,
         )
+        if accelerator.is_main_process:
+            start = Start(run.first_step, device_name(accelerator.device), accelerator.num_processes)
+            self.log.history.add_start(run.output_dir, start)
         self._throughput = Throughput()
         self._plotter = CurvePlotter()
         self._peak = peak_flops(device_name(accelerator.device), accelerator.mixed_precision)

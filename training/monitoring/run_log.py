@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
-from tqdm.std import EMA
+from tqdm.std import EMA  # type: ignore[attr-defined]
 
 from common.atomic_files import write_atomically
 from common.durations import format_duration

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from common.cli_errors import InputError
 from common.hub_retry import hub_cache_error
@@ -17,6 +18,7 @@ from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
 from training.setup.fsdp import compile_blocks, shard
+from training.step.document_mask import attention_for
 
 
 class Vocabulary(Protocol):
@@ -31,7 +33,9 @@ class Vocabulary(Protocol):
         """The id that begins a document."""
 
 
-def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = None) -> GPT2ScratchForCausalLM:
+def build_model(
+    recipe: Recipe, tokenizer: Vocabulary, *, device_type: str, weights: Path | None = None
+) -> GPT2ScratchForCausalLM:
     """The model to train: from a checkpoint (`weights`), from the recipe's `init_from`, or initialized like GPT-2.
 
     Raises:
@@ -39,12 +43,15 @@ def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = No
             is not available.
     """
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), recipe.dropout)
-    source = weights or recipe.init_from
+    source, attention = weights or recipe.init_from, attention_for(recipe, device_type)
+    # No progress bar for every saved model, and no messages before an error that we report in one line.
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     set_seed(recipe.seed)
     try:
         if source is not None:
             model = GPT2ScratchForCausalLM.from_pretrained(
-                source, attn_implementation=recipe.attn_implementation, dtype=torch.float32, **dropout
+                source, attn_implementation=attention, dtype=torch.float32, **dropout
             )
         else:
             config = GPT2ScratchConfig(
@@ -59,7 +66,7 @@ def build_model(recipe: Recipe, tokenizer: Vocabulary, weights: Path | None = No
                 eos_token_id=tokenizer.end_of_text_id,
                 **dropout,
             )
-            config._attn_implementation = recipe.attn_implementation
+            config._attn_implementation = attention
             model = GPT2ScratchForCausalLM(config)
     except (ImportError, OSError, ValueError, SafetensorError) as error:
         # The first line of a from_pretrained error says what is wrong; the rest is advice on other models.

@@ -4,10 +4,9 @@ import filecmp
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError
@@ -19,66 +18,29 @@ from training.checkpoints.resume import check_end, find_resume_point
 from training.data.loading.loader import TrainingShards, validation_windows
 from training.data.loading.order import Order
 from training.data.producing.background_producer import BackgroundProducer
-from training.data.shards.shard_reader import ShardFolder
-from training.data.tokenization.tokenizer import Tokenizer
 from training.hub.publisher import claim_repository
 from training.monitoring.task_evaluation import TaskSet
 from training.recipe import Recipe
 from training.setup.node_checks import check_nodes_match, data_identity, has_several_nodes
 from training.setup.training_data import open_data
 from training.step.batch_plan import BatchPlan, plan_batch
+from training.step.hooks import Run
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What is known of a run before the model is built.
+class Plan(NamedTuple):
+    """A run before its model is built, and what its hooks need.
 
     Attributes:
-        recipe: all settings.
-        shards: the training shards and the order of their windows; the producer may still be adding shards.
-        tokenizer: of the shards.
-        batch: how a step is split across processes and micro-steps. One sequence per micro-step while
-            per_device_train_batch_size is "auto".
-        total_steps: length of the run.
-        resume_from: the checkpoint to resume from.
-        first_step: steps that the checkpoint has taken.
-        repo_id: the Hub repository that rank 0 pushes to.
+        run: with its data and its length.
         tasks: the evaluation tasks; None without eval_tasks.
+        repo_id: the Hub repository that rank 0 pushes to.
+        is_complete: whether an earlier start took the last step and wrote the model folder.
     """
 
-    recipe: Recipe
-    shards: TrainingShards
-    tokenizer: Tokenizer
-    batch: BatchPlan
-    total_steps: int
-    resume_from: Path | None
-    first_step: int
-    repo_id: str | None = None
-    tasks: TaskSet | None = None
-
-    @property
-    def folder(self) -> ShardFolder:
-        """The shard folder as of its last reading."""
-        return self.shards.folder
-
-    @property
-    def output_dir(self) -> Path:
-        """The run folder."""
-        return Path(self.recipe.output_dir)
-
-    @property
-    def document_mark(self) -> int | None:
-        """The id that begins a document, if the recipe masks attention across documents."""
-        return self.tokenizer.end_of_text_id if self.recipe.document_mask else None
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether an earlier start took the last step and wrote the model folder."""
-        return (
-            self.first_step == self.total_steps
-            and self.resume_from is not None
-            and _is_model_of(self.resume_from, self.output_dir)
-        )
+    run: Run
+    tasks: TaskSet | None
+    repo_id: str | None
+    is_complete: bool
 
 
 def plan_run(
@@ -100,7 +62,8 @@ def plan_run(
     with ranks.share_errors():
         plan = _plan(recipe, producer, ranks)
         if has_several_nodes():
-            check_nodes_match({**data_identity(plan.folder, plan.tokenizer), **_run_identity(plan)}, ranks)
+            identity = data_identity(plan.run.shards.folder, plan.run.tokenizer)
+            check_nodes_match({**identity, **_run_identity(plan)}, ranks)
     return plan
 
 
@@ -127,7 +90,9 @@ def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
         first_step = state.step
         check_end(resume_from, first_step, end)
     tasks = TaskSet(recipe, tokenizer) if recipe.eval_tasks else None
-    return Plan(recipe, shards, tokenizer, batch, end, resume_from, first_step, repo_id, tasks)
+    run = Run(recipe, shards, tokenizer, batch, first_step, end, resume_from)
+    is_complete = first_step == end and resume_from is not None and _is_model_of(resume_from, run.output_dir)
+    return Plan(run, tasks, repo_id, is_complete)
 
 
 def batch_of(recipe: Recipe) -> BatchPlan:
@@ -185,14 +150,15 @@ def _is_finished(recipe: Recipe, resume_from: Path | None) -> bool:
 
 def _run_identity(plan: Plan) -> dict[str, object]:
     """What determines the steps of a run and its initial weights."""
+    run = plan.run
     return {
-        "first step": plan.first_step,
-        "checkpoint": None if plan.resume_from is None else state_checksum(plan.resume_from),
-        "initial weights": None if plan.resume_from is not None else _hash_of_weights(plan.recipe.init_from),
-        "total steps": plan.total_steps,
+        "first step": run.first_step,
+        "checkpoint": None if run.resume_from is None else state_checksum(run.resume_from),
+        "initial weights": None if run.resume_from is not None else _hash_of_weights(run.recipe.init_from),
+        "total steps": run.total_steps,
         "complete": plan.is_complete,
         "items of eval_tasks": None if plan.tasks is None else plan.tasks.fingerprint,
-        **plan.recipe.values_of_all_nodes(),
+        **run.recipe.values_of_all_nodes(),
     }
 
 

@@ -8,7 +8,7 @@ import socket
 import statistics
 import time
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +18,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
-from transformers.utils import logging as transformers_logging
 
 from common.cli_errors import InputError
 from common.durations import format_duration
@@ -35,7 +34,6 @@ from training.setup.memory_estimate import available_memory, estimate_memory
 from training.setup.model import build_model, prepare_for_training
 from training.setup.plan import batch_of, total_steps
 from training.step.batch_plan import BatchPlan
-from training.step.document_mask import attention_for
 from training.step.train_step import train_step
 
 _REDUCED_NUMBERS = {"cuda": 2**26, "cpu": 2**22}
@@ -64,13 +62,10 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     vocabulary, order, data = _inspect_data(recipe)
     accelerator = build_accelerator(recipe)
     report = accelerator.print
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
     report(f"processes   {_devices(accelerator)}")
     report(f"all-reduce  {_check_all_reduce(accelerator)}")
 
-    recipe = replace(recipe, attn_implementation=attention_for(recipe, accelerator.device.type))
-    model = build_model(recipe, vocabulary, resume_from)
+    model = build_model(recipe, vocabulary, device_type=accelerator.device.type, weights=resume_from)
     end_of_text_id = vocabulary.end_of_text_id if recipe.document_mask else None
     if recipe.per_device_train_batch_size == "auto":
         batch = find_batch_size(batch, accelerator, model, recipe, end_of_text_id)

@@ -20,13 +20,13 @@ from training.step.train_step import StepResult
 
 @dataclass
 class Run:
-    """A run in progress, as its hooks see it.
+    """A run as its hooks see it; `accelerator` and what follows it are set once the plan of the run is checked.
 
     Attributes:
         recipe: all settings.
         shards: the training shards and the order of their windows; a producer may still be adding shards.
         tokenizer: the tokenizer of the shards.
-        batch: how a step is split into ranks and micro-steps.
+        batch: how a step is split into ranks and micro-steps; one sequence each until "auto" is resolved.
         first_step: steps taken by earlier starts.
         total_steps: where the run ends.
         resume_from: the checkpoint of `first_step`; None at the beginning.
@@ -46,15 +46,17 @@ class Run:
     first_step: int
     total_steps: int
     resume_from: Path | None
-    accelerator: Accelerator
-    model: nn.Module
-    optimizer: Optimizer
-    config: PreTrainedConfig
-    parameters: int
-    guard: Guard
-    step: int
+    accelerator: Accelerator = field(init=False)
+    model: nn.Module = field(init=False)
+    optimizer: Optimizer = field(init=False)
+    config: PreTrainedConfig = field(init=False)
+    parameters: int = field(init=False)
+    guard: Guard = field(init=False)
     report: Callable[[str], None] = print
     hooks: list["Hook"] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.step = self.first_step
 
     @property
     def output_dir(self) -> Path:

@@ -102,7 +102,7 @@ def assert_fails(plan: Future[Plan], message: str) -> None:
 def test_nodes_with_the_same_data_start(nodes: TwoNodes, tiny_recipe: Make, shard_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(shard_folder, tmp_path / "copy")
     plans = nodes.plan(tiny_recipe(), tiny_recipe(data_dir=str(tmp_path / "copy")))
-    assert [plan.result().total_steps for plan in plans] == [12, 12]
+    assert [plan.result().run.total_steps for plan in plans] == [12, 12]
 
 
 def test_other_shards_on_a_node_are_an_error_on_all(
@@ -166,7 +166,7 @@ def test_other_recipes_on_a_node_are_an_error_on_all(
     both = {"eval_tasks": ["lambada"], "eval_data_dir": "here", "init_from": "here"}
     for plan in nodes.plan(tiny_recipe(**both), tiny_recipe(**{**both, **difference})):
         if message is None:
-            assert plan.result().total_steps == 12
+            assert plan.result().run.total_steps == 12
         else:
             assert_fails(plan, NO_MATCH + message)
 
@@ -194,7 +194,7 @@ def test_node_without_the_checkpoints_is_an_error_and_one_with_a_copy_starts(
     for plan in nodes.plan(here, elsewhere):
         assert_fails(plan, NO_MATCH + "first step is 4 on rank 0, 0 on rank 1; checkpoint is [0-9a-f]+ on .* copy both")
     shutil.copytree(run.output_dir, there.output_dir)
-    assert [plan.result().first_step for plan in nodes.plan(here, elsewhere)] == [4, 4]
+    assert [plan.result().run.first_step for plan in nodes.plan(here, elsewhere)] == [4, 4]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
         time.sleep(1)
         assert not any(plan.done() for plan in plans)
         restore(folders[1], shard_folder, len(folders[1].complete_manifest.shards))
-        assert [len(ShardFolder.open(plan.result().folder.path).train_shards) for plan in plans] == [
+        assert [len(ShardFolder.open(plan.result().run.shards.folder.path).train_shards) for plan in plans] == [
             1,
             len(folders[1].complete_manifest.shards) - 1,
         ]
