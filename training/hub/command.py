@@ -64,16 +64,23 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state:
     Raises:
         InputError: no complete model, no checkpoint of it for `with_state`, or the Hub refuses the push.
     """
-    model, step = find_model(folder)
-    parameters = _check_weights(model)
-    if with_state and step is None:
-        raise InputError(f"--checkpoint needs a checkpoint, and {folder} has none of this model; name its run folder")
+    from huggingface_hub import HfApi
+
+    from gpt2_scratch.export import check_weights, export, read_config
     from training.checkpoints.checkpoint_folder import checkpoints
+    from training.hub.card import write_model_card
     from training.hub.hub_errors import input_errors
     from training.hub.publisher import record_push
-    from training.hub.repository import NATIVE, ensure_repository, has_branch, push_folder
+    from training.hub.repository import NATIVE, ensure_repository, push_folder
     from training.hub.staging import stage
+    from training.monitoring.run_history import RunHistory
+    from training.recipe import load_recipe
 
+    model, step = find_model(folder)
+    _, skeleton = read_config(model)
+    check_weights(model, skeleton)  # by their headers: no partial model is published
+    if with_state and step is None:
+        raise InputError(f"--checkpoint needs a checkpoint, and {folder} has none of this model; name its run folder")
     state = None
     if with_state:
         state = model if (model / "training_state").is_dir() else checkpoints(folder)[-1]
@@ -86,11 +93,11 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state:
         # The curves of a checkpoint's run would show later steps too.
         staged = stage(Path(temporary) / "model", model, curves=folder / "curves.png", state=state)
         if is_of_run and not (staged / "README.md").exists():
-            _write_card(staged, run, step or 0, parameters)
-        native = native or has_branch(repo_id, NATIVE)
+            recipe = load_recipe(run / "recipe.yaml")
+            facts = RunHistory.load(run).facts(recipe, steps=step or 0, parameters=skeleton.num_parameters())
+            write_model_card(staged, recipe, facts, skeleton.config, earlier=run / "model")
+        native = native or HfApi().revision_exists(repo_id, NATIVE)
         if native:  # first: the card of main mentions the branch
-            from gpt2_scratch.export import export
-
             export(str(staged), Path(temporary) / "native", "gpt2")
             push_folder(Path(temporary) / "native", repo_id, message=message, branch=NATIVE)
         pushed = push_folder(staged, repo_id, message=message, tag=tag)
@@ -134,30 +141,3 @@ def find_model(folder: Path) -> tuple[Path, int | None]:
             f"there is neither a config.json nor a checkpoint in {folder}; pass a folder such as runs/quickstart"
         )
     return newest, step_of(newest)
-
-
-def _check_weights(model: Path) -> int:
-    """Compare the headers of the weights with the config, so that no partial model is published.
-
-    Returns:
-        The number of parameters.
-    """
-    from gpt2_scratch.export import check_weights, read_config
-
-    _, skeleton = read_config(model)
-    check_weights(model, skeleton)
-    return int(skeleton.num_parameters())
-
-
-def _write_card(staged: Path, run: Path, step: int, parameters: int) -> None:
-    """Write the card of a checkpoint, from the files of its run."""
-    from transformers import AutoConfig
-
-    import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
-    from training.hub.card import write_model_card
-    from training.monitoring.run_history import RunHistory
-    from training.recipe import load_recipe
-
-    recipe = load_recipe(run / "recipe.yaml")
-    facts = RunHistory.load(run).facts(recipe, steps=step, parameters=parameters)
-    write_model_card(staged, recipe, facts, AutoConfig.from_pretrained(staged), earlier=run / "model")

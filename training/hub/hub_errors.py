@@ -5,6 +5,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status, logging
+from huggingface_hub.utils._http import default_client_factory
+
 from common.cli_errors import InputError
 from common.hub_retry import is_transient, network_errors
 
@@ -24,9 +30,6 @@ def limit_client(read_seconds: float = _READ_SECONDS) -> None:
 
     By default it waits forever, and sleeps for the hour that a rate limit may ask for.
     """
-    import huggingface_hub
-    from huggingface_hub.utils import disable_progress_bars, logging
-    from huggingface_hub.utils._http import default_client_factory
 
     def client() -> Any:
         made = default_client_factory()
@@ -40,14 +43,12 @@ def limit_client(read_seconds: float = _READ_SECONDS) -> None:
 
 
 def _raise_on_long_wait(response: Any) -> None:
-    from huggingface_hub.utils import hf_raise_for_status
-
-    if response.is_error and _retry_after(response) > _LONGEST_SLEEP_IN_CLIENT:
+    if response.is_error and _seconds_to_wait(response) > _LONGEST_SLEEP_IN_CLIENT:
         response.read()
         hf_raise_for_status(response)
 
 
-def _retry_after(response: Any) -> float:
+def _seconds_to_wait(response: Any) -> float:
     """Return the seconds that a rate limit asks for, by Retry-After or the Hub's own `RateLimit: "api";r=0;t=55`."""
     after = response.headers.get("Retry-After", "").strip()
     limit = re.search(r"\br=0;t=(\d+)", response.headers.get("RateLimit", ""))
@@ -56,21 +57,17 @@ def _retry_after(response: Any) -> float:
 
 def one_line(error: BaseException) -> str:
     """Return an error in one line, without tokens and without signed URLs, which allow writing."""
-    from huggingface_hub import get_token
-
     cause = _refusal(error) or error
     text = " ".join(str(cause).split())
-    token = get_token()
+    token = huggingface_hub.get_token()
     text = re.sub(r"hf_\w{8,}", "hf_…", text.replace(token, "hf_…") if token else text)
     text = re.sub(r"(https?://[^\s?]+)\?[^\s'\")]+", r"\1?…", text)
     text = re.sub(r" For more information check: \S+", "", text)
     return f"{type(cause).__name__}: {text[:300]}"
 
 
-def _refusal(error: BaseException) -> BaseException | None:
+def _refusal(error: BaseException) -> HfHubHTTPError | None:
     """Return the Hub's response that caused an error: the client wraps those for large files."""
-    from huggingface_hub.errors import HfHubHTTPError
-
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__
@@ -79,7 +76,8 @@ def _refusal(error: BaseException) -> BaseException | None:
 
 def status_of(error: BaseException) -> int:
     """Return the HTTP status of an error; 0 without one."""
-    return getattr(getattr(_refusal(error), "response", None), "status_code", 0)
+    refusal = _refusal(error)
+    return refusal.response.status_code if refusal else 0
 
 
 def can_retry(error: BaseException) -> bool:
@@ -91,41 +89,39 @@ def can_retry(error: BaseException) -> bool:
 
 def retry_after(error: BaseException) -> float:
     """Return the seconds to wait that the Hub requested; 0 if none."""
-    response = getattr(_refusal(error), "response", None)
-    return 0.0 if response is None else _retry_after(response)
+    refusal = _refusal(error)
+    return _seconds_to_wait(refusal.response) if refusal else 0.0
 
 
 @contextmanager
 def input_errors(repo_id: str, advice: str) -> Iterator[None]:
     """Turn errors of the Hub and the network into an `InputError` that ends with `advice`."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import LocalTokenNotFoundError, OfflineModeIsEnabled
-
-    errors: tuple[type[BaseException], ...] = (*network_errors(), RuntimeError, ValueError)
     try:
         yield
     except LocalTokenNotFoundError:
-        raise InputError(
+        problem = (
             "there is no token for the Hub; create one with write access (https://huggingface.co/settings/tokens), run "
-            f"`hf auth login` or set HF_TOKEN, {advice}"
-        ) from None
+            "`hf auth login` or set HF_TOKEN"
+        )
     except OfflineModeIsEnabled:
-        raise InputError(f"HF_HUB_OFFLINE is set, and a push needs the Hub; unset it, {advice}") from None
+        problem = "HF_HUB_OFFLINE is set, and a push needs the Hub; unset it"
     except InputError:
         raise
-    except errors as error:
+    except (*network_errors(), RuntimeError, ValueError) as error:
         status = status_of(error)
         if status == 401:
-            raise InputError(
-                f"the Hub rejected your token (401); run `hf auth login` or set HF_TOKEN again, {advice}"
-            ) from None
-        if status in (403, 404):
-            raise InputError(
+            problem = "the Hub rejected your token (401); run `hf auth login` or set HF_TOKEN again"
+        elif status in (403, 404):
+            problem = (
                 f"you cannot write to {repo_id} ({status}); choose a repository under your own name, and a token with "
-                f"write access, {advice}"
-            ) from None
-        if can_retry(error):
+                "write access"
+            )
+        elif can_retry(error):
             raise HubOutOfReachError(
                 f"cannot reach the Hub at {constants.ENDPOINT} ({one_line(error)}); try later, {advice}"
             ) from None
-        raise InputError(f"the Hub does not accept this push ({one_line(error)}); fix that, {advice}") from None
+        else:
+            problem = f"the Hub does not accept this push ({one_line(error)}); fix that"
+    else:
+        return
+    raise InputError(f"{problem}, {advice}")

@@ -102,7 +102,6 @@ class Publisher(Hook):
         self._run, self._repo_id, self._history = run, repo_id, history
         self._staging = run.output_dir / _STAGING
         shutil.rmtree(self._staging, ignore_errors=True)  # of a run that was killed
-        self._staged = 0
         self._newest = run.resume_from
         self._changed = threading.Condition()
         self._waiting: tuple[Path, int] | None = None
@@ -148,10 +147,9 @@ class Publisher(Hook):
 
     def _stage(self, model: Path, step: int) -> Path:
         self._staging.mkdir(exist_ok=True)
-        self._staged += 1
         state = self._newest if self._run.recipe.hub_strategy == "checkpoint" else None
         curves = self._run.output_dir / "curves.png"
-        return stage(self._staging / f"{self._staged}-step-{step:06d}", model, curves=curves, state=state)
+        return stage(self._staging / f"step-{step:06d}", model, curves=curves, state=state)
 
     def submit(self, folder: Path, step: int) -> None:
         """Push a folder as soon as the push in progress is over; returns immediately."""

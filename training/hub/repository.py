@@ -9,6 +9,10 @@ import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from common.cli_errors import InputError
 from training.hub.card import card_for_repository
 from training.hub.card_edits import with_edits_of
@@ -42,10 +46,6 @@ def ensure_repository(
         HubOutOfReachError: the Hub is unreachable or overloaded.
         InputError: invalid id, no token or a rejected one, no write access; the message ends with `advice`.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
     if repo_id is None:
         repo_id = re.sub(r"-{2,}|\.{2,}", "-", re.sub(r"[^\w.-]+", "-", default_name, flags=re.ASCII)).strip("-.")[:96]
     try:
@@ -74,16 +74,11 @@ def push_folder(folder: Path, repo_id: str, *, message: str, tag: str | None = N
     Files of an earlier push that this folder lacks are deleted: weights in other shards, files of last-checkpoint/ if
     this folder has one, and on the native branch everything. A card that was edited on the Hub keeps its text.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
-    api = HfApi()
     if branch != "main":
-        api.create_branch(repo_id, branch=branch, exist_ok=True)
-    has_native = has_branch(repo_id, NATIVE)
+        HfApi().create_branch(repo_id, branch=branch, exist_ok=True)
     for attempts_left in reversed(range(_ATTEMPTS_WHEN_OVERTAKEN)):
         try:
-            pushed = _commit(folder, repo_id, message=message, branch=branch, has_native=has_native)
+            pushed = _commit(folder, repo_id, message, branch)
             break
         except HfHubHTTPError as error:
             if status_of(error) not in OVERTAKEN or not attempts_left:
@@ -93,15 +88,12 @@ def push_folder(folder: Path, repo_id: str, *, message: str, tag: str | None = N
     return pushed
 
 
-def _commit(folder: Path, repo_id: str, *, message: str, branch: str, has_native: bool) -> Pushed:
+def _commit(folder: Path, repo_id: str, message: str, branch: str) -> Pushed:
     """Commit on top of the branch's head; the Hub responds with 412 after a concurrent commit."""
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
-
     api = HfApi()
-    head = api.model_info(repo_id, revision=branch).sha
-    assert head is not None
-    tree = api.list_repo_tree(repo_id, recursive=True, revision=head)
-    on_hub = {entry.path for entry in tree if isinstance(entry, RepoFile)}
+    heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches}
+    head, has_native = heads[branch], NATIVE in heads
+    on_hub = set(api.list_repo_files(repo_id, revision=head))
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     additions = [CommitOperationAdd(name, file) for name, file in files.items() if name != "README.md"]
     card_kept = False
@@ -117,10 +109,8 @@ def _commit(folder: Path, repo_id: str, *, message: str, branch: str, has_native
         api.preupload_lfs_files(repo_id, [addition], revision=branch)
     has_state = any(name.startswith(f"{LAST_CHECKPOINT}/") for name in files)
     stale = [name for name in sorted(on_hub - set(files)) if _is_ours(name, branch, has_state)]
-    deletions = [CommitOperationDelete(name, is_folder=False) for name in stale]
-    commit = api.create_commit(
-        repo_id, [*additions, *deletions], commit_message=message, revision=branch, parent_commit=head
-    )
+    operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
+    commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=head)
     return Pushed(str(commit.oid), card_kept, has_native)
 
 
@@ -137,25 +127,13 @@ def _is_ours(name: str, branch: str, has_state: bool) -> bool:
 
 def read_card(repo_id: str, commit: str, kind: Kind = "model") -> str:
     """Return the README.md of a commit."""
-    from huggingface_hub import hf_hub_download
-
     with tempfile.TemporaryDirectory() as folder:
         path = hf_hub_download(repo_id, "README.md", revision=commit, repo_type=kind, local_dir=folder)
         return Path(path).read_text(encoding="utf-8", errors="replace")
 
 
-def has_branch(repo_id: str, branch: str) -> bool:
-    """Return whether a model repository has a branch."""
-    from huggingface_hub import HfApi
-
-    return any(ref.name == branch for ref in HfApi().list_repo_refs(repo_id).branches)
-
-
 def set_tag(repo_id: str, tag: str, commit: str) -> None:
     """Point a tag at a commit; a tag of that name is moved."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     api = HfApi()
     try:
         api.create_tag(repo_id, tag=tag, revision=commit)

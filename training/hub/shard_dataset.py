@@ -5,7 +5,7 @@ Shards are uploaded one by one, so an interrupted push resumes, and they appear 
 
 from pathlib import Path
 
-from huggingface_hub import DatasetCardData
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCardData, HfApi, RepoFile
 
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError
@@ -37,8 +37,6 @@ def push_shards(path: Path, repo_id: str, *, private: bool) -> None:
 
 
 def _push(folder: ShardFolder, repo_id: str) -> None:
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-
     api = HfApi()
     on_hub = remote_hashes(repo_id)
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
@@ -59,7 +57,7 @@ def _push(folder: ShardFolder, repo_id: str) -> None:
     on_hub = remote_hashes(repo_id, head)
     # Shards of another folder would be trained on too.
     stale = [name for name in sorted(on_hub) if "/" not in name and split_of(name) and name not in hashes]
-    operations += [CommitOperationDelete(name, is_folder=False) for name in stale]
+    operations += [CommitOperationDelete(name) for name in stale]
     existing = read_card(repo_id, head, "dataset") if "README.md" in on_hub else None
     card, _ = with_edits_of(existing, dataset_card(folder, repo_id))
     operations.append(CommitOperationAdd("README.md", card.encode()))
@@ -75,8 +73,6 @@ def _push(folder: ShardFolder, repo_id: str) -> None:
 
 def remote_hashes(repo_id: str, revision: str | None = None) -> dict[str, str]:
     """Return the sha256 of a dataset's large files, and an empty string for small ones."""
-    from huggingface_hub import HfApi, RepoFile
-
     tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=revision, repo_type="dataset")
     return {entry.path: entry.lfs.sha256 if entry.lfs else "" for entry in tree if isinstance(entry, RepoFile)}
 

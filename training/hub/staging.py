@@ -67,22 +67,20 @@ def _link(path: Path, target: Path) -> None:
 
 def _remove_paths(path: Path) -> bool:
     """Replace a JSON file by a copy without keys that hold a path; return whether it had any."""
+    text = path.read_text(encoding="utf-8")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        cleaned = json.loads(text, object_hook=_without_paths)
     except ValueError:
         return False
-    cleaned = _without_paths(content)
-    if cleaned == content:
+    if cleaned == json.loads(text):
         return False
     path.unlink()  # the original keeps its content
     path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return True
 
 
-def _without_paths(content: Any) -> Any:
-    if isinstance(content, dict):
-        return {key: _without_paths(value) for key, value in content.items() if not _is_path(value)}
-    return [_without_paths(value) for value in content] if isinstance(content, list) else content
+def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if not _is_path(value)}
 
 
 def _is_path(value: object) -> bool:
