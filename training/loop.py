@@ -195,7 +195,7 @@ def _add_hooks(
     run.report = monitor.log.print
     validation = Validation(run, monitor, coordinator)
     samples = Samples(run, monitor)
-    writer = CheckpointWriter(run, skeleton=skeleton, before_rename=monitor.log.flush_to_disk)
+    writer = CheckpointWriter(run, skeleton)
     skipped_updates = SkippedUpdates(monitor, validation, writer)
     checkpoints = Checkpoints(writer, coordinator, skipped_updates, monitor)
     # These see every step. Profiling comes first, so that the trace ends before other hooks run.

@@ -13,20 +13,17 @@ import copy
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_optimizer_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -37,10 +34,8 @@ from training.checkpoints.state_snapshot import Snapshot, bare_model, restore_rn
 from training.data.tokenization.tokenizer import Tokenizer
 
 _NAME = re.compile(r"step-(\d{6,})")
-_Moments = dict[str, dict[str, torch.Tensor]]  # by parameter and moment
 _FORMAT_VERSION = 1
 _TEMPORARY = (".unfinished-", ".removed-", ".replaced-")  # prefixes of folders that are being written or removed
-_FULL = StateDictOptions(full_state_dict=True)
 
 
 @dataclass(frozen=True)
@@ -142,37 +137,11 @@ def skeleton_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def write_checkpoint(
-    output_dir: Path,
-    state: TrainerState,
-    snapshot: Snapshot,
-    *,
-    skeleton: PreTrainedModel,
-    tokenizer: Tokenizer,
-    before_rename: Callable[[], None],
+    output_dir: Path, state: TrainerState, snapshot: Snapshot, *, skeleton: PreTrainedModel, tokenizer: Tokenizer
 ) -> Path:
-    """Write the checkpoint of `state.step` and return its folder. Only rank 0 calls this.
-
-    `before_rename` is called just before the checkpoint gets its final name.
-
-    Raises:
-        OSError, SafetensorError: the write failed. The partial files are removed; older checkpoints stay.
-    """
+    """Write the checkpoint of `state.step`, and return its folder, which has a temporary name until `publish`."""
     target = checkpoint_folder(output_dir, state.step)
-    partial = target.with_name(f".unfinished-{target.name}")
-    remove_leftovers(output_dir)
-    try:
-        _write_files(partial, state, snapshot, skeleton, tokenizer)
-        before_rename()
-        publish(partial, target)
-    except (OSError, SafetensorError):
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return target
-
-
-def _write_files(
-    folder: Path, state: TrainerState, snapshot: Snapshot, skeleton: PreTrainedModel, tokenizer: Tokenizer
-) -> None:
+    folder = target.with_name(f".unfinished-{target.name}")
     training_state = folder / "training_state"
     training_state.mkdir(parents=True)
     skeleton.save_pretrained(folder, state_dict=dict(snapshot.weights))
@@ -183,6 +152,7 @@ def _write_files(
         save_file(rng_state, training_state / f"rng_state_{rank}.safetensors")
     state.write(folder)
     write_checksums(folder)
+    return folder
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -220,20 +190,21 @@ def load_checkpoint(
 ) -> None:
     """Load a checkpoint's optimizer state, loop state and random-number generators. The model has its weights already.
 
-    The tensors of `loop_state` are filled in place.
-
-    With another number of processes, ranks without a saved generator keep a fresh one: dropout differs there, and the
-    data stay the same.
+    The tensors of `loop_state` are filled in place. With another number of processes, ranks without a saved generator
+    keep a fresh one: dropout differs there, and the data stay the same.
     """
     folder = checkpoint / "training_state"
     bare = bare_model(accelerator, model)
-    flat = load_file(folder / "optimizer.safetensors")
     loop = load_file(folder / "loop_state.safetensors")
     # The parameter groups come from the recipe; only the moments come from the checkpoint.
     names = {parameter: name for name, parameter in bare.named_parameters()}
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
-    state: dict[str, Any] = {"state": _nested(flat), "param_groups": groups}
-    set_optimizer_state_dict(bare, optimizer, state, options=_FULL)
+    moments: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
+    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+        name, moment = key.rsplit("/", 1)
+        moments[name][moment] = tensor
+    state: dict[str, Any] = {"state": dict(moments), "param_groups": groups}
+    set_optimizer_state_dict(bare, optimizer, state, options=StateDictOptions(full_state_dict=True))
     for name in loop_state.keys() & loop.keys():
         loop_state[name].copy_(loop[name])
     generators = folder / f"rng_state_{accelerator.process_index}.safetensors"
@@ -247,20 +218,10 @@ def publish(partial: Path, target: Path) -> None:
         weights.chmod((partial / "config.json").stat().st_mode)
     for path in [*partial.rglob("*"), partial]:
         fsync(path)
+    replaced = target.with_name(f".replaced-{target.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
     if target.exists():
-        replaced = target.with_name(f".replaced-{target.name}")
-        shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
-        partial.rename(target)
-        shutil.rmtree(replaced)
-    else:
-        partial.rename(target)
+    partial.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
     fsync(target.parent)
-
-
-def _nested(flat: dict[str, torch.Tensor]) -> _Moments:
-    state: _Moments = {}
-    for key, tensor in flat.items():
-        name, moment = key.rsplit("/", 1)
-        state.setdefault(name, {})[moment] = tensor
-    return state

@@ -5,7 +5,6 @@ sets `async_save`. If a checkpoint cannot be written, training continues and old
 """
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from safetensors import SafetensorError
@@ -15,6 +14,8 @@ from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import (
     TrainerState,
     checkpoint_folder,
+    publish,
+    remove_leftovers,
     remove_old_checkpoints,
     write_checkpoint,
 )
@@ -29,16 +30,14 @@ class CheckpointWriter:
     Args:
         run: in progress.
         skeleton: the model without weights (`checkpoint_folder.skeleton_of`), to write model folders with.
-        before_rename: called before a checkpoint gets its final name, to flush the logs to disk.
 
     Attributes:
         newest: the checkpoint that the run would resume from; only rank 0 knows it.
         saved_step: the step of the last checkpoint, which may still be being written.
     """
 
-    def __init__(self, run: Run, *, skeleton: PreTrainedModel, before_rename: Callable[[], None]) -> None:
+    def __init__(self, run: Run, skeleton: PreTrainedModel) -> None:
         self._skeleton = skeleton
-        self._before_rename = before_rename
         self.newest = run.resume_from
         self.saved_step = run.first_step
         self._memory = HostMemory() if run.recipe.async_save and run.accelerator.is_main_process else None
@@ -107,15 +106,16 @@ class CheckpointWriter:
         """Write a checkpoint, and return the line that reports it."""
         recipe, start = run.recipe, time.monotonic()
         try:
-            folder = write_checkpoint(
-                run.output_dir,
-                state,
-                snapshot,
-                skeleton=self._skeleton,
-                tokenizer=run.tokenizer,
-                before_rename=self._before_rename,
+            remove_leftovers(run.output_dir)
+            partial = write_checkpoint(
+                run.output_dir, state, snapshot, skeleton=self._skeleton, tokenizer=run.tokenizer
             )
+            for hook in run.hooks:
+                hook.before_save(run)
+            folder = checkpoint_folder(run.output_dir, state.step)
+            publish(partial, folder)
         except (OSError, SafetensorError) as error:
+            remove_leftovers(run.output_dir)
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
             newest = f"the newest checkpoint is {self.newest}" if self.newest else "there is no checkpoint yet"
             return f"step {state.step}  checkpoint could not be written ({reason}); training continues, {newest}"

@@ -1,8 +1,4 @@
-"""Find the checkpoint to resume from, and check that the run may write to its output folder.
-
-The training loop does the rest: it loads the checkpoint (`checkpoint_folder.load_checkpoint`) and continues with the
-data at `first_step`.
-"""
+"""Find the checkpoint to resume from, and check that the run may write to its output folder."""
 
 import os
 import tempfile
@@ -65,10 +61,8 @@ def find_resume_point(recipe: Recipe) -> Path | None:
 def good_checkpoint(output_dir: Path, before: int, validated: Collection[int]) -> str:
     """Return advice for a stopped run: which checkpoint to resume from.
 
-    Arguments:
-        output_dir: the run's folder.
-        before: the first step whose update was skipped. The update just before it may have corrupted the weights.
-        validated: steps with a finite validation loss: their weights are good.
+    The update just before `before`, the first step that was skipped, may have corrupted the weights, unless the step
+    is `validated`: its validation loss was finite.
     """
     found = checkpoints(output_dir)
     if not found:

@@ -13,9 +13,7 @@ _ROOT = Path(__file__).parents[2]
 def resume_command(output_dir: Path, newest: Path | None) -> str:
     """The command that resumes a run on as many processes as it has now.
 
-    Args:
-        output_dir: the run's folder; its recipe.yaml is the resolved recipe.
-        newest: the checkpoint to resume from. It is in another folder for a branch without checkpoints.
+    The `newest` checkpoint is in another folder for a branch without checkpoints of its own.
     """
     is_elsewhere = newest is not None and newest.resolve().parent != (output_dir / "checkpoints").resolve()
     words = [program("accelerate"), "launch", *launch_flags(os.environ), _shown(_ROOT / "training" / "train.py")]
@@ -33,9 +31,8 @@ def extend_command(output_dir: Path, steps: int) -> str:
 def launch_flags(environment: Mapping[str, str]) -> list[str]:
     """The flags of `accelerate launch` that start as many processes again, on the same kind of device.
 
-    Args:
-        environment: of a process of the run. Launchers do not pass on the name of their config file, but they set the
-            number of processes and nodes, and what kind they are.
+    Launchers do not pass on the name of their config file, but they set the number and the kind of processes and nodes
+    in the environment.
     """
     processes, local = (int(environment.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     uses_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")

@@ -115,6 +115,10 @@ class Monitor(Hook):
         if run.is_due(run.recipe.logging_steps):
             self._log_step(run, result)
 
+    def before_save(self, run: Run) -> None:
+        """Force the log to disk: a checkpoint must not appear without its lines."""
+        self.log.flush_to_disk()
+
     def _log_step(self, run: Run, result: StepResult) -> None:
         grad_norm = result.grad_norm.item()  # waits for the device, which only logged steps do
         tokens_per_second = self._throughput.take()

@@ -132,10 +132,10 @@ class RunLog:
             self._unwritten.discard(name)
 
     def flush_to_disk(self) -> None:
-        """Force all lines to disk; called before a checkpoint gets its final name.
+        """Force all lines to disk.
 
         Raises:
-            OSError: the disk is full; a checkpoint must not appear without its lines in metrics.jsonl.
+            OSError: the disk is full.
         """
         for file in self._files.values():
             file.flush()

@@ -99,6 +99,9 @@ class Hook:
     def after_step(self, run: Run, result: StepResult) -> None:
         """Called after each step; `run.step` is its number."""
 
+    def before_save(self, run: Run) -> None:
+        """Called before `after_save`, when the checkpoint has no name yet; an OSError keeps it from getting one."""
+
     def after_save(self, run: Run, checkpoint: Path, step: int) -> None:
         """Called on rank 0 when a checkpoint is complete on disk, on the thread that writes it."""
 

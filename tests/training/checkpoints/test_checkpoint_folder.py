@@ -205,14 +205,14 @@ def test_disk_that_stays_full_ends_the_run_in_one_line_and_keeps_saved_checkpoin
 
 def test_save_killed_halfway_keeps_the_older_checkpoint(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(max_steps=8)
-    publish = checkpoint_module.publish
+    publish = saving_module.publish
 
     def die_at_step_8(partial: Path, target: Path) -> None:
         if target.name == "step-000008":
             raise KeyboardInterrupt
         publish(partial, target)
 
-    monkeypatch.setattr(checkpoint_module, "publish", die_at_step_8)
+    monkeypatch.setattr(saving_module, "publish", die_at_step_8)
     with pytest.raises(KeyboardInterrupt):
         train(recipe)
     run = Path(recipe.output_dir)
