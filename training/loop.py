@@ -125,7 +125,7 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
     run = plan.run
     model = build_model(run.recipe, run.tokenizer, device_type=accelerator.device.type, weights=run.resume_from)
     if run.recipe.per_device_train_batch_size == "auto":
-        run.batch = find_batch_size(run.batch, accelerator, model, run.recipe, run.document_mark)
+        run.batch = find_batch_size(run.batch, accelerator, model, run.recipe)
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(locked(run.output_dir))

@@ -22,7 +22,7 @@ from training.loop import train
 from training.recipe import Recipe
 from training.setup import accelerator as accelerator_module
 from training.setup.accelerator import build_accelerator, check_process_count
-from training.setup.model import build_model
+from training.setup.model import Vocabulary, build_model
 from training.setup.preflight import preflight
 
 MISTAKE = "from common.cli_errors import *\ndef main(): raise InputError('no')\nrun_command(main)"
@@ -181,7 +181,6 @@ def test_error_of_the_hub_cache_is_distinguished_from_one_of_the_run_folder(
         raise full
 
     monkeypatch.setattr(GPT2ScratchForCausalLM, "from_pretrained", raising)
-    from training.setup.preflight import _Ids
 
     with pytest.raises(InputError, match="cannot write to the Hugging Face cache"):
-        build_model(tiny_recipe(init_from="openai-community/gpt2"), _Ids(300, 299), device_type="cpu")
+        build_model(tiny_recipe(init_from="openai-community/gpt2"), Vocabulary(300, 299), device_type="cpu")

@@ -8,6 +8,8 @@ A CPU process that runs out of memory is killed, so there the number is limited 
 that keep the cores busy.
 """
 
+from dataclasses import replace
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
@@ -24,9 +26,7 @@ from training.step.train_step import model_inputs
 _CPU_TOKENS = 8192  # per forward pass; more are not faster, since the loss takes 1,024 at a time
 
 
-def find_batch_size(
-    plan: BatchPlan, accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe, end_of_text_id: int | None = None
-) -> BatchPlan:
+def find_batch_size(plan: BatchPlan, accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe) -> BatchPlan:
     """The plan with the largest `per_device` that fits on every rank.
 
     Weights and random state do not change; the model moves to the device. Under FSDP2 the unsharded model is tried, so
@@ -37,14 +37,14 @@ def find_batch_size(
     """
     sizes = divisors(plan.sequences_per_step // plan.num_processes)
     limit = _cpu_limit(model, recipe, plan) if accelerator.device.type == "cpu" else sizes[-1]
-    largest = _largest([size for size in sizes if size <= limit], accelerator, model, recipe, end_of_text_id)
+    largest = _largest([size for size in sizes if size <= limit], accelerator, model, recipe)
     per_device = all_reduce_min(accelerator, largest)
     if not per_device:
         raise InputError(
             f"a single sequence of seq_len={recipe.seq_len:,} does not fit into the memory of {accelerator.device}; "
             "train a smaller model, use a shorter seq_len, or set activation_checkpointing"
         )
-    return BatchPlan(plan.seq_len, plan.sequences_per_step, per_device, plan.num_processes)
+    return replace(plan, per_device=per_device)
 
 
 def divisors(number: int) -> list[int]:
@@ -52,9 +52,7 @@ def divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
-def _largest(
-    sizes: list[int], accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe, end_of_text_id: int | None
-) -> int:
+def _largest(sizes: list[int], accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe) -> int:
     """The largest of `sizes` (ascending) that fits on this device, or 0."""
     model.to(accelerator.device)
     # FSDP2 compiles block by block instead, which takes a little less memory than the uncompiled model here.
@@ -65,7 +63,7 @@ def _largest(
         try:
             for size in reversed(sizes):
                 try:
-                    _try_step(module, accelerator, recipe, size, end_of_text_id)
+                    _try_step(module, accelerator, recipe, size)
                 except Exception as error:
                     if not should_reduce_batch_size(error):  # out of memory, on any device
                         raise
@@ -81,17 +79,16 @@ def _largest(
                 torch.compiler.reset()
 
 
-def _try_step(
-    model: nn.Module, accelerator: Accelerator, recipe: Recipe, batch_size: int, end_of_text_id: int | None
-) -> None:
+def _try_step(model: nn.Module, accelerator: Accelerator, recipe: Recipe, batch_size: int) -> None:
     """Use a step's peak memory: a second micro-step on top of gradients, optimizer moments and DDP's buckets."""
     copies = 2 + (accelerator.num_processes > 1)
     held: list[Tensor] = [torch.empty_like(weight) for weight in model.parameters() for _ in range(copies)]
-    ids = torch.zeros(batch_size, recipe.seq_len, dtype=torch.int64)
+    ids = torch.ones(batch_size, recipe.seq_len, dtype=torch.int64)
+    inputs = model_inputs((ids, ids), accelerator.device, 0 if recipe.document_mask else None)
     model.train()
     for _ in range(2):
         with accelerator.autocast():
-            loss = model(**model_inputs((ids, ids), accelerator.device, end_of_text_id), use_cache=False).loss
+            loss = model(**inputs, use_cache=False).loss
         loss.backward()
     if accelerator.device.type == "cuda":
         torch.cuda.synchronize(accelerator.device)
@@ -103,7 +100,7 @@ def _cpu_limit(model: PreTrainedModel, recipe: Recipe, plan: BatchPlan) -> int:
     memory = available_memory(torch.device("cpu"), plan.num_processes)
     sequences = max(1, _CPU_TOKENS // recipe.seq_len)
     while sequences > 1 and memory is not None:
-        if estimate_memory(model.config, recipe, sequences=sequences).total <= memory // 2:
+        if estimate_memory(model, recipe, sequences=sequences).total <= memory // 2:
             break
         sequences -= 1
     return sequences

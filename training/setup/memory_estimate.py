@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedModel
 
 from training.recipe import Recipe
 
@@ -33,7 +33,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(
-    config: PreTrainedConfig,
+    model: PreTrainedModel,
     recipe: Recipe,
     *,
     sequences: int,
@@ -42,23 +42,16 @@ def estimate_memory(
     bf16: bool = False,
     device_type: str = "cpu",
 ) -> MemoryEstimate:
-    """The memory of a training step on one device.
+    """The memory of a training step with `sequences` per forward pass on one device.
 
-    Args:
-        config: of the model.
-        recipe: for seq_len, optimizer, dropout and activation checkpointing.
-        sequences: per forward pass.
-        num_processes: that share the weights if `sharded` (FSDP2), or exchange gradients otherwise.
-        sharded: FSDP2.
-        bf16: matrix products in bf16.
-        device_type: on "cpu", attention with dropout saves its scores.
+    The processes share the weights if `sharded` (FSDP2), and exchange gradients otherwise. On "cpu", attention with
+    dropout saves its scores.
     """
-    size = 2 if bf16 else _FLOAT
+    config, size = model.config, 2 if bf16 else _FLOAT
     tokens, n_embd, vocab_size = sequences * recipe.seq_len, config.n_embd, config.vocab_size
-    parameters = count_parameters(config)
-    shares = num_processes if sharded else 1
+    parameters, shares = model.num_parameters(), num_processes if sharded else 1
     held = parameters * _FLOAT // shares
-    matrices = config.n_layer * (4 * n_embd + 2 * _n_inner(config)) * n_embd
+    matrices = sum(parameter.numel() for parameter in model.base_model.h.parameters() if parameter.dim() == 2)
     one_moment_only = matrices * _FLOAT // shares if recipe.optimizer == "muon" else 0
     # DDP copies gradients into buckets; FSDP2 gathers its largest unit, the embeddings.
     in_transit = 0
@@ -83,20 +76,6 @@ def estimate_memory(
         optimizer=2 * held - one_moment_only,
         activations=blocks + autocast_copies + head + tokens * n_embd * (_FLOAT + 2 * size),
     )
-
-
-def count_parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a GPT-2 with this config and a tied head."""
-    n_embd = config.n_embd
-    n_inner = _n_inner(config)
-    attention = 4 * n_embd * n_embd + 4 * n_embd
-    mlp = 2 * n_embd * n_inner + n_inner + n_embd
-    embeddings = (config.vocab_size + config.n_positions) * n_embd
-    return embeddings + config.n_layer * (attention + mlp + 4 * n_embd) + 2 * n_embd
-
-
-def _n_inner(config: PreTrainedConfig) -> int:
-    return 4 * config.n_embd if config.n_inner is None else config.n_inner
 
 
 def block_activations(tokens: int, n_embd: int, *, size: int, attention_scores: int = 0, dropout: bool = False) -> int:

@@ -1,7 +1,7 @@
 """The model to train and its optimizer."""
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -15,26 +15,22 @@ from transformers.utils import logging
 from common.cli_errors import InputError
 from common.hub_retry import hub_cache_error
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from training.data.tokenization.tokenizer import Tokenizer
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
 from training.setup.fsdp import compile_blocks, shard
 from training.step.document_mask import attention_for
 
 
-class Vocabulary(Protocol):
-    """What a model needs to know of its tokenizer."""
+class Vocabulary(NamedTuple):
+    """What a model needs to know of its tokenizer, which may not exist yet."""
 
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-
-    @property
-    def end_of_text_id(self) -> int:
-        """The id that begins a document."""
+    vocab_size: int
+    end_of_text_id: int
 
 
 def build_model(
-    recipe: Recipe, tokenizer: Vocabulary, *, device_type: str, weights: Path | None = None
+    recipe: Recipe, tokenizer: Tokenizer | Vocabulary, *, device_type: str, weights: Path | None = None
 ) -> GPT2ScratchForCausalLM:
     """The model to train: from a checkpoint (`weights`), from the recipe's `init_from`, or initialized like GPT-2.
 

@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -31,7 +30,7 @@ from training.recipe import Recipe
 from training.setup.accelerator import build_accelerator, check_process_count, shut_down
 from training.setup.batch_size_finder import find_batch_size
 from training.setup.memory_estimate import available_memory, estimate_memory
-from training.setup.model import build_model, prepare_for_training
+from training.setup.model import Vocabulary, build_model, prepare_for_training
 from training.setup.plan import batch_of, total_steps
 from training.step.batch_plan import BatchPlan
 from training.step.train_step import train_step
@@ -40,13 +39,6 @@ _REDUCED_NUMBERS = {"cuda": 2**26, "cpu": 2**22}
 _TIMED_CPU_TOKENS = 4096  # per forward pass; a CPU is not faster with more
 _FORWARD_SHARE = 1 / 3  # FLOPs of a validation token relative to a training token
 _GIB = 2**30
-
-
-class _Ids(NamedTuple):
-    """The vocabulary of a tokenizer that may not exist yet."""
-
-    vocab_size: int
-    end_of_text_id: int
 
 
 def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> None:
@@ -66,13 +58,12 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     report(f"all-reduce  {_check_all_reduce(accelerator)}")
 
     model = build_model(recipe, vocabulary, device_type=accelerator.device.type, weights=resume_from)
-    end_of_text_id = vocabulary.end_of_text_id if recipe.document_mask else None
     if recipe.per_device_train_batch_size == "auto":
-        batch = find_batch_size(batch, accelerator, model, recipe, end_of_text_id)
+        batch = find_batch_size(batch, accelerator, model, recipe)
     report(f"batch       {batch.arithmetic}")
     bf16 = accelerator.mixed_precision == "bf16"
     estimate = estimate_memory(
-        model.config,
+        model,
         recipe,
         sequences=batch.per_device,
         num_processes=batch.num_processes,
@@ -101,7 +92,7 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         report(f"length      {steps:,} steps, {steps * batch.tokens_per_step:,} tokens{resumed}")
 
     wrapped, optimizer = prepare_for_training(accelerator, model, recipe)
-    seconds, method = _seconds_per_step(accelerator, wrapped, optimizer, batch, recipe, end_of_text_id)
+    seconds, method = _seconds_per_step(accelerator, wrapped, optimizer, batch, recipe)
     report(f"speed       {batch.tokens_per_step / seconds:,.0f} tokens/s, {seconds:.3g} s per step: {method}")
     if accelerator.device.type == "cuda":
         report(f"            peak memory {_gib(torch.cuda.max_memory_allocated(accelerator.device))}")
@@ -117,20 +108,20 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     shut_down(accelerator)
 
 
-def _inspect_data(recipe: Recipe) -> tuple[_Ids, Order | None, str]:
+def _inspect_data(recipe: Recipe) -> tuple[Vocabulary, Order | None, str]:
     """The token ids, the order of the windows if the shard folder is complete, and the state of the folder."""
     path = Path(recipe.data_dir)
     folder = ShardFolder.find(path)
     manifest = folder.manifest if folder else None
     if manifest is not None:
-        ids = _Ids(manifest.vocab_size, manifest.end_of_text_id)
+        ids = Vocabulary(manifest.vocab_size, manifest.end_of_text_id)
     elif (trained := parse_train_spec(recipe.tokenizer)) is not None:
-        ids = _Ids(trained, trained - 1)
+        ids = Vocabulary(trained, trained - 1)
     elif recipe.tokenizer == "gpt2":
-        ids = _Ids(50_257, 50_256)
+        ids = Vocabulary(50_257, 50_256)
     else:
         tokenizer = Tokenizer.load(recipe.tokenizer)
-        ids = _Ids(tokenizer.vocab_size, tokenizer.end_of_text_id)
+        ids = Vocabulary(tokenizer.vocab_size, tokenizer.end_of_text_id)
     if folder is not None and folder.complete:
         sizes = [shard.tokens for shard in folder.train_shards]
         order = Order(sizes, seq_len=recipe.seq_len, seed=recipe.seed)
@@ -178,12 +169,7 @@ def _check_all_reduce(accelerator: Accelerator) -> str:
 
 
 def _seconds_per_step(
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    batch: BatchPlan,
-    recipe: Recipe,
-    end_of_text_id: int | None,
+    accelerator: Accelerator, model: nn.Module, optimizer: Optimizer, batch: BatchPlan, recipe: Recipe
 ) -> tuple[float, str]:
     """Seconds per optimizer step, extrapolated from steps of one and of two micro-steps, and how it was measured.
 
@@ -205,7 +191,7 @@ def _seconds_per_step(
             accumulation_steps=micro_steps,
             learning_rate=recipe.learning_rate,
             max_grad_norm=recipe.max_grad_norm,
-            end_of_text_id=end_of_text_id,
+            end_of_text_id=0 if recipe.document_mask else None,
         )
         _synchronize(accelerator.device)
         return time.perf_counter() - start
