@@ -3,7 +3,7 @@
 Draws the curves of one run, or of several over each other.
 """
 
-import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from common.cli_errors import CommandParser, InputError, run_command
@@ -17,14 +17,11 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, help="picture to write (default: RUN/curves.png, or compare.png for several runs)"
     )
-    arguments: argparse.Namespace = parser.parse_args()
+    arguments = parser.parse_args()
     runs = [Curves.of(folder) for folder in arguments.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):  # runs with the same name are labelled by path
-        runs = [
-            Curves(str(folder), run.metrics, run.corpus, run.gpt2_tokens)
-            for folder, run in zip(arguments.runs, runs, strict=True)
-        ]
+        runs = [replace(run, name=str(folder)) for folder, run in zip(arguments.runs, runs, strict=True)]
     output = arguments.output or (arguments.runs[0] / "curves.png" if len(runs) == 1 else Path("compare.png"))
     if output.suffix != ".png":
         raise InputError(f"--output {output}: expected a name that ends with .png")

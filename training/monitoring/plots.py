@@ -84,13 +84,10 @@ def smoothed(values: Sequence[float], half_width: int) -> list[float]:
 
 
 def loss_limits(columns: Sequence[tuple[Sequence[float], Sequence[float]]]) -> tuple[float, float] | None:
-    """Return the lowest and highest loss to show, or None to show all.
+    """Return the lowest and highest loss to show, or None to show all, by tokens and training losses of each run.
 
     The first steps of a run start at ten nats or more. Showing them would squeeze the rest into a line at the bottom. A
     loss that is high later on is always shown.
-
-    Args:
-        columns: tokens and training losses of each run.
     """
     last = max((tokens[-1] for tokens, _ in columns if tokens), default=0.0)
     if sum(len(losses) for _, losses in columns) < _FEWEST_FOR_A_LINE:
@@ -120,22 +117,22 @@ def plot_curves(path: Path, runs: Sequence[Curves]) -> None:
     has_tasks = any(run.column("hellaswag_acc_norm")[0] for run in runs)
     side_titles = ["learning rate", "gradient norm", *(["HellaSwag accuracy"] if has_tasks else [])]
     figure = Figure(figsize=(11, 5.5), dpi=110, layout="constrained")
-    grid = figure.add_gridspec(len(side_titles), 2, width_ratios=(1.8, 1))
-    loss = figure.add_subplot(grid[:, 0])
-    panels = dict(zip(side_titles, (figure.add_subplot(grid[row, 1]) for row in range(len(side_titles))), strict=True))
+    panels = figure.subplot_mosaic([["", title] for title in side_titles], width_ratios=(1.8, 1))
+    loss, norm = panels[""], panels["gradient norm"]
     _draw_losses(loss, runs)
     _draw_small(panels["learning rate"], runs, "learning_rate")
-    _draw_small(panels["gradient norm"], runs, "grad_norm")
-    if _all_positive(runs, "grad_norm"):
-        panels["gradient norm"].set_yscale("log")
-        panels["gradient norm"].yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        panels["gradient norm"].yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        panels["gradient norm"].yaxis.set_minor_formatter(NullFormatter())
+    _draw_small(norm, runs, "grad_norm")
+    norms = [value for run in runs for value in run.column("grad_norm")[1] if math.isfinite(value)]
+    if norms and min(norms) > 0:
+        norm.set_yscale("log")
+        norm.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        norm.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        norm.yaxis.set_minor_formatter(NullFormatter())
     if has_tasks:
         _draw_hellaswag(panels["HellaSwag accuracy"], runs)
     loss.set(ylabel="loss (nats per token)", xlabel="tokens", title=runs[0].name if len(runs) == 1 else "")
     end = max((line.get("tokens", 0) for run in runs for line in run.metrics), default=0)
-    for title, axes in [("", loss), *panels.items()]:
+    for title, axes in panels.items():
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.grid(alpha=0.2)
         if end:
@@ -145,7 +142,7 @@ def plot_curves(path: Path, runs: Sequence[Curves]) -> None:
         if title:
             axes.set_title(title, fontsize=9)
             axes.tick_params(labelsize=8)
-    list(panels.values())[-1].set_xlabel("tokens", fontsize=9)
+    panels[side_titles[-1]].set_xlabel("tokens", fontsize=9)
     write_atomically(path, FigureCanvasAgg(figure).print_png)
 
 
@@ -230,8 +227,3 @@ def _draw_reference(axes: "Axes", reference: Reference, *, above: bool) -> None:
 
 def _marker(values: Sequence[float]) -> str | None:
     return "o" if len(values) < _FEWEST_FOR_A_LINE else None
-
-
-def _all_positive(runs: Sequence[Curves], key: str) -> bool:
-    values = [value for run in runs for value in run.column(key)[1] if math.isfinite(value)]
-    return bool(values) and min(values) > 0

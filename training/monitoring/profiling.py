@@ -1,7 +1,7 @@
 """Profiling: a trace of some steps by torch's profiler."""
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 from training.recipe import profiled_steps
 from training.step.hooks import Hook, Run
@@ -29,10 +29,7 @@ class Profiling(Hook):
     def before_step(self, run: Run, step: int) -> None:
         """Start the profiler before the first step to trace."""
         if self._steps and step == self._steps[0]:
-            activities = [ProfilerActivity.CPU]
-            if torch.cuda.is_available():
-                activities.append(ProfilerActivity.CUDA)
-            self._profiler = profile(activities=activities, acc_events=True)
+            self._profiler = profile(acc_events=True)
             self._profiler.start()
 
     def after_step(self, run: Run, result: StepResult) -> None:

@@ -30,7 +30,7 @@ def chosen_trackers(recipe: Recipe) -> list[str]:
     """
     if "all" in recipe.report_to:
         return [name for name in _AVAILABLE if _AVAILABLE[name]()]
-    chosen: list[str] = [name for name in _AVAILABLE if name in recipe.report_to]
+    chosen = [name for name in _AVAILABLE if name in recipe.report_to]
     missing = [name for name in chosen if not _AVAILABLE[name]()]
     if missing:
         raise InputError(
@@ -76,10 +76,8 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, first_step: int) ->
 
 def _settings(recipe: Recipe) -> dict[str, bool | int | float | str]:
     """The recipe in the types that all trackers accept."""
-    return {
-        key: value if isinstance(value, bool | int | float | str) else str(value)
-        for key, value in recipe.to_dict().items()
-    }
+    known = (bool, int, float, str)
+    return {key: value if isinstance(value, known) else str(value) for key, value in recipe.to_dict().items()}
 
 
 def _tracker_run_name(output_dir: Path) -> str:
