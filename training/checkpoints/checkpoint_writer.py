@@ -25,11 +25,7 @@ from training.step.hooks import Run
 
 
 class CheckpointWriter:
-    """Writes one checkpoint after the other.
-
-    Args:
-        run: in progress.
-        skeleton: the model without weights (`checkpoint_folder.skeleton_of`), to write model folders with.
+    """Writes one checkpoint after the other, with a model without weights (`checkpoint_folder.skeleton_of`).
 
     Attributes:
         newest: the checkpoint that the run would resume from; only rank 0 knows it.

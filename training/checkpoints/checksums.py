@@ -31,10 +31,7 @@ def state_checksum(folder: Path) -> str:
 
 
 def find_corruption(folder: Path, *, read_files: bool = True) -> str | None:
-    """Return what is wrong with a folder that `write_checksums` was called on, or None if it is intact.
-
-    Without `read_files`, only missing files are found, which takes no time.
-    """
+    """Return what is wrong with a folder that has checksums, or None; without `read_files`, only missing files."""
     try:
         lines = [line.split("  ", 1) for line in (folder / _NAME).read_text(encoding="utf-8").splitlines()]
     except FileNotFoundError:

@@ -25,6 +25,7 @@ from training.step.train_step import StepResult
 
 _Item = TypeVar("_Item")
 
+_NOTICE = b"\n%s: finishing this step and saving. Send it again to exit immediately.\n"
 # A launcher of several processes forwards the signal that they already got from the terminal or the scheduler.
 _ECHO_SECONDS = 1.0
 
@@ -69,14 +70,12 @@ class SignalWatch:
         if self._first is None:
             self._first, self._first_time = number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
-                name = signal.Signals(number).name
                 with contextlib.suppress(OSError):
-                    os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, _NOTICE.format(name).encode())
+                    os.write(
+                        sys.__stderr__.fileno() if sys.__stderr__ else 2, _NOTICE % signal.Signals(number).name.encode()
+                    )
         elif not (_is_one_of_several() and time.monotonic() - self._first_time < _ECHO_SECONDS):
             os._exit(128 + number)
-
-
-_NOTICE = "\n{}: finishing this step and saving. Send it again to exit immediately.\n"
 
 
 def _is_launched() -> bool:
@@ -89,17 +88,14 @@ def _is_one_of_several() -> bool:
 
 
 class StopTraining(Exception):  # noqa: N818  (not an error)
-    """Raised on all ranks at the same point when a signal asks the run to save and exit.
+    """Raised on all ranks at the same point when a signal (`number`) asks the run to save and exit.
 
-    Attributes:
-        number: of the signal.
-        between_steps: whether a checkpoint can be saved at this point.
+    A checkpoint can be saved at this point if it is `between_steps`.
     """
 
     def __init__(self, number: int, *, between_steps: bool = True) -> None:
         super().__init__(number)
-        self.number = number
-        self.between_steps = between_steps
+        self.number, self.between_steps = number, between_steps
 
 
 class Coordinator(SignalWatch, Hook):
@@ -152,11 +148,7 @@ class Coordinator(SignalWatch, Hook):
         return tensor.tolist()
 
     def check_stop(self) -> None:
-        """Poll.
-
-        Raises:
-            StopTraining: a signal stops the run.
-        """
+        """Poll, and raise `StopTraining` if a signal stops the run."""
         self.poll()
         if self.stop_signal:
             raise StopTraining(self.stop_signal)

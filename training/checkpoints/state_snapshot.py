@@ -7,7 +7,7 @@ All ranks gather together, on the training thread. Rank 0 can then write the `Sn
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -20,19 +20,12 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state that a checkpoint is written from. All tensors are full and on the CPU.
+    """The state that a checkpoint is written from. All tensors are full and on the CPU."""
 
-    Attributes:
-        weights: by the names of `from_pretrained`; tied weights once.
-        optimizer: by `parameter/moment`.
-        rng_states: the random-number generators of each rank.
-        loop_state: the state of the loop itself, such as the guard's.
-    """
-
-    weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
-    rng_states: list[dict[str, Tensor]]
-    loop_state: dict[str, Tensor]
+    weights: dict[str, Tensor]  # by the names of `from_pretrained`; tied weights once
+    optimizer: dict[str, Tensor]  # by `parameter/moment`
+    rng_states: list[dict[str, Tensor]]  # of each rank
+    loop_state: dict[str, Tensor]  # of the loop itself, such as the guard's
 
 
 @dataclass
@@ -89,19 +82,19 @@ def collect_snapshot(
     loop_state: Mapping[str, Tensor],
     memory: HostMemory | None = None,
 ) -> Snapshot | None:
-    """Return the current state of the run. All ranks call this together.
+    """Return the current state of the run on rank 0, and None on other ranks. All ranks call this together.
 
-    Returns:
-        The snapshot on rank 0, None on other ranks. It is a copy in `memory`. Without `memory`, tensors on a CPU are
-        the live ones: write them before the next step.
+    The snapshot is a copy in `memory`. Without it, tensors on a CPU are the live ones: write them before the next step.
     """
     if memory is not None:
         memory.begin()
     bare = bare_model(accelerator, model)
     keep = accelerator.is_main_process
-    weights = _to_host(_weights(bare), keep, memory)
-    moments = _to_host(_moments(bare, optimizer), keep, memory)
-    loop = _to_host(loop_state, keep, memory)
+    by_parameter = cast(dict[str, dict[str, Tensor]], get_optimizer_state_dict(bare, optimizer)["state"])
+    moments = {f"{name}/{key}": tensor for name, state in by_parameter.items() for key, tensor in state.items()}
+    tied = bare.all_tied_weights_keys
+    weights = {name: tensor for name, tensor in get_model_state_dict(bare).items() if name not in tied}
+    weights, moments, loop = (_to_host(tensors, keep, memory) for tensors in (weights, moments, loop_state))
     rng_states = _gather_rng_states(accelerator)
     if not keep:
         return None
@@ -113,16 +106,6 @@ def collect_snapshot(
 def bare_model(accelerator: Accelerator, model: nn.Module) -> PreTrainedModel:
     """Return the model without the wrappers of `accelerator.prepare` and `torch.compile`."""
     return accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=False)
-
-
-def _weights(bare: PreTrainedModel) -> dict[str, Any]:
-    tied = bare.all_tied_weights_keys
-    return {name: tensor for name, tensor in get_model_state_dict(bare).items() if name not in tied}
-
-
-def _moments(bare: PreTrainedModel, optimizer: Optimizer) -> dict[str, Any]:
-    by_parameter = cast(dict[str, dict[str, Any]], get_optimizer_state_dict(bare, optimizer)["state"])
-    return {f"{name}/{moment}": tensor for name, moments in by_parameter.items() for moment, tensor in moments.items()}
 
 
 def _to_host(tensors: Mapping[str, Tensor], keep: bool, memory: HostMemory | None) -> dict[str, Tensor]:
