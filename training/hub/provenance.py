@@ -25,15 +25,10 @@ def hub_dataset(corpus: str | None) -> str | None:
 
 @dataclass(frozen=True)
 class Provenance:
-    """The training text and the base model.
+    """The training text and the base model."""
 
-    Attributes:
-        corpus: a corpus of ours, a dataset's id on the Hub, or `LOCAL_FILES`; None for shards of another program.
-        base_model: the Hub's id of the model that training started from; None for random weights, and for a folder.
-    """
-
-    corpus: str | None
-    base_model: str | None = None
+    corpus: str | None  # one of ours, a dataset's id on the Hub, or `LOCAL_FILES`; None for shards of another program
+    base_model: str | None = None  # its id on the Hub; None for random weights, and for a folder
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Provenance":

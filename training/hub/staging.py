@@ -26,13 +26,9 @@ _VOCABULARIES = ("tokenizer.json", "vocab.json")  # "/usr" is a token there
 
 
 def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path | None = None) -> Path:
-    """Make `target` the folder to push for a model folder or checkpoint, and return it.
+    """Replace `target` by the folder to push for a model folder or checkpoint, and return it.
 
-    Args:
-        target: is replaced if it exists.
-        model: a complete model folder or checkpoint.
-        curves: a picture for a folder that has none.
-        state: a checkpoint to resume from, which becomes last-checkpoint/.
+    `curves` is a picture for a folder that has none. The checkpoint `state`, to resume from, becomes last-checkpoint/.
     """
     shutil.rmtree(target, ignore_errors=True)
     _link_all(sorted({path for pattern in _MODEL_FILES for path in model.glob(pattern)}), model, target)

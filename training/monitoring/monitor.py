@@ -60,9 +60,6 @@ class Monitor(Hook):
     """Logs the steps of a run; evaluations log their results through it.
 
     Losses are means over all ranks, so all ranks call it. Only rank 0 writes.
-
-    Attributes:
-        log: the run's files and terminal.
     """
 
     def __init__(self, run: Run) -> None:
@@ -171,14 +168,9 @@ class Monitor(Hook):
 
 
 class PeriodicEvaluation(Hook):
-    """An evaluation that is due every so many steps, and at the end.
+    """An evaluation that is due `every` so many steps and at the end, and records `columns` of metrics.jsonl.
 
     If a signal stops the run during the evaluation, the next start runs it.
-
-    Args:
-        monitor: of the run.
-        every: steps between two evaluations; 0: only at the end.
-        columns: its values in metrics.jsonl.
     """
 
     def __init__(self, monitor: Monitor, every: int, columns: set[str]) -> None:

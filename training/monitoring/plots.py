@@ -29,15 +29,12 @@ _BEGINNING = 0.03  # share of a run whose high losses may be outside the plot
 class Curves:
     """The curves of a run.
 
-    Attributes:
-        name: the name of the run folder.
-        metrics: the lines of its metrics.jsonl.
-        corpus: GPT-2's own loss is drawn if it was published for this corpus, …
-        gpt2_tokens: … and if the run uses GPT-2's tokenizer, because losses per token are not comparable otherwise.
+    GPT-2's own loss is drawn if it was published for the corpus, and if the run uses GPT-2's tokenizer, because losses
+    per token are not comparable otherwise.
     """
 
-    name: str
-    metrics: list[dict[str, Any]]
+    name: str  # of the run folder
+    metrics: list[dict[str, Any]]  # the lines of its metrics.jsonl
     corpus: str = ""
     gpt2_tokens: bool = False
 

@@ -38,48 +38,31 @@ class Start:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run after a number of steps, for its summary and its model card.
-
-    Attributes:
-        hardware: of the starts in order, without repetitions; empty if unknown.
-        seconds: of training steps, without validation, samples and checkpoints; None if nothing was logged.
-        val_step, val_loss, bits_per_byte: of the newest validation; None before the first.
-        gzip_bits_per_byte: what `gzip -9` needs for the validation text; None before the end of the run.
-        samples: the newest ones.
-        task_results: the newest ones; None before the first, and if a later step has replaced them.
-    """
+    """A run after a number of steps, for its summary and its model card; None is not known yet."""
 
     name: str
     parameters: int
     steps: int
     tokens: int
-    hardware: tuple[str, ...] = ()
-    seconds: float | None = None
-    val_step: int | None = None
+    hardware: tuple[str, ...] = ()  # of the starts in order, without repetitions
+    seconds: float | None = None  # of training steps, without validation, samples and checkpoints
+    val_step: int | None = None  # of the newest validation
     val_loss: float | None = None
     bits_per_byte: float | None = None
-    gzip_bits_per_byte: float | None = None
-    samples: tuple[str, ...] = ()
-    task_results: Results | None = None
+    gzip_bits_per_byte: float | None = None  # what `gzip -9` needs for the validation text
+    samples: tuple[str, ...] = ()  # the newest ones
+    task_results: Results | None = None  # the newest ones, unless a later step has replaced them
 
 
 @dataclass
 class RunHistory:
-    """What a run has logged so far.
+    """What a run has logged so far."""
 
-    Attributes:
-        metrics: the lines of metrics.jsonl.
-        samples: the texts of samples.txt by step.
-        starts: the hardware of each start.
-        task_results: the newest results of the evaluation tasks.
-        gzip_bits_per_byte: of the validation text.
-    """
-
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    samples: dict[int, list[str]] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # the lines of metrics.jsonl
+    samples: dict[int, list[str]] = field(default_factory=dict)  # the texts of samples.txt by step
     starts: list[Start] = field(default_factory=list)
-    task_results: Results | None = None
-    gzip_bits_per_byte: float | None = None
+    task_results: Results | None = None  # the newest ones
+    gzip_bits_per_byte: float | None = None  # of the validation text
 
     @classmethod
     def load(cls, output_dir: Path, last_step: float = math.inf) -> "RunHistory":

@@ -26,10 +26,6 @@ from training.step.hooks import Run
 class TaskSet:
     """A recipe's tasks with their items.
 
-    Args:
-        recipe: its `eval_tasks` is not empty.
-        tokenizer: of the run.
-
     Raises:
         InputError: the data of a task is missing or invalid, or the metric modules cannot be loaded.
     """

@@ -65,15 +65,10 @@ class Validation(PeriodicEvaluation):
 
 @dataclass(frozen=True)
 class ScoredText:
-    """The text that a validation scores.
+    """The text that a validation scores."""
 
-    Attributes:
-        tokens: the targets of all validation windows in order, one-dimensional ids.
-        byte_count: bytes of their text; end-of-text tokens have none.
-    """
-
-    tokens: np.ndarray
-    byte_count: int
+    tokens: np.ndarray  # the targets of all validation windows in order, one-dimensional ids
+    byte_count: int  # of their text; end-of-text tokens have none
 
     @classmethod
     def of_windows(cls, shard: Shard, tokenizer: Tokenizer, *, windows: int, seq_len: int) -> "ScoredText":

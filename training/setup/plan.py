@@ -28,19 +28,12 @@ from training.step.hooks import Run
 
 
 class Plan(NamedTuple):
-    """A run before its model is built, and what its hooks need.
-
-    Attributes:
-        run: with its data and its length.
-        tasks: the evaluation tasks; None without eval_tasks.
-        repo_id: the Hub repository that rank 0 pushes to.
-        is_complete: whether an earlier start took the last step and wrote the model folder.
-    """
+    """A run before its model is built, and what its hooks need."""
 
     run: Run
-    tasks: TaskSet | None
-    repo_id: str | None
-    is_complete: bool
+    tasks: TaskSet | None  # None without eval_tasks
+    repo_id: str | None  # of the Hub repository that rank 0 pushes to
+    is_complete: bool  # an earlier start took the last step and wrote the model folder
 
 
 def plan_run(
@@ -49,11 +42,7 @@ def plan_run(
     """Check the recipe against the run folder, the data and the processes, and plan the run.
 
     If the shard folder is incomplete, the producer is started, and this returns when training can start.
-
-    Args:
-        recipe: of the run.
-        producer: not started yet.
-        gather_object: as in `Ranks`; called only if there are several nodes.
+    `gather_object` (as in `Ranks`) is called only if there are several nodes.
 
     Raises:
         InputError: the run would fail, or would not be the run that the recipe describes.
@@ -109,9 +98,7 @@ def batch_of(recipe: Recipe) -> BatchPlan:
 def total_steps(recipe: Recipe, order: Order | None) -> int:
     """Optimizer steps of the complete run; a length in tokens or epochs is rounded down to whole steps.
 
-    Args:
-        recipe: of the run.
-        order: of the windows of all shards; only needed for a length in epochs.
+    The order of the windows of all shards is only needed for a length in epochs.
 
     Raises:
         InputError: the run is shorter than a step.

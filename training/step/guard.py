@@ -22,23 +22,14 @@ _DELAY = 4  # steps; a host this far ahead of its device waits for room in the k
 
 
 class Verdict(NamedTuple):
-    """The guard's findings for one step.
+    """The guard's findings for one step."""
 
-    Attributes:
-        step: counted from 1.
-        loss: mean over all ranks; may be non-finite.
-        grad_norm: before clipping.
-        spike: whether the loss was a spike.
-        skipped: whether the update was skipped.
-        skipped_in_a_row: consecutive skipped updates up to this step.
-    """
-
-    step: int
-    loss: float
-    grad_norm: float
+    step: int  # counted from 1
+    loss: float  # mean over all ranks; may be non-finite
+    grad_norm: float  # before clipping
     spike: bool
     skipped: bool
-    skipped_in_a_row: int
+    skipped_in_a_row: int  # consecutive skipped updates up to this step
 
 
 def skip_update_if(flag: Tensor, optimizer: Optimizer) -> None:
@@ -88,11 +79,9 @@ class Guard:
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Return 1 if the update of the next step must be skipped, else 0; a scalar on the device.
+        """Return 1 if the update of the next step must be skipped, else 0; all are scalars on the device.
 
-        Args:
-            loss: mean over all ranks, a scalar on the device.
-            grad_norm: global norm of the gradient before clipping, a scalar on the device.
+        The loss is the mean over all ranks, the gradient norm that of before clipping.
         """
         self._step += 1
         window, skipped_in_a_row = self.state.values()

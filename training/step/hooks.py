@@ -20,40 +20,24 @@ from training.step.train_step import StepResult
 
 @dataclass
 class Run:
-    """A run as its hooks see it; `accelerator` and what follows it are set once the plan of the run is checked.
-
-    Attributes:
-        recipe: all settings.
-        shards: the training shards and the order of their windows; a producer may still be adding shards.
-        tokenizer: the tokenizer of the shards.
-        batch: how a step is split into ranks and micro-steps; one sequence each until "auto" is resolved.
-        first_step: steps taken by earlier starts.
-        total_steps: where the run ends.
-        resume_from: the checkpoint of `first_step`; None at the beginning.
-        model, optimizer: as prepared by accelerate (and compiled, or sharded).
-        config: the model's configuration.
-        parameters: number of parameters of the whole model.
-        guard: decides which updates are skipped.
-        step: steps taken so far.
-        report: prints a line on rank 0, and keeps it in train.log.
-        hooks: all hooks of the run, in the order in which they are called.
-    """
+    """A run as its hooks see it; `accelerator` and what follows it are set once the plan of the run is checked."""
 
     recipe: Recipe
-    shards: TrainingShards
+    shards: TrainingShards  # and the order of their windows; a producer may still be adding shards
     tokenizer: Tokenizer
-    batch: BatchPlan
-    first_step: int
-    total_steps: int
-    resume_from: Path | None
+    batch: BatchPlan  # of one sequence per micro-step until per_device_train_batch_size "auto" is resolved
+    first_step: int  # steps taken by earlier starts
+    total_steps: int  # where the run ends
+    resume_from: Path | None  # the checkpoint of `first_step`; None at the beginning
     accelerator: Accelerator = field(init=False)
-    model: nn.Module = field(init=False)
+    model: nn.Module = field(init=False)  # as prepared by accelerate (and compiled, or sharded)
     optimizer: Optimizer = field(init=False)
     config: PreTrainedConfig = field(init=False)
-    parameters: int = field(init=False)
-    guard: Guard = field(init=False)
-    report: Callable[[str], None] = print
-    hooks: list["Hook"] = field(default_factory=list)
+    parameters: int = field(init=False)  # of the whole model
+    guard: Guard = field(init=False)  # decides which updates are skipped
+    step: int = field(init=False)  # steps taken so far
+    report: Callable[[str], None] = print  # prints a line on rank 0, and keeps it in train.log
+    hooks: list["Hook"] = field(default_factory=list)  # in the order in which they are called
 
     def __post_init__(self) -> None:
         self.step = self.first_step

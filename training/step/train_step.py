@@ -15,16 +15,10 @@ from training.step.guard import Guard, skip_update_if
 
 
 class StepResult(NamedTuple):
-    """The outcome of a step.
+    """The outcome of a step; the tensors are scalars on the device, and reading one waits for the device."""
 
-    Attributes:
-        loss: mean over all ranks, a scalar on the device; reading it waits for the device.
-        grad_norm: global norm of the gradient before clipping, a scalar on the device.
-        learning_rate: of the step.
-    """
-
-    loss: Tensor
-    grad_norm: Tensor
+    loss: Tensor  # mean over all ranks
+    grad_norm: Tensor  # global norm before clipping
     learning_rate: float
 
 
