@@ -23,7 +23,7 @@ from common.atomic_files import write_atomically
 from common.cli_errors import InputError, did_you_mean
 from common.typed_values import convert
 from evaluation.tasks.registry import task_named
-from training.settings import BOUNDS, local, setting
+from training.settings import BOUNDS, local, off_card, setting
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
@@ -48,20 +48,13 @@ class Recipe:
         "installed-docs, fineweb, fineweb-edu, a file or folder (text, jsonl, parquet), or a Hub dataset as owner/name",
         group="data",
     )
-    corpus_config: str | None = setting("config of a Hub corpus, e.g. sample-10BT", None, group="data", on_card=False)
-    text_field: str = setting("text column of jsonl, parquet and Hub corpora", "text", group="data", on_card=False)
+    corpus_config: str | None = off_card("config of a Hub corpus, e.g. sample-10BT", None, group="data")
+    text_field: str = off_card("text column of jsonl, parquet and Hub corpora", "text", group="data")
     tokenizer: str = local("gpt2, train:VOCAB_SIZE, or a folder with tokenizer.json", "gpt2", group="data")
     # Shards are held in memory, hence the limit.
-    shard_tokens: int = setting(
-        "tokens per training shard", 100_000_000, group="data", at_least=1, at_most=10**9, on_card=False
-    )
-    val_tokens: int | None = setting(
-        "tokens in the validation shard (default: shard_tokens)",
-        None,
-        group="data",
-        more_than=0,
-        at_most=10**9,
-        on_card=False,
+    shard_tokens: int = off_card("tokens per training shard", 100_000_000, group="data", at_least=1, at_most=10**9)
+    val_tokens: int | None = off_card(
+        "tokens in the validation shard (default: shard_tokens)", None, group="data", more_than=0, at_most=10**9
     )
     seq_len: int = setting("tokens per training window", 1024, group="data", at_least=1)
     tokens_per_step: int = setting("tokens per optimizer step, over all processes", 524_288, group="data", at_least=1)
@@ -121,9 +114,7 @@ class Recipe:
     adam_beta2: float = setting("beta2 of AdamW", 0.95, at_least=0, less_than=1)
     adam_epsilon: float = setting("epsilon of AdamW", 1e-8, more_than=0)
     max_grad_norm: float = setting("maximum gradient norm, for clipping; 0 disables it", 1.0, at_least=0)
-    max_skipped_steps: int = setting(
-        "consecutive skipped updates after which the run aborts", 10, at_least=1, on_card=False
-    )
+    max_skipped_steps: int = off_card("consecutive skipped updates after which the run aborts", 10, at_least=1)
     spike_threshold: float = setting(
         "a loss is a spike this many standard deviations above the mean of the last spike_window losses; 0 disables it",
         6.0,
@@ -133,42 +124,29 @@ class Recipe:
     skip_spikes: bool = setting("skip the update of a spike instead of only logging it", False)
 
     # monitoring
-    logging_steps: int = setting("steps between lines of metrics.jsonl", 10, at_least=1, on_card=False)
-    eval_steps: int = setting("steps between validations; 0: only at the end", 250, at_least=0, on_card=False)
+    logging_steps: int = off_card("steps between lines of metrics.jsonl", 10, at_least=1)
+    eval_steps: int = off_card("steps between validations; 0: only at the end", 250, at_least=0)
     eval_tokens: int = setting("tokens of the validation shard scored per validation", 10_485_760, at_least=1)
-    eval_tasks: list[str] = setting(
-        "tasks, e.g. hellaswag or lambada:word; see python -m evaluation.run --list", [], on_card=False
-    )
-    eval_task_steps: int = setting(
-        "steps between evaluations on eval_tasks; 0: only at the end", 1000, at_least=0, on_card=False
-    )
-    eval_task_limit: int | None = setting("evaluate only this many items per task", None, more_than=0, on_card=False)
+    eval_tasks: list[str] = off_card("tasks, e.g. hellaswag or lambada:word; see python -m evaluation.run --list", [])
+    eval_task_steps: int = off_card("steps between evaluations on eval_tasks; 0: only at the end", 1000, at_least=0)
+    eval_task_limit: int | None = off_card("evaluate only this many items per task", None, more_than=0)
     eval_data_dir: str | None = local("folder with the tasks' raw files (default: downloaded from the Hub)", None)
-    sample_steps: int = setting("steps between samples; 0: only at the end", 250, at_least=0, on_card=False)
-    sample_prompts: list[str] = setting(
-        "prompts to continue; an empty one starts a document", ["", "The"], on_card=False
-    )
-    sample_tokens: int = setting("tokens per sample", 48, at_least=1, on_card=False)
+    sample_steps: int = off_card("steps between samples; 0: only at the end", 250, at_least=0)
+    sample_prompts: list[str] = off_card("prompts to continue; an empty one starts a document", ["", "The"])
+    sample_tokens: int = off_card("tokens per sample", 48, at_least=1)
     profile_steps: str | None = local("steps to trace with torch.profiler, e.g. 10-12", None)
     report_to: list[Literal["none", "all", "tensorboard", "wandb", "trackio"]] = local(
         "trackers: tensorboard, wandb, trackio, all (those installed) or none", ["none"]
     )
 
     # checkpoints
-    save_steps: int = setting("steps between checkpoints; 0: only at the end", 1000, at_least=0, on_card=False)
-    save_minutes: float | None = setting(
-        "minutes between checkpoints, in addition to save_steps", None, more_than=0, on_card=False
+    save_steps: int = off_card("steps between checkpoints; 0: only at the end", 1000, at_least=0)
+    save_minutes: float | None = off_card("minutes between checkpoints, in addition to save_steps", None, more_than=0)
+    save_total_limit: int | None = off_card("number of checkpoints to keep; null keeps all", 2, more_than=0)
+    save_keep_every: int | None = off_card(
+        "also keep checkpoints at multiples of this step, in addition to save_total_limit", None, more_than=0
     )
-    save_total_limit: int | None = setting(
-        "number of checkpoints to keep; null keeps all", 2, more_than=0, on_card=False
-    )
-    save_keep_every: int | None = setting(
-        "also keep checkpoints at multiples of this step, in addition to save_total_limit",
-        None,
-        more_than=0,
-        on_card=False,
-    )
-    async_save: bool = setting("write checkpoints in the background, from a copy in host memory", True, on_card=False)
+    async_save: bool = off_card("write checkpoints in the background, from a copy in host memory", True)
     resume_from_checkpoint: str = local("auto (newest of output_dir), none, or a checkpoint folder", "auto")
 
     # publishing
@@ -184,19 +162,14 @@ class Recipe:
     mixed_precision: Literal["auto", "no", "bf16"] = setting("auto uses bf16 if the hardware supports it", "auto")
     compile: bool = setting("use torch.compile", False)
     activation_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
-    dataloader_num_workers: int = setting(
-        "processes that read batches ahead; 0 reads in the training process",
-        0,
-        per_node=True,
-        at_least=0,
-        on_card=False,
+    dataloader_num_workers: int = off_card(
+        "processes that read batches ahead; 0 reads in the training process", 0, per_node=True, at_least=0
     )
-    preprocessing_num_workers: int | None = setting(
+    preprocessing_num_workers: int | None = off_card(
         "processes that tokenize in the background (default: the cores that training leaves free)",
         None,
         per_node=True,
         at_least=0,
-        on_card=False,
     )
 
     def __post_init__(self) -> None:

@@ -46,6 +46,11 @@ def setting(
     return field(default=default, metadata=metadata)
 
 
+def off_card(help_text: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
+    """A `setting` that the model card does not list."""
+    return setting(help_text, default, on_card=False, **options)
+
+
 def local(help_text: str, default: Any = dataclasses.MISSING, **options: Any) -> Any:
     """A `setting` of one node: a path, or what only rank 0 does. The model card does not list it."""
-    return setting(help_text, default, per_node=True, on_card=False, **options)
+    return off_card(help_text, default, per_node=True, **options)
