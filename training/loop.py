@@ -196,7 +196,7 @@ def _add_hooks(
     validation = Validation(run, monitor, coordinator)
     samples = Samples(run, monitor)
     writer = CheckpointWriter(run, skeleton)
-    skipped_updates = SkippedUpdates(monitor, validation, writer)
+    skipped_updates = SkippedUpdates(monitor, writer)
     checkpoints = Checkpoints(writer, coordinator, skipped_updates, monitor)
     # These see every step. Profiling comes first, so that the trace ends before other hooks run.
     run.hooks = [Profiling(), monitor, skipped_updates, *user_hooks]

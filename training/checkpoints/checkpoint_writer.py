@@ -19,7 +19,7 @@ from training.checkpoints.checkpoint_folder import (
     remove_old_checkpoints,
     write_checkpoint,
 )
-from training.checkpoints.data_identity import shard_identities
+from training.checkpoints.resume import shard_identities
 from training.checkpoints.state_snapshot import HostMemory, Snapshot, collect_snapshot
 from training.step.hooks import Run
 

@@ -7,7 +7,6 @@ from training.checkpoints.checkpoint_writer import CheckpointWriter
 from training.checkpoints.resume import good_checkpoint
 from training.monitoring.monitor import Monitor
 from training.monitoring.run_history import read_metrics
-from training.monitoring.validation import Validation
 from training.step.guard import Verdict
 from training.step.hooks import Hook, Run
 from training.step.train_step import StepResult
@@ -19,8 +18,8 @@ class SkippedUpdates(Hook):
     All ranks read the same verdicts after the same steps, so all stop together.
     """
 
-    def __init__(self, monitor: Monitor, validation: Validation, writer: CheckpointWriter) -> None:
-        self._monitor, self._validation, self._writer = monitor, validation, writer
+    def __init__(self, monitor: Monitor, writer: CheckpointWriter) -> None:
+        self._monitor, self._writer = monitor, writer
 
     def after_step(self, run: Run, result: StepResult) -> None:
         """Log the verdicts that have arrived.
@@ -42,10 +41,11 @@ class SkippedUpdates(Hook):
         """
         for verdict in run.guard.read(wait=True):
             self._report(run, verdict)
-        validated = self._validation.last_step == run.step
-        if not run.guard.skipped_in_a_row or (validated and math.isfinite(self._validation.last_loss)):
+        lines = self._monitor.log.history.metrics
+        losses = [line["val_loss"] for line in lines if line["step"] == run.step and "val_loss" in line]
+        if not run.guard.skipped_in_a_row or (losses and math.isfinite(losses[-1])):
             return True
-        if validated and run.step == run.total_steps:
+        if losses and run.step == run.total_steps:
             self._writer.wait(run)
             raise InputError(
                 "the last updates were skipped, and the validation loss is not finite; lower learning_rate or raise "

@@ -20,12 +20,7 @@ from training.step.train_step import model_inputs
 
 
 class Validation(PeriodicEvaluation):
-    """Validates the model every `eval_steps`.
-
-    Attributes:
-        text: the validation text.
-        last_step, last_loss: of the last validation of this start.
-    """
+    """Validates the model every `eval_steps`, on `text`."""
 
     def __init__(self, run: Run, monitor: Monitor, coordinator: Coordinator) -> None:
         super().__init__(monitor, run.recipe.eval_steps, {"val_loss"})
@@ -33,7 +28,6 @@ class Validation(PeriodicEvaluation):
         recipe, shard = run.recipe, run.shards.folder.val_shard
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
         self.text = ScoredText.of_windows(shard, run.tokenizer, windows=windows, seq_len=recipe.seq_len)
-        self.last_step, self.last_loss = -1, math.nan
 
     def evaluate(self, run: Run) -> None:
         """Score the validation text on all ranks."""
@@ -54,7 +48,6 @@ class Validation(PeriodicEvaluation):
                 self._coordinator.checking_stop(batches),
                 end_of_text_id=run.document_mark,
             )
-        self.last_step, self.last_loss = run.step, loss
         bits_per_byte = self.text.bits_per_byte(loss)
         self._monitor.record(
             run,

@@ -19,7 +19,6 @@ from training.data.tokenization.tokenizer import Tokenizer
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
 from training.setup.fsdp import compile_blocks, shard
-from training.step.document_mask import attention_for
 
 
 class Vocabulary(NamedTuple):
@@ -84,6 +83,16 @@ def build_model(
         # The new name since transformers 5.18, where the old one warns.
         getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
+
+
+def attention_for(recipe: Recipe, device_type: str) -> str:
+    """The attention implementation to train with: the recipe's, but flex instead of sdpa for a document mask on a GPU.
+
+    Flex attention has no dropout; a recipe with dropout keeps the dense mask.
+    """
+    if recipe.document_mask and device_type == "cuda" and recipe.attn_implementation == "sdpa" and not recipe.dropout:
+        return "flex_attention"
+    return recipe.attn_implementation
 
 
 def prepare_for_training(

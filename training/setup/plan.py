@@ -3,8 +3,9 @@
 import filecmp
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,18 +14,19 @@ from common.cli_errors import InputError
 from common.ranks import Ranks
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.checksums import state_checksum
-from training.checkpoints.data_identity import refuse_other_data
-from training.checkpoints.resume import check_end, find_resume_point
+from training.checkpoints.resume import check_end, find_resume_point, refuse_other_data
 from training.data.loading.loader import TrainingShards, validation_windows
 from training.data.loading.order import Order
 from training.data.producing.background_producer import BackgroundProducer
+from training.data.shards.shard_reader import Shard
 from training.hub.publisher import claim_repository
 from training.monitoring.task_evaluation import TaskSet
 from training.recipe import Recipe
-from training.setup.node_checks import check_nodes_match, data_identity, has_several_nodes
 from training.setup.training_data import open_data
 from training.step.batch_plan import BatchPlan, plan_batch
 from training.step.hooks import Run
+
+_COMPARED_IDS = 1 << 20  # of a shard without a hash in a manifest
 
 
 class Plan(NamedTuple):
@@ -47,12 +49,13 @@ def plan_run(
     Raises:
         InputError: the run would fail, or would not be the run that the recipe describes.
     """
-    ranks = Ranks(gather_object if has_several_nodes() else None)
+    several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+    # On one node, the launcher ends all processes when one fails.
+    ranks = Ranks(gather_object if several_nodes else None)
     with ranks.share_errors():
         plan = _plan(recipe, producer, ranks)
-        if has_several_nodes():
-            identity = data_identity(plan.run.shards.folder, plan.run.tokenizer)
-            check_nodes_match({**identity, **_run_identity(plan)}, ranks)
+        if several_nodes:
+            check_nodes_match({**_data_identity(plan.run), **_run_identity(plan)}, ranks)
     return plan
 
 
@@ -133,6 +136,44 @@ def _is_finished(recipe: Recipe, resume_from: Path | None) -> bool:
         return False
     took_last_step = TrainerState.read(resume_from).step == total_steps(recipe, None)
     return took_last_step and _is_model_of(resume_from, Path(recipe.output_dir))
+
+
+def check_nodes_match(identity: Mapping[str, object], ranks: Ranks) -> None:
+    """Compare what determines the data and the steps of a run across all ranks.
+
+    Raises:
+        InputError: two ranks differ, or another node failed.
+    """
+    every_rank = ranks.gather(dict(identity))
+    differences = []
+    for name in dict.fromkeys(chain.from_iterable(every_rank)):
+        values = [str(known.get(name, "missing")) for known in every_rank]
+        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+        if other is not None:
+            differences.append(f"{name} is {values[0]:.16} on rank 0, {values[other]:.16} on rank {other}")
+    if differences:
+        raise InputError(
+            f"the nodes do not match: {'; '.join(differences)}; give every node the same code, recipe and flags, and "
+            "share data_dir and output_dir between them, or copy both to every node"
+        )
+
+
+def _data_identity(run: Run) -> dict[str, object]:
+    """What determines the token ids and their order, as far as it is known when a run starts."""
+    folder = run.shards.folder
+    names = ("corpus_revision", "dtype", "shard_tokens", "max_tokens")
+    return {
+        "data: tokenizer": run.tokenizer.fingerprint,
+        **{f"data: {name}": getattr(folder.manifest, name, None) for name in names},
+        "data: validation shard": _content(folder.val_shard),
+        "data: first training shard": _content(folder.train_shards[0]),
+    }
+
+
+def _content(shard: Shard) -> str:
+    if shard.sha256 is not None:
+        return shard.sha256
+    return hashlib.sha256(f"{shard.tokens} ".encode() + shard.read()[:_COMPARED_IDS].tobytes()).hexdigest()
 
 
 def _run_identity(plan: Plan) -> dict[str, object]:

@@ -1,6 +1,8 @@
 """The shards and the tokenizer that a run trains on; an incomplete shard folder is filled in the background."""
 
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from common.cli_errors import InputError
@@ -12,7 +14,8 @@ from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.open_corpus import open_corpus
 from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.recipe import Recipe
-from training.setup.node_checks import wait_for_shards
+
+_POLL_SECONDS = 0.3
 
 
 def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tuple[ShardFolder, Tokenizer]:
@@ -56,6 +59,25 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
     wait_for_shards(can_train, producer, ranks)
     assert folder is not None
     return folder, folder.load_tokenizer(recipe.tokenizer)
+
+
+def wait_for_shards(is_ready: Callable[[], bool], producer: BackgroundProducer, ranks: Ranks) -> None:
+    """Wait until every node has the shards that a run starts with.
+
+    A node that just exited would leave the others waiting in their first collective call, so errors go through `ranks`.
+    Once the shards are complete, a failing producer is no reason to abort, as during training.
+
+    Raises:
+        InputError: a producer failed permanently, or another node failed.
+    """
+    while True:
+        ready = is_ready()
+        if not ready and producer.failure is not None:
+            raise InputError(producer.failure)
+        if all(ranks.gather(ready)):
+            producer.training_started()
+            return
+        time.sleep(_POLL_SECONDS)
 
 
 def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from training.step.document_mask import document_positions
 from training.step.guard import Guard, skip_update_if
 
 
@@ -31,6 +30,18 @@ def model_inputs(
     if end_of_text_id is not None:
         arguments["position_ids"] = document_positions(inputs, end_of_text_id)
     return arguments
+
+
+def document_positions(input_ids: Tensor, end_of_text_id: int) -> Tensor:
+    """Positions (batch, seq) that restart at each end-of-text token, which starts a document.
+
+    The rest of a document that began before the window counts from 0 too. Given positions that restart,
+    `create_causal_mask` of transformers builds the mask between documents: a block mask for flex attention, which skips
+    blocks, or a dense one for sdpa and eager, which costs (batch, 1, seq, seq) of memory and the fast causal kernel.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    starts = torch.where(input_ids == end_of_text_id, positions, 0).cummax(dim=-1).values
+    return positions - starts
 
 
 def train_step(

@@ -24,8 +24,8 @@ from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.loop import train
 from training.recipe import Recipe
-from training.setup.node_checks import check_nodes_match, wait_for_shards
-from training.setup.plan import Plan, plan_run
+from training.setup.plan import Plan, check_nodes_match, plan_run
+from training.setup.training_data import wait_for_shards
 
 Make = Callable[..., Recipe]
 

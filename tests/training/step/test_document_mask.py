@@ -14,8 +14,8 @@ from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
 from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
-from training.step.document_mask import attention_for, document_positions
-from training.step.train_step import model_inputs
+from training.setup.model import attention_for
+from training.step.train_step import document_positions, model_inputs
 
 Make = Callable[..., Recipe]
 

@@ -9,7 +9,7 @@ from support.growing_folder import GrowingFolder, restore
 
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import TrainerState
-from training.checkpoints.data_identity import refuse_other_data, shard_identities
+from training.checkpoints.resume import refuse_other_data, shard_identities
 from training.data.loading.loader import TrainingShards, TrainingWindows, training_batches
 from training.data.shards.shard_reader import ShardFolder
 from training.recipe import Recipe
