@@ -8,8 +8,8 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 if __name__ == "__main__":
     # Python puts training/ first; with the project's root there instead, no file here can shadow a library's module.
@@ -19,8 +19,7 @@ from common.cli_errors import CommandParser, InputError, did_you_mean, run_comma
 from training.recipe import QUICKSTART, Recipe, field_types, load_recipe
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """The parsed command line."""
 
     recipe: Recipe
@@ -44,19 +43,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def parse_command(arguments: Sequence[str]) -> Command:
-    """The parsed command line.
-
-    Raises:
-        InputError: an unknown flag, or an error of `load_recipe`.
-    """
-    parser = build_parser()
-    known, unknown = parser.parse_known_args(arguments)
+    """The parsed command line; an unknown flag is an `InputError`."""
+    known, unknown = build_parser().parse_known_args(arguments)
     overrides = vars(known)
     config, preflight, price = (overrides.pop(name) for name in ("config", "preflight", "price_per_gpu_hour"))
     if unknown:
-        name = unknown[0].removeprefix("--").split("=")[0]
         flags = ["config", "preflight", "price_per_gpu_hour", *field_types()]
-        raise InputError(f"unknown flag {unknown[0]}{did_you_mean(name, flags)}")
+        hint = did_you_mean(unknown[0].removeprefix("--").split("=")[0], flags)
+        raise InputError(f"unknown flag {unknown[0]}{hint}")
     if price is not None and not preflight:
         raise InputError("--price_per_gpu_hour needs --preflight")
     if price is not None and not 0 <= price < float("inf"):

@@ -88,10 +88,9 @@ class TrainerState:
 
 
 def check_intact(checkpoint: Path, *, read_files: bool) -> None:
-    """Check that no file of a checkpoint is missing or, with `read_files`, corrupted.
+    """Raise an `InputError` if a file of a checkpoint is missing or, with `read_files`, corrupted.
 
-    Raises:
-        InputError: with the name of the file and of the newest older checkpoint that is intact.
+    It names the file, and the newest older checkpoint that is intact.
     """
     corruption = find_corruption(checkpoint, read_files=read_files)
     if corruption is not None:

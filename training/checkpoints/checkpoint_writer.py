@@ -80,11 +80,7 @@ class CheckpointWriter:
         self._thread.shutdown()
 
     def check_last(self, run: Run) -> None:
-        """Check on rank 0 that the checkpoint of the last step was written.
-
-        Raises:
-            InputError: it could not be written.
-        """
+        """On rank 0, raise an `InputError` if the checkpoint of the last step could not be written."""
         if run.first_step < run.total_steps and self.newest != checkpoint_folder(run.output_dir, run.total_steps):
             start = f"resumes from {self.newest}" if self.newest else "starts from scratch"
             raise InputError(

@@ -33,7 +33,9 @@ def find_resume_point(recipe: Recipe) -> Path | None:
     if Path(recipe.data_dir).resolve().is_relative_to(output_dir.resolve()):
         raise InputError(f"data_dir {recipe.data_dir} is inside output_dir {output_dir}; choose separate folders")
     is_run = (output_dir / "recipe.yaml").is_file()
-    if not is_run and output_dir.is_dir() and any(_is_foreign(path) for path in output_dir.iterdir()):
+    files = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
+    # A run that is starting or was killed leaves a lock, a probe or a partial recipe.
+    if not is_run and any(name != LOCK_NAME and not name.startswith((_PROBE, "recipe.yaml.")) for name in files):
         raise InputError(f"output_dir {output_dir} contains files but no run; choose another output_dir")
     if is_run:
         _check_same_run(recipe, _read_recipe(output_dir / "recipe.yaml"), f"output_dir {output_dir}")
@@ -78,11 +80,6 @@ def good_checkpoint(output_dir: Path, before: int, validated: Collection[int]) -
     return f"no checkpoint is known to be good ({found[-1]} may have bad weights); choose another output_dir"
 
 
-def _is_foreign(path: Path) -> bool:
-    """Return whether a file in a folder without a recipe does not come from a run that is starting or was killed."""
-    return path.name != LOCK_NAME and not path.name.startswith((_PROBE, "recipe.yaml."))
-
-
 def _checked(recipe: Recipe, checkpoint: Path, where: str) -> Path:
     _check_same_run(recipe, TrainerState.read(checkpoint).recipe, where)
     # Hashing a large checkpoint takes seconds: once per node is enough.
@@ -123,11 +120,7 @@ def _check_same_run(recipe: Recipe, earlier: dict[str, object], where: str) -> N
 
 
 def check_end(checkpoint: Path, done: int, end: int) -> None:
-    """Check that the run does not end before the checkpoint it resumes from.
-
-    Raises:
-        InputError: it does.
-    """
+    """Raise an `InputError` if the run ends before the checkpoint it resumes from."""
     if done > end:
         raise InputError(
             f"{checkpoint} is at step {done:,}, after the end of the run at step {end:,}; "
@@ -156,10 +149,8 @@ def shard_identities(folder: ShardFolder) -> list[str]:
 
 
 def refuse_other_data(state: TrainerState, folder: ShardFolder, tokenizer: Tokenizer, recipe: Recipe) -> None:
-    """Check that the shard folder holds the checkpoint's data. Shards that were added since are allowed in epoch 0.
-
-    Raises:
-        InputError: another tokenizer, other shards, or shards that were added after the first epoch.
+    """Raise an `InputError` if the shard folder does not hold the checkpoint's data: tokens of another tokenizer, other
+    shards, or shards that were added after the first epoch.
     """
     if state.tokenizer_fingerprint != tokenizer.fingerprint:
         raise InputError(

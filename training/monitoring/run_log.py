@@ -26,14 +26,8 @@ _COLUMNS = {"train_loss": "train", "val_loss": "val", "hellaswag_acc_norm": "hel
 class RunLog:
     """The files and the terminal output of a run; only rank 0 writes and prints.
 
-    Args:
-        output_dir: the run folder, which exists.
-        enabled: whether this is rank 0.
-        first_step: later lines are dropped; a run that was killed after its checkpoint leaves some.
-        total_steps: length of the progress bar.
-
-    Attributes:
-        history: what was recorded by all starts of the run; on other ranks, by this start.
+    Lines after `first_step` are dropped: a run that was killed after its checkpoint leaves some. The `history` is what
+    was recorded by all starts of the run; on ranks that are not `enabled`, by this start.
     """
 
     def __init__(self, output_dir: Path, *, enabled: bool, first_step: int, total_steps: int) -> None:
@@ -132,11 +126,7 @@ class RunLog:
             self._unwritten.discard(name)
 
     def flush_to_disk(self) -> None:
-        """Force all lines to disk.
-
-        Raises:
-            OSError: the disk is full.
-        """
+        """Force all lines to disk; raise an OSError if it is full."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())

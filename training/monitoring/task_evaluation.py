@@ -55,11 +55,7 @@ class TaskEvaluation(PeriodicEvaluation):
         self._tasks, self._coordinator = tasks, coordinator
 
     def evaluate(self, run: Run) -> None:
-        """Evaluate on all ranks, and write metrics.jsonl and eval_results.json.
-
-        Raises:
-            InputError: the model's output is NaN.
-        """
+        """Evaluate on all ranks, and write metrics.jsonl and eval_results.json; NaN is an `InputError`."""
         accelerator = run.accelerator
         with self._monitor.pause(), evaluation_mode(accelerator, run.model) as model:
             results = [

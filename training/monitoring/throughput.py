@@ -61,9 +61,7 @@ def peak_flops(device_name: str, mixed_precision: str = "bf16") -> float | None:
     A run in fp32 is compared with the fp32 peak: on a T4, which has no bf16, 8.1 and not 65 TFLOP/s.
     """
     found = next((peak for name, peak in PEAKS.items() if name in device_name), None)
-    if found is None:
-        return None
-    return found.bf16 if mixed_precision == "bf16" else found.fp32
+    return found and (found.bf16 if mixed_precision == "bf16" else found.fp32)
 
 
 def flops_per_token(*, parameters: int, n_layer: int, n_embd: int, seq_len: int) -> float:

@@ -3,7 +3,6 @@
 import datetime
 import gc
 import os
-from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
@@ -63,17 +62,12 @@ def resolve_mixed_precision(recipe: Recipe) -> str:
     if uses_gpu():
         cuda = torch.cuda.is_available()
         return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    get_capabilities = getattr(torch.cpu, "get_capabilities", dict)  # older releases of torch lack it
-    capabilities: Mapping[str, object] = get_capabilities()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch lack it
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
 def check_process_count() -> None:
-    """Check that this machine has a GPU for each of its processes, or without GPUs a core.
-
-    Raises:
-        InputError: there are more processes.
-    """
+    """Raise an `InputError` if this machine has more processes than GPUs, or without GPUs than cores."""
     processes, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), usable_cpus()
     gpus = torch.accelerator.device_count() if uses_gpu() else 0
     if processes > (gpus or max(2, cores)):

@@ -22,11 +22,7 @@ from common.cli_errors import InputError
 
 
 def check_fsdp_settings() -> None:
-    """Check the launcher's FSDP settings.
-
-    Raises:
-        InputError: FSDP version 1, whose flattened weights have no decay groups.
-    """
+    """Raise an `InputError` if the launcher asks for FSDP version 1, whose flattened weights have no decay groups."""
     if not _is_requested():
         return
     version = os.environ.get("FSDP_VERSION", "1")

@@ -139,11 +139,7 @@ def _is_finished(recipe: Recipe, resume_from: Path | None) -> bool:
 
 
 def check_nodes_match(identity: Mapping[str, object], ranks: Ranks) -> None:
-    """Compare what determines the data and the steps of a run across all ranks.
-
-    Raises:
-        InputError: two ranks differ, or another node failed.
-    """
+    """Raise an `InputError` if what determines the data and the steps of a run is not the same on all ranks."""
     every_rank = ranks.gather(dict(identity))
     differences = []
     for name in dict.fromkeys(chain.from_iterable(every_rank)):

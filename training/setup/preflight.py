@@ -139,11 +139,7 @@ def _devices(accelerator: Accelerator) -> str:
 
 
 def _check_all_reduce(accelerator: Accelerator) -> str:
-    """The bandwidth of an all-reduce, after checking its sum.
-
-    Raises:
-        InputError: the sum is wrong.
-    """
+    """The bandwidth of an all-reduce, or an `InputError` if its sum is wrong."""
     processes, device = accelerator.num_processes, accelerator.device
     if processes == 1:
         return "skipped with one process"
