@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from common.folder_lock import locked
 from common.rate_limited_log import RateLimitedLog
 from training.checkpoints.checkpoint_folder import load_checkpoint, remove_leftovers, skeleton_of
-from training.checkpoints.checkpoint_writer import CheckpointWriter
+from training.checkpoints.checkpoint_writer import Checkpoints
 from training.checkpoints.resume import set_aside_later_checkpoints
 from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Coordinator, StopTraining
@@ -46,7 +46,7 @@ from training.setup.model import build_model, prepare_for_training
 from training.setup.plan import Plan, plan_run
 from training.step.guard import Guard
 from training.step.hooks import Hook, Run
-from training.step.train_step import StepResult, train_step
+from training.step.train_step import train_step
 
 
 def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
@@ -147,10 +147,10 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
             except StopTraining as stop:
                 if stop.between_steps:
                     checkpoints.save(run)
-                checkpoints.writer.wait(run)
-                _report_stop(run, stop.number, checkpoints.writer.newest)
+                checkpoints.wait(run)
+                _report_stop(run, stop.number, checkpoints.newest)
                 raise SystemExit(128 + stop.number) from None
-            checkpoints.writer.wait(run)
+            checkpoints.wait(run)
             coordinator.wait()
         for hook in run.hooks:
             hook.after_training(run)
@@ -188,23 +188,21 @@ def _claim_run_folder(run: Run) -> list[Path]:
 
 def _add_hooks(
     plan: Plan, coordinator: Coordinator, skeleton: PreTrainedModel, user_hooks: Sequence[Hook]
-) -> "Checkpoints":
+) -> Checkpoints:
     """Set the run's hooks, and return the one that saves checkpoints."""
     run = plan.run
     monitor = Monitor(run)
-    run.report = monitor.log.print
     validation = Validation(run, monitor, coordinator)
     samples = Samples(run, monitor)
-    writer = CheckpointWriter(run, skeleton)
-    skipped_updates = SkippedUpdates(monitor, writer)
-    checkpoints = Checkpoints(writer, coordinator, skipped_updates, monitor)
+    checkpoints = Checkpoints(run, skeleton, coordinator)
+    skipped_updates = SkippedUpdates(monitor, checkpoints)
     # These see every step. Profiling comes first, so that the trace ends before other hooks run.
     run.hooks = [Profiling(), monitor, skipped_updates, *user_hooks]
     # A signal stops the run here or in an evaluation; the next start runs missing evaluations.
     run.hooks += [coordinator, validation]
     if plan.tasks is not None:
         run.hooks.append(TaskEvaluation(run, plan.tasks, monitor, coordinator))
-    run.hooks += [samples, ModelFolder(writer, validation, samples, monitor)]
+    run.hooks += [samples, ModelFolder(checkpoints, validation, samples, monitor)]
     if plan.repo_id is not None:
         run.hooks.append(Publisher(run, plan.repo_id, monitor.log.history))
     # After validation, which shows whether the weights are good. Hooks are closed in reverse order: the last checkpoint
@@ -224,7 +222,7 @@ def _close(run: Run, producer: BackgroundProducer) -> None:
 
 
 def _training_batches(
-    run: Run, coordinator: Coordinator, checkpoints: "Checkpoints", producer: BackgroundProducer
+    run: Run, coordinator: Coordinator, checkpoints: Checkpoints, producer: BackgroundProducer
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This rank's batches; while they wait for shards, the run can save and stop."""
     # Dataloader workers read ahead, so the wait may begin in the middle of a step.
@@ -285,30 +283,3 @@ def _report_stop(run: Run, number: int, newest: Path | None) -> None:
         f"{signal.Signals(number).name}: stopped after step {run.step:,} of {run.total_steps:,}; {start} with\n  "
         + resume_command(run.output_dir, newest)
     )
-
-
-class Checkpoints(Hook):
-    """Saves checkpoints: every `save_steps`, every `save_minutes`, and after the last step."""
-
-    def __init__(
-        self, writer: CheckpointWriter, coordinator: Coordinator, skipped_updates: SkippedUpdates, monitor: Monitor
-    ) -> None:
-        self.writer = writer
-        self._coordinator, self._skipped_updates, self._monitor = coordinator, skipped_updates, monitor
-
-    def after_step(self, run: Run, result: StepResult) -> None:
-        """Save if it is due."""
-        self.writer.after_step(run)
-        if self._coordinator.save_is_due or run.is_due(run.recipe.save_steps):
-            self.save(run)
-
-    def save(self, run: Run) -> None:
-        """Save the current step, unless it is saved or the weights may be broken; all ranks must call this together."""
-        self._coordinator.restart_clock()
-        if run.step > self.writer.saved_step and self._skipped_updates.weights_are_good(run):
-            with self._monitor.pause():
-                self.writer.save(run)
-
-    def close(self) -> None:
-        """Wait until the last checkpoint is written."""
-        self.writer.close()

@@ -20,20 +20,22 @@ from training.checkpoints.checkpoint_folder import (
     write_checkpoint,
 )
 from training.checkpoints.resume import shard_identities
+from training.checkpoints.signals import Coordinator
 from training.checkpoints.state_snapshot import HostMemory, Snapshot, collect_snapshot
-from training.step.hooks import Run
+from training.step.hooks import Hook, Run
+from training.step.train_step import StepResult
 
 
-class CheckpointWriter:
-    """Writes one checkpoint after the other, with a model without weights (`checkpoint_folder.skeleton_of`).
+class Checkpoints(Hook):
+    """Saves a checkpoint every `save_steps`, every `save_minutes`, and after the last step.
 
     Attributes:
         newest: the checkpoint that the run would resume from; only rank 0 knows it.
         saved_step: the step of the last checkpoint, which may still be being written.
     """
 
-    def __init__(self, run: Run, skeleton: PreTrainedModel) -> None:
-        self._skeleton = skeleton
+    def __init__(self, run: Run, skeleton: PreTrainedModel, coordinator: Coordinator) -> None:
+        self._skeleton, self._coordinator = skeleton, coordinator
         self.newest = run.resume_from
         self.saved_step = run.first_step
         self._memory = HostMemory() if run.recipe.async_save and run.accelerator.is_main_process else None
@@ -42,16 +44,24 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[str] | None = None
 
-    def after_step(self, run: Run) -> None:
-        """Report a checkpoint that has been written, and allocate memory for snapshots after the first step."""
+    def after_step(self, run: Run, result: StepResult) -> None:
+        """Save if it is due; report a checkpoint that has been written, and allocate memory after the first step."""
         if self._memory is not None and not self._memory_is_allocated:
             self._memory.allocate_for(run.model, run.optimizer, run.accelerator.device)
             self._memory_is_allocated = True
         if self._writing is not None and self._writing.done():
             self._finish(run)
+        if self._coordinator.save_is_due or run.is_due(run.recipe.save_steps):
+            self.save(run)
 
     def save(self, run: Run) -> None:
-        """Save a checkpoint of the current step; all ranks must call this together."""
+        """Save the current step, unless it is saved or a hook objects; all ranks must call this together."""
+        self._coordinator.restart_clock()
+        if run.step > self.saved_step and all(hook.allows_save(run) for hook in run.hooks):
+            with run.pause():
+                self._save(run)
+
+    def _save(self, run: Run) -> None:
         start = time.monotonic()
         self.saved_step = run.step
         self._finish(run)

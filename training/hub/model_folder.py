@@ -6,7 +6,7 @@ from shlex import quote
 
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import copy_model, publish
-from training.checkpoints.checkpoint_writer import CheckpointWriter
+from training.checkpoints.checkpoint_writer import Checkpoints
 from training.checkpoints.resume_command import extend_command, program
 from training.hub.card import write_model_card
 from training.monitoring.monitor import Monitor
@@ -19,8 +19,8 @@ from training.step.hooks import Hook, Run
 class ModelFolder(Hook):
     """Writes `model/` and `curves.png` at the end of a run, and prints a summary."""
 
-    def __init__(self, writer: CheckpointWriter, validation: Validation, samples: Samples, monitor: Monitor) -> None:
-        self._writer, self._validation, self._samples, self._monitor = writer, validation, samples, monitor
+    def __init__(self, checkpoints: Checkpoints, validation: Validation, samples: Samples, monitor: Monitor) -> None:
+        self._checkpoints, self._validation, self._samples, self._monitor = checkpoints, validation, samples, monitor
 
     def after_training(self, run: Run) -> None:
         """Sample, write the model folder, and print the summary.
@@ -29,7 +29,7 @@ class ModelFolder(Hook):
             InputError: the last checkpoint or the model folder could not be written; older checkpoints stay.
         """
         if run.accelerator.is_main_process:
-            self._writer.check_last(run)
+            self._checkpoints.check_last(run)
         self._samples.sample(run, show=False)
         if not run.accelerator.is_main_process:
             return
@@ -48,8 +48,8 @@ class ModelFolder(Hook):
 
     def _write_model(self, run: Run, facts: RunFacts) -> None:
         model, partial = run.output_dir / "model", run.output_dir / ".unfinished-model"
-        assert self._writer.newest is not None  # of the last step
-        copy_model(self._writer.newest, partial)
+        assert self._checkpoints.newest is not None  # of the last step
+        copy_model(self._checkpoints.newest, partial)
         self._monitor.plot_final(run.output_dir, partial)
         write_model_card(partial, run.recipe, facts, run.config, earlier=model)
         publish(partial, model)

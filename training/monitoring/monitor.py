@@ -74,6 +74,7 @@ class Monitor(Hook):
         if accelerator.is_main_process:
             start = Start(run.first_step, device_name(accelerator.device), accelerator.num_processes)
             self.log.history.add_start(run.output_dir, start)
+        run.report, run.pause = self.log.print, self.pause
         self._throughput = Throughput()
         self._plotter = CurvePlotter()
         self._peak = peak_flops(device_name(accelerator.device), accelerator.mixed_precision)

@@ -33,7 +33,7 @@ class Samples(PeriodicEvaluation):
         """
         if not (run.accelerator.is_main_process or run.accelerator.is_fsdp2):
             return
-        with self._monitor.pause():
+        with run.pause():
             texts = _generate(run)
         self._monitor.log.samples(run.step, texts, show=show)
         self._monitor.track(run.step, {"samples": "\n\n".join(texts)})

@@ -3,7 +3,7 @@
 import math
 
 from common.cli_errors import InputError
-from training.checkpoints.checkpoint_writer import CheckpointWriter
+from training.checkpoints.checkpoint_writer import Checkpoints
 from training.checkpoints.resume import good_checkpoint
 from training.monitoring.monitor import Monitor
 from training.monitoring.run_history import read_metrics
@@ -18,8 +18,8 @@ class SkippedUpdates(Hook):
     All ranks read the same verdicts after the same steps, so all stop together.
     """
 
-    def __init__(self, monitor: Monitor, writer: CheckpointWriter) -> None:
-        self._monitor, self._writer = monitor, writer
+    def __init__(self, monitor: Monitor, checkpoints: Checkpoints) -> None:
+        self._monitor, self._checkpoints = monitor, checkpoints
 
     def after_step(self, run: Run, result: StepResult) -> None:
         """Log the verdicts that have arrived.
@@ -30,8 +30,8 @@ class SkippedUpdates(Hook):
         for verdict in run.guard.read():
             self._report(run, verdict)
 
-    def weights_are_good(self, run: Run) -> bool:
-        """Whether a checkpoint may be saved; waits for the device.
+    def allows_save(self, run: Run) -> bool:
+        """Whether the weights are good; waits for the device.
 
         If the last updates were skipped, the update before them may have corrupted the weights, unless a validation of
         the current step gave a finite loss.
@@ -46,7 +46,7 @@ class SkippedUpdates(Hook):
         if not run.guard.skipped_in_a_row or (losses and math.isfinite(losses[-1])):
             return True
         if losses and run.step == run.total_steps:
-            self._writer.wait(run)
+            self._checkpoints.wait(run)
             raise InputError(
                 "the last updates were skipped, and the validation loss is not finite; lower learning_rate or raise "
                 "warmup_steps: " + _good_checkpoint(run, before=run.step - run.guard.skipped_in_a_row + 1)
@@ -70,7 +70,7 @@ class SkippedUpdates(Hook):
             f"{verdict.grad_norm:.2f}  samples {first} to {first + samples - 1}",
         )
         if verdict.skipped_in_a_row >= run.recipe.max_skipped_steps:
-            self._writer.wait(run)
+            self._checkpoints.wait(run)
             raise InputError(
                 f"{verdict.skipped_in_a_row:,} updates in a row were skipped up to step {verdict.step:,}, with loss "
                 f"{verdict.loss:.4g} and gradient norm {verdict.grad_norm:.4g}; lower learning_rate or raise "

@@ -57,7 +57,7 @@ class TaskEvaluation(PeriodicEvaluation):
     def evaluate(self, run: Run) -> None:
         """Evaluate on all ranks, and write metrics.jsonl and eval_results.json; NaN is an `InputError`."""
         accelerator = run.accelerator
-        with self._monitor.pause(), evaluation_mode(accelerator, run.model) as model:
+        with run.pause(), evaluation_mode(accelerator, run.model) as model:
             results = [
                 run_task(
                     model,

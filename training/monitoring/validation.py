@@ -41,7 +41,7 @@ class Validation(PeriodicEvaluation):
             rank=accelerator.process_index,
             num_processes=accelerator.num_processes,
         )
-        with self._monitor.pause():
+        with run.pause():
             loss, tokens = validation_loss(
                 accelerator,
                 run.model,

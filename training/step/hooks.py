@@ -1,6 +1,7 @@
 """A run in progress, and the hooks that are called around its optimizer steps."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class Run:
     guard: Guard = field(init=False)  # decides which updates are skipped
     step: int = field(init=False)  # steps taken so far
     report: Callable[[str], None] = print  # prints a line on rank 0, and keeps it in train.log
+    pause: Callable[[], AbstractContextManager[None]] = nullcontext  # excludes the time inside from the throughput
     hooks: list["Hook"] = field(default_factory=list)  # in the order in which they are called
 
     def __post_init__(self) -> None:
@@ -82,6 +84,10 @@ class Hook:
 
     def after_step(self, run: Run, result: StepResult) -> None:
         """Called after each step; `run.step` is its number."""
+
+    def allows_save(self, run: Run) -> bool:
+        """Whether a checkpoint of the current step may be saved; called when one is due."""
+        return True
 
     def before_save(self, run: Run) -> None:
         """Called before `after_save`, when the checkpoint has no name yet; an OSError keeps it from getting one."""
