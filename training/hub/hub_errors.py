@@ -96,6 +96,7 @@ def retry_after(error: BaseException) -> float:
 @contextmanager
 def input_errors(repo_id: str, advice: str) -> Iterator[None]:
     """Turn errors of the Hub and the network into an `InputError` that ends with `advice`."""
+    errors: tuple[type[BaseException], ...] = (*network_errors(), RuntimeError, ValueError)
     try:
         yield
     except LocalTokenNotFoundError:
@@ -107,7 +108,7 @@ def input_errors(repo_id: str, advice: str) -> Iterator[None]:
         problem = "HF_HUB_OFFLINE is set, and a push needs the Hub; unset it"
     except InputError:
         raise
-    except (*network_errors(), RuntimeError, ValueError) as error:
+    except errors as error:
         status = status_of(error)
         if status == 401:
             problem = "the Hub rejected your token (401); run `hf auth login` or set HF_TOKEN again"

@@ -109,8 +109,10 @@ def _commit(folder: Path, repo_id: str, message: str, branch: str) -> Pushed:
         api.preupload_lfs_files(repo_id, [addition], revision=branch)
     has_state = any(name.startswith(f"{LAST_CHECKPOINT}/") for name in files)
     stale = [name for name in sorted(on_hub - set(files)) if _is_ours(name, branch, has_state)]
-    operations = [*additions, *(CommitOperationDelete(name) for name in stale)]
-    commit = api.create_commit(repo_id, operations, commit_message=message, revision=branch, parent_commit=head)
+    deletions = [CommitOperationDelete(name) for name in stale]
+    commit = api.create_commit(
+        repo_id, [*additions, *deletions], commit_message=message, revision=branch, parent_commit=head
+    )
     return Pushed(str(commit.oid), card_kept, has_native)
 
 

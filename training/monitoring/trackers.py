@@ -30,7 +30,7 @@ def chosen_trackers(recipe: Recipe) -> list[str]:
     """
     if "all" in recipe.report_to:
         return [name for name in _AVAILABLE if _AVAILABLE[name]()]
-    chosen = [name for name in _AVAILABLE if name in recipe.report_to]
+    chosen: list[str] = [name for name in _AVAILABLE if name in recipe.report_to]
     missing = [name for name in chosen if not _AVAILABLE[name]()]
     if missing:
         raise InputError(

@@ -62,7 +62,7 @@ def resolve_mixed_precision(recipe: Recipe) -> str:
     if uses_gpu():
         cuda = torch.cuda.is_available()
         return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch lack it
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch lack it
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
 
 
