@@ -52,16 +52,14 @@ from training.step.train_step import train_step
 def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
     """Train to the end of the recipe, from scratch or from the newest checkpoint.
 
-    Args:
-        recipe: all settings.
-        hooks: your own, called in every step, after the step is logged and before evaluations and checkpoints:
+    Your own hooks are called in every step, after the step is logged and before evaluations and checkpoints:
 
-            class WarnOnLargeNorm(Hook):
-                def after_step(self, run, result):
-                    if run.is_due(100) and result.grad_norm > 10:
-                        run.report(f"step {run.step}: gradient norm {result.grad_norm:.1f}")
+        class WarnOnLargeNorm(Hook):
+            def after_step(self, run, result):
+                if run.is_due(100) and result.grad_norm > 10:
+                    run.report(f"step {run.step}: gradient norm {result.grad_norm:.1f}")
 
-            train(load_recipe(Path("recipe.yaml")), hooks=[WarnOnLargeNorm()])
+        train(load_recipe(Path("recipe.yaml")), hooks=[WarnOnLargeNorm()])
 
     Raises:
         InputError: from `plan_run`, before any work starts.
@@ -84,11 +82,7 @@ def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
 
 
 def take_steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-    """Take the optimizer steps that are missing, and call the hooks around them.
-
-    Raises:
-        StopTraining: a signal stops the run.
-    """
+    """Take the optimizer steps that are missing, and call the hooks around them; a signal raises `StopTraining`."""
     recipe = run.recipe
     for hook in run.hooks:
         hook.before_training(run)
@@ -131,7 +125,11 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
             stack.enter_context(locked(run.output_dir))
         skeleton = skeleton_of(model)
         _prepare(run, accelerator, model)
-        set_aside = _claim_run_folder(run) if accelerator.is_main_process else []
+        set_aside = []
+        if accelerator.is_main_process:  # once everything could be built
+            run.recipe.save(run.output_dir / "recipe.yaml")
+            remove_leftovers(run.output_dir)
+            set_aside = set_aside_later_checkpoints(run.output_dir, run.first_step)
         coordinator = Coordinator(
             save_minutes=run.recipe.save_minutes, num_processes=accelerator.num_processes, timeout=PROCESS_TIMEOUT
         )
@@ -177,13 +175,6 @@ def _prepare(run: Run, accelerator: Accelerator, model: PreTrainedModel) -> None
             optimizer=run.optimizer,
             loop_state=run.guard.state,
         )
-
-
-def _claim_run_folder(run: Run) -> list[Path]:
-    """Write the recipe and clean up the run folder, once everything could be built; return checkpoints set aside."""
-    run.recipe.save(run.output_dir / "recipe.yaml")
-    remove_leftovers(run.output_dir)
-    return set_aside_later_checkpoints(run.output_dir, run.first_step)
 
 
 def _add_hooks(

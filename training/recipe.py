@@ -34,11 +34,7 @@ OptimizerName = Literal["adamw", "muon"]
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every setting of a run, validated on construction.
-
-    Raises:
-        InputError: an invalid value. The message names the key, the value and what is valid.
-    """
+    """Every setting of a run; an `InputError` names the key, the invalid value and what is valid."""
 
     output_dir: str = local("run folder: checkpoints, logs, curves, final model")
 
@@ -226,13 +222,10 @@ class Recipe:
         """Keys and values, in the order of the fields."""
         return dataclasses.asdict(self)
 
-    def values_on_card(self) -> dict[str, Any]:
-        """The values that the model card lists."""
-        return {key.name: getattr(self, key.name) for key in dataclasses.fields(self) if key.metadata["on_card"]}
-
-    def values_of_all_nodes(self) -> dict[str, Any]:
-        """The values that must be the same on all nodes of a run."""
-        return {key.name: getattr(self, key.name) for key in dataclasses.fields(self) if not key.metadata["per_node"]}
+    def values_with(self, **metadata: bool) -> dict[str, Any]:
+        """The values of settings with this `on_card` or `per_node`."""
+        fields = [key for key in dataclasses.fields(self) if metadata.items() <= key.metadata.items()]
+        return {key.name: getattr(self, key.name) for key in fields}
 
     def save(self, path: Path) -> None:
         """Write the recipe as YAML, which `load_recipe` reads back to an equal one."""

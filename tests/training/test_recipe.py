@@ -176,10 +176,10 @@ def test_missing_recipe_error_lists_the_included_ones(tmp_path: Path) -> None:
 
 def test_card_lists_no_paths_and_nodes_share_all_but_local_settings() -> None:
     recipe = Recipe(**MINIMAL)
-    assert "learning_rate" in recipe.values_on_card()
-    assert not {"output_dir", "data_dir", "eval_data_dir", "hub_model_id"} & recipe.values_on_card().keys()
-    assert recipe.values_of_all_nodes()["seed"] == 1337
-    assert not {"output_dir", "data_dir", "report_to"} & recipe.values_of_all_nodes().keys()
+    assert "learning_rate" in recipe.values_with(on_card=True)
+    assert not {"output_dir", "data_dir", "eval_data_dir", "hub_model_id"} & recipe.values_with(on_card=True).keys()
+    assert recipe.values_with(per_node=False)["seed"] == 1337
+    assert not {"output_dir", "data_dir", "report_to"} & recipe.values_with(per_node=False).keys()
 
 
 def test_differences_list_only_what_makes_another_run() -> None:

@@ -268,7 +268,9 @@ def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
         lines.append(
             f"- Time: {format_duration(facts.seconds)} of training steps ({rate}), without evaluation and checkpoints"
         )
-    rows = [f"| `{key}` | {value} |" for key, value in recipe.values_on_card().items() if value not in (None, [])]
+    rows = [
+        f"| `{key}` | {value} |" for key, value in recipe.values_with(on_card=True).items() if value not in (None, [])
+    ]
     return "\n".join([*lines, "", "| Recipe key | Value |", "| --- | --- |", *rows])
 
 

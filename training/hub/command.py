@@ -111,11 +111,7 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state:
 
 
 def find_model(folder: Path) -> tuple[Path, int | None]:
-    """Return the newest model of a run, or the folder itself, and its step if that is known.
-
-    Raises:
-        InputError: there is no model.
-    """
+    """Return the newest model of a run, or the folder itself, and its step if that is known."""
     from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
 
     def step_of(model: Path) -> int | None:

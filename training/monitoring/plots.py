@@ -40,11 +40,7 @@ class Curves:
 
     @classmethod
     def of(cls, folder: Path) -> "Curves":
-        """Return the curves of the run in a folder.
-
-        Raises:
-            InputError: the folder contains no run.
-        """
+        """Return the curves of the run in a folder; a folder without a run is an `InputError`."""
         if not (folder / "recipe.yaml").is_file():
             raise InputError(
                 f"{folder} is not a run folder: it has no recipe.yaml; pass a folder such as runs/quickstart"

@@ -22,11 +22,7 @@ class SkippedUpdates(Hook):
         self._monitor, self._checkpoints = monitor, checkpoints
 
     def after_step(self, run: Run, result: StepResult) -> None:
-        """Log the verdicts that have arrived.
-
-        Raises:
-            InputError: `max_skipped_steps` updates in a row were skipped.
-        """
+        """Log the verdicts that have arrived; `max_skipped_steps` skipped updates in a row are an `InputError`."""
         for verdict in run.guard.read():
             self._report(run, verdict)
 

@@ -24,11 +24,7 @@ from training.step.hooks import Run
 
 
 class TaskSet:
-    """A recipe's tasks with their items.
-
-    Raises:
-        InputError: the data of a task is missing or invalid, or the metric modules cannot be loaded.
-    """
+    """A recipe's tasks with their items; missing or invalid data of a task is an `InputError`."""
 
     def __init__(self, recipe: Recipe, tokenizer: Encoder) -> None:
         self.tasks = list({task.full_name: task for task in map(task_named, recipe.eval_tasks)}.values())

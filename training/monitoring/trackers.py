@@ -23,11 +23,7 @@ _AVAILABLE = {
 
 
 def chosen_trackers(recipe: Recipe) -> list[str]:
-    """The trackers that `report_to` names; "all" selects all that are installed.
-
-    Raises:
-        InputError: a tracker is not installed.
-    """
+    """The trackers that `report_to` names ("all": all that are installed); a missing one is an `InputError`."""
     if "all" in recipe.report_to:
         return [name for name in _AVAILABLE if _AVAILABLE[name]()]
     chosen: list[str] = [name for name in _AVAILABLE if name in recipe.report_to]
@@ -43,8 +39,7 @@ def chosen_trackers(recipe: Recipe) -> list[str]:
 def start_trackers(accelerator: Accelerator, recipe: Recipe, first_step: int) -> None:
     """Start a run in each tracker that the recipe names, or continue the run of an earlier start.
 
-    Raises:
-        InputError: Weights & Biases cannot be started, such as without a login.
+    Weights & Biases without a login is an `InputError`.
     """
     names = chosen_trackers(recipe)
     if not names:

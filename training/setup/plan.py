@@ -182,7 +182,7 @@ def _run_identity(plan: Plan) -> dict[str, object]:
         "total steps": run.total_steps,
         "complete": plan.is_complete,
         "items of eval_tasks": None if plan.tasks is None else plan.tasks.fingerprint,
-        **run.recipe.values_of_all_nodes(),
+        **run.recipe.values_with(per_node=False),
     }
 
 
