@@ -195,18 +195,11 @@ def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, provenan
     if dataset is not None:
         corpus = f"[{dataset}](https://huggingface.co/datasets/{dataset})"
         corpus += f" ({recipe.corpus_config})" if recipe.corpus_config else ""
-    hardware = f", on {_hardware(facts)}" if facts.hardware else ""
-    return f"""A GPT-2 with {_size(facts.parameters)} parameters ({config.n_layer} layers, {config.n_head} heads,
+    size = f"{facts.parameters / 1e6:.1f}M" if facts.parameters >= 1_000_000 else f"{facts.parameters:,}"
+    hardware = f", on {', then '.join(facts.hardware)}" if facts.hardware else ""
+    return f"""A GPT-2 with {size} parameters ({config.n_layer} layers, {config.n_head} heads,
 width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {corpus}:
 {facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in total{hardware}."""
-
-
-def _size(parameters: int) -> str:
-    return f"{parameters / 1e6:.1f}M" if parameters >= 1_000_000 else f"{parameters:,}"
-
-
-def _hardware(facts: RunFacts) -> str:
-    return ", then ".join(facts.hardware)
 
 
 def _use(config: PreTrainedConfig) -> str:
@@ -261,7 +254,7 @@ def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
         tokenizer = "GPT-2's byte-level BPE"
     elif recipe.tokenizer.startswith("train:"):
         tokenizer = f"a byte-level BPE trained on this corpus, {config.vocab_size:,} tokens"
-    lines = [f"- Hardware: {_hardware(facts)}"] if facts.hardware else []
+    lines = [f"- Hardware: {', then '.join(facts.hardware)}"] if facts.hardware else []
     lines += [f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps", f"- Tokenizer: {tokenizer}"]
     if facts.seconds is not None:
         rate = f"{facts.tokens / facts.seconds:,.0f} tokens/s"
