@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -40,9 +41,14 @@ class RunLog:
         self._files: dict[str, TextIO] = {}
         self._unwritten: set[str] = set()
         if enabled:
-            for name, text in self._contents().items():
-                write_atomically(output_dir / name, text)
-            for name in ("metrics.jsonl", "log.txt", "samples.txt", "train.log"):
+            contents = {
+                "metrics.jsonl": map(metrics_line, self.history.metrics),
+                "log.txt": map(_columns, self.history.metrics),
+                "samples.txt": starmap(samples_section, self.history.samples.items()),
+            }
+            for name, lines in contents.items():
+                write_atomically(output_dir / name, "".join(lines))
+            for name in (*contents, "train.log"):
                 self._files[name] = (output_dir / name).open("a", encoding="utf-8", buffering=_BUFFER_BYTES)
         self._progress = Progress(
             total=total_steps,
@@ -52,14 +58,6 @@ class RunLog:
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}  {elapsed}{desc}",
         )
         self._total_steps = total_steps
-
-    def _contents(self) -> dict[str, str]:
-        """The files that this start appends to."""
-        return {
-            "metrics.jsonl": "".join(map(metrics_line, self.history.metrics)),
-            "log.txt": "".join(map(_columns, self.history.metrics)),
-            "samples.txt": "".join(samples_section(step, texts) for step, texts in self.history.samples.items()),
-        }
 
     def print(self, text: str) -> None:
         """Print a line, above the progress bar if there is one, and append it to train.log."""

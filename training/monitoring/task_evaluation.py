@@ -6,7 +6,6 @@ Results go to metrics.jsonl, onto the curves, and into eval_results.json in the 
 
 import datetime
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 from common.cli_errors import InputError
@@ -75,7 +74,8 @@ class TaskEvaluation(PeriodicEvaluation):
                     f"cannot write {path} ({error.strerror}): free some space; training continues, the results are in "
                     "metrics.jsonl, and the next evaluation writes the file"
                 )
-        values = columns(results)
+        metrics = [(result.task, name, metric) for result in results for name, metric in result.metrics.items()]
+        values = {column_name(task, name): metric.value for task, name, metric in metrics}
         self._monitor.record(run, values, "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
 
@@ -97,13 +97,6 @@ def _results_file(run: Run, results: list[TaskResult]) -> Results:
         tasks=results,
         step=run.step,
     )
-
-
-def columns(results: Iterable[TaskResult]) -> dict[str, float]:
-    """Results by their keys in metrics.jsonl."""
-    return {
-        column_name(result.task, name): metric.value for result in results for name, metric in result.metrics.items()
-    }
 
 
 def column_name(task: str, metric: str) -> str:

@@ -58,21 +58,16 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, first_step: int) ->
         import wandb
 
         wandb_errors = (wandb.errors.Error,)
-    # Only at the first start: TensorBoard makes a separate run of them each time.
-    settings = None if first_step else _settings(recipe)
+    known = (bool, int, float, str)  # to all trackers
+    settings = {key: value if isinstance(value, known) else str(value) for key, value in recipe.to_dict().items()}
     try:
-        accelerator.init_trackers(PROJECT, config=settings, init_kwargs=options)
+        # Settings only at the first start: TensorBoard makes a separate run of them each time.
+        accelerator.init_trackers(PROJECT, config=None if first_step else settings, init_kwargs=options)
     except wandb_errors as error:
         raise InputError(
             f"Weights & Biases cannot be started: {str(error).strip().splitlines()[0]}; "
             "run `wandb login`, or set WANDB_MODE=offline"
         ) from None
-
-
-def _settings(recipe: Recipe) -> dict[str, bool | int | float | str]:
-    """The recipe in the types that all trackers accept."""
-    known = (bool, int, float, str)
-    return {key: value if isinstance(value, known) else str(value) for key, value in recipe.to_dict().items()}
 
 
 def _tracker_run_name(output_dir: Path) -> str:

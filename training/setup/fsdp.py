@@ -13,7 +13,6 @@ import os
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
@@ -71,10 +70,3 @@ def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
     # The backward pass starts with the head, so its weights stay gathered.
     fully_shard(model, reshard_after_forward=False, **settings)
     plugin.auto_wrap_policy = None  # accelerate would look for the block class, which fully_shard has renamed
-
-
-def compile_blocks(model: PreTrainedModel) -> None:
-    """Compile block by block: a graph of the complete model would break where weights are gathered."""
-    for block in model.base_model.h:
-        assert isinstance(block, nn.Module)
-        block.compile()

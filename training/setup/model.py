@@ -18,7 +18,7 @@ from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from training.data.tokenization.tokenizer import Tokenizer
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
-from training.setup.fsdp import compile_blocks, shard
+from training.setup.fsdp import shard
 
 
 class Vocabulary(NamedTuple):
@@ -101,8 +101,9 @@ def prepare_for_training(
     """The model, compiled and wrapped or sharded for the processes of the run, and its optimizer."""
     module: Any = model
     if accelerator.is_fsdp2:
-        if recipe.compile:
-            compile_blocks(model)
+        if recipe.compile:  # block by block: a graph of the model would break where weights are gathered
+            for block in module.base_model.h:
+                block.compile()
         shard(model, accelerator)
     elif recipe.compile:
         module = torch.compile(model)
