@@ -123,7 +123,7 @@ def time_loading(rounds: int) -> None:
             rates.append(tokens / (time.perf_counter() - start))
     rate = statistics.median(rates[1:])  # the first round warms the page cache
     flops = flops_per_token(parameters=124_439_808, n_layer=12, n_embd=768, seq_len=_SEQ_LEN)
-    share = PEAKS["A100"].bf16 / flops / rate
+    share = PEAKS["A100"][0] / flops / rate
     print(f"loading: {rate / 1e6:.0f}M tokens/s shuffled on one core; {share:.2%} of a step at the peak of an A100")
 
 

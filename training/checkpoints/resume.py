@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-from collections.abc import Collection
 from itertools import chain, count
 from pathlib import Path
 
@@ -61,23 +60,6 @@ def find_resume_point(recipe: Recipe) -> Path | None:
             f"choose another output_dir, and start from the model with init_from: {output_dir / 'model'}"
         )
     return None
-
-
-def good_checkpoint(output_dir: Path, before: int, validated: Collection[int]) -> str:
-    """Return advice for a stopped run: which checkpoint to resume from.
-
-    The update just before `before`, the first step that was skipped, may have corrupted the weights, unless the step
-    is `validated`: its validation loss was finite.
-    """
-    found = checkpoints(output_dir)
-    if not found:
-        return "there is no checkpoint yet, so the run starts again from step 0"
-    good = [path for path in found if (step := step_of(path)) != before - 1 or step in validated]
-    if good and good[-1] == found[-1]:
-        return f"the newest good checkpoint is {good[-1]}, and the run resumes from it"
-    if good:
-        return f"the newest good checkpoint is {good[-1]}; resume from it with --resume_from_checkpoint {good[-1]}"
-    return f"no checkpoint is known to be good ({found[-1]} may have bad weights); choose another output_dir"
 
 
 def _checked(recipe: Recipe, checkpoint: Path, where: str) -> Path:

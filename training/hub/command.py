@@ -32,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="also push the training state to resume from, as last-checkpoint/ (like hub_strategy: checkpoint)",
     )
     shards = commands.add_parser("push-shards", help="push a shard folder as a dataset to train from")
-    shards.add_argument("folder", type=Path, metavar="DIR", help="complete shard folder")
+    shards.add_argument("path", type=Path, metavar="DIR", help="complete shard folder")
     for command in (push, shards):
         command.add_argument("--repo_id", required=True, help="owner/name; created if it does not exist")
         command.add_argument("--private", action="store_true", help="create the repository as private")
@@ -41,28 +41,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
-    options = build_parser().parse_args(arguments)
-    if options.command == "push":
-        push(
-            options.folder,
-            options.repo_id,
-            private=options.private,
-            native=options.native,
-            with_state=options.checkpoint,
-        )
+    options = vars(build_parser().parse_args(arguments))
+    if options.pop("command") == "push":
+        push(**options)
     else:
         from training.hub.shard_dataset import push_shards
 
-        push_shards(options.folder, options.repo_id, private=options.private)
+        push_shards(**options)
 
 
-def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state: bool = False) -> None:
+def push(folder: Path, repo_id: str, *, private: bool, native: bool, checkpoint: bool) -> None:
     """Push the newest model of a run, or a model folder.
 
     An existing native branch is updated even without `native`.
 
     Raises:
-        InputError: no complete model, no checkpoint of it for `with_state`, or the Hub refuses the push.
+        InputError: no complete model, no checkpoint of it for `checkpoint`, or the Hub refuses the push.
     """
     from huggingface_hub import HfApi
 
@@ -79,10 +73,10 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, with_state:
     model, step = find_model(folder)
     _, skeleton = read_config(model)
     check_weights(model, skeleton)  # by their headers: no partial model is published
-    if with_state and step is None:
+    if checkpoint and step is None:
         raise InputError(f"--checkpoint needs a checkpoint, and {folder} has none of this model; name its run folder")
     state = None
-    if with_state:
+    if checkpoint:
         state = model if (model / "training_state").is_dir() else checkpoints(folder)[-1]
     run = folder if (folder / "recipe.yaml").is_file() else model.resolve().parents[1]  # a checkpoint's run
     is_of_run = step is not None and (run / "recipe.yaml").is_file()

@@ -3,8 +3,8 @@
 import math
 
 from common.cli_errors import InputError
+from training.checkpoints.checkpoint_folder import checkpoints, step_of
 from training.checkpoints.checkpoint_writer import Checkpoints
-from training.checkpoints.resume import good_checkpoint
 from training.monitoring.monitor import Monitor
 from training.monitoring.run_history import read_metrics
 from training.step.guard import Verdict
@@ -75,6 +75,19 @@ class SkippedUpdates(Hook):
 
 
 def _good_checkpoint(run: Run, *, before: int) -> str:
+    """Advice for a stopped run: which checkpoint to resume from.
+
+    The update just before `before`, the first step that was skipped, may have corrupted the weights, unless the
+    validation loss of that step was finite.
+    """
     lines = read_metrics(run.output_dir)
     validated = {line["step"] for line in lines if math.isfinite(line.get("val_loss", math.nan))}
-    return good_checkpoint(run.output_dir, before, validated)
+    found = checkpoints(run.output_dir)
+    if not found:
+        return "there is no checkpoint yet, so the run starts again from step 0"
+    good = [path for path in found if (step := step_of(path)) != before - 1 or step in validated]
+    if good and good[-1] == found[-1]:
+        return f"the newest good checkpoint is {good[-1]}, and the run resumes from it"
+    if good:
+        return f"the newest good checkpoint is {good[-1]}; resume from it with --resume_from_checkpoint {good[-1]}"
+    return f"no checkpoint is known to be good ({found[-1]} may have bad weights); choose another output_dir"

@@ -4,7 +4,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -12,38 +11,32 @@ import torch
 _RECENT_LINES = 10  # logged steps that the time left is estimated from
 
 
-class Peak(NamedTuple):
-    """Peak FLOP/s of dense matrix products: in bf16, and in fp32 with TF32 allowed."""
-
-    bf16: float
-    fp32: float
-
-
+# Peak FLOP/s of dense matrix products: in bf16, and in fp32 with TF32 allowed.
 # From the vendor: data sheets of H100, H200, B200, A100, A10, L4, L40S, V100, T4; white papers of the GA102 and AD102
 # chips, appendix "comparison", for the RTX cards. Data sheets give values with sparsity; these are half of them. Values
 # of the RTX cards are with fp32 accumulation, which torch uses. Longer names come first: "H100 PCIe" contains "H100",
 # and "A100" contains "A10".
 PEAKS = {
-    "H100 PCIe": Peak(756e12, 378e12),
-    "H100 NVL": Peak(835e12, 417e12),
-    "H100": Peak(989e12, 495e12),
-    "H200 NVL": Peak(835e12, 417e12),
-    "H200": Peak(989e12, 495e12),
-    "GH200": Peak(989e12, 495e12),
-    "B200": Peak(2250e12, 1125e12),
-    "A100": Peak(312e12, 156e12),
-    "A10G": Peak(70e12, 35e12),
-    "A10": Peak(125e12, 62.5e12),
-    "L40S": Peak(362e12, 183e12),
-    "L40": Peak(181e12, 90.5e12),
-    "L4": Peak(121e12, 60.5e12),
-    "RTX 4090 D": Peak(147e12, 73.5e12),
-    "RTX 4090": Peak(165e12, 82.6e12),
-    "RTX 3090 Ti": Peak(80e12, 40e12),
-    "RTX 3090": Peak(71e12, 35.6e12),
+    "H100 PCIe": (756e12, 378e12),
+    "H100 NVL": (835e12, 417e12),
+    "H100": (989e12, 495e12),
+    "H200 NVL": (835e12, 417e12),
+    "H200": (989e12, 495e12),
+    "GH200": (989e12, 495e12),
+    "B200": (2250e12, 1125e12),
+    "A100": (312e12, 156e12),
+    "A10G": (70e12, 35e12),
+    "A10": (125e12, 62.5e12),
+    "L40S": (362e12, 183e12),
+    "L40": (181e12, 90.5e12),
+    "L4": (121e12, 60.5e12),
+    "RTX 4090 D": (147e12, 73.5e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090 Ti": (80e12, 40e12),
+    "RTX 3090": (71e12, 35.6e12),
     # No TF32, and bf16 only in software: the bf16 column holds the fp16 peak of their tensor cores.
-    "V100": Peak(125e12, 15.7e12),
-    "T4": Peak(65e12, 8.1e12),
+    "V100": (125e12, 15.7e12),
+    "T4": (65e12, 8.1e12),
 }
 
 
@@ -61,7 +54,7 @@ def peak_flops(device_name: str, mixed_precision: str = "bf16") -> float | None:
     A run in fp32 is compared with the fp32 peak: on a T4, which has no bf16, 8.1 and not 65 TFLOP/s.
     """
     found = next((peak for name, peak in PEAKS.items() if name in device_name), None)
-    return found and (found.bf16 if mixed_precision == "bf16" else found.fp32)
+    return found and found[0 if mixed_precision == "bf16" else 1]
 
 
 def flops_per_token(*, parameters: int, n_layer: int, n_embd: int, seq_len: int) -> float:
