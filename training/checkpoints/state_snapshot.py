@@ -90,11 +90,12 @@ def collect_snapshot(
         memory.begin()
     bare = bare_model(accelerator, model)
     keep = accelerator.is_main_process
-    by_parameter = cast(dict[str, dict[str, Tensor]], get_optimizer_state_dict(bare, optimizer)["state"])
-    moments = {f"{name}/{key}": tensor for name, state in by_parameter.items() for key, tensor in state.items()}
     tied = bare.all_tied_weights_keys
-    weights = {name: tensor for name, tensor in get_model_state_dict(bare).items() if name not in tied}
-    weights, moments, loop = (_to_host(tensors, keep, memory) for tensors in (weights, moments, loop_state))
+    named: dict[str, Any] = {name: tensor for name, tensor in get_model_state_dict(bare).items() if name not in tied}
+    weights = _to_host(named, keep, memory)
+    by_parameter = cast(dict[str, dict[str, Any]], get_optimizer_state_dict(bare, optimizer)["state"])
+    state = {f"{name}/{key}": tensor for name, moments in by_parameter.items() for key, tensor in moments.items()}
+    moments, loop = (_to_host(tensors, keep, memory) for tensors in (state, loop_state))
     rng_states = _gather_rng_states(accelerator)
     if not keep:
         return None
