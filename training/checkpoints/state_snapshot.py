@@ -7,7 +7,7 @@ All ranks gather together, on the training thread. Rank 0 can then write the `Sn
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
