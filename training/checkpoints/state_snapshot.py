@@ -91,6 +91,7 @@ def collect_snapshot(
     bare = bare_model(accelerator, model)
     keep = accelerator.is_main_process
     tied = bare.all_tied_weights_keys
+    # Before the optimizer's state, which is found by the sharded parameters: this reshards them under FSDP2.
     named: dict[str, Any] = {name: tensor for name, tensor in get_model_state_dict(bare).items() if name not in tied}
     weights = _to_host(named, keep, memory)
     by_parameter = cast(dict[str, dict[str, Any]], get_optimizer_state_dict(bare, optimizer)["state"])

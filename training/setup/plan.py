@@ -55,7 +55,7 @@ def plan_run(
     with ranks.share_errors():
         plan = _plan(recipe, producer, ranks)
         if several_nodes:
-            check_nodes_match({**_data_identity(plan.run), **_run_identity(plan)}, ranks)
+            check_nodes_match(_identity(plan), ranks)
     return plan
 
 
@@ -154,28 +154,15 @@ def check_nodes_match(identity: Mapping[str, object], ranks: Ranks) -> None:
         )
 
 
-def _data_identity(run: Run) -> dict[str, object]:
-    """What determines the token ids and their order, as far as it is known when a run starts."""
-    folder = run.shards.folder
+def _identity(plan: Plan) -> dict[str, object]:
+    """What determines the data, the steps and the initial weights of a run, as far as it is known when it starts."""
+    run, folder = plan.run, plan.run.shards.folder
     names = ("corpus_revision", "dtype", "shard_tokens", "max_tokens")
     return {
         "data: tokenizer": run.tokenizer.fingerprint,
         **{f"data: {name}": getattr(folder.manifest, name, None) for name in names},
         "data: validation shard": _content(folder.val_shard),
         "data: first training shard": _content(folder.train_shards[0]),
-    }
-
-
-def _content(shard: Shard) -> str:
-    if shard.sha256 is not None:
-        return shard.sha256
-    return hashlib.sha256(f"{shard.tokens} ".encode() + shard.read()[:_COMPARED_IDS].tobytes()).hexdigest()
-
-
-def _run_identity(plan: Plan) -> dict[str, object]:
-    """What determines the steps of a run and its initial weights."""
-    run = plan.run
-    return {
         "first step": run.first_step,
         "checkpoint": None if run.resume_from is None else state_checksum(run.resume_from),
         "initial weights": None if run.resume_from is not None else _hash_of_weights(run.recipe.init_from),
@@ -184,6 +171,12 @@ def _run_identity(plan: Plan) -> dict[str, object]:
         "items of eval_tasks": None if plan.tasks is None else plan.tasks.fingerprint,
         **run.recipe.values_with(per_node=False),
     }
+
+
+def _content(shard: Shard) -> str:
+    if shard.sha256 is not None:
+        return shard.sha256
+    return hashlib.sha256(f"{shard.tokens} ".encode() + shard.read()[:_COMPARED_IDS].tobytes()).hexdigest()
 
 
 def _hash_of_weights(init_from: str | None) -> str | None:
