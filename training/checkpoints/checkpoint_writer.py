@@ -27,17 +27,12 @@ from training.step.train_step import StepResult
 
 
 class Checkpoints(Hook):
-    """Saves a checkpoint every `save_steps`, every `save_minutes`, and after the last step.
-
-    Attributes:
-        newest: the checkpoint that the run would resume from; only rank 0 knows it.
-        saved_step: the step of the last checkpoint, which may still be being written.
-    """
+    """Saves a checkpoint every `save_steps`, every `save_minutes`, and after the last step."""
 
     def __init__(self, run: Run, skeleton: PreTrainedModel, coordinator: Coordinator) -> None:
         self._skeleton, self._coordinator = skeleton, coordinator
-        self.newest = run.resume_from
-        self.saved_step = run.first_step
+        self.newest = run.resume_from  # the checkpoint that the run would resume from; only rank 0 knows it
+        self.saved_step = run.first_step  # of the last checkpoint, which may still be being written
         self._memory = HostMemory() if run.recipe.async_save and run.accelerator.is_main_process else None
         self._memory_is_allocated = False
         # One thread writes one checkpoint after the other; the interpreter waits for it before it exits.

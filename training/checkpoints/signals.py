@@ -99,17 +99,7 @@ class StopTraining(Exception):  # noqa: N818  (not an error)
 
 
 class Coordinator(SignalWatch, Hook):
-    """Ranks agree here on stopping and on saving by the clock. As a hook, it stops the run after a step.
-
-    Args:
-        save_minutes: time between two checkpoints; None for no saves by the clock.
-        num_processes: of the run.
-        timeout: how long ranks wait for each other.
-
-    Attributes:
-        stop_signal: the signal that stops the run, the same on all ranks; 0 for none.
-        save_is_due: whether a save by the clock is due, the same on all ranks.
-    """
+    """Ranks agree here on stopping and on saving every `save_minutes`. As a hook, it stops the run after a step."""
 
     def __init__(self, *, save_minutes: float | None, num_processes: int, timeout: datetime.timedelta) -> None:
         super().__init__()
@@ -118,8 +108,8 @@ class Coordinator(SignalWatch, Hook):
         self._saves = 0  # so that a result that is one call old does not ask for a second save
         self._group = torch.distributed.new_group(backend="gloo", timeout=timeout) if num_processes > 1 else None
         self._pending: tuple[torch.distributed.Work, Tensor] | None = None
-        self.stop_signal = 0
-        self.save_is_due = False
+        self.stop_signal = 0  # the signal that stops the run, the same on all ranks; 0 for none
+        self.save_is_due = False  # by the clock, the same on all ranks
 
     def after_step(self, run: Run, result: StepResult) -> None:
         """Exchange signals with the other ranks, once per step."""

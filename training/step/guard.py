@@ -57,10 +57,6 @@ class Guard:
         window: number of preceding losses in that mean.
         skip_spikes: whether updates of spikes are skipped too.
         step: steps taken before the first check.
-
-    Attributes:
-        skipped_in_a_row: consecutive skipped updates, as of the last verdict read.
-        state: what the guard remembers between steps; updated in place and saved in checkpoints.
     """
 
     def __init__(
@@ -70,8 +66,9 @@ class Guard:
         self._skip_spikes = skip_spikes
         self._on_cuda = device.type == "cuda"
         self._step = step
-        self.skipped_in_a_row = 0
-        # NaN until the window is full: the mean is NaN too, and no comparison with it holds.
+        self.skipped_in_a_row = 0  # as of the last verdict read
+        # What the guard remembers between steps; updated in place and saved in checkpoints. The window is NaN until it
+        # is full: the mean is NaN too, and no comparison with it holds.
         self.state = {
             "guard/window": torch.full((window,), torch.nan, device=device),
             "guard/skipped_in_a_row": torch.zeros((), device=device),
