@@ -3,7 +3,6 @@
 import ast
 import configparser
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -101,14 +100,6 @@ def test_every_requirement_is_pinned() -> None:
     assert "torch==2.13.0" in pins
 
 
-@pytest.mark.parametrize("name", ["kill_fuzz", "learning", "loop"])
-def test_a_benchmark_starts_as_documented(name: str) -> None:
-    # Python puts benchmarks/ first, where a file is named like a package of ours.
-    program = ROOT / "benchmarks" / f"{name}.py"
-    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_readme_names_only_files_that_exist() -> None:
     for document in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text()
@@ -116,10 +107,3 @@ def test_the_readme_names_only_files_that_exist() -> None:
             r"(?:training|accelerate_configs|gpt2_scratch|evaluation|tests|benchmarks)/[\w./-]+\.\w+", text
         ):
             assert (ROOT / name).exists() or "NAME" in name, f"{document}: {name}"
-
-
-def test_the_benchmark_of_the_data_engine_starts_without_gpt2s_vocabulary() -> None:
-    # Python puts benchmarks/ first, where evaluation.py is not the package.
-    program = ROOT / "benchmarks" / "data.py"
-    done = subprocess.run([sys.executable, program, "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr

@@ -1,0 +1,155 @@
+"""A training step of our model, of `transformers.GPT2LMHeadModel` and of nanoGPT, eager and compiled.
+
+    python benchmarks/train_step.py [--geometry 6x384 quickstart 124m] [--nanogpt CHECKOUT] [--rounds 7] [--no_compile]
+
+A step is forward pass, loss, backward pass, gradient clipping and fused AdamW, on random tokens. All sides live in one
+process and take turns; the table gives medians. The bound is the time of the step's bare matrix products: no step can
+be faster. Peak memory is measured in a process per side, without what Python and torch take before the
+model is built.
+"""
+
+import argparse
+import gc
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+
+# Before benchmarks/, which Python puts first: its evaluation.py would shadow the package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from step_timing import (
+    Geometry,
+    Side,
+    Step,
+    alternate,
+    bare_products,
+    machine,
+    matmul_peak,
+    nanogpt,
+    official,
+    ours,
+    seconds,
+)
+
+from training.recipe import QUICKSTART, load_recipe
+from training.setup.accelerator import resolve_mixed_precision
+
+GEOMETRIES = {
+    "6x384": Geometry(6, 6, 384, 50_257, 512, 4),
+    "quickstart": Geometry(4, 4, 256, 4096, 256, 8),
+    "124m": Geometry(12, 12, 768, 50_257, 512, 2),
+}
+
+
+def sides_of(geometry: Geometry, device: str, checkout: Path | None, compiled: bool) -> dict[str, Callable[[], Side]]:
+    """Builders of all sides, by name."""
+    eager: dict[str, Callable[[], Side]] = {
+        "ours": lambda: ours(geometry, device),
+        "GPT2LMHeadModel": lambda: official(geometry, device),
+    }
+    if checkout is not None:
+        eager["nanoGPT"] = lambda: nanogpt(geometry, device, checkout)
+    builders = dict(eager)
+    if compiled:
+        builders |= {f"{name} compiled": lambda build=build: build().compiled() for name, build in eager.items()}
+    return builders
+
+
+def main() -> None:
+    """Print a table for each geometry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
+    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; without it this side is left out")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds in which every side takes a step")
+    parser.add_argument("--no_compile", action="store_true", help="eager sides only")
+    parser.add_argument("--peak_memory_of", help=argparse.SUPPRESS)  # set in a process per side
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    bf16 = resolve_mixed_precision(load_recipe(QUICKSTART)) == "bf16"
+    if arguments.peak_memory_of is not None:
+        geometry = GEOMETRIES[arguments.geometry[0]]
+        build = sides_of(geometry, device, arguments.nanogpt, True)[arguments.peak_memory_of]
+        print(peak_memory(build, geometry, device, bf16))
+        return
+    peak = matmul_peak(device, torch.bfloat16 if bf16 else torch.float32)
+    print(
+        f"{machine(device)}; {'bf16 autocast' if bf16 else 'fp32'}; matrix products reach {peak / 1e12:.2f} TFLOP/s; "
+        f"medians of {arguments.rounds} rounds"
+    )
+    if arguments.nanogpt is None:
+        print("nanoGPT is left out: pass a checkout with --nanogpt")
+    for name in arguments.geometry:
+        compare(name, device, arguments.nanogpt, bf16=bf16, compiled=not arguments.no_compile, rounds=arguments.rounds)
+
+
+def compare(name: str, device: str, checkout: Path | None, *, bf16: bool, compiled: bool, rounds: int) -> None:
+    """Print the table of a geometry."""
+    geometry = GEOMETRIES[name]
+    builders = sides_of(geometry, device, checkout, compiled)
+    steps = [Step(build(), geometry, device, bf16=bf16) for build in builders.values()]
+    for step in steps:  # compile, allocate optimizer state
+        step.seconds(2)
+    products, flops = bare_products(geometry, device, torch.bfloat16 if bf16 else torch.float32)
+    products()
+    *times, bare = alternate([*(step.seconds for step in steps), lambda: seconds(products, device)], rounds)
+    bound = statistics.median(bare)
+    ours_best = min(statistics.median(t) for t, side in zip(times, builders, strict=True) if side.startswith("ours"))
+    print(
+        f"\n{name}: {geometry.n_layer} layers × {geometry.n_embd}, vocabulary {geometry.vocab_size:,}, "
+        f"{geometry.batch_size} × {geometry.seq_len} tokens; bare matrix products {1e3 * bound:.0f} ms, "
+        f"{geometry.tokens / bound:,.0f} tokens/s, {flops / bound / 1e12:.2f} TFLOP/s\n"
+    )
+    print("| side | ms | tokens/s | TFLOP/s | share of the bound | our best is faster by | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    del steps
+    gc.collect()
+    for side, each in zip(builders, times, strict=True):
+        median = statistics.median(each)
+        memory = _in_a_process(side, name, checkout)
+        print(
+            f"| {side} | {1e3 * median:.0f} | {geometry.tokens / median:,.0f} "
+            f"| {geometry.tokens * geometry.flops_per_token / median / 1e12:.2f} | {bound / median:.0%} "
+            f"| {median / ours_best:.2f}× | {memory} |",
+            flush=True,
+        )
+
+
+def _in_a_process(side: str, geometry: str, checkout: Path | None) -> str:
+    command = [sys.executable, __file__, "--geometry", geometry, "--peak_memory_of", side]
+    command += ["--nanogpt", str(checkout)] if checkout else []
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else "failed"
+
+
+def peak_memory(build: Callable[[], Side], geometry: Geometry, device: str, bf16: bool) -> str:
+    """Peak memory of model, optimizer and step; of a compiled side on a CPU, with what the compiler keeps."""
+    process, done = psutil.Process(), threading.Event()
+    before, peak = process.memory_info().rss, 0
+
+    def sample() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, process.memory_info().rss)
+
+    step = Step(build(), geometry, device, bf16=bf16)
+    step.take()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    for _ in range(2):
+        step.take()
+    done.set()
+    sampler.join()
+    found = torch.cuda.max_memory_allocated() if device == "cuda" else peak - before
+    return f"{found / 2**30:.2f} GiB"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The benchmarks run: what they print is checked by reading it, and is in docs/benchmarks.md."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+COMMANDS = [path for path in sorted((ROOT / "benchmarks").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
+def test_a_benchmark_starts_as_documented(path: Path) -> None:
+    # Python puts benchmarks/ first, where a file is named like a package of ours.
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_measures_everything_without_datasets_and_evaluate(tmp_path: Path) -> None:
+    # A machine with a GPU may have neither.
+    (tmp_path / "sitecustomize.py").write_text('import sys\nsys.modules["datasets"] = sys.modules["evaluate"] = None\n')
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--toy", "--minutes", "20", "--output", tmp_path]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, env=environment)
+    assert done.returncode == 0, done.stderr + done.stdout
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert {row["state"] for row in rows} == {"measured"}
+    names = [row["name"] for row in rows]
+    assert names == sorted(set(names), key=names.index)
+    assert {"parity with GPT2LMHeadModel", "resume", "generation"} <= set(names)
+    table = (tmp_path / "results.md").read_text()
+    assert all(f"| {name} |" in table for name in names)
+
+
+def test_gpu_benchmark_leaves_out_what_does_not_fit_into_the_minutes(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--toy", "--minutes", "0", "--output", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert rows
+    assert {row["state"] for row in rows} == {"left out"}
