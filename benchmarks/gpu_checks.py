@@ -16,8 +16,8 @@ from step_timing import Geometry, Side, official, ours
 from torch import Tensor
 
 from gpt2_scratch import linear_cross_entropy
-from training.step.document_mask import document_positions
 from training.step.guard import skip_update_if
+from training.step.train_step import document_positions
 
 SMALL = Geometry(4, 4, 256, 50_257, 256, 4)
 TINY = Geometry(2, 2, 32, 301, 24, 2)
