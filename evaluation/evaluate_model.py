@@ -59,18 +59,20 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator, model: Any,
     started, begin = datetime.datetime.now(datetime.UTC).astimezone(), time.perf_counter()
     weights, dtype = model_fingerprint(model, tokenizer), str(model.dtype).removeprefix("torch.")
     n_positions = n_positions_of(model)
-    if options.output is not None:
-        from_main_process(accelerator, lambda: _refuse_other_results(options.output, weights, dtype))
     encoder = TokenizerAdapter(tokenizer)
     items = on_every_process(
         accelerator, lambda: read_items(options.tasks, options.data_dir, encoder, n_positions, options.limit)
     )
     caches: list[ItemCache] = []  # on the main process, with --output
-    if options.output is not None:
+
+    def open_cache() -> None:
+        if options.output.exists():
+            refuse_another_model(options.output, vars(read_results(options.output)), weights, dtype)
         path = options.output.with_suffix(".items.jsonl")
-        from_main_process(
-            accelerator, lambda: caches.append(ItemCache(path, model=options.model, weights=weights, dtype=dtype))
-        )
+        caches.append(ItemCache(path, model=options.model, weights=weights, dtype=dtype))
+
+    if options.output is not None:
+        from_main_process(accelerator, open_cache)
     cache = caches[0] if caches else None
     with contextlib.closing(cache) if cache else contextlib.nullcontext():
         tasks = [
@@ -149,12 +151,6 @@ def _table_path(options: argparse.Namespace) -> Path | None:
     if options.markdown is not None or options.output is None:
         return options.markdown
     return options.output.with_suffix(".md")
-
-
-def _refuse_other_results(output: Path, weights: str, dtype: str) -> None:
-    """Refuse to overwrite results of another model, or another file."""
-    if output.exists():
-        refuse_another_model(output, vars(read_results(output)), weights, dtype)
 
 
 def _write(results: Results, options: argparse.Namespace) -> None:
