@@ -35,7 +35,7 @@ canary oldest:
 	grep '^torch==' constraints.txt >> .venv-$@/requirements.txt
 	.venv-$@/bin/python -m pip install --quiet --retries 1 --upgrade --requirement .venv-$@/requirements.txt
 	.venv-$@/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface_hub|peft) '
-	.venv-$@/bin/python -m pytest -m "parity and not network and not gpu and not slow" \
+	.venv-$@/bin/python -m pytest -n auto --dist loadfile -m "parity and not network and not gpu and not slow" \
 		$$(grep -rl 'pytest.mark.parity' --include '*.py' tests)
 
 # Separate stamp, so that an interrupted environment is rebuilt.
