@@ -156,6 +156,7 @@ def run(folder: Path, line: str) -> str:
     line = shortened(line).replace(".venv/bin/python", "python")
     if exported := re.search(r"gpt2_scratch.export .*--output (\S+)", line):  # several pages show the same command
         shutil.rmtree(folder / exported[1], ignore_errors=True)
+        (folder / exported[1]).unlink(missing_ok=True)  # a GGUF file
     done = subprocess.run(
         ["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=280
     )
