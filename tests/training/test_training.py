@@ -36,7 +36,7 @@ def test_a_run_writes_the_files_that_the_design_lists(tiny_recipe: Make, capsys:
     assert {path.name for path in (run / "model").iterdir()} == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *("README.md", "curves.png", "modeling_gpt2_scratch.py", "configuration_gpt2_scratch.py"),
-        *("linear_cross_entropy.py", "pretrained_gpt2_scratch.py"),
+        *("heads_gpt2_scratch.py", "linear_cross_entropy.py", "pretrained_gpt2_scratch.py"),
     }
     assert Recipe(**yaml.safe_load((run / "recipe.yaml").read_text())) == recipe
     metrics = read_metrics(run)
