@@ -9,6 +9,7 @@ from common.cli_errors import InputError
 from common.cpus import usable_cpus
 from common.ranks import Ranks
 from training.data.producing.background_producer import BackgroundProducer, producer_command
+from training.data.producing.content_check import check_content
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.open_corpus import open_corpus
@@ -44,7 +45,10 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
         max_tokens=folder.manifest.max_tokens if folder and folder.manifest else None,
     )
     spec.check(folder)
-    if (folder is None or not folder.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
+    first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    if first_on_node and folder is not None and folder.complete:
+        check_content(spec, folder, producer.report)
+    elif first_on_node:
         open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # raises if it does not exist
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         producer.start(producer_command(spec, workers))

@@ -20,6 +20,7 @@ from common.folder_lock import locked
 from common.hub_retry import hub_cache_error, is_disk_error
 from common.rate_limited_log import RateLimitedLog
 from common.worker_processes import map_in_order
+from training.data.producing.content_check import check_content
 from training.data.producing.progress import ProducerProgress
 from training.data.producing.shard_download import download_shards, list_ready_shards
 from training.data.shards.manifest import Manifest, ResumePoint
@@ -66,6 +67,8 @@ def produce(
     if folder is None or not folder.complete:
         _lock_and_fill(spec, num_workers, wait, report)
         folder = ShardFolder.open(spec.folder)
+    else:
+        check_content(spec, folder, report)
     manifest, ids = folder.manifest, folder.val_shard.read()
     assert manifest is not None  # a folder of ours
     bytes_per_token = Tokenizer.load(folder.path).token_byte_lengths()[ids].sum() / len(ids)

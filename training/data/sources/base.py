@@ -60,6 +60,14 @@ class Corpus(ABC):
         """Return the corpus with the content it had at `revision`, or None if that content no longer exists."""
         return self if self.revision == revision else None
 
+    def holds(self, revision: str) -> bool:
+        """Return whether the content at `revision` is this corpus's, or was and can still be read.
+
+        Raises:
+            InputError: the corpus cannot be reached, so that it is unknown.
+        """
+        return self.revision == revision
+
     def fraction_before(self, position: Position) -> float | None:
         """Return the fraction of the corpus that lies before a position, in [0, 1]; None where unknown."""
         return None

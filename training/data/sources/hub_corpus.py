@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _ROWS_BETWEEN_POSITIONS = 256
+_SECONDS_FOR_A_COMMIT = 10.0
 _ATTEMPTS_AT_A_CORRUPTED_FILE = 5  # a truncated response can look like one
 
 
@@ -54,6 +55,20 @@ class HubCorpus(Corpus):
         corpus = copy.copy(self)
         corpus.revision = revision
         return corpus
+
+    def holds(self, revision: str) -> bool:
+        """Return whether `revision` is a commit of the dataset; asks the Hub once, without retries."""
+        import huggingface_hub
+        from huggingface_hub.errors import RevisionNotFoundError
+
+        try:
+            api = huggingface_hub.HfApi()
+            api.dataset_info(self.repository, revision=revision, expand=["sha"], timeout=_SECONDS_FOR_A_COMMIT)
+        except RevisionNotFoundError:
+            return False
+        except network_errors() as error:
+            raise InputError(f"cannot read {self.repository} from the Hub ({type(error).__name__})") from None
+        return True
 
     def is_position(self, value: object) -> bool:
         """Return whether `value` has a row and the state of a stream."""

@@ -59,14 +59,11 @@ def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkey
     )
 
 
-def test_complete_folder_is_returned_without_reading_its_corpus(tmp_path, settings, tokenizer_folder):
+def test_complete_folder_is_returned_without_writing_to_it(tmp_path, settings):
     path = write_corpus(tmp_path / "c.jsonl", 100)
     settings = {**settings, "corpus": str(path)}
     make_shards(tmp_path / "out", **settings)
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
-    write_corpus(path, 101)  # another revision
-    assert make_shards(tmp_path / "out", **settings).complete
-    path.unlink()
     assert make_shards(tmp_path / "out", **settings).complete
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before
 
