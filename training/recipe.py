@@ -156,7 +156,9 @@ class Recipe:
 
     # hardware
     mixed_precision: Literal["auto", "no", "bf16"] = setting("auto uses bf16 if the hardware supports it", "auto")
-    compile: bool = setting("use torch.compile", False)
+    compile: bool | Literal["auto"] = setting(
+        "use torch.compile; auto compiles on a GPU if the run has 1,000 steps or more", "auto"
+    )
     activation_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
     dataloader_num_workers: int = off_card(
         "processes that read batches ahead; 0 reads in the training process", 0, per_node=True, at_least=0

@@ -20,6 +20,7 @@ from common.cli_errors import InputError
 from training.recipe import Recipe
 from training.setup.accelerator import all_reduce_min
 from training.setup.memory_estimate import available_memory, estimate_memory
+from training.setup.model import compiles
 from training.step.batch_plan import BatchPlan
 from training.step.train_step import model_inputs
 
@@ -56,7 +57,7 @@ def _largest(sizes: list[int], accelerator: Accelerator, model: PreTrainedModel,
     """The largest of `sizes` (ascending) that fits on this device, or 0."""
     model.to(accelerator.device)
     # FSDP2 compiles block by block instead, which takes a little less memory than the uncompiled model here.
-    compiled = recipe.compile and not accelerator.is_fsdp2
+    compiled = compiles(recipe, accelerator.device.type) and not accelerator.is_fsdp2
     module: nn.Module = torch.compile(model, dynamic=False) if compiled else model  # type: ignore[assignment]
     was_training = model.training
     with torch.random.fork_rng(devices=[accelerator.device] if accelerator.device.type == "cuda" else []):

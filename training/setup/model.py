@@ -1,5 +1,6 @@
 """The model to train and its optimizer."""
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from accelerate.utils import set_seed
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -19,6 +21,8 @@ from training.data.tokenization.tokenizer import Tokenizer
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
 from training.setup.fsdp import shard
+
+_WORTH_COMPILING = 1000  # steps: compiling costs a minute or two
 
 
 class Vocabulary(NamedTuple):
@@ -95,17 +99,28 @@ def attention_for(recipe: Recipe, device_type: str) -> str:
     return recipe.attn_implementation
 
 
+def compiles(recipe: Recipe, device_type: str) -> bool:
+    """Whether to compile the model; "auto" compiles on a GPU with Triton, unless the run is short."""
+    if recipe.compile != "auto":
+        return recipe.compile
+    steps = recipe.max_steps or (recipe.max_tokens or math.inf) / recipe.tokens_per_step  # epochs are long
+    return device_type == "cuda" and has_triton() and steps >= _WORTH_COMPILING
+
+
 def prepare_for_training(
     accelerator: Accelerator, model: PreTrainedModel, recipe: Recipe
 ) -> tuple[nn.Module, Optimizer]:
     """The model, compiled and wrapped or sharded for the processes of the run, and its optimizer."""
     module: Any = model
+    compiled = compiles(recipe, accelerator.device.type)
+    if compiled:
+        accelerator.print("compiling the model: the first steps take a minute or two, less if the cache has it")
     if accelerator.is_fsdp2:
-        if recipe.compile:  # block by block: a graph of the model would break where weights are gathered
+        if compiled:  # block by block: a graph of the model would break where weights are gathered
             for block in module.base_model.h:
                 block.compile()
         shard(model, accelerator)
-    elif recipe.compile:
+    elif compiled:
         module = torch.compile(model)
     # After sharding, which replaces the parameters.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
