@@ -169,7 +169,8 @@ def copy_other_files(source: Path, target: Path, model_format: str) -> None:
     card = target / "README.md"
     if model_format == "gpt2" and card.exists():
         lines = card.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
-        kept = [line for line in lines if "`import gpt2_scratch`" not in line and line.strip() != "- gpt2_scratch"]
+        ours = ("`import gpt2_scratch`", "`python -m gpt2_scratch.export", "- gpt2_scratch\n")
+        kept = [line for line in lines if not any(part in line for part in ours)]
         text = "".join(kept).replace(", trust_remote_code=True", "")
         card.write_text(text, encoding="utf-8", errors="surrogateescape")
 

@@ -48,6 +48,8 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote
 ```
 
 With the `gpt2-scratch` package installed, `import gpt2_scratch` takes the place of `trust_remote_code=True`.
+
+- `python -m gpt2_scratch.export --model "path/to/this/folder" --output native --format gpt2`: plain GPT-2
 """
 
 

@@ -19,11 +19,13 @@ from training.recipe import Recipe
 
 _FOLDER = '"path/to/this/folder"'  # used for the model until it has an id on the Hub
 _TESTED_TRANSFORMERS = "5.17 to 5.24"  # the range in setup.cfg
-_PACKAGE = (  # one line: an export to native GPT-2 drops it
-    f"The code in this folder works with transformers {_TESTED_TRANSFORMERS}. "
-    "With the `gpt2-scratch` package installed, `import gpt2_scratch` replaces `trust_remote_code=True`, and "
-    f"`python -m gpt2_scratch.export --model {_FOLDER} --output renewed --format gpt2_scratch` "
-    "copies the model with the package's newer code."
+_EXPORT = f"- `python -m gpt2_scratch.export --model {_FOLDER} --output"
+_PACKAGE = (  # an export to native GPT-2 drops these lines
+    f"The code in this folder works with transformers {_TESTED_TRANSFORMERS}. With the `gpt2-scratch` package "
+    "installed, `import gpt2_scratch` replaces `trust_remote_code=True`, and these commands write other forms:\n\n"
+    f"{_EXPORT} native --format gpt2`: plain GPT-2, for programs that do not know this code\n"
+    f"{_EXPORT} model.gguf --format gguf`: a file for llama.cpp, Ollama and LM Studio\n"
+    f"{_EXPORT} renewed --format gpt2_scratch`: with the package's newer code"
 )
 _NATIVE = 'Programs that know GPT-2 but not this code load the same weights with `revision="native"`.'
 
@@ -38,20 +40,22 @@ _LIMITS["fineweb-edu"] = f"""{_LIMITS["fineweb"]} A classifier selected pages fo
 style of textbooks, and the subjects and dialects that they cover."""
 _OTHER_LIMITS = "The model inherits whatever is missing, wrong or one-sided in its training text."
 
-# The dataset of each task: its id on the Hub, its config there, and its name.
+# The dataset of each task: its id on the Hub, its config there, its name, and the short name in tables.
 _TASK_DATASETS = {
-    "hellaswag": ("Rowan/hellaswag", None, "HellaSwag"),
-    "lambada": ("EleutherAI/lambada_openai", None, "LAMBADA"),
-    "cbt_cn": ("cam-cst/cbt", "CN", "Children's Book Test, common nouns"),
-    "cbt_ne": ("cam-cst/cbt", "NE", "Children's Book Test, named entities"),
-    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "WikiText-2"),
+    "hellaswag": ("Rowan/hellaswag", None, "HellaSwag", "HellaSwag"),
+    "lambada": ("EleutherAI/lambada_openai", None, "LAMBADA", "LAMBADA"),
+    "cbt_cn": ("cam-cst/cbt", "CN", "Children's Book Test, common nouns", "CBT-CN"),
+    "cbt_ne": ("cam-cst/cbt", "NE", "Children's Book Test, named entities", "CBT-NE"),
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "WikiText-2", "WikiText-2"),
 }
+_LOWER_IS_BETTER = ("loss", "bits_per_byte", "perplexity")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A result of the model, and published results of OpenAI's models under the same protocol."""
+    """A result of the model, its short name, and published results of OpenAI's models under the same protocol."""
 
+    short_name: str
     result: EvalResult
     references: tuple[Reference, ...] = ()
 
@@ -72,7 +76,9 @@ def card_for_repository(card: str, repo_id: str, *, branch: str, has_native: boo
     if branch != "main":  # plain GPT-2, without our code
         card = card.replace(_PACKAGE, "").replace(", trust_remote_code=True", "")
         return card.replace(_FOLDER, f'"{repo_id}", revision="{branch}"')
-    return card.replace(_PACKAGE, f"{_PACKAGE}\n{_NATIVE}" if has_native else _PACKAGE).replace(_FOLDER, f'"{repo_id}"')
+    return card.replace(_PACKAGE, f"{_PACKAGE}\n\n{_NATIVE}" if has_native else _PACKAGE).replace(
+        _FOLDER, f'"{repo_id}"'
+    )
 
 
 def model_card(
@@ -89,6 +95,7 @@ def model_card(
         datasets=[provenance.dataset] if provenance.dataset else None,
         base_model=provenance.base_model,
         model_name=facts.name if scores else None,
+        widget=[{"text": prompt} for prompt in recipe.sample_prompts] or None,
         eval_results=[score.result for score in scores] or None,
     )
     return f"""---
@@ -117,6 +124,23 @@ def model_card(
 ## Limits
 
 {_limits(recipe, provenance)}
+
+## License and citation
+
+The license is the one in this card's metadata. If there is none, the author has not stated it.
+
+```bibtex
+@software{{gpt2_scratch,
+  title = {{gpt2-scratch: pre-train, study and publish your own GPT-2}},
+  year = {{2026}}
+}}
+@techreport{{radford2019language,
+  title = {{Language Models are Unsupervised Multitask Learners}},
+  author = {{Radford, Alec and Wu, Jeffrey and Child, Rewon and Luan, David and Amodei, Dario and Sutskever, Ilya}},
+  institution = {{OpenAI}},
+  year = {{2019}}
+}}
+```
 """
 
 
@@ -125,11 +149,12 @@ def _validation_scores(recipe: Recipe, facts: RunFacts, provenance: Provenance) 
         return []
     of = provenance.dataset or provenance.corpus
     windows = f"non-overlapping windows of {recipe.seq_len:,} tokens"
-    measured = [("loss", "loss in nats per token", facts.val_loss, _published_losses(recipe, provenance))]
+    measured = [("loss", "Loss", "loss in nats per token", facts.val_loss, _published_losses(recipe, provenance))]
     if facts.bits_per_byte is not None:
-        measured.append(("bits_per_byte", "bits per byte of UTF-8", facts.bits_per_byte, ()))
+        measured.append(("bits_per_byte", "Bits per byte", "bits per byte of UTF-8", facts.bits_per_byte, ()))
     return [
         Score(
+            short_name,
             EvalResult(
                 task_type="text-generation",
                 dataset_type=provenance.dataset or "text",
@@ -140,7 +165,7 @@ def _validation_scores(recipe: Recipe, facts: RunFacts, provenance: Provenance) 
             ),
             references,
         )
-        for metric, name, value, references in measured
+        for metric, short_name, name, value, references in measured
     ]
 
 
@@ -165,7 +190,7 @@ def task_scores(results: Results | None) -> list[Score]:
     scores = []
     for task_result in results.tasks if results is not None else ():
         task, _, protocol = task_result.task.partition(":")
-        dataset, config, dataset_name = _TASK_DATASETS.get(task, ("text", None, task))
+        dataset, config, dataset_name, short_name = _TASK_DATASETS.get(task, ("text", None, task, task))
         limit = results.limit if results is not None else None
         items = f", first {task_result.items:,} items" if limit else ""
         for name, metric in task_result.metrics.items():
@@ -182,7 +207,7 @@ def task_scores(results: Results | None) -> list[Score]:
             )
             # Published results are of all items.
             references = () if limit else tuple(one_per_size(published(task_result.task, name)).values())
-            scores.append(Score(result, references))
+            scores.append(Score(f"{short_name} {name}", result, references))
     return scores
 
 
@@ -203,13 +228,23 @@ width {config.n_embd}, {config.n_positions:,} positions), trained from {start} o
 
 
 def _use(config: PreTrainedConfig) -> str:
+    new_tokens = min(40, config.n_positions // 2)
     return f"""```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", {_FOLDER}, trust_remote_code=True)
+print(generate("The", max_new_tokens={new_tokens})[0]["generated_text"])
+```
+
+Or step by step:
+
+```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained({_FOLDER}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({_FOLDER})
+tokenizer = AutoTokenizer.from_pretrained({_FOLDER}, trust_remote_code=True)
 inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens={min(40, config.n_positions // 2)})[0]))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new_tokens})[0]))
 ```
 
 {_PACKAGE}"""
@@ -220,14 +255,15 @@ def _results(facts: RunFacts, scores: list[Score], curves: bool) -> str:
     if not scores:
         return f"The model has not been evaluated yet.\n{picture}"
     references = [reference for score in scores for reference in score.references]
-    sizes = [size for size in SIZES if any(reference.size == size for reference in references)]
-    rows = [["Evaluation", "This model", *(f"OpenAI GPT-2 {size}" for size in sizes)]]
-    rows.append(["---"] * len(rows[0]))
-    for score in scores:
-        openai = {reference.size: f"{reference.value:.4f}" for reference in score.references}
-        name = f"{score.result.dataset_name}: {score.result.metric_name}"
-        rows.append([name, f"{score.result.metric_value:.4f}", *(openai.get(size, "") for size in sizes)])
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+    rows = [["Model", *map(_column, scores)], ["---", *("---:" for _ in scores)]]
+    rows.append(["**This model**", *(f"**{score.result.metric_value:.4f}**" for score in scores)])
+    for size in (size for size in SIZES if any(reference.size == size for reference in references)):
+        openai = [{one.size: f"{one.value:.4f}" for one in score.references}.get(size, "") for score in scores]
+        rows.append([f"OpenAI GPT-2 {size}", *openai])
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n"
+    text += "".join(
+        f"- {score.short_name}: {score.result.dataset_name}, {score.result.metric_name}\n" for score in scores
+    )
     steps = [f"The validation loss is of step {facts.val_step:,}."] if facts.val_step is not None else []
     if facts.task_results is not None:
         steps.append(f"The tasks were evaluated after step {facts.task_results.step:,}.")
@@ -238,6 +274,11 @@ def _results(facts: RunFacts, scores: list[Score], curves: bool) -> str:
     if facts.gzip_bits_per_byte is not None:
         text += f"\n`gzip -9` needs {facts.gzip_bits_per_byte:.4f} bits per byte for the held-out text.\n"
     return text + picture
+
+
+def _column(score: Score) -> str:
+    """Return the heading of a metric's column; the arrow points to better values."""
+    return f"{score.short_name} {'↓' if score.result.metric_type in _LOWER_IS_BETTER else '↑'}"
 
 
 def _samples(facts: RunFacts) -> str:
@@ -256,6 +297,8 @@ def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
         tokenizer = f"a byte-level BPE trained on this corpus, {config.vocab_size:,} tokens"
     lines = [f"- Hardware: {', then '.join(facts.hardware)}"] if facts.hardware else []
     lines += [f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps", f"- Tokenizer: {tokenizer}"]
+    if facts.software:
+        lines.append(f"- Software: gpt2-scratch with {facts.software}")
     if facts.seconds is not None:
         rate = f"{facts.tokens / facts.seconds:,.0f} tokens/s"
         lines.append(
@@ -264,7 +307,8 @@ def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
     rows = [
         f"| `{key}` | {value} |" for key, value in recipe.values_with(on_card=True).items() if value not in (None, [])
     ]
-    return "\n".join([*lines, "", "| Recipe key | Value |", "| --- | --- |", *rows])
+    table = ["| Recipe key | Value |", "| --- | --- |", *rows]
+    return "\n".join([*lines, "", "<details><summary>Recipe</summary>", "", *table, "", "</details>"])
 
 
 def _limits(recipe: Recipe, provenance: Provenance) -> str:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,8 @@ class Monitor(Hook):
             total_steps=run.total_steps,
         )
         if accelerator.is_main_process:
-            start = Start(run.first_step, device_name(accelerator.device), accelerator.num_processes)
+            software = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "accelerate"))
+            start = Start(run.first_step, device_name(accelerator.device), accelerator.num_processes, software)
             self.log.history.add_start(run.output_dir, start)
         run.report, run.pause = self.log.print, self.pause
         self._throughput = Throughput()

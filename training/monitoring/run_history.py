@@ -24,11 +24,12 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 @dataclass(frozen=True)
 class Start:
-    """The hardware of one start of a run, which took the steps after `step`."""
+    """Hardware and libraries of one start of a run, which took the steps after `step`."""
 
     step: int
     device: str
     devices: int
+    software: str = ""  # names and versions of libraries
 
     @property
     def hardware(self) -> str:
@@ -45,6 +46,7 @@ class RunFacts:
     steps: int
     tokens: int
     hardware: tuple[str, ...] = ()  # of the starts in order, without repetitions
+    software: str = ""  # of the newest start
     seconds: float | None = None  # of training steps, without validation, samples and checkpoints
     val_step: int | None = None  # of the newest validation
     val_loss: float | None = None
@@ -100,6 +102,7 @@ class RunHistory:
             steps=steps,
             tokens=steps * recipe.tokens_per_step,
             hardware=tuple(name for name, _ in itertools.groupby(hardware)),
+            software=next((start.software for start in reversed(self.starts) if start.step < steps), ""),
             seconds=training_seconds([line for line in metrics if "train_loss" in line]),
             val_step=validation.get("step"),
             val_loss=validation.get("val_loss"),

@@ -69,8 +69,11 @@ def test_the_hub_accepts_the_card_and_reads_its_results() -> None:
 
 def test_openais_loss_is_shown_only_for_the_same_text_tokens_and_windows() -> None:
     published = f"{VALIDATION_LOSS['fineweb-edu'][0].value:.4f}"
-    assert f"| 3.0412 | {published} |" in card()
-    assert "OpenAI GPT-2 124M" in card()
+    assert (
+        "| Model | Loss ↓ | Bits per byte ↓ |\n| --- | ---: | ---: |\n| **This model** | **3.0412** | **0.9000** |\n"
+        in card()
+    )
+    assert f"\n| OpenAI GPT-2 124M | {published} |  |\n" in card()
     for change in (
         *({"seq_len": 512}, {"eval_tokens": 1_048_576}, {"corpus_config": "default"}, {"val_tokens": 10_000}),
         {"tokenizer": "train:4096"},
@@ -79,8 +82,29 @@ def test_openais_loss_is_shown_only_for_the_same_text_tokens_and_windows() -> No
     assert published not in card(provenance=Provenance("fineweb"))
 
 
-def test_the_card_shows_hardware_and_hours() -> None:
-    text = card()
+def test_results_have_one_column_a_metric_and_their_protocols_below() -> None:
+    text = card(replace(FACTS, task_results=hellaswag(0.31, step=19_073)))
+    assert "| Model | Loss ↓ | Bits per byte ↓ | HellaSwag acc_norm ↑ |\n" in text
+    assert "| **This model** | **3.0412** | **0.9000** | **0.3100** |\n" in text
+    assert re.search(r"\n\| OpenAI GPT-2 124M \| 3\.\d{4} \|  \| 0\.\d{4} \|\n", text)
+    assert "\n- HellaSwag acc_norm: HellaSwag, acc_norm, protocol harness\n" in text
+
+
+def test_the_card_has_a_widget_a_folded_recipe_and_how_to_get_other_formats() -> None:
+    text = card(sample_prompts=["Once upon", "The"])
+    assert huggingface_hub.ModelCard(text).data.widget == [{"text": "Once upon"}, {"text": "The"}]
+    recipe = text[text.index("<details><summary>Recipe</summary>\n\n| Recipe key") : text.index("\n\n</details>\n")]
+    assert "| `learning_rate` | 0.0006 |" in recipe
+    assert "--output native --format gpt2`: plain GPT-2" in text
+    assert "--output model.gguf --format gguf`: a file for llama.cpp" in text
+    native = card_for_repository(text, "me/x", branch="native", has_native=True)
+    assert 'pipeline("text-generation", "me/x", revision="native")' in native
+
+
+def test_the_card_shows_hardware_software_and_hours() -> None:
+    text = card(replace(FACTS, software="torch 2.13.0, transformers 5.23.0"))
+    assert "- Software: gpt2-scratch with torch 2.13.0, transformers 5.23.0\n" in text
+    assert "Software" not in card()  # a run of an earlier version
     assert "- Hardware: 8 × NVIDIA A100-SXM4-80GB" in text
     assert "- Time: 2 h 00 min of training steps (1,388,853 tokens/s)" in text
 
@@ -241,7 +265,7 @@ def test_an_edited_card_keeps_its_text_and_gets_new_results(tmp_path: Path) -> N
     again = path.read_text()
     assert "I like these." in again
     assert "license: odc-by" in again
-    assert "| 2.9000 |" in again
+    assert "| **2.9000** |" in again
     assert "3.0412" not in again
     assert "19,073 steps" in again
     assert "Samples" not in again
@@ -268,7 +292,7 @@ def test_an_edit_of_text_or_metadata_stays_over_several_pushes(old: str, new: st
         assert stays == text_stays
         assert new in pushed
         assert old not in pushed
-        assert f"| {loss:.4f} |" in pushed
+        assert f"| **{loss:.4f}** |" in pushed
 
 
 def test_results_of_others_in_the_metadata_stay() -> None:
