@@ -39,8 +39,17 @@ PROXY = {"n_embd": 128, "max_steps": 600, "min_learning_rate_ratio": 0, "attn_im
 PROXY |= {"mixed_precision": "no", "logging_steps": 10, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
 BUILT_IN: dict[str, dict[str, Any]] = {
     "classic": {"learning_rate": 6e-4, "adam_beta2": 0.95, "warmup_steps": 60, "min_learning_rate_ratio": 0.1},
-    "adamw": {"learning_rate": 4e-3, "adam_beta2": 0.99, "warmup_steps": 60},
-    "muon": {"optimizer": "muon", "adam_beta2": 0.95, "warmup_steps": 10, "lr_scheduler_type": "linear"},
+    "adamw": {"learning_rate": 4e-3, "adam_beta2": 0.99, "warmup_steps": 200},
+    "muon": {
+        "optimizer": "muon",
+        "learning_rate": 0.03,
+        "embedding_learning_rate": 0.02,
+        "norm_learning_rate": 4e-3,
+        "muon_momentum_warmup_steps": 125,
+        "adam_beta2": 0.95,
+        "warmup_steps": 25,
+        "lr_scheduler_type": "linear",
+    },
 }
 # 97.5 % quantiles of Student's t, by degrees of freedom.
 STUDENT = dict(enumerate([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262], start=1))
@@ -79,12 +88,13 @@ def named_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
 
 
 def shortened(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe for another number of steps, with warmup and decay in proportion."""
+    """The recipe for another number of steps, with all warmups and the decay in proportion."""
     assert recipe.max_steps is not None
     share = steps / recipe.max_steps
-    decay_steps = None if recipe.decay_steps is None else max(1, round(share * recipe.decay_steps))
-    warmup_steps = round(share * recipe.warmup_steps)
-    return dataclasses.replace(recipe, max_steps=steps, warmup_steps=warmup_steps, decay_steps=decay_steps)
+    lengths = {"warmup_steps": recipe.warmup_steps, "decay_steps": recipe.decay_steps}
+    lengths["muon_momentum_warmup_steps"] = recipe.muon_momentum_warmup_steps
+    scaled: dict[str, Any] = {name: length and max(1, round(share * length)) for name, length in lengths.items()}
+    return dataclasses.replace(recipe, max_steps=steps, **scaled)
 
 
 def result_of(folder: Path, steps: int) -> Result | None:

@@ -50,6 +50,8 @@ def test_a_shorter_run_has_shorter_warmup_and_decay(learning: ModuleType, tiny_r
     recipe = tiny_recipe(max_steps=600, warmup_steps=60, lr_scheduler_type="warmup_stable_decay", decay_steps=420)
     short = learning.shortened(recipe, 240)
     assert (short.max_steps, short.warmup_steps, short.decay_steps) == (240, 24, 168)
+    muon = learning.shortened(tiny_recipe(max_steps=600, optimizer="muon", warmup_steps=0), 240)
+    assert (muon.warmup_steps, muon.decay_steps, muon.muon_momentum_warmup_steps) == (0, None, 120)
 
 
 def test_recipes_are_compared_and_finished_runs_are_not_repeated(
