@@ -224,6 +224,17 @@ def test_compiles_to_one_graph_with_the_same_values():
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("outer", [lambda function: function, torch.compile], ids=["eager", "compiled"])
+def test_the_gpus_compiled_softmax_works_inside_the_operator(outer, monkeypatch):
+    expected = loss_and_gradients(linear_cross_entropy, *problem(ignored=7))
+    monkeypatch.setattr(module, "_softmax_in_blocks", torch.compile(module._softmax))
+    found = loss_and_gradients(outer(linear_cross_entropy), *problem(ignored=7))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_compiled_graph_holds_no_logits():
     arguments = problem(tokens=60)
     sizes = []
