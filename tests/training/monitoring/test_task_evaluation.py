@@ -67,7 +67,7 @@ def test_tasks_are_recorded_and_change_nothing_else(tiny_recipe: Make, data: Pat
     assert (harness["protocol"], harness["items"]) == ("harness", 5)
     assert harness["figures"]["acc_norm"]["value"] == lines[1]["hellaswag_harness_acc_norm"]
     card = (run / "model" / "README.md").read_text()
-    assert "HellaSwag: acc_norm, protocol harness, first 5 items" in card
+    assert "HellaSwag acc_norm: HellaSwag, acc_norm, protocol harness, first 5 items" in card
     assert "The tasks were evaluated after step 6." in card
     assert not any(
         score.references for score in task_scores(RunHistory.load(run).task_results)
