@@ -1,10 +1,10 @@
 """Which recipe learns most: several recipes over the same data and seeds, against the first one.
 
-    python benchmarks/learning.py adamw muon [--steps 240 300 600] [--seeds 1 2 3] [--output runs/learning]
+    python benchmarks/learning.py adamw muon [--baseline_steps 600] [--steps 180 240] [--seeds 1 2 3]
 
 A recipe is a YAML file with max_steps, or a built-in one: `classic` (AdamW as GPT-2 recipes have it), `adamw` (tuned),
-`muon`. The first is the baseline, which runs for the largest number of steps only. The others run for every number,
-with warmup and decay shortened alike, so each run ends with its own schedule. Printed are
+`muon`. The first is the baseline, which runs for --baseline_steps. The others run for every number of --steps, with
+warmup and decay shortened alike, so each run ends with its own schedule. Printed are
 
 - the final validation loss per number of steps: mean and standard deviation over the seeds, and the steps' seconds;
 - the difference from the baseline at the same number of steps, paired by seed, with its 95 % interval (Student's t);
@@ -114,15 +114,14 @@ def result_of(folder: Path, steps: int) -> Result | None:
     )
 
 
-def run_all(recipes: dict[str, Recipe], lengths: Sequence[int], seeds: Sequence[int], output: Path) -> Results:
-    """Train what is not finished yet, seed by seed, and return all results."""
+def run_all(recipes: dict[str, Recipe], lengths: dict[str, list[int]], seeds: Sequence[int], output: Path) -> Results:
+    """Train what is not finished yet, seed by seed, for each recipe's numbers of steps; return all results."""
     from training.loop import train
 
-    baseline = next(iter(recipes))
     results: Results = {name: {} for name in recipes}
     for seed in seeds:
         for name, recipe in recipes.items():
-            for steps in lengths[-1:] if name == baseline else lengths:
+            for steps in lengths[name]:
                 folder = output / name / f"{steps}-steps" / f"seed-{seed}"
                 run = dataclasses.replace(shortened(recipe, steps), seed=seed, output_dir=str(folder))
                 if result_of(folder, steps) is None:
@@ -242,7 +241,8 @@ def main() -> None:
     assert __doc__ is not None
     parser = CommandParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="YAML file or built-in recipe; first the baseline")
-    parser.add_argument("--steps", type=int, nargs="+", default=[240, 300, 600], help="lengths of the runs")
+    parser.add_argument("--baseline_steps", type=int, default=600, help="length of the baseline (default: 600 steps)")
+    parser.add_argument("--steps", type=int, nargs="+", default=[180, 240], help="lengths of the others")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of all runs")
     parser.add_argument("--data_dir", help="shard folder of all recipes (default: each recipe's own)")
@@ -251,9 +251,12 @@ def main() -> None:
     recipes = {Path(name).stem: named_recipe(name, overrides) for name in arguments.recipes}
     if len(recipes) < len(arguments.recipes):
         raise InputError("two recipes have the same name; rename a file")
-    lengths, seeds = sorted(set(arguments.steps)), sorted(set(arguments.seeds))
-    if lengths[0] < 1:
-        raise InputError(f"--steps: expected at least 1, found {lengths[0]}")
+    steps, seeds = sorted(set(arguments.steps)), sorted(set(arguments.seeds))
+    for flag, shortest in (("--steps", steps[0]), ("--baseline_steps", arguments.baseline_steps)):
+        if shortest < 1:
+            raise InputError(f"{flag}: expected at least 1, found {shortest}")
+    baseline, *others = recipes
+    lengths = {baseline: [arguments.baseline_steps], **dict.fromkeys(others, steps)}
     results = run_all(recipes, lengths, seeds, arguments.output)
     print("\n".join(report(results)))
     picture = arguments.output / "learning.png"

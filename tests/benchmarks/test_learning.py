@@ -65,12 +65,12 @@ def test_recipes_are_compared_and_finished_runs_are_not_repeated(
     recipe.save(tmp_path / "slow.yaml")
     dataclasses.replace(recipe, learning_rate=0.02).save(tmp_path / "fast.yaml")
     names = [str(tmp_path / name) for name in ("slow.yaml", "fast.yaml")]
-    command = ["learning.py", *names, "--steps", "4", "8", "--seeds", "1", "2", "--output", str(tmp_path / "out")]
+    command = ["learning.py", *names, "--output", str(tmp_path / "out")]
+    command += ["--baseline_steps", "8", "--steps", "4", "8", "--seeds", "1", "2"]
     monkeypatch.setattr(sys, "argv", command)
     learning.main()
     printed = capsys.readouterr().out
     runs = sorted(path.parent.relative_to(tmp_path / "out") for path in tmp_path.rglob("metrics.jsonl"))
-    # The baseline runs for the largest number of steps only.
     assert [str(run) for run in runs] == [
         *("fast/4-steps/seed-1", "fast/4-steps/seed-2", "fast/8-steps/seed-1", "fast/8-steps/seed-2"),
         *("slow/8-steps/seed-1", "slow/8-steps/seed-2"),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from training.optim.muon import Muon
 from training.optim.optimizer import build_optimizer
-from training.optim.orthogonalize import NEWTON_SCHULZ
+from training.optim.orthogonalize import NEWTON_SCHULZ, orthogonalize
 from training.recipe import Recipe
 from training.step.guard import skip_update_if
 
@@ -159,3 +159,31 @@ def test_a_skipped_update_leaves_weights_and_state_bit_identical() -> None:
     assert all(map(torch.equal, states[0], states[1]))
     assert all(tensor.isfinite().all() for tensor in states[2])
     assert not any(map(torch.equal, states[1], states[2]))
+
+
+@pytest.mark.parametrize(("matrices", "processes"), [(1, 2), (5, 3), (4, 2)])
+def test_every_process_takes_an_equal_part_of_the_matrices_or_zeros(
+    matrices: int, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batch = torch.stack([random(6, 8, seed=seed) for seed in range(matrices)])
+    optimizer = muon(nn.Parameter(torch.zeros(6, 8)))
+    parts: list[Tensor] = []
+
+    class Work:
+        def wait(self) -> None:
+            pass
+
+    def gather(gathered: Tensor, own: Tensor, async_op: bool) -> Work:
+        parts.append(own)
+        if len(parts) == processes:
+            gathered.copy_(torch.cat(parts))
+        return Work()
+
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: processes)
+    monkeypatch.setattr("torch.distributed.all_gather_into_tensor", gather)
+    for rank in range(processes):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        finish = optimizer._shared_out(batch)
+    assert {len(part) for part in parts} == {-(-matrices // processes)}
+    torch.testing.assert_close(finish(), orthogonalize(batch))
