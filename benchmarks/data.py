@@ -38,11 +38,11 @@ from common.cli_errors import InputError, run_command
 from common.cpus import usable_cpus
 from common.worker_processes import results_in_order, start_workers
 from training.data.loading.loader import TrainingShards, TrainingWindows, training_batches
-from training.data.producing.producer import batches
+from training.data.producing.batches import batches
 from training.data.shards.shard_reader import Shard, ShardFolder
-from training.data.sources.base import INSTALLED_DOCS, Document
+from training.data.sources.base import INSTALLED_DOCS, Piece
 from training.data.sources.open_corpus import open_corpus
-from training.data.tokenization.bpe import EncodeDocuments
+from training.data.tokenization.bpe import EncodePieces
 from training.data.tokenization.tokenizer import load_tokenizer
 from training.monitoring.throughput import PEAKS, flops_per_token
 from training.step.batch_plan import plan_batch
@@ -79,14 +79,14 @@ def seconds(side: Callable[[], Iterable[np.ndarray]], expected: int) -> float:
 def time_tokenizing(documents: list[str], rounds: int, num_workers: int) -> None:
     """Print documents/s and tokens/s of the three sides, and their ratios."""
     tokenizer = load_tokenizer("gpt2")
-    encode = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")
+    encode = EncodePieces(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")
     expected = sum(len(tokenize_one(document)) for document in documents)
     with multiprocessing.Pool(num_workers) as pool, start_workers(encode, num_workers) as workers:
         sides: dict[str, Callable[[], Iterable[np.ndarray]]] = {
             "loop": lambda: map(tokenize_one, documents),
             "pool": lambda: pool.imap(tokenize_one, documents, chunksize=16),
             "ours": lambda: results_in_order(
-                workers, (batch.texts for batch in batches(map(Document, documents), 0)), num_workers=num_workers
+                workers, (batch.pieces for batch in batches(map(Piece, documents), 0)), num_workers=num_workers
             ),
         }
         for side in sides.values():

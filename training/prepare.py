@@ -30,6 +30,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--verify", action="store_true", help="with --inspect, check every byte: hashes and token ids")
     add("--corpus_config", help="configuration of a Hub dataset; FineWeb's default is sample-10BT")
     add("--text_field", default="text", help="field or column that holds the text in JSON lines and Parquet")
+    add(
+        "--document_separator",
+        default="<|endoftext|>",
+        help=r"what separates documents in text files: a line, a text with line breaks such as '\n\n', or none",
+    )
+    add("--encoding", help="encoding of text without a byte-order mark; UTF-8 if not given")
     add("--tokenizer", default="gpt2", help="gpt2, train:4096 to train one on the corpus, or the folder of a saved one")
     add("--shard_tokens", type=int, default=DEFAULT_SHARD_TOKENS, help="tokens in each training shard")
     add("--val_tokens", type=int, help="tokens in the validation shard; shard_tokens if not given")
@@ -58,6 +64,9 @@ def _run() -> None:
         raise InputError("--output is missing; pass the folder to fill")
     if arguments.val_tokens is None:
         arguments.val_tokens = arguments.shard_tokens
+
+    if arguments.document_separator == "none":
+        arguments.document_separator = None
 
     from training.data.producing.producer import produce
     from training.data.shards.shard_spec import ShardSpec

@@ -46,6 +46,12 @@ class Recipe:
     )
     corpus_config: str | None = off_card("config of a Hub corpus, e.g. sample-10BT", None, group="data")
     text_field: str = off_card("text column of jsonl, parquet and Hub corpora", "text", group="data")
+    document_separator: str | None = off_card(
+        r"what separates documents in text files: a line, a text with line breaks such as '\n\n', or none",
+        "<|endoftext|>",
+        group="data",
+    )
+    encoding: str | None = off_card("encoding of text without a byte-order mark (default: UTF-8)", None, group="data")
     tokenizer: str = local("gpt2, train:VOCAB_SIZE, or a folder with tokenizer.json", "gpt2", group="data")
     # Shards are held in memory, hence the limit.
     shard_tokens: int = off_card("tokens per training shard", 100_000_000, group="data", at_least=1, at_most=10**9)

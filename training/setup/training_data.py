@@ -12,7 +12,6 @@ from training.data.producing.background_producer import BackgroundProducer, prod
 from training.data.producing.content_check import check_content
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
-from training.data.sources.open_corpus import open_corpus
 from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
 from training.recipe import Recipe
 
@@ -38,6 +37,8 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
         corpus=recipe.corpus,
         corpus_config=recipe.corpus_config,
         text_field=recipe.text_field,
+        document_separator=recipe.document_separator,
+        encoding=recipe.encoding,
         tokenizer=recipe.tokenizer,
         shard_tokens=recipe.shard_tokens,
         val_tokens=recipe.validation_shard_tokens,
@@ -49,7 +50,7 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
     if first_on_node and folder is not None and folder.complete:
         check_content(spec, folder, producer.report)
     elif first_on_node:
-        open_corpus(recipe.corpus, recipe.corpus_config, text_field=recipe.text_field)  # raises if it does not exist
+        spec.open_corpus()  # raises if it does not exist
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         producer.start(producer_command(spec, workers))
     needs_all = recipe.num_train_epochs is not None  # for the length of an epoch

@@ -6,7 +6,6 @@ from common.cli_errors import InputError
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.base import INSTALLED_DOCS
-from training.data.sources.open_corpus import open_corpus
 
 
 def check_content(spec: ShardSpec, folder: ShardFolder, report: Callable[[str], None]) -> None:
@@ -21,7 +20,7 @@ def check_content(spec: ShardSpec, folder: ShardFolder, report: Callable[[str], 
     assert folder.manifest is not None  # a folder of ours
     made_of = folder.manifest.corpus_revision
     try:
-        corpus = open_corpus(spec.corpus, spec.corpus_config, text_field=spec.text_field, report=report)
+        corpus = spec.open_corpus(report=report)
         if corpus.holds(made_of):
             return
         found = corpus.revision

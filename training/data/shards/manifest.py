@@ -1,16 +1,22 @@
 """The manifest of a shard folder: where the shards came from, and a record of each."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError, one_line
 from common.token_files import Split
+from training.data.sources.text_files import END_OF_TEXT
 
 MANIFEST_NAME = "manifest.json"
 FORMAT_VERSION = 1
+
+# Keys that earlier versions did not have: a manifest without news is the one that they wrote.
+_OMITTED_AT_DEFAULT = (
+    *("document_separator", "encoding", "replaced_characters", "first_replaced", "special_tokens_in_text"),
+)
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,13 @@ class ResumePoint:
 
     Attributes:
         document: index of a document that begins in a complete shard.
-        position: where the corpus finds that document; `place` in the file.
+        position: where the corpus finds a piece of that document; `place` in the file.
+        tokens: how many tokens precede it; None in a manifest of an earlier version, where it is the document's begin.
     """
 
     document: int
     position: Any
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,12 @@ class Manifest:
     """Where the shards came from, and a record of each.
 
     Attributes:
-        replaced_documents: how many documents held invalid UTF-8, which U+FFFD replaced.
+        document_separator: what separates documents in text files.
+        encoding: of text without a byte-order mark; None for UTF-8.
+        replaced_documents: how many documents held invalid bytes, which U+FFFD replaced.
+        replaced_characters: how many U+FFFD that are.
+        first_replaced: where the first of them is.
+        special_tokens_in_text: how often the text itself spells a special token.
         resume: where the producer resumes; None for the beginning of the corpus, or when complete.
     """
 
@@ -59,7 +72,12 @@ class Manifest:
     val_tokens: int
     max_tokens: int | None
     complete: bool = False
+    document_separator: str | None = END_OF_TEXT
+    encoding: str | None = None
     replaced_documents: int = 0
+    replaced_characters: int = 0
+    first_replaced: str | None = None
+    special_tokens_in_text: int = 0
     resume: ResumePoint | None = None
     shards: tuple[ShardRecord, ...] = ()
     format_version: int = FORMAT_VERSION
@@ -76,9 +94,13 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest into `folder` atomically."""
-        values = asdict(self)
+        values = {
+            field.name: value
+            for field, value in zip(fields(self), asdict(self).values(), strict=True)
+            if field.name not in _OMITTED_AT_DEFAULT or value != field.default
+        }
         if self.resume is not None:
-            values["resume"] = {"document": self.resume.document, "place": self.resume.position}
+            values["resume"]["place"] = values["resume"].pop("position")
         write_atomically(folder / MANIFEST_NAME, json.dumps(values, indent=2) + "\n")
 
     @classmethod
@@ -114,7 +136,7 @@ def _parse(data: dict[str, Any]) -> Manifest:
         raise ValueError("shards is not a list")
     shards = tuple(_checked(ShardRecord, record) for record in records)
     if isinstance(resume, dict) and "place" in resume:
-        resume = {"document": resume.get("document"), "position": resume["place"]}
+        resume = {**{key: value for key, value in resume.items() if key != "place"}, "position": resume["place"]}
     resume = None if resume is None else _checked(ResumePoint, resume)
     manifest: Manifest = _checked(Manifest, {**data, "shards": shards, "resume": resume})
     splits = [shard.split for shard in shards]

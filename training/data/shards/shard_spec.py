@@ -1,6 +1,7 @@
 """Shard folder spec: what a shard folder should hold, and how an existing one differs."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,7 +9,9 @@ from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME
 from training.data.shards.manifest import MANIFEST_NAME, Manifest
 from training.data.shards.shard_reader import ShardFolder
-from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA, corpus_name
+from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA, Corpus, corpus_name
+from training.data.sources.open_corpus import open_corpus
+from training.data.sources.text_files import END_OF_TEXT, check_encoding
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 
 MAX_SHARD_TOKENS = 1 << 32  # a shard is assembled in memory
@@ -26,6 +29,8 @@ class ShardSpec:
     corpus: str
     corpus_config: str | None = None
     text_field: str = "text"
+    document_separator: str | None = END_OF_TEXT
+    encoding: str | None = None
     tokenizer: str = "gpt2"
     shard_tokens: int
     val_tokens: int
@@ -35,12 +40,25 @@ class ShardSpec:
         if self.corpus in HUB_CORPORA and self.corpus_config is None:
             object.__setattr__(self, "corpus_config", DEFAULT_HUB_CONFIG)
         parse_train_spec(self.tokenizer)
+        check_encoding(self.encoding)
         for name, smallest in (("shard_tokens", 2), ("val_tokens", 1), ("max_tokens", 2)):
             value = getattr(self, name)
             if value is not None and value < smallest:
                 raise InputError(f"{name} must be at least {smallest}, found {value}")
             if name != "max_tokens" and value > MAX_SHARD_TOKENS:
                 raise InputError(f"{name} must be at most {MAX_SHARD_TOKENS:,}, found {value:,}")
+
+    def open_corpus(self, *, num_workers: int | None = None, report: Callable[[str], None] = print) -> Corpus:
+        """Return the corpus; see `open_corpus`."""
+        return open_corpus(
+            self.corpus,
+            self.corpus_config,
+            text_field=self.text_field,
+            document_separator=self.document_separator,
+            encoding=self.encoding,
+            num_workers=num_workers,
+            report=report,
+        )
 
     def to_json(self) -> str:
         """Return the spec as JSON text; `from_json` reads it."""
@@ -58,6 +76,8 @@ class ShardSpec:
             "corpus": corpus_name(self.corpus),
             "corpus_config": self.corpus_config,
             "text_field": self.text_field,
+            "document_separator": self.document_separator,
+            "encoding": self.encoding,
             "shard_tokens": self.shard_tokens,
             "val_tokens": self.val_tokens,
         }

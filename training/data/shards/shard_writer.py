@@ -39,6 +39,8 @@ def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtyp
         corpus_config=spec.corpus_config,
         corpus_revision=source.revision,
         text_field=spec.text_field,
+        document_separator=spec.document_separator,
+        encoding=spec.encoding,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
@@ -103,11 +105,11 @@ class ShardWriter:
     """Cuts a stream of ids into shards, writes each as soon as it is full, and updates the manifest.
 
     Writing continues after the shards that the manifest lists. `manifest_changes` is called when a shard is complete,
-    with the number of documents that begin in the shards so far, and returns further fields of the manifest to change.
+    with the number of tokens in the shards so far, and returns further fields of the manifest to change.
     """
 
     def __init__(
-        self, folder: Path, manifest: Manifest, manifest_changes: Callable[[int], dict[str, Any]] = lambda documents: {}
+        self, folder: Path, manifest: Manifest, manifest_changes: Callable[[int], dict[str, Any]] = lambda tokens: {}
     ) -> None:
         self.manifest = manifest
         self._manifest_changes = manifest_changes
@@ -193,7 +195,7 @@ class ShardWriter:
         digest = write_atomically(self._folder / file, write)
         documents = int(np.count_nonzero(ids == self.manifest.end_of_text_id))
         record = ShardRecord(file, split, len(ids), documents, digest)
-        changes = self._manifest_changes(self.manifest.documents + documents)
+        changes = self._manifest_changes(self.manifest.tokens + len(ids))
         self._update(shards=(*self.manifest.shards, record), **changes)
         self._filled = 0
         if len(self._buffer) != self._next_shard_tokens():

@@ -1,42 +1,40 @@
 """A corpus: documents in a fixed order, read from the start or from a known position.
 
 Three kinds: documentation strings of the installed packages (no download), files and folders, and Hub datasets.
-Files and Hub datasets are streamed: memory holds a row group or a line at a time. Only text files are read into
-memory completely.
+Files and Hub datasets are streamed: memory holds a row group, a line or a piece of a text file at a time.
 """
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from common.cli_errors import InputError, did_you_mean
+from common.cli_errors import InputError
+from training.data.sources.formats import FILE_ENDINGS
+from training.data.sources.pieces import pieces_of
 
 INSTALLED_DOCS = "installed-docs"
 HUB_CORPORA = {"fineweb": "HuggingFaceFW/fineweb", "fineweb-edu": "HuggingFaceFW/fineweb-edu"}
 DEFAULT_HUB_CONFIG = "sample-10BT"
 
-TEXT_ENDINGS = (".txt", ".md")
-JSONL_ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz")
-PARQUET_ENDING = ".parquet"
-FILE_ENDINGS = (*TEXT_ENDINGS, *JSONL_ENDINGS, PARQUET_ENDING)
-
 Position = Any
 """Where a document begins; each kind of corpus has its own form, which JSON can represent."""
 
 
-class Document(NamedTuple):
-    """A text that is not blank, in valid Unicode.
+class Piece(NamedTuple):
+    """A part of a document that is not blank, in valid Unicode; most documents are one piece.
 
     Attributes:
-        position: where reading can start at this document; None where the corpus has no position for it.
-        replaced: whether invalid bytes or lone surrogates were replaced by U+FFFD.
+        position: where reading can start at this piece; None where the corpus has no position for it.
+        starts: whether the document begins here.
+        replaced: characters that stand for invalid bytes or lone surrogates, now U+FFFD.
     """
 
     text: str
     position: Position | None = None
-    replaced: bool = False
+    starts: bool = True
+    replaced: int = 0
 
 
 class Corpus(ABC):
@@ -54,7 +52,8 @@ class Corpus(ABC):
         """Return whether a value, read from a manifest, is a position of this corpus."""
 
     @abstractmethod
-    def _read(self, start: Position | None) -> Iterator[Document]: ...
+    def _read(self, start: Position | None) -> Iterator[Piece]:
+        """Yield documents, in pieces where they are long; invalid bytes are lone surrogates (`text_files.INVALID`)."""
 
     def at_revision(self, revision: str) -> "Corpus | None":
         """Return the corpus with the content it had at `revision`, or None if that content no longer exists."""
@@ -68,6 +67,10 @@ class Corpus(ABC):
         """
         return self.revision == revision
 
+    def notes(self) -> list[str]:
+        """Return what a user should know before the corpus is read, a line each."""
+        return []
+
     def fraction_before(self, position: Position) -> float | None:
         """Return the fraction of the corpus that lies before a position, in [0, 1]; None where unknown."""
         return None
@@ -76,22 +79,40 @@ class Corpus(ABC):
         """Return a lower bound on the number of tokens, for checking disk space; None where unknown."""
         return None
 
-    def documents(self) -> Iterator[str]:
-        """Yield the text of each document, from the first."""
-        return (document.text for document in self.read())
+    def place(self, position: Position) -> str:
+        """Return a position in words, for messages."""
+        return f"{self.name} at {position}"
 
-    def read(self, start: Position | None = None) -> Iterator[Document]:
-        """Yield the documents that are not blank, from the first or from a position.
+    def documents(self) -> Iterator[str]:
+        """Yield the text of each document, from the first; a document is held in memory."""
+        parts: list[str] = []
+        for piece in self.read():
+            if piece.starts and parts:
+                yield "".join(parts)
+                parts.clear()
+            parts.append(piece.text)
+        yield "".join(parts)
+
+    def read(self, start: Position | None = None) -> Iterator[Piece]:
+        """Yield the pieces of the documents that are not blank, from the first or from a position.
 
         Raises:
             InputError: the source is corrupted, or holds no document.
         """
-        empty = True
-        for text, position, replaced in self._read(start):
-            if text and not text.isspace():
-                empty = False
-                valid = _replace_lone_surrogates(text)
-                yield Document(valid, position, replaced or valid is not text)
+        empty, blank = True, False
+        for document in self._read(start):
+            if document.starts:
+                blank = not document.text or document.text.isspace()
+            if blank:
+                continue
+            empty = False
+            text = _replace_lone_surrogates(document.text)
+            replaced = 0 if text is document.text else text.count("\ufffd") - document.text.count("\ufffd")
+            for number, part in enumerate(pieces_of(text)):
+                if number == 0:
+                    yield Piece(part, document.position, document.starts, replaced)
+                else:
+                    yield Piece(part, starts=False)
         if empty and start is None:
             raise InputError(f"corpus '{self.name}' holds no documents; pass another --corpus")
 
@@ -105,28 +126,6 @@ def corpus_name(corpus: str) -> str:
     stem = name.removesuffix(name[-len(max(endings, key=len)) :]) if endings else name
     # An underscore would make NAME_val_000000.npy ambiguous.
     return re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "corpus"
-
-
-def text_of(row: Any, text_field: str, where: str) -> str:
-    """Return the text of the row found at `where`; null is an empty document, anything else an `InputError`."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is not a JSON object but {type(row).__name__}")
-    if text_field not in row:
-        raise missing_field(text_field, row, where)
-    text = row[text_field]
-    if text is not None and not isinstance(text, str):
-        raise InputError(
-            f"field '{text_field}' of {where} holds {type(text).__name__}, not text; name the text with --text_field"
-        )
-    return text or ""
-
-
-def missing_field(text_field: str, fields: Iterable[str], where: str) -> InputError:
-    """Return the error for a row without the field; it lists the fields that exist."""
-    fields = list(fields)
-    found = ", ".join(fields) or "no fields"
-    hint = did_you_mean(text_field, fields)
-    return InputError(f"no field '{text_field}' in {where}, only {found}; name the field with --text_field{hint}")
 
 
 def _replace_lone_surrogates(text: str) -> str:

@@ -1,62 +1,65 @@
-"""A corpus of files: text, JSON lines (plain, gzip, zstd) and Parquet.
+"""A corpus of files: text, JSON, CSV, Parquet and Arrow; see `formats` for the endings.
 
-Reading can start in the middle of plain JSON lines (at a byte) and of Parquet (at a row group). A compressed file is
-decompressed from its start.
+Reading can start in the middle of text and of plain JSON lines (at a byte) and of Parquet (at a row group). Other files
+are read from their beginning.
 """
 
 import functools
 import hashlib
-import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from common.cli_errors import InputError, one_line
-from training.data.sources.base import (
-    FILE_ENDINGS,
-    JSONL_ENDINGS,
-    PARQUET_ENDING,
-    TEXT_ENDINGS,
-    Corpus,
-    Document,
-    Position,
-    corpus_name,
-    missing_field,
-    text_of,
-)
+from common.cli_errors import InputError
+from training.data.sources.base import Corpus, Piece, Position, corpus_name
+from training.data.sources.formats import ENDINGS_IN_WORDS, advance, format_of, open_plain, opened
+from training.data.sources.rows import MissingFieldError, read_rows
+from training.data.sources.text_files import END_OF_TEXT, Separator, find_encoding, read_pieces, require_text
 
-if TYPE_CHECKING:
-    import pyarrow
-
-_ROWS_PER_BATCH = 1000
 _HASHED_CHUNK_BYTES = 65_536
 _HASHED_CHUNKS = 4096  # 256 MiB in total, which takes a fraction of a second
 _MAX_BYTES_PER_TOKEN = 8  # natural text has four to five
+_ABOUT_THE_DATA = ("readme", "dataset_card", "dataset_info", "dataset_infos", "dataset_dict", "state")
+_NAMED_FILES = 5
 
 
 class FileCorpus(Corpus):
     """A file, or the files below a folder sorted by relative path, without hidden ones.
 
-    A .txt or .md file is one document; JSON lines and Parquet hold one per row. A position is [index of the file, byte
-    or row in it, lines before it].
+    A text file is one document, or several with separators; other files hold one per row. A position is [index of the
+    file, byte or row in it, lines before it]; in text, [index, byte, characters after it], and 1 inside a document.
+
+    Attributes:
+        unread: the files of the folder that are not read.
     """
 
-    def __init__(self, path: Path, text_field: str = "text") -> None:
+    def __init__(
+        self,
+        path: Path,
+        text_field: str = "text",
+        *,
+        separator: str | None = END_OF_TEXT,
+        encoding: str | None = None,
+    ) -> None:
         path = path.resolve()
         self.name = corpus_name(str(path))
-        self._text_field = text_field
+        self.unread: list[Path] = []
+        self._text_field, self._encoding, self._separator = text_field, encoding, Separator(separator)
         self._root = path if path.is_dir() else path.parent
         if path.is_dir():
-            found = [file for file in path.rglob("*") if file.name.lower().endswith(FILE_ENDINGS) and file.is_file()]
-            self._files = sorted(found, key=lambda file: file.relative_to(path).parts)
-            self._files = [file for file in self._files if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            found = [file for file in path.rglob("*") if file.is_file()]
+            found = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            found.sort(key=lambda file: file.relative_to(path).parts)
+            self._files = [file for file in _documents_among(found) if self._has_text(file)]
+            self.unread = [file for file in found if file not in set(self._files)]
             if not self._files:
-                raise InputError(f"{path} holds no files that end in {', '.join(FILE_ENDINGS)}; pass another --corpus")
+                raise InputError(
+                    f"{path} holds no files that end in {ENDINGS_IN_WORDS}, with a field '{text_field}' where they "
+                    "hold rows; pass another --corpus or --text_field"
+                )
         else:
             self._files = [path]
-            if not path.name.lower().endswith(FILE_ENDINGS):
-                raise InputError(f"{path} does not end in {', '.join(FILE_ENDINGS)}; rename it")
+            if format_of(path.name) is None:
+                raise InputError(f"{path} does not end in {ENDINGS_IN_WORDS}; rename it")
 
     @functools.cached_property
     def revision(self) -> str:
@@ -65,11 +68,19 @@ class FileCorpus(Corpus):
         stride = _HASHED_CHUNK_BYTES * max(1, -(-sum(self._sizes) // (_HASHED_CHUNK_BYTES * _HASHED_CHUNKS)))
         for file, size in zip(self._files, self._sizes, strict=True):
             digest.update(f"{file.relative_to(self._root).as_posix()}\0{size}\0".encode())
-            with _open(file) as stream:
+            with open_plain(file) as stream:
                 for offset in range(0, size, stride):
                     stream.seek(offset)
                     digest.update(stream.read(_HASHED_CHUNK_BYTES))
         return digest.hexdigest()
+
+    def notes(self) -> list[str]:
+        """Return a line that names the files that are not read."""
+        names = [file.relative_to(self._root).as_posix() for file in self.unread]
+        more = f" and {len(names) - _NAMED_FILES:,} more" if len(names) > _NAMED_FILES else ""
+        return [f"{len(names):,} files of {self._root} are not read: {', '.join(names[:_NAMED_FILES])}{more}"] * bool(
+            names
+        )
 
     def min_tokens(self) -> int:
         """Return an eighth of the files' bytes; compressed files hold more."""
@@ -77,112 +88,72 @@ class FileCorpus(Corpus):
 
     def is_position(self, value: object) -> bool:
         """Return whether `value` is a position in one of the files."""
-        if not isinstance(value, list) or len(value) != 3:
+        if not isinstance(value, list) or len(value) not in (3, 4):
             return False
         return all(isinstance(number, int) and number >= 0 for number in value) and value[0] < len(self._files)
 
     def fraction_before(self, position: Position) -> float:
         """Return the fraction of the files' bytes before a position."""
-        index, offset, _ = position
+        index, offset = position[:2]
         file, size = self._files[index], self._sizes[index]
-        if file.name.lower().endswith(PARQUET_ENDING):
+        format = format_of(file.name)
+        if format is not None and format.kind == "Parquet":
             offset = size * offset / _num_rows(file)
-        return float((sum(self._sizes[:index]) + offset) / sum(self._sizes))
+        return float((sum(self._sizes[:index]) + min(offset, size)) / sum(self._sizes))
+
+    def place(self, position: Position) -> str:
+        """Return the file, and the byte or row in it, counted from 1."""
+        index, offset, number = position[:3]
+        format = format_of(self._files[index].name)
+        if format is None or format.kind == "text":
+            return f"{self._files[index]}, byte {offset:,} or after it"
+        return f"{self._files[index]}, row {(offset if format.kind == 'Parquet' else number) + 1:,}"
+
+    def _has_text(self, file: Path) -> bool:
+        """Return whether a file of a folder holds documents: settings and tables of something else do not."""
+        format = format_of(file.name)
+        if format is None or format.kind not in ("json", "csv", "Arrow"):
+            return format is not None
+        try:
+            with opened(file, format) as stream:
+                next(read_rows(stream, format, file, self._text_field, self._encoding), None)
+        except MissingFieldError:
+            return False
+        return True
 
     @functools.cached_property
     def _sizes(self) -> list[int]:
         return [file.stat().st_size for file in self._files]
 
-    def _read(self, start: Position | None) -> Iterator[Document]:
-        first, offset, lines = start or (0, 0, 0)
+    def _read(self, start: Position | None) -> Iterator[Piece]:
+        first, offset, number, *inside = start or (0, 0, 0)
         for index, file in enumerate(self._files[first:], start=first):
-            ending = file.name.lower()
-            if ending.endswith(TEXT_ENDINGS):
-                with _open(file) as stream:
-                    text, replaced = _decode(stream.read(), "utf-8-sig")
-                yield Document(text, [index, 0, 0], replaced)
-            elif ending.endswith(JSONL_ENDINGS):
-                yield from _read_json_lines(file, self._text_field, index, offset, lines)
-            else:
-                yield from _read_parquet(file, self._text_field, index, offset)
-            offset = lines = 0
+            format = format_of(file.name)
+            assert format is not None  # see the constructor
+            with opened(file, format) as stream:
+                if format.kind == "text":
+                    codec, mark_bytes = find_encoding(stream, self._encoding)
+                    require_text(stream, codec, file)
+                    offset = max(offset, mark_bytes)
+                    advance(stream, offset)
+                    for piece in read_pieces(
+                        stream, codec, self._separator, offset=offset, skipped=number, starts=not inside
+                    ):
+                        position = [index, piece.offset, piece.skipped, *([] if piece.starts else [1])]
+                        yield Piece(piece.text, position, piece.starts)
+                else:
+                    rows = read_rows(
+                        stream, format, file, self._text_field, self._encoding, offset=offset, number=number
+                    )
+                    yield from (Piece(row.text, [index, row.offset, row.number]) for row in rows)
+            offset, number, inside = 0, 0, []
 
 
-def _open(file: Path) -> io.BufferedReader:
-    try:
-        return file.open("rb")
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from None
-
-
-def _corrupted(file: Path, kind: str, error: BaseException) -> InputError:
-    return InputError(f"{file} is not a complete {kind} file ({one_line(error)}); download it again")
-
-
-def _decode(content: bytes, encoding: str = "utf-8") -> tuple[str, bool]:
-    """Return the text, with U+FFFD for invalid bytes, and whether there were any."""
-    try:
-        return content.decode(encoding), False
-    except UnicodeDecodeError:
-        return content.decode(encoding, errors="replace"), True
-
-
-def _lines(file: Path, offset: int, lines: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (byte offset, line), from `offset` in a plain file and after `lines` lines in a compressed one."""
-    compression = {".gz": "gzip", ".zst": "zstd"}.get(file.suffix.lower())
-    with _open(file) as stream:
-        if compression is None:
-            stream.seek(offset)
-            for line in stream:
-                yield offset, line
-                offset += len(line)
-            return
-        import pyarrow
-
-        try:
-            # pyarrow detects truncation in both formats; `zstandard` takes it for the end.
-            for number, line in enumerate(io.BufferedReader(pyarrow.CompressedInputStream(stream, compression))):
-                if number >= lines:
-                    yield 0, line
-        except (OSError, pyarrow.ArrowException) as error:
-            raise _corrupted(file, compression, error) from None
-
-
-def _read_json_lines(file: Path, text_field: str, index: int, offset: int, lines: int) -> Iterator[Document]:
-    for before, (begin, line) in enumerate(_lines(file, offset, lines), start=lines):
-        if line.isspace():
-            continue
-        where = f"{file} line {before + 1:,}"
-        content, replaced = _decode(line, "utf-8" if before else "utf-8-sig")
-        try:
-            row = json.loads(content)
-        except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
-            raise InputError(f"{where} is not valid JSON ({error})") from None
-        yield Document(text_of(row, text_field, where), [index, begin, before], replaced)
-
-
-def _read_parquet(file: Path, text_field: str, index: int, first_row: int) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with _open(file) as stream:
-        try:
-            parquet = pyarrow.parquet.ParquetFile(stream)
-            if text_field not in parquet.schema_arrow.names:
-                raise missing_field(text_field, parquet.schema_arrow.names, str(file))
-            row, group = 0, 0
-            while group < parquet.num_row_groups and row + parquet.metadata.row_group(group).num_rows <= first_row:
-                row += parquet.metadata.row_group(group).num_rows
-                group += 1
-            groups = range(group, parquet.num_row_groups)
-            for batch in parquet.iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=groups, columns=[text_field]):
-                for value, replaced in column_values(batch.column(0)):
-                    if row >= first_row:
-                        text = text_of({text_field: value}, text_field, f"{file} row {row + 1:,}")
-                        yield Document(text, [index, row, 0], replaced)
-                    row += 1
-        except (OSError, pyarrow.ArrowException) as error:
-            raise _corrupted(file, "Parquet", error) from None
+def _documents_among(files: list[Path]) -> list[Path]:
+    """Return the files that are read: a README or a dataset's description beside data of another kind is not."""
+    read = [file for file in files if format_of(file.name) is not None]
+    data = [file for file in read if file.name.split(".")[0].lower() not in _ABOUT_THE_DATA]
+    return data if any(not file.name.lower().endswith(".md") for file in data) else read
 
 
 @functools.cache
@@ -190,16 +161,3 @@ def _num_rows(file: Path) -> int:
     import pyarrow.parquet
 
     return max(1, pyarrow.parquet.read_metadata(file).num_rows)
-
-
-def column_values(column: "pyarrow.Array") -> Iterator[tuple[Any, bool]]:
-    """Yield (value, whether invalid UTF-8 was replaced) for each row; Parquet writers do not always validate text."""
-    import pyarrow
-
-    if pyarrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    if not (pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)):
-        yield from ((value, False) for value in column.to_pylist())
-        return
-    for value in column.cast(pyarrow.large_binary()).to_pylist():
-        yield (None, False) if value is None else _decode(value)

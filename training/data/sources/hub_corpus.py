@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli_errors import InputError, one_line
 from common.hub_retry import HubRetry, network_errors
-from training.data.sources.base import Corpus, Document, Position, missing_field, text_of
-from training.data.sources.files import column_values
+from training.data.sources.base import Corpus, Piece, Position
+from training.data.sources.rows import column_values, missing_field, text_of
 
 if TYPE_CHECKING:
     import datasets
@@ -78,7 +78,7 @@ class HubCorpus(Corpus):
         """Return the fraction of the rows before a position; see `_count_rows`."""
         return min(1.0, position["row"] / self._num_rows) if self._num_rows else None
 
-    def _read(self, start: Position | None) -> Iterator[Document]:
+    def _read(self, start: Position | None) -> Iterator[Piece]:
         import pyarrow
 
         position = start or {"row": 0, "state": None}
@@ -91,8 +91,7 @@ class HubCorpus(Corpus):
                     if state is not None:
                         position = {"row": number, "state": state}
                     number += 1
-                    text, replaced = self._text(row, number)
-                    yield Document(text, position if position["row"] == number - 1 else None, replaced)
+                    yield Piece(self._text(row, number), position if position["row"] == number - 1 else None)
                 return
             except (*network_errors(), pyarrow.ArrowException, UnicodeDecodeError) as error:
                 if _is_about_content(error):
@@ -104,13 +103,13 @@ class HubCorpus(Corpus):
                         ) from None
                 self.retry.wait(error)
 
-    def _text(self, row: "pyarrow.Table", number: int) -> tuple[str, bool]:
-        """Return the text of a table of one row, and whether bytes in it were replaced."""
+    def _text(self, row: "pyarrow.Table", number: int) -> str:
+        """Return the text of a table of one row."""
         where = f"{self.repository} row {number:,}"
         if self._text_field not in row.column_names:
             raise missing_field(self._text_field, row.column_names, where)
-        value, replaced = next(item for chunk in row.column(self._text_field).chunks for item in column_values(chunk))
-        return text_of({self._text_field: value}, self._text_field, where), replaced
+        value = next(item for chunk in row.column(self._text_field).chunks for item in column_values(chunk))
+        return text_of({self._text_field: value}, self._text_field, where)
 
     def _rows(
         self, state: dict[str, Any] | None, *, skipped: int

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from common.worker_processes import map_in_order
-from training.data.sources.base import INSTALLED_DOCS, Corpus, Document, Position
+from training.data.sources.base import INSTALLED_DOCS, Corpus, Piece, Position
 
 MIN_DOCSTRING_CHARACTERS = 32  # "Return the name." teaches nothing
 _FILES_PER_TASK = 64
@@ -50,9 +50,9 @@ class InstalledDocs(Corpus):
     def _docstrings(self) -> list[str]:
         return gather_docstrings(package_roots(), num_workers=self._num_workers)
 
-    def _read(self, start: Position | None) -> Iterator[Document]:
+    def _read(self, start: Position | None) -> Iterator[Piece]:
         for index in range(start or 0, len(self._docstrings)):
-            yield Document(self._docstrings[index], index)
+            yield Piece(self._docstrings[index], index)
 
 
 def package_roots() -> list[Path]:

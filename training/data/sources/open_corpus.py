@@ -7,15 +7,16 @@ from pathlib import Path
 from common.cli_errors import InputError, did_you_mean
 from training.data.sources.base import (
     DEFAULT_HUB_CONFIG,
-    FILE_ENDINGS,
     HUB_CORPORA,
     INSTALLED_DOCS,
     Corpus,
     corpus_name,
 )
 from training.data.sources.files import FileCorpus
+from training.data.sources.formats import FILE_ENDINGS
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.sources.installed_docs import InstalledDocs
+from training.data.sources.text_files import END_OF_TEXT
 
 _REPOSITORY_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -25,6 +26,8 @@ def open_corpus(
     corpus_config: str | None = None,
     *,
     text_field: str = "text",
+    document_separator: str | None = END_OF_TEXT,
+    encoding: str | None = None,
     num_workers: int | None = None,
     report: Callable[[str], None] = print,
 ) -> Corpus:
@@ -35,6 +38,8 @@ def open_corpus(
     Args:
         corpus_config: configuration of a Hub dataset (default for FineWeb: `sample-10BT`).
         text_field: field or column that holds the text in JSON lines, Parquet and Hub datasets.
+        document_separator: what separates documents in text files; see `Separator`. None: nothing does.
+        encoding: of text files without a byte-order mark; UTF-8 if None.
         num_workers: processes that gather installed-docs; None uses all cores.
         report: receives a line per minute while the Hub is unreachable.
 
@@ -57,7 +62,7 @@ def open_corpus(
             f"unknown corpus '{corpus}': neither a name nor an existing file or folder; "
             f"give {', '.join(known)}, a path, or a Hub dataset as owner/name{did_you_mean(corpus, known)}"
         )
-    return FileCorpus(path, text_field)
+    return FileCorpus(path, text_field, separator=document_separator, encoding=encoding)
 
 
 def is_repository_id(corpus: str) -> bool:

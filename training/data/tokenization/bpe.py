@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import tiktoken
 
+from training.data.sources.pieces import SPACE
+
 GPT2_PATTERN = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """Pre-tokenization as in GPT-2's encoder.py."""
 
@@ -19,9 +21,8 @@ _WORDS = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+"""
 _SAME_AS_GPT2 = _WORDS + r"|\s+$|\s+(?!\S)|\s"
 _WITHOUT_LOOK_AHEAD = _WORDS + r"|\s+"
 
-_SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's \s has four more
-_RUN_OF_SPACE = re.compile(f"[{_SPACE}]{{2}}")
-_BEFORE_LAST_SPACE_OF_A_RUN = re.compile(f"(?<=[{_SPACE}])(?=[{_SPACE}][^{_SPACE}])")
+_RUN_OF_SPACE = re.compile(f"[{SPACE}]{{2}}")
+_BEFORE_LAST_SPACE_OF_A_RUN = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")
 
 
 class BytePairEncoding:
@@ -49,18 +50,26 @@ class BytePairEncoding:
 
 
 @dataclass(frozen=True)
-class EncodeDocuments:
-    """Documents -> their ids as one array, (tokens,), an end-of-text token before each document; picklable."""
+class EncodePieces:
+    """Pieces of documents -> their ids as one array, an end-of-text token before each document; picklable."""
 
     bpe: BytePairEncoding
     end_of_text_id: int
     dtype: str
 
-    def __call__(self, documents: Sequence[str]) -> np.ndarray:
-        """Return the ids of `documents`, concatenated."""
+    def __call__(self, pieces: Sequence[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of the pieces, (tokens,), and how many each has, (pieces,).
+
+        Args:
+            pieces: text, and whether a document begins with it.
+        """
         end_of_text = np.array([self.end_of_text_id], dtype=self.dtype)
-        parts = [part for document in documents for part in (end_of_text, self.bpe.encode(document))]
-        return np.concatenate(parts or [end_of_text[:0]], dtype=self.dtype, casting="same_kind")
+        parts: list[np.ndarray] = []
+        for text, starts in pieces:
+            ids = self.bpe.encode(text)
+            parts.append(np.concatenate([end_of_text, ids]) if starts else ids)
+        ids = np.concatenate(parts or [end_of_text[:0]], dtype=self.dtype, casting="same_kind")
+        return ids, np.array(list(map(len, parts)), dtype=np.int64)
 
 
 def _ids(encoding: tiktoken.Encoding, text: str) -> np.ndarray:

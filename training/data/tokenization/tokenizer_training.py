@@ -10,6 +10,7 @@ from training.data.tokenization.tokenizer import Tokenizer, train_bpe
 
 _MAX_CHARACTERS = 64_000_000
 _RESERVED_CHARACTERS_PER_TOKEN = 6
+_WORD_END = re.compile(r"\S(?=\s)")
 
 
 def train_tokenizer(corpus: Corpus, vocab_size: int, *, val_tokens: int, report: Callable[[str], None]) -> Tokenizer:
@@ -30,10 +31,10 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, val_tokens: int, report:
             )
         tokenizer = train_bpe(itertools.chain([first], texts), vocab_size)
         tokens = 0
-        for text, _ in _split(corpus, reserved):
+        for text, _, starts in _split(corpus, reserved):
             if not text or tokens >= val_tokens:
                 break
-            tokens += 1 + len(tokenizer.encode(text))
+            tokens += starts + len(tokenizer.encode(text))
         if tokens >= val_tokens:
             return tokenizer
         reserved *= 2
@@ -42,7 +43,7 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, val_tokens: int, report:
 def _training_texts(corpus: Corpus, reserved: int) -> Iterator[str]:
     """Yield the texts after the reserved characters, truncated to the maximum number of characters."""
     remaining = _MAX_CHARACTERS
-    for _, text in _split(corpus, reserved):
+    for _, text, _ in _split(corpus, reserved):
         if remaining <= 0:
             return
         if text:
@@ -50,15 +51,15 @@ def _training_texts(corpus: Corpus, reserved: int) -> Iterator[str]:
         remaining -= len(text)
 
 
-def _split(corpus: Corpus, reserved: int) -> Iterator[tuple[str, str]]:
-    """Yield each document as (its part of the first `reserved` characters, the rest), cut after a word.
+def _split(corpus: Corpus, reserved: int) -> Iterator[tuple[str, str, bool]]:
+    """Yield each piece as (its part of the first `reserved` characters, the rest), and whether a document begins.
 
-    A cut after a word is a cut between tokens.
+    The cut is after a word, which is between tokens.
     """
-    for document in corpus.documents():
+    for piece in corpus.read():
         end = 0
         if reserved > 0:
-            word_end = re.compile(r"\S(?=\s)").search(document, reserved - 1)
-            end = word_end.end() if word_end else len(document)
+            word_end = _WORD_END.search(piece.text, reserved - 1)
+            end = word_end.end() if word_end else len(piece.text)
             reserved -= end
-        yield document[:end], document[end:]
+        yield piece.text[:end], piece.text[end:], piece.starts

@@ -18,7 +18,7 @@ from support.small_corpora import WORDS, folder_bytes, make_shards, write_corpus
 
 from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
-from training.data.producing import producer
+from training.data.producing import batches, producer
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_writer import ShardWriter
@@ -48,7 +48,7 @@ def test_shards_hold_the_documents_in_order_each_after_an_end_of_text(tmp_path, 
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(tmp_path, settings, monkeypatch):
-    monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 3_000)  # many batches
+    monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", 3_000)  # many batches
     for workers in (0, 1, 2, 4):
         make_shards(tmp_path / str(workers), **{**settings, "num_workers": workers})
     assert (
@@ -168,7 +168,7 @@ def test_producer_resumes_without_reading_earlier_documents(tmp_path, settings, 
         path.mkdir()
         for number, text in enumerate(texts):
             (path / f"{number:03d}.txt").write_text(text)
-    monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 2_000)
+    monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", 2_000)
     settings = {**settings, "corpus": str(path)}
     complete = make_shards(tmp_path / "complete", **settings)
     with monkeypatch.context() as patch:
@@ -201,7 +201,7 @@ def test_documents_with_invalid_utf8_are_counted_once(tmp_path, settings, monkey
     settings = {**settings, "corpus": str(path), "max_tokens": max_tokens}
     lines: list[str] = []
     for number, characters in enumerate((3_000, 1_000_000)):
-        monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", characters)
+        monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", characters)
         make_shards(tmp_path / str(number), **{**settings, "num_workers": number, "report": lines.append})
     with monkeypatch.context() as patch:
         _interrupt_after(patch, 3)

@@ -15,7 +15,7 @@ from support.small_corpora import folder_bytes, make_shards
 from common.atomic_files import PARTIAL_SUFFIX
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME, locked
-from training.data.producing import producer, progress
+from training.data.producing import batches, progress
 from training.data.shards.manifest import Manifest, ResumePoint
 from training.data.shards.shard_reader import ShardFolder
 
@@ -96,7 +96,7 @@ def test_disk_space_is_checked_before_each_shard(tmp_path, settings, monkeypatch
 
 def test_time_left_is_reported_if_the_end_is_known(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_REPORTS", 0.0)
-    monkeypatch.setattr(producer, "_CHARACTERS_PER_BATCH", 10_000)
+    monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", 10_000)
     for number, limit in enumerate((None, 20_000)):
         lines: list[str] = []
         make_shards(tmp_path / str(number), **{**settings, "report": lines.append}, max_tokens=limit)

@@ -112,7 +112,7 @@ def test_invalid_utf8_is_replaced_and_flagged(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     documents = list(open_corpus(str(tmp_path / name)).read())
     assert "caf\ufffd" in documents[-1].text
-    assert [document.replaced for document in documents] == ([False, True] if "json" in name else [True])
+    assert [document.replaced for document in documents] == ([0, 1] if "json" in name else [1])
 
 
 def test_invalid_utf8_in_parquet_is_replaced_and_flagged(tmp_path):
@@ -120,7 +120,7 @@ def test_invalid_utf8_in_parquet_is_replaced_and_flagged(tmp_path):
     column = pyarrow.StringArray.from_buffers(2, offsets, data)
     pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "c.parquet")
     documents = list(open_corpus(str(tmp_path / "c.parquet")).read())
-    assert [(document.text, document.replaced) for document in documents] == [("good", False), ("caf\ufffd", True)]
+    assert [(document.text, document.replaced) for document in documents] == [("good", 0), ("caf\ufffd", 1)]
 
 
 @pytest.mark.parametrize("kind", ["large_string", "dictionary", "null"])
@@ -219,8 +219,9 @@ def test_path_without_documents_is_an_error(tmp_path):
     (tmp_path / "data.csv").write_text("a,b")
     with pytest.raises(InputError, match="holds no files that end in"):
         open_corpus(str(tmp_path))
+    (tmp_path / "data.pdf").write_text("a,b")
     with pytest.raises(InputError, match="does not end in"):
-        open_corpus(str(tmp_path / "data.csv"))
+        open_corpus(str(tmp_path / "data.pdf"))
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(InputError, match="holds no documents"):
         list(open_corpus(str(tmp_path)).documents())

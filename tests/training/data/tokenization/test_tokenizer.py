@@ -295,12 +295,14 @@ def test_missing_and_corrupted_tokenizer_files_are_errors(tmp_path):
         load_tokenizer(str(tmp_path))
 
 
-def test_documents_are_encoded_as_the_tokenizer_does():
-    from training.data.tokenization.bpe import EncodeDocuments
+def test_pieces_are_encoded_as_the_tokenizer_encodes_the_documents():
+    from training.data.tokenization.bpe import EncodePieces
 
     tokenizer = train_bpe(["some words, some more words"] * 9, 264)
-    documents = ["some words", "<|endoftext|> is text here", "naïve 数学 🙂", "x" * 5000, " "]
-    expected = [token for text in documents for token in (tokenizer.end_of_text_id, *tokenizer.encode(text))]
-    ids = EncodeDocuments(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")(documents)
+    documents = [["some words"], ["<|endoftext|> is text here"], ["naïve", " 数学 🙂"], ["x" * 5000], [" "]]
+    expected = [token for text in documents for token in (tokenizer.end_of_text_id, *tokenizer.encode("".join(text)))]
+    pieces = [(piece, number == 0) for parts in documents for number, piece in enumerate(parts)]
+    ids, lengths = EncodePieces(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")(pieces)
     assert ids.dtype == np.uint16
     assert ids.tolist() == expected
+    assert lengths.tolist() == [len(tokenizer.encode(text)) + starts for text, starts in pieces]

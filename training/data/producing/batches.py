@@ -1,0 +1,128 @@
+"""The pieces of a corpus in batches for the tokenizing processes, and what the manifest says about the text in them."""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from training.data.shards.manifest import Manifest, ResumePoint
+from training.data.sources.base import Corpus, Piece, Position
+
+CHARACTERS_PER_BATCH = 1 << 18
+PIECES_PER_BATCH = 1024
+
+
+class Finding(NamedTuple):
+    """What is unusual in a piece: U+FFFD for invalid bytes, and special tokens that the text spells.
+
+    Attributes:
+        number: which piece of a batch.
+        position: of the piece, or of one before it.
+    """
+
+    number: int
+    document: int
+    position: Position | None
+    replaced: int
+    special_tokens: int
+
+
+@dataclass
+class Batch:
+    """Pieces that are encoded together, the first one in the document of index `document`, at `position`."""
+
+    document: int
+    position: Position | None
+    pieces: list[tuple[str, bool]] = field(default_factory=list)
+    characters: int = 0
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def full(self) -> bool:
+        """Return whether the batch is large enough to encode."""
+        return self.characters >= CHARACTERS_PER_BATCH or len(self.pieces) >= PIECES_PER_BATCH
+
+
+def batches(pieces: Iterable[Piece], document: int, special_tokens: "re.Pattern[str] | None" = None) -> Iterator[Batch]:
+    """Yield the pieces in batches; each begins at a position if it can.
+
+    Args:
+        document: index of the document that the first piece belongs to.
+        special_tokens: what is counted in the text.
+    """
+    batch, position = None, None
+    for number, piece in enumerate(pieces):
+        document += piece.starts and number > 0
+        position = position if piece.position is None else piece.position
+        if batch is None or batch.full or (batch.position is None and piece.position is not None):
+            if batch is not None:
+                yield batch
+            batch = Batch(document, piece.position)
+        spelled = len(special_tokens.findall(piece.text)) if special_tokens else 0
+        if piece.replaced or spelled:
+            batch.findings.append(Finding(len(batch.pieces), document, position, piece.replaced, spelled))
+        batch.pieces.append((piece.text, piece.starts))
+        batch.characters += len(piece.text)
+    if batch is not None:
+        yield batch
+
+
+class CorpusProgress:
+    """The state of the corpus after each shard, for the manifest: where to resume, and what was found in the text."""
+
+    def __init__(self, corpus: Corpus, manifest: Manifest) -> None:
+        self._corpus = corpus
+        self._tokens = manifest.tokens
+        self._resume = manifest.resume
+        self._counts = {name: getattr(manifest, name) for name in ("replaced_documents", *_COUNTS)}
+        self._first_replaced = manifest.first_replaced
+        self._last_replaced: int | None = None
+        self._resume_points: list[tuple[int, ResumePoint]] = []
+        self._findings: list[tuple[int, Finding]] = []
+
+    def add(self, batch: Batch, first_token: int, lengths: np.ndarray) -> None:
+        """Register the batch that the writer gets next: its first token's index, and the tokens of each piece."""
+        if batch.position is not None:
+            self._resume_points.append((first_token, ResumePoint(batch.document, batch.position, first_token)))
+        tokens = first_token + np.cumsum(lengths) - lengths
+        for finding in batch.findings:
+            if tokens[finding.number] >= self._tokens:  # otherwise the manifest has it
+                self._findings.append((int(tokens[finding.number]), finding))
+        batch.pieces.clear()
+
+    def at_shard_end(self, tokens: int) -> dict[str, Any]:
+        """Return the manifest's new values when `tokens` tokens are in complete shards."""
+        for token, resume in self._resume_points:
+            self._resume = resume if token < tokens else self._resume
+        for token, finding in self._findings:
+            if token >= tokens:
+                break
+            for name in _COUNTS:
+                self._counts[name] += getattr(finding, _COUNTS[name])
+            if finding.replaced:
+                self._counts["replaced_documents"] += finding.document != self._last_replaced
+                self._last_replaced = finding.document
+                self._first_replaced = self._first_replaced or self._corpus.place(finding.position)
+        self._tokens = tokens
+        self._resume_points = [point for point in self._resume_points if point[0] >= tokens]
+        self._findings = [finding for finding in self._findings if finding[0] >= tokens]
+        return {"resume": self._resume, "first_replaced": self._first_replaced, **self._counts}
+
+
+_COUNTS = {"replaced_characters": "replaced", "special_tokens_in_text": "special_tokens"}
+
+
+def summary(manifest: Manifest) -> Iterator[str]:
+    """Yield what a user should know about the text in the shards, a line each."""
+    if manifest.replaced_documents:
+        yield (
+            f"{manifest.replaced_documents:,} documents held invalid UTF-8, which was replaced by U+FFFD: "
+            f"{manifest.replaced_characters:,} characters, the first in {manifest.first_replaced}"
+        )
+    if manifest.special_tokens_in_text:
+        yield (
+            f"the text spells special tokens such as <|endoftext|> {manifest.special_tokens_in_text:,} times inside "
+            "its lines; they are encoded as plain text"
+        )
