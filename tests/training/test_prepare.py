@@ -33,6 +33,15 @@ def test_val_tokens_defaults_to_shard_tokens(tmp_path, monkeypatch):
     assert ShardFolder.open(tmp_path / "out").val_shard.tokens == 700
 
 
+@pytest.mark.parametrize(("flag", "documents"), [((), 1), (("--document_separator", r"\n\n"), 400)])
+def test_separator_of_documents_is_a_flag(tmp_path, monkeypatch, flag, documents):
+    corpus = tmp_path / "c.txt"
+    corpus.write_text("A window of tokens begins where the last one ended.\n\n" * 400)
+    flags = ["--corpus", corpus, "--output", tmp_path / "out", "--tokenizer", "train:280", "--num_workers", 0]
+    _run(monkeypatch, *flags, "--shard_tokens", 1000, "--val_tokens", 100, *flag)
+    assert ShardFolder.open(tmp_path / "out").manifest.documents == documents
+
+
 def test_user_error_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as caught:
         _run(monkeypatch, "--corpus", "nowhere", "--output", tmp_path / "out")

@@ -100,7 +100,8 @@ class Manifest:
             if field.name not in _OMITTED_AT_DEFAULT or value != field.default
         }
         if self.resume is not None:
-            values["resume"]["place"] = values["resume"].pop("position")
+            resume = {"document": self.resume.document, "place": self.resume.position}
+            values["resume"] = resume if self.resume.tokens is None else {**resume, "tokens": self.resume.tokens}
         write_atomically(folder / MANIFEST_NAME, json.dumps(values, indent=2) + "\n")
 
     @classmethod

@@ -22,6 +22,7 @@ from training.data.producing import batches, producer
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_writer import ShardWriter
+from training.data.sources import pieces
 from training.data.sources.files import FileCorpus
 from training.data.tokenization.tokenizer import Tokenizer
 from training.data.tokenization.tokenizer_training import train_tokenizer
@@ -140,6 +141,80 @@ def test_producer_resumes_in_the_middle_of_a_document(tmp_path, settings, monkey
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
 
 
+def test_resuming_inside_a_document_reads_only_its_rest(tmp_path, settings, monkeypatch):
+    path = tmp_path / "c.txt"
+    path.write_text(" ".join(random.Random(0).choices(WORDS, k=60_000)) + "\n<|endoftext|>\n" + "window of loss " * 900)
+    monkeypatch.setattr(pieces, "PIECE_CHARACTERS", 2_000)
+    monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", 4_000)
+    settings = {**settings, "corpus": str(path)}
+    make_shards(tmp_path / "complete", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 6)
+        with pytest.raises(_KilledError):
+            make_shards(tmp_path / "out", **settings)
+    resume = Manifest.read(tmp_path / "out").resume
+    assert (resume.document, resume.position[3]) == (0, 1)
+    read, real = [], FileCorpus._read
+
+    def spy(self, start):
+        for piece in real(self, start):
+            read.append(piece.text)
+            yield piece
+
+    monkeypatch.setattr(FileCorpus, "_read", spy)
+    make_shards(tmp_path / "out", **settings)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
+    assert "".join(read) == path.read_text().replace("\n<|endoftext|>\n", "")[-len("".join(read)) :]
+    assert 30_000 < len("".join(read)) < 300_000
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.txt"])
+def test_folder_that_an_earlier_version_began_is_resumed(tmp_path, settings, monkeypatch, name):
+    path = write_corpus(tmp_path / "c.jsonl", 400)
+    if name == "c.txt":
+        path = tmp_path / name
+        path.write_text(" ".join(random.Random(0).choices(WORDS, k=60_000)))
+    settings = {**settings, "corpus": str(path)}
+    monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", 4_000)
+    make_shards(tmp_path / "complete", **settings)
+    with monkeypatch.context() as patch:
+        _interrupt_after(patch, 3)
+        with pytest.raises(_KilledError):
+            make_shards(tmp_path / "out", **settings)
+    file = tmp_path / "out" / "manifest.json"
+    data = json.loads(file.read_text())
+    if name == "c.txt":  # it kept the document's beginning
+        data["resume"] = {"document": 0, "place": [0, 0, 0]}
+    else:
+        assert data["resume"]["document"] > 0
+        del data["resume"]["tokens"]
+    file.write_text(json.dumps(data))
+    make_shards(tmp_path / "out", **settings)
+    assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
+
+
+def test_marks_separate_documents_and_those_inside_lines_are_reported(tmp_path, settings):
+    path = tmp_path / "c.txt"
+    path.write_text("\n<|endoftext|>\n".join(["a window of tokens " * 200] * 9) + "\nspelled <|endoftext|> here\n")
+    lines: list[str] = []
+    folder = make_shards(tmp_path / "out", **{**settings, "corpus": str(path), "report": lines.append})
+    assert (folder.manifest.documents, folder.manifest.special_tokens_in_text) == (9, 1)
+    assert "the text spells special tokens such as <|endoftext|> 1 times" in lines[-2]
+    with pytest.raises(InputError, match=r"document_separator <\|endoftext\|> instead of None"):
+        make_shards(tmp_path / "out", **{**settings, "corpus": str(path), "document_separator": None})
+    folder = make_shards(tmp_path / "one", **{**settings, "corpus": str(path), "document_separator": None})
+    assert (folder.manifest.documents, folder.manifest.special_tokens_in_text) == (1, 9)
+
+
+def test_manifest_of_a_corpus_without_news_has_the_keys_of_an_earlier_version(tmp_path, settings):
+    make_shards(tmp_path, **settings)
+    assert list(json.loads((tmp_path / "manifest.json").read_text())) == [
+        *("corpus", "corpus_config", "corpus_revision", "text_field", "tokenizer", "tokenizer_fingerprint"),
+        *("vocab_size", "end_of_text_id", "dtype", "shard_tokens", "val_tokens", "max_tokens", "complete"),
+        *("replaced_documents", "resume", "shards", "format_version"),
+    ]
+
+
 def test_partial_folder_is_not_resumed_with_a_changed_corpus(tmp_path, settings, monkeypatch):
     path = write_corpus(tmp_path / "c.jsonl", 200)
     settings = {**settings, "corpus": str(path)}
@@ -212,7 +287,11 @@ def test_documents_with_invalid_utf8_are_counted_once(tmp_path, settings, monkey
     documents = folder.manifest.documents
     assert (documents == 300) == (max_tokens is None)
     assert folder.manifest.replaced_documents == len(range(0, documents, 7))
-    assert f"{folder.manifest.replaced_documents:,} documents held invalid UTF-8" in lines[-2]  # before the summary
+    assert folder.manifest.replaced_characters == 40 * folder.manifest.replaced_documents
+    assert lines[-2] == (  # before the summary
+        f"{folder.manifest.replaced_documents:,} documents held invalid UTF-8, which was replaced by U+FFFD: "
+        f"{folder.manifest.replaced_characters:,} characters, the first in {path}, row 1"
+    )
 
 
 def test_document_of_ten_megabytes_is_tokenized(tmp_path, settings):
