@@ -7,6 +7,7 @@ the import of torch and transformers.
 import argparse
 import contextlib
 import difflib
+import errno
 import json
 import os
 import signal
@@ -16,9 +17,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
+from common.standard_streams import tolerant_streams
+
 _ERROR_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 # Ranks reach the same error at different times on a busy machine.
 _SECONDS_FOR_RANK_0 = 20.0
+# A command that meets an error of the operating system: what its user can do.
+_ADVICE = (
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "change its permissions, or choose another path"),
+    ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "free some space, and run the command again"),
+    ((errno.ENAMETOOLONG,), "choose a shorter path"),
+    ((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENXIO), "check the path"),
+    ((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    ((errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETXTBSY), "check the disk, and run the command again"),
+)
 
 
 class InputError(ValueError):
@@ -36,6 +48,15 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {closest[0]}?" if closest else ""
 
 
+def os_error_message(error: OSError) -> str | None:
+    """Return one line about a file that cannot be used, and what to do; None if the error is not about a file."""
+    advice = next((advice for numbers, advice in _ADVICE if error.errno in numbers), None)
+    if advice is None or error.strerror is None:
+        return None
+    names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    return f"{names or 'a file'} cannot be used: {error.strerror}; {advice}"
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `InputError` instead of printing its usage."""
 
@@ -44,29 +65,40 @@ class CommandParser(argparse.ArgumentParser):
         raise InputError(f"{message}; --help lists the flags")
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Run `main`, and turn an `InputError` into one line on standard error and exit code 2.
+def run_command(main: Callable[[], None], *, output_is_result: bool = False) -> None:
+    """Run `main`; turn an `InputError`, and an `OSError` about a file, into one line and exit code 2.
 
-    Any other exception is a bug and keeps its traceback.
+    Printing never fails, unless the `output_is_result`: then a command ends when nobody reads it. Any other exception is
+    a bug and keeps its traceback.
     """
-    try:
-        main()
-    except InputError as error:
-        if os.environ.get("LOCAL_RANK", "0") != "0":
-            # All ranks usually hit the same error. Rank 0 reports it and exits; then the launcher stops this rank.
-            try:
-                time.sleep(_SECONDS_FOR_RANK_0)
-            except KeyboardInterrupt:
-                sys.exit(130)
-        print(f"error: {error}", file=sys.stderr)
-        _report_to_launcher(f"error: {error}")
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader, such as `head`, has closed the pipe. Python would fail again when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    with tolerant_streams(drop_errors=not output_is_result):
+        try:
+            main()
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except BrokenPipeError:
+            # The reader, such as `head`, has closed the pipe. Python would fail again when it flushes stdout at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
+        except InputError as error:
+            _exit_with(str(error))
+        except OSError as error:
+            message = os_error_message(error)
+            if message is None:
+                raise
+            _exit_with(message)
+
+
+def _exit_with(message: str) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        # All ranks usually hit the same error. Rank 0 reports it and exits; then the launcher stops this rank.
+        try:
+            time.sleep(_SECONDS_FOR_RANK_0)
+        except KeyboardInterrupt:
+            sys.exit(130)
+    print(f"error: {message}", file=sys.stderr)
+    _report_to_launcher(f"error: {message}")
+    sys.exit(2)
 
 
 def interrupt_on_sigterm() -> None:

@@ -236,4 +236,4 @@ def _check(valid: bool, flag: str, expected: str, found: object) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, output_is_result=True)

@@ -49,7 +49,9 @@ class RunLog:
             for name, lines in contents.items():
                 write_atomically(output_dir / name, "".join(lines))
             for name in (*contents, "train.log"):
-                self._files[name] = (output_dir / name).open("a", encoding="utf-8", buffering=_BUFFER_BYTES)
+                self._files[name] = (output_dir / name).open(
+                    "a", encoding="utf-8", errors="backslashreplace", buffering=_BUFFER_BYTES
+                )
         self._progress = Progress(
             total=total_steps,
             initial=first_step,
