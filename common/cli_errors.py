@@ -68,8 +68,8 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(main: Callable[[], None], *, output_is_result: bool = False) -> None:
     """Run `main`; turn an `InputError`, and an `OSError` about a file, into one line and exit code 2.
 
-    Printing never fails, unless the `output_is_result`: then a command ends when nobody reads it. Any other exception is
-    a bug and keeps its traceback.
+    Printing never fails, unless the `output_is_result`: then a command ends when nobody reads it. Other exceptions are
+    bugs and keep their traceback.
     """
     with tolerant_streams(drop_errors=not output_is_result):
         try:

@@ -16,7 +16,7 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
-    """Keep other processes from locking `folder`; create it, and remove it again if it stays empty.
+    """Keep other processes from locking `folder`; create it and its parents, and remove those that stay empty.
 
     On a file system without `flock`, nothing is locked. While another process holds the lock, `on_wait` is called every
     second; None raises an `InputError` instead of waiting.
@@ -29,7 +29,7 @@ def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterat
         folder.mkdir(parents=True, exist_ok=True)  # the other process may have removed it
         return False
 
-    created = not folder.exists()
+    created = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
     lock = FileLock(path, fallback_to_soft=False)
@@ -46,9 +46,9 @@ def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterat
     finally:
         path.unlink(missing_ok=True)  # while it is locked: a process that locks it later sees that it was deleted
         lock.release()
-        if created:
-            with contextlib.suppress(OSError):  # not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # not empty
+            for each in created:
+                each.rmdir()
 
 
 def _holder(path: Path) -> str:

@@ -1,10 +1,13 @@
 """Values from YAML files and command lines, converted to the type of a setting."""
 
+import contextlib
 import types
 import typing
 from typing import Any, Literal
 
 from common.cli_errors import InputError
+
+_INT_LIMIT = 1 << 63
 
 
 def convert(name: str, kind: Any, value: Any) -> Any:
@@ -31,24 +34,28 @@ def convert(name: str, kind: Any, value: Any) -> Any:
         return [convert(name, arguments[0], item) for item in (value if isinstance(value, list) else [value])]
     if origin is list:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise InputError(f"{name}: expected a list of strings, found {value!r}")
-        return value
+            raise InputError(f"{name}: expected a list of strings, found {value!r:.80}")
+        return [convert(name, str, item) for item in value]
     converter, expected = _CONVERTERS[kind]
     converted = converter(value)
     if converted is None:
-        raise InputError(f"{name}: expected {expected}, found {value!r}")
+        raise InputError(f"{name}: expected {expected}, found {value!r:.80}")
+    # Bytes of a command line that are not UTF-8 arrive as lone surrogates.
+    if isinstance(converted, str) and ("\0" in converted or converted != converted.encode(errors="replace").decode()):
+        raise InputError(
+            f"{name}: {converted!r:.80} holds a NUL, or bytes that are not UTF-8; write or rename it without"
+        )
     return converted
 
 
 def _to_int(value: Any) -> int | None:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    if isinstance(value, str):
-        value = value.replace("_", "")
-        if value.removeprefix("-").isdecimal():
-            return int(value)
-    number = _to_float(value)  # 1e9 is an integer too
-    return int(number) if number is not None and number.is_integer() else None
+    number = value if isinstance(value, int) and not isinstance(value, bool) else None
+    if isinstance(value, str) and value.replace("_", "").removeprefix("-").isdecimal():
+        with contextlib.suppress(ValueError):  # thousands of digits
+            number = int(value.replace("_", ""))
+    elif number is None and (decimal := _to_float(value)) is not None and decimal.is_integer():
+        number = int(decimal)  # 1e9 is an integer too
+    return number if number is not None and abs(number) < _INT_LIMIT else None
 
 
 def _to_float(value: Any) -> float | None:
@@ -56,7 +63,7 @@ def _to_float(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if abs(number) < float("inf") else None
 

@@ -40,7 +40,7 @@ training.data.tokenization
 training.data.shards
 training.data.producing
 training.data.loading
-training.settings
+training.settings, training.strict_yaml
 training.recipe
 training.optim, training.step
 training.checkpoints

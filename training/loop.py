@@ -15,7 +15,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.folder_lock import locked
 from common.rate_limited_log import RateLimitedLog
 from training.checkpoints.checkpoint_folder import load_checkpoint, remove_leftovers, skeleton_of
 from training.checkpoints.checkpoint_writer import Checkpoints
@@ -73,8 +72,8 @@ def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
         accelerator()
         return gather_object(values)
 
-    with BackgroundProducer() as producer:
-        plan = plan_run(recipe, producer, gather_object=gather)
+    with contextlib.ExitStack() as lock, BackgroundProducer() as producer:
+        plan = plan_run(recipe, producer, lock, gather_object=gather)
         if plan.is_complete:
             _report_complete(plan.run)
         else:
@@ -118,11 +117,11 @@ def take_steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
 def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, user_hooks: Sequence[Hook]) -> None:
     run = plan.run
     model = build_model(run.recipe, run.tokenizer, device_type=accelerator.device.type, weights=run.resume_from)
+    if plan.tasks is not None:
+        plan.tasks.check_fit(model.config)
     if run.recipe.per_device_train_batch_size == "auto":
         run.batch = find_batch_size(run.batch, accelerator, model, run.recipe)
     with contextlib.ExitStack() as stack:
-        if accelerator.is_main_process:
-            stack.enter_context(locked(run.output_dir))
         skeleton = skeleton_of(model)
         _prepare(run, accelerator, model)
         set_aside = []

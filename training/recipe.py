@@ -24,6 +24,7 @@ from common.cli_errors import InputError, did_you_mean
 from common.typed_values import convert
 from evaluation.tasks.registry import task_named
 from training.settings import BOUNDS, local, off_card, setting
+from training.strict_yaml import read_yaml
 
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
@@ -58,14 +59,15 @@ class Recipe:
     val_tokens: int | None = off_card(
         "tokens in the validation shard (default: shard_tokens)", None, group="data", more_than=0, at_most=10**9
     )
-    seq_len: int = setting("tokens per training window", 1024, group="data", at_least=1)
+    # A window of one token has no context, and a model of one position cannot continue a text.
+    seq_len: int = setting("tokens per training window", 1024, group="data", at_least=2)
     tokens_per_step: int = setting("tokens per optimizer step, over all processes", 524_288, group="data", at_least=1)
     seed: int = setting(
         "seed of weight initialization, dropout and data order", 1337, group="data", at_least=0, less_than=2**32
     )
 
     # model
-    n_layer: int = setting("number of transformer blocks", 12, group="model", at_least=1)
+    n_layer: int = setting("number of transformer blocks", 12, group="model", at_least=1, at_most=10_000)
     n_head: int = setting("number of attention heads", 12, group="model", at_least=1)
     n_embd: int = setting("hidden size", 768, group="model", at_least=1)
     n_positions: int | None = setting("maximum sequence length (default: seq_len)", None, group="model", more_than=0)
@@ -82,7 +84,9 @@ class Recipe:
         "sequences per forward pass on one device; auto for the most that fit into memory", 8, at_least=1
     )
     max_steps: int | None = setting("run length in optimizer steps", None, more_than=0)
-    num_train_epochs: float | None = setting("run length in passes over the training shards", None, more_than=0)
+    num_train_epochs: float | None = setting(
+        "run length in passes over the training shards", None, more_than=0, at_most=10**5
+    )
     max_tokens: int | None = setting("run length in tokens", None, more_than=0)
     learning_rate: float = setting(
         "peak learning rate; with muon, of the blocks' matrices",
@@ -122,7 +126,7 @@ class Recipe:
         6.0,
         at_least=0,
     )
-    spike_window: int = setting("number of losses that a spike is measured against", 128, at_least=2)
+    spike_window: int = setting("number of losses that a spike is measured against", 128, at_least=2, at_most=10**6)
     skip_spikes: bool = setting("skip the update of a spike instead of only logging it", False)
 
     # monitoring
@@ -167,13 +171,18 @@ class Recipe:
     )
     activation_checkpointing: bool = setting("recompute activations in the backward pass to save memory", False)
     dataloader_num_workers: int = off_card(
-        "processes that read batches ahead; 0 reads in the training process", 0, per_node=True, at_least=0
+        "processes that read batches ahead; 0 reads in the training process",
+        0,
+        per_node=True,
+        at_least=0,
+        at_most=1024,
     )
     preprocessing_num_workers: int | None = off_card(
         "processes that tokenize in the background (default: the cores that training leaves free)",
         None,
         per_node=True,
         at_least=0,
+        at_most=1024,
     )
 
     def __post_init__(self) -> None:
@@ -256,7 +265,7 @@ def _by_optimizer() -> dict[str, Mapping[str, Any]]:
 
 def profiled_steps(text: str) -> range:
     """The steps in "10-12" or "10", counted from 1 as in the logs; empty if the text is invalid."""
-    found = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", text)
+    found = re.fullmatch(r"\s*(\d{1,18})\s*(?:-\s*(\d{1,18})\s*)?", text)
     first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
     return range(first, last + 1) if first else range(0)
 
@@ -273,18 +282,10 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
         InputError: the file is missing or not YAML, a key is unknown, or a value is invalid.
     """
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = read_yaml(path, "recipe")
     except FileNotFoundError:
         known = ", ".join(sorted(str(recipe.relative_to(RECIPES.parent.parent)) for recipe in RECIPES.glob("*.yaml")))
         raise InputError(f"no recipe at {path}; the included ones are {known}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read recipe {path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise InputError(f"recipe {path} is not valid YAML{line}; expected lines of `key: value`") from None
-    if not isinstance(loaded, dict):
-        raise InputError(f"recipe {path} holds no keys; expected lines of `key: value`")
     overrides = overrides or {}
     if any(name in overrides for name in LENGTHS):  # a length from a flag replaces that of the file
         loaded = {key: value for key, value in loaded.items() if key not in LENGTHS}

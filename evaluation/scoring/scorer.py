@@ -66,7 +66,7 @@ def score_batches(
             the tokenizer, or has too few positions for an item.
     """
     n_positions = n_positions_of(model)
-    _check(model, items, n_positions)
+    check_items(items, n_positions=n_positions, vocab_size=model.get_input_embeddings().weight.shape[0])
     if not items:
         return
     if tokens_per_batch is None:
@@ -253,9 +253,8 @@ def _generate(
     return continuations
 
 
-def _check(model: Any, items: Sequence[Item], n_positions: int) -> None:
-    """Refuse items that the model cannot read, before anything is computed."""
-    vocab_size = model.get_input_embeddings().weight.shape[0]
+def check_items(items: Sequence[Item], *, n_positions: int, vocab_size: int) -> None:
+    """Raise an `InputError` for items that a model of this size cannot read, before anything is computed."""
     for item in items:
         for request in item.requests:
             if isinstance(request, Generation):

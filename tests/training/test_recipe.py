@@ -113,6 +113,14 @@ def test_price_without_preflight_is_an_error() -> None:
         ({"corpus": None}, "corpus: expected a string, found None"),
         ({"decay_steps": 5}, "decay_steps has no effect with lr_scheduler_type cosine"),
         ({"decay_steps": 0, "lr_scheduler_type": "warmup_stable_decay"}, "decay_steps: expected more than 0"),
+        ({"n_layer": 1e21}, "n_layer: expected a whole number, found 1e"),
+        ({"n_layer": 10**9}, "n_layer: expected at least 1 and at most 10,000, found 1,000,000,000"),
+        ({"n_layer": "9" * 5000}, "n_layer: expected a whole number, found '9{79}$"),
+        ({"max_steps": None, "num_train_epochs": 1e300}, "num_train_epochs: expected more than 0 and at most 100,000"),
+        ({"learning_rate": 10**400}, "learning_rate: expected a number"),
+        ({"seq_len": 1}, "seq_len: expected at least 2"),
+        ({"output_dir": "a\0b"}, r"output_dir: 'a\\x00b' holds a NUL"),
+        ({"profile_steps": "5-" + "9" * 20}, "profile_steps: expected FIRST-LAST"),
         ({"profile_steps": "12-10"}, "profile_steps: expected FIRST-LAST, such as 10-12, found 12-10"),
         ({"profile_steps": "0"}, "profile_steps: expected FIRST-LAST, such as 10-12, found 0"),
         ({"muon_momentum": 0.9}, "muon_momentum is for optimizer muon, not adamw; remove it, or change optimizer"),
@@ -218,3 +226,38 @@ assert "torch" not in sys.modules
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert all(f"--{key.name}" in done.stdout for key in dataclasses.fields(Recipe))
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("seed: 1\nseed: 2", r"not valid YAML \(line 6\); the key seed appears twice"),
+        ("max_steps: 1:30", r"\(line 5\); 1:30 is ambiguous: write a decimal number, or quote a text"),
+        ("max_steps: 0123", "0123 is ambiguous"),
+        ("learning_rate: 1:30.5", "1:30.5 is ambiguous"),
+        ("seed: " + "9" * 5000, "9 is ambiguous"),
+        ("[" * 5000, "is not valid YAML"),
+        ("corpus: !!python/object:os.system {}", "not valid YAML"),
+    ],
+)
+def test_yaml_that_is_not_what_it_looks_like_is_refused(lines: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text(f"output_dir: o\ndata_dir: d\ncorpus: c\nwarmup_steps: 1\n{lines}\n")
+    with pytest.raises(InputError, match=message) as caught:
+        load_recipe(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quoted_text_may_look_like_a_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", **{**MINIMAL, "output_dir": "0123", "data_dir": "1:30"})
+    recipe = load_recipe(path)
+    assert (recipe.output_dir, recipe.data_dir) == ("0123", "1:30")
+    recipe.save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_bytes_of_the_command_line_that_are_not_utf8_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "r.yaml", **MINIMAL)
+    for flags in (["--output_dir", "a\udcff"], ["--sample_prompts", "a", "b\udcff"]):
+        with pytest.raises(InputError, match="holds a NUL, or bytes that are not UTF-8"):
+            parse_command(["--config", str(path), *flags])

@@ -28,7 +28,7 @@ def find_resume_point(recipe: Recipe) -> Path | None:
             resume, or the checkpoint's data or model differ from the recipe's.
     """
     output_dir, requested = Path(recipe.output_dir), recipe.resume_from_checkpoint
-    _check_writable(output_dir)
+    check_writable(output_dir)
     if Path(recipe.data_dir).resolve().is_relative_to(output_dir.resolve()):
         raise InputError(f"data_dir {recipe.data_dir} is inside output_dir {output_dir}; choose separate folders")
     is_run = (output_dir / "recipe.yaml").is_file()
@@ -69,7 +69,8 @@ def _checked(recipe: Recipe, checkpoint: Path, where: str) -> Path:
     return checkpoint
 
 
-def _check_writable(output_dir: Path) -> None:
+def check_writable(output_dir: Path) -> None:
+    """Raise an `InputError` if `output_dir` is a file, or nothing can be written there."""
     if output_dir.exists() and not output_dir.is_dir():
         raise InputError(f"output_dir {output_dir} is a file; choose another output_dir")
     parent = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())

@@ -30,7 +30,8 @@ class ModelFolder(Hook):
         """
         if run.accelerator.is_main_process:
             self._checkpoints.check_last(run)
-        self._samples.sample(run, show=False)
+        with self._samples.failures_reported(run):
+            self._samples.sample(run, show=False)
         if not run.accelerator.is_main_process:
             return
         history = self._monitor.log.history
@@ -59,6 +60,12 @@ def _summary(output_dir: Path, facts: RunFacts, prompt: str) -> str:
     """Where the files are, the validation loss, a sample, and three commands that work as printed."""
     model, python = output_dir / "model", program("python")
     sample = "\n".join("  | " + line for line in "\n".join(facts.samples[:1]).strip().splitlines())
+    validation = "failed: see the log above"
+    if facts.val_loss is not None:
+        validation = (
+            f"{facts.val_loss:.4f} nats per token\n               {facts.bits_per_byte:.4f} bits per byte "
+            f"({facts.gzip_bits_per_byte:.4f} by gzip -9 on the same text)"
+        )
     # JSON strings are valid Python, and their double quotes fit into the shell's single quotes.
     code = (
         "import gpt2_scratch; from transformers import pipeline; "
@@ -73,8 +80,7 @@ The run is complete: {facts.steps:,} steps, {facts.tokens:,} tokens.
   samples      {output_dir / "samples.txt"}
   checkpoints  {output_dir / "checkpoints"}
 
-  validation   {facts.val_loss:.4f} nats per token
-               {facts.bits_per_byte:.4f} bits per byte ({facts.gzip_bits_per_byte:.4f} by gzip -9 on the same text)
+  validation   {validation}
 
 {sample}
 

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
-from common.cli_errors import subprocess_environment
+from common.cli_errors import InputError, one_line, subprocess_environment
+from training.checkpoints.signals import StopTraining
 from training.checkpoints.state_snapshot import bare_model
 from training.monitoring.plots import Curves, plot_curves
 from training.monitoring.run_history import Start
@@ -161,8 +162,14 @@ class Monitor(Hook):
         """Plot `curves.png` of the finished run, and copy it to `folder`."""
         self._plotter.stop()
         picture = output_dir / CURVES
-        plot_curves(picture, [Curves.of(output_dir)])
-        shutil.copyfile(picture, folder / CURVES)
+        try:
+            plot_curves(picture, [Curves.of(output_dir)])
+        except OSError:  # such as a full disk
+            raise
+        except Exception as error:  # the model must not be lost for a picture
+            self.log.print(f"cannot plot {picture} ({type(error).__name__}: {one_line(error)})")
+        else:
+            shutil.copyfile(picture, folder / CURVES)
 
     def close(self) -> None:
         """Stop the plot in progress and close the files."""
@@ -195,12 +202,34 @@ class PeriodicEvaluation(Hook):
     def before_training(self, run: Run) -> None:
         """Evaluate the checkpoint if an earlier start was stopped before it could."""
         if run.step and self.is_due(run) and not run.on_any_rank(self.is_recorded(run)):
-            self.evaluate(run)
+            with self.failures_reported(run):
+                self.evaluate(run)
 
     def after_step(self, run: Run, result: StepResult) -> None:
         """Evaluate if it is due."""
         if self.is_due(run):
-            self.evaluate(run)
+            with self.failures_reported(run):
+                self.evaluate(run)
+
+    @contextmanager
+    def failures_reported(self, run: Run) -> Iterator[None]:
+        """Report errors inside, which must not keep a checkpoint from being written.
+
+        With several processes, those errors end the run that one process may meet alone: the others would wait for it.
+        """
+        try:
+            yield
+        except StopTraining:
+            raise
+        except Exception as error:
+            if run.accelerator.num_processes > 1 and not self.fails_alike(run, error):
+                raise
+            reason = one_line(error) if isinstance(error, InputError) else f"{type(error).__name__}: {one_line(error)}"
+            run.report(f"step {run.step}  {type(self).__name__} failed ({reason}); training continues")
+
+    def fails_alike(self, run: Run, error: Exception) -> bool:
+        """Whether all processes meet the error, or no process waits for another."""
+        return False
 
 
 @contextmanager

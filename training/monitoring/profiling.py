@@ -20,10 +20,9 @@ class Profiling(Hook):
         wanted = run.recipe.profile_steps
         if wanted is None or not run.accelerator.is_main_process:
             return
-        steps = [step for step in profiled_steps(wanted) if run.first_step < step <= run.total_steps]
-        if steps:
-            self._steps = range(steps[0], steps[-1] + 1)
-        else:
+        steps = profiled_steps(wanted)
+        self._steps = range(max(steps.start, run.first_step + 1), min(steps.stop, run.total_steps + 1))
+        if not self._steps:
             run.report(f"no trace: this start takes none of the steps {wanted}")
 
     def before_step(self, run: Run, step: int) -> None:

@@ -22,6 +22,10 @@ class Samples(PeriodicEvaluation):
         """Whether samples.txt has samples of the current step."""
         return run.step in self._monitor.log.history.samples
 
+    def fails_alike(self, run: Run, error: Exception) -> bool:
+        """Whether rank 0 generates without the other ranks."""
+        return not run.accelerator.is_fsdp2
+
     def evaluate(self, run: Run) -> None:
         """Generate samples, record and print them."""
         self.sample(run, show=True)

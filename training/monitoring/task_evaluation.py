@@ -8,10 +8,13 @@ import datetime
 import hashlib
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from common.cli_errors import InputError
 from evaluation.results.metric_values import load_metrics
 from evaluation.results.results_file import Results, TaskResult
 from evaluation.results.task_runner import read_items, run_task
+from evaluation.scoring.scorer import check_items
 from evaluation.tasks.registry import default_protocols, task_named
 from evaluation.tasks.task_types import Encoder
 from training.checkpoints.signals import Coordinator
@@ -34,6 +37,14 @@ class TaskSet:
             raise InputError(f"recipe key eval_tasks: {str(error).replace('--data_dir', 'eval_data_dir')}") from None
         load_metrics(self.tasks)
 
+    def check_fit(self, config: PreTrainedConfig) -> None:
+        """Raise an `InputError` if an item does not fit the model: the first evaluation would end the run."""
+        for name, items in self.items.items():
+            try:
+                check_items(items, n_positions=config.n_positions, vocab_size=config.vocab_size)
+            except InputError as error:
+                raise InputError(f"recipe key eval_tasks: {name}: {error}") from None
+
     @property
     def fingerprint(self) -> str:
         """A hash of the data of all items."""
@@ -48,6 +59,10 @@ class TaskEvaluation(PeriodicEvaluation):
         columns = {column_name(task.full_name, metric.name) for task in tasks.tasks for metric in task.metrics}
         super().__init__(monitor, run.recipe.eval_task_steps, columns)
         self._tasks, self._coordinator = tasks, coordinator
+
+    def fails_alike(self, run: Run, error: Exception) -> bool:
+        """Whether it is an error of scores, which `run_task` raises on all ranks."""
+        return isinstance(error, InputError)
 
     def evaluate(self, run: Run) -> None:
         """Evaluate on all ranks, and write metrics.jsonl and eval_results.json; NaN is an `InputError`."""

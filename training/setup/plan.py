@@ -1,5 +1,6 @@
 """The plan of a run: everything that is known, and every error that can be found, before the model is built."""
 
+import contextlib
 import filecmp
 import hashlib
 import os
@@ -11,10 +12,11 @@ from typing import Any, NamedTuple
 
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError
+from common.folder_lock import locked
 from common.ranks import Ranks
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.checksums import state_checksum
-from training.checkpoints.resume import check_end, find_resume_point, refuse_other_data
+from training.checkpoints.resume import check_end, check_writable, find_resume_point, refuse_other_data
 from training.data.loading.loader import TrainingShards, validation_windows
 from training.data.loading.order import Order
 from training.data.producing.background_producer import BackgroundProducer
@@ -39,12 +41,17 @@ class Plan(NamedTuple):
 
 
 def plan_run(
-    recipe: Recipe, producer: BackgroundProducer, *, gather_object: Callable[[list[Any]], list[Any]] | None = None
+    recipe: Recipe,
+    producer: BackgroundProducer,
+    lock: contextlib.ExitStack,
+    *,
+    gather_object: Callable[[list[Any]], list[Any]] | None = None,
 ) -> Plan:
     """Check the recipe against the run folder, the data and the processes, and plan the run.
 
-    If the shard folder is incomplete, the producer is started, and this returns when training can start.
-    `gather_object` (as in `Ranks`) is called only if there are several nodes.
+    Rank 0 locks the run folder first, until `lock` is closed: another start might still write or remove checkpoints. If
+    the shard folder is incomplete, the producer is started, and this returns when training can start. `gather_object`
+    (as in `Ranks`) is called only if there are several nodes.
 
     Raises:
         InputError: the run would fail, or would not be the run that the recipe describes.
@@ -53,6 +60,9 @@ def plan_run(
     # On one node, the launcher ends all processes when one fails.
     ranks = Ranks(gather_object if several_nodes else None)
     with ranks.share_errors():
+        if os.environ.get("RANK", "0") == "0":
+            check_writable(Path(recipe.output_dir))
+            lock.enter_context(locked(Path(recipe.output_dir)))
         plan = _plan(recipe, producer, ranks)
         if several_nodes:
             check_nodes_match(_identity(plan), ranks)

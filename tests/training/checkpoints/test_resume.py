@@ -213,6 +213,23 @@ def test_two_runs_do_not_write_one_folder(tiny_recipe: Make) -> None:
     assert not (run_of(recipe) / LOCK_NAME).exists()
 
 
+def test_a_second_start_reads_no_checkpoint_that_the_first_may_still_replace(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=4)
+    train(recipe)
+    state = run_of(recipe) / "checkpoints" / "step-000004" / "training_state" / "trainer_state.json"
+    state.write_text("torn")
+    with locked(run_of(recipe)), pytest.raises(InputError, match="is already writing to"):
+        train(recipe)
+    with pytest.raises(InputError, match="is corrupted"):
+        train(recipe)
+
+
+def test_an_error_leaves_no_new_folder(tiny_recipe: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown corpus"):
+        train(tiny_recipe(output_dir=str(tmp_path / "a" / "b"), data_dir=str(tmp_path / "data"), corpus="nowhere"))
+    assert not (tmp_path / "a").exists()
+
+
 def test_data_inside_the_output_folder_is_refused(tiny_recipe: Make, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="choose separate folders"):
         train(tiny_recipe(data_dir=str(tmp_path / "run" / "data")))

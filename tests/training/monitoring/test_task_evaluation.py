@@ -158,3 +158,41 @@ def test_facts_have_no_task_results_of_a_later_step(tiny_recipe: Make, data: Pat
     history = RunHistory.load(Path(recipe.output_dir))
     assert history.facts(recipe, steps=1, parameters=1).task_results is None
     assert history.facts(recipe, steps=2, parameters=1).task_results is not None
+
+
+def test_items_that_do_not_fit_the_model_are_refused_before_the_first_step(tiny_recipe: Make, data: Path) -> None:
+    recipe = with_tasks(tiny_recipe(seq_len=2, tokens_per_step=64), data, eval_tasks=["hellaswag"])
+    with pytest.raises(InputError, match=r"eval_tasks: hellaswag:completion: item \d+ needs \d+ tokens, but the model"):
+        train(recipe)
+    assert not Path(recipe.output_dir).exists()
+
+
+@pytest.mark.parametrize("name", ["TaskEvaluation", "Samples", "Validation"])
+def test_an_evaluation_that_fails_keeps_no_checkpoint_from_being_written(
+    name: str, tiny_recipe: Make, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("no\nway")
+
+    function = {"TaskEvaluation": "task_evaluation.run_task", "Samples": "samples._generate"}
+    monkeypatch.setattr(f"training.monitoring.{function.get(name, 'validation.validation_loss')}", fails)
+    recipe = with_tasks(tiny_recipe(max_steps=6, sample_steps=4), data, eval_tasks=["lambada"])
+    train(recipe)
+    assert f"step 4  {name} failed (ValueError: no way); training continues" in capsys.readouterr().out.replace(
+        "step 6  Validation", "step 4  Validation"
+    )
+    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000004", "step-000006"]
+    assert (Path(recipe.output_dir) / "model" / "model.safetensors").is_file()
+
+
+def test_a_plot_that_fails_does_not_cost_the_model(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("a font")
+
+    monkeypatch.setattr("training.monitoring.monitor.plot_curves", fails)
+    recipe = tiny_recipe(max_steps=2)
+    train(recipe)
+    assert "curves.png (ValueError: a font)" in capsys.readouterr().out
+    assert "curves.png" not in (Path(recipe.output_dir) / "model" / "README.md").read_text()
