@@ -37,6 +37,10 @@ class InputError(ValueError):
     """An input that cannot be used. The message is one line: what is wrong, and what to do."""
 
 
+class TemporaryError(InputError):
+    """An `InputError` that goes away without a change of the input: a full disk, an outage, a killed process."""
+
+
 def one_line(error: BaseException, limit: int = 300) -> str:
     """Return an error's message on one line, truncated to `limit` characters."""
     return " ".join(str(error).split())[:limit]

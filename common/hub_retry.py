@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from common.cli_errors import InputError, one_line
+from common.cli_errors import InputError, TemporaryError, one_line
 from common.durations import format_duration
 from common.rate_limited_log import RateLimitedLog
 
@@ -34,7 +34,7 @@ def hub_cache_error(error: BaseException) -> InputError | None:
     cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
     if not Path(error.filename).is_relative_to(cache):
         return None
-    return InputError(
+    return TemporaryError(
         f"cannot write to the Hugging Face cache ({error.filename}: {error.strerror}); free space, or set HF_HOME to a "
         "writable folder"
     )
@@ -101,7 +101,8 @@ class HubRetry:
         outage_seconds = now - self._outage_began
         reason = f"{type(error).__name__}: {one_line(error)}"
         if not is_transient(error) or outage_seconds > _LONGEST_OUTAGE_SECONDS:
-            raise InputError(f"cannot read {self._repository} from the Hub ({reason}); {self._advice}")
+            kind = TemporaryError if is_transient(error) else InputError
+            raise kind(f"cannot read {self._repository} from the Hub ({reason}); {self._advice}")
         self._log(
             f"the Hub has not answered for {format_duration(outage_seconds)} while reading {self._repository} "
             f"({reason}); retrying in {self._delay:.0f} s"

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, TypeVar
 
-from common.cli_errors import InputError
+from common.cli_errors import TemporaryError
 from common.cpus import usable_cpus
 
 Item = TypeVar("Item")
@@ -37,7 +37,7 @@ def map_in_order(
     cores.
 
     Raises:
-        InputError: a worker was killed, usually because memory ran out.
+        TemporaryError: a worker was killed, usually because memory ran out.
     """
     num_workers = usable_cpus() if num_workers is None else num_workers
     if not num_workers:
@@ -69,7 +69,7 @@ def results_in_order(
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise InputError(
+        raise TemporaryError(
             f"one of {num_workers} worker processes was killed (out of memory?); "
             "run again with a smaller --num_workers: complete shards are kept"
         ) from None

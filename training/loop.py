@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from common.cli_errors import InputError
 from common.rate_limited_log import RateLimitedLog
 from training.checkpoints.checkpoint_folder import load_checkpoint, remove_leftovers, skeleton_of
 from training.checkpoints.checkpoint_writer import Checkpoints
@@ -78,6 +79,10 @@ def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
             _report_complete(plan.run)
         else:
             _train(plan, accelerator(), producer, hooks)
+
+
+class NoMoreShardsError(InputError):
+    """The producer met an error that a restart cannot resolve, and the run has taken all steps that it can take."""
 
 
 def take_steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -147,6 +152,12 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
                 checkpoints.wait(run)
                 _report_stop(run, stop.number, checkpoints.newest)
                 raise SystemExit(128 + stop.number) from None
+            except NoMoreShardsError as error:
+                checkpoints.save(run)
+                checkpoints.wait(run)
+                raise InputError(
+                    f"the corpus ends before step {run.step + 1:,}, and the run is saved: {error}"
+                ) from None
             checkpoints.wait(run)
             coordinator.wait()
         for hook in run.hooks:
@@ -214,12 +225,21 @@ def _close(run: Run, producer: BackgroundProducer) -> None:
 def _training_batches(
     run: Run, coordinator: Coordinator, checkpoints: Checkpoints, producer: BackgroundProducer
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's batches; while they wait for shards, the run can save and stop."""
+    """This rank's batches; while they wait for shards, the run can save and stop.
+
+    Raises:
+        NoMoreShardsError: after the last batch that there is, if the producer of a node failed for good.
+    """
     # Dataloader workers read ahead, so the wait may begin in the middle of a step.
     between_steps = not run.recipe.dataloader_num_workers
     report = RateLimitedLog(SECONDS_BETWEEN_LINES, run.report)
 
-    def on_wait(step: int) -> None:
+    failures: list[str] = []
+
+    def on_wait(step: int) -> bool:
+        failures.extend(failure for failure in gather_object([producer.failure]) if failure)
+        if failures:
+            return True
         coordinator.poll()
         if coordinator.stop_signal:
             raise StopTraining(coordinator.stop_signal, between_steps=between_steps)
@@ -231,8 +251,9 @@ def _training_batches(
             + ("another node waits for its next shard" if ready_here else "the next is not ready yet")
             + (f"; the producer failed: {producer.last_error}" if producer.last_error else "")
         )
+        return False
 
-    return training_batches(
+    yield from training_batches(
         TrainingWindows(run.shards, run.tokenizer.vocab_size),
         run.batch,
         rank=run.accelerator.process_index,
@@ -243,6 +264,7 @@ def _training_batches(
         on_wait=on_wait,
         all_reduce_min=lambda number: all_reduce_min(run.accelerator, number),
     )
+    raise NoMoreShardsError(failures[0])
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,32 +99,32 @@ def test_folder_prepared_with_max_tokens_can_be_trained_on(
     assert manifest == folder.complete_manifest
 
 
-def test_waiting_run_logs_why_the_producer_failed(
-    tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_of_the_producer_that_a_restart_cannot_resolve_ends_the_run_saved(
+    workers: int, tiny_recipe: Make, growing: GrowingFolder, shard_folder: Path, text_file: Path, tmp_path: Path
 ) -> None:
     growing.show(2)
-    (tmp_path / "corpus.jsonl").write_text('{"text": "a corpus that the folder was not made from"}\n')
-    recipe = tiny_recipe(data_dir=str(growing.path), corpus=str(tmp_path / "corpus.jsonl"), max_steps=40)
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text('{"text": "a corpus that the folder was not made from"}\n')
+    recipe = tiny_recipe(data_dir=str(growing.path), corpus=str(corpus), max_steps=40, dataloader_num_workers=workers)
     recipe = dataclasses.replace(recipe, eval_steps=0, sample_steps=0, save_steps=0)
-    log = Path(recipe.output_dir) / "train.log"
-
-    def complete_folder() -> None:
-        wait_until(lambda: log.exists() and "waits for the corpus" in log.read_text())
-        restore(growing, shard_folder, len(growing.complete_manifest.shards))
-
-    thread = threading.Thread(target=complete_folder)
-    thread.start()
+    with pytest.raises(
+        InputError, match=r"the corpus ends before step 36, and the run is saved: the corpus '.*changed"
+    ):
+        train(recipe)
+    assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000035"]
+    restore(growing, shard_folder, len(growing.complete_manifest.shards))
+    shutil.copy(text_file, corpus)
     train(recipe)
-    thread.join()
-    waiting = next(line for line in capsys.readouterr().out.splitlines() if "waits for the corpus" in line)
-    assert "the next is not ready yet; the producer failed: the corpus " in waiting
+    assert [line["step"] for line in read_metrics(Path(recipe.output_dir)) if "train_loss" in line] == list(
+        range(1, 41)
+    )
 
 
 def test_producer_stops_before_the_run_log_is_closed(
-    tiny_recipe: Make, growing: GrowingFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: Make, growing: GrowingFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     growing.show(2)
-    (tmp_path / "corpus.jsonl").write_text('{"text": "a corpus that the folder was not made from"}\n')
     alive = {}
 
     def noting(method: Callable[..., None], when: str) -> Callable[..., None]:
@@ -135,7 +136,8 @@ def test_producer_stops_before_the_run_log_is_closed(
 
     monkeypatch.setattr(RunLog, "advance", noting(RunLog.advance, "in a step"))
     monkeypatch.setattr(RunLog, "close", noting(RunLog.close, "at the end"))
-    train(tiny_recipe(data_dir=str(growing.path), corpus=str(tmp_path / "corpus.jsonl"), max_steps=2, eval_steps=0))
+    with locked(growing.path):  # the producer waits
+        train(tiny_recipe(data_dir=str(growing.path), max_steps=2, eval_steps=0))
     assert alive == {"in a step": True, "at the end": False}
 
 

@@ -31,6 +31,13 @@ def find_resume_point(recipe: Recipe) -> Path | None:
     check_writable(output_dir)
     if Path(recipe.data_dir).resolve().is_relative_to(output_dir.resolve()):
         raise InputError(f"data_dir {recipe.data_dir} is inside output_dir {output_dir}; choose separate folders")
+    for key in ("output_dir", "data_dir"):
+        corpus, folder = Path(recipe.corpus).resolve(), Path(getattr(recipe, key)).resolve()
+        if corpus.is_dir() and folder.is_relative_to(corpus):
+            raise InputError(
+                f"{key} {folder} is inside corpus {recipe.corpus}, which would change while it is read; choose separate "
+                "folders"
+            )
     is_run = (output_dir / "recipe.yaml").is_file()
     files = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
     # A run that is starting or was killed leaves a lock, a probe or a partial recipe.

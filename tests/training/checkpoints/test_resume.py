@@ -235,6 +235,14 @@ def test_data_inside_the_output_folder_is_refused(tiny_recipe: Make, tmp_path: P
         train(tiny_recipe(data_dir=str(tmp_path / "run" / "data")))
 
 
+@pytest.mark.parametrize("key", ["output_dir", "data_dir"])
+def test_a_folder_inside_the_corpus_is_refused(key: str, tiny_recipe: Make, text_file: Path) -> None:
+    inside = text_file.parent / "inside"
+    with pytest.raises(InputError, match=f"{key} {inside} is inside corpus .*; choose separate folders"):
+        train(tiny_recipe(corpus=str(text_file.parent), **{key: str(inside)}))
+    assert not inside.exists()
+
+
 @pytest.mark.parametrize("path", ["/proc/x", "file/below"])
 def test_an_output_folder_that_cannot_be_written_is_refused(path: str, tiny_recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")

@@ -161,7 +161,7 @@ def test_facts_have_no_task_results_of_a_later_step(tiny_recipe: Make, data: Pat
 
 
 def test_items_that_do_not_fit_the_model_are_refused_before_the_first_step(tiny_recipe: Make, data: Path) -> None:
-    recipe = with_tasks(tiny_recipe(seq_len=2, tokens_per_step=64), data, eval_tasks=["hellaswag"])
+    recipe = with_tasks(tiny_recipe(seq_len=8, tokens_per_step=64), data, eval_tasks=["hellaswag"], n_positions=None)
     with pytest.raises(InputError, match=r"eval_tasks: hellaswag:completion: item \d+ needs \d+ tokens, but the model"):
         train(recipe)
     assert not Path(recipe.output_dir).exists()

@@ -137,14 +137,15 @@ def training_batches(
     end_step: int,
     num_workers: int = 0,
     pin_memory: bool = False,
-    on_wait: Callable[[int], None] = lambda step: None,
+    on_wait: Callable[[int], bool | None] = lambda step: None,
     all_reduce_min: Callable[[int], int] = lambda number: number,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets, both (batch, seq): `batch.accumulation_steps` pairs per step from first to end.
 
     A step begins when every node has the shards of all its samples. While a node waits for the Hub, all ranks compare
     their progress by `all_reduce_min` twice a second, so that none waits in an all-reduce until it times out, and call
-    `on_wait` with the step. `num_workers` processes read ahead.
+    `on_wait` with the step; if it returns True, no batches follow those of the steps before. `num_workers` processes
+    read ahead.
     """
     source = windows.source
 
@@ -157,7 +158,8 @@ def training_batches(
                     source.refresh()
                 ready = all_reduce_min(source.ready())
                 if ready < needed:
-                    on_wait(step)
+                    if on_wait(step):
+                        return
                     time.sleep(POLL_SECONDS)
             for micro_step in range(batch.accumulation_steps):
                 yield list(batch.samples(step, micro_step, rank))

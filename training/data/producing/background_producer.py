@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from common.cli_errors import interrupt_on_sigterm, run_command, subprocess_environment
+from common.cli_errors import TemporaryError, interrupt_on_sigterm, run_command, subprocess_environment
 from common.rate_limited_log import RateLimitedLog
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ _ATTEMPTS_BEFORE_TRAINING = 5
 _SECONDS_TO_EXIT = 15.0
 _POLL_SECONDS = 0.1
 _USER_ERROR = 2  # the exit code of `run_command`
+_TEMPORARY_ERROR = 75  # EX_TEMPFAIL of sysexits.h
 _NICENESS = 5  # training has priority
 _SECONDS_TO_CLEAN_UP = 10.0
 
@@ -47,7 +48,8 @@ class BackgroundProducer:
 
     Attributes:
         report: receives the child's progress lines, and why it failed and when it restarts; may be replaced.
-        failure: an error that waiting for the first shards cannot resolve, such as an error in the recipe.
+        failure: an error that a restart cannot resolve, such as a changed corpus; before training starts, also one that
+            several restarts did not resolve. A run that waits for a shard ends with it.
         last_error: the child's last error; None again as soon as it prints something.
     """
 
@@ -73,7 +75,7 @@ class BackgroundProducer:
         self._thread.start()
 
     def training_started(self) -> None:
-        """Mark the start of training; producer errors after this are logged and retried."""
+        """Mark the start of training; after this, only errors that a restart cannot resolve are a `failure`."""
         self._training = True
 
     def stop(self) -> None:
@@ -95,7 +97,10 @@ class BackgroundProducer:
                 return
             failures += 1
             self.last_error = error
-            if not self._training and (exit_code == _USER_ERROR or failures == _ATTEMPTS_BEFORE_TRAINING):
+            if exit_code == _USER_ERROR:
+                self.failure = error
+                return
+            if not self._training and failures == _ATTEMPTS_BEFORE_TRAINING:
                 self.failure = error
                 # Training may still start: its first shards may have been completed just before.
                 while not self._training and not self._stopping.wait(_POLL_SECONDS):
@@ -157,12 +162,16 @@ def _produce() -> None:
     from training.data.producing.producer import produce
     from training.data.shards.shard_spec import ShardSpec
 
-    produce(
-        ShardSpec.from_json(sys.argv[1]),
-        num_workers=int(sys.argv[2]),
-        wait=True,
-        report=lambda line: print(line, flush=True),
-    )
+    try:
+        produce(
+            ShardSpec.from_json(sys.argv[1]),
+            num_workers=int(sys.argv[2]),
+            wait=True,
+            report=lambda line: print(line, flush=True),
+        )
+    except TemporaryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(_TEMPORARY_ERROR)
 
 
 def _exit_with_parent() -> None:

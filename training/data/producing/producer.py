@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, TemporaryError
 from common.folder_lock import locked
 from common.hub_retry import hub_cache_error, is_disk_error
 from common.rate_limited_log import RateLimitedLog
@@ -91,7 +91,7 @@ def _lock_and_fill(spec: ShardSpec, num_workers: int | None, wait: bool, report:
     except OSError as error:
         if not is_disk_error(error):
             raise
-        raise hub_cache_error(error) or InputError(
+        raise hub_cache_error(error) or TemporaryError(
             f"cannot write to {spec.folder}: {error.strerror}; free space or choose another folder, and run again: "
             "complete shards are kept"
         ) from None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.atomic_files import file_sha256, fsync
-from common.cli_errors import InputError
+from common.cli_errors import InputError, TemporaryError
 from common.token_files import split_of
 from training.data.producing.progress import ProducerProgress
 from training.data.shards.manifest import Manifest, ShardRecord
@@ -135,5 +135,5 @@ def _download(corpus: HubCorpus, file: "RepoFile", folder: Path) -> tuple[Path, 
     sha256 = file_sha256(path)
     if file.lfs is not None and file.lfs.sha256 != sha256:
         path.unlink()
-        raise InputError(f"{file.path} has another hash than on the Hub after its download; run the command again")
+        raise TemporaryError(f"{file.path} has another hash than on the Hub after its download; run the command again")
     return path, sha256

@@ -14,8 +14,9 @@ import torch
 from support.background import processes_that_name, slow_corpus, wait_until
 from support.paths import ROOT
 
+from common.cli_errors import TemporaryError
 from common.folder_lock import LOCK_NAME, locked
-from training.data.producing.background_producer import BackgroundProducer, producer_command
+from training.data.producing.background_producer import BackgroundProducer, _produce, producer_command
 from training.data.producing.producer import produce
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_spec import ShardSpec
@@ -75,13 +76,41 @@ def test_user_error_before_the_first_shard_ends_the_wait(tmp_path: Path) -> None
     assert lines == []
 
 
-def test_producer_that_failed_just_before_training_is_logged_and_restarted(tmp_path: Path) -> None:
+def test_user_error_while_training_is_not_retried(tmp_path: Path) -> None:
+    lines: list[str] = []
+    with BackgroundProducer(lines.append) as producer:
+        producer.training_started()
+        producer.start(script(tmp_path, "print('error: the corpus has changed', file=sys.stderr); sys.exit(2)"))
+        wait_until(lambda: producer.failure == "the corpus has changed")
+        wait_until(lambda: not producer._thread.is_alive())
+    assert lines == []
+
+
+def test_temporary_error_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise TemporaryError("cannot write: the disk is full")
+
+    monkeypatch.setattr("training.data.producing.producer.produce", full)
+    monkeypatch.setattr(
+        sys, "argv", ["", ShardSpec(folder=tmp_path, corpus="c", shard_tokens=2, val_tokens=1).to_json(), "0"]
+    )
+    monkeypatch.setattr("os.nice", lambda _: None)
+    monkeypatch.setattr("training.data.producing.background_producer._exit_with_parent", lambda: None)
+    monkeypatch.setattr("training.data.producing.background_producer.interrupt_on_sigterm", lambda: None)
+    with pytest.raises(SystemExit, match="75"):
+        _produce()
+
+
+def test_producer_that_crashed_just_before_training_is_logged_and_restarted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.data.producing.background_producer._ATTEMPTS_BEFORE_TRAINING", 1)
     marker = tmp_path / "tries"
     code = f"marker = pathlib.Path({str(marker)!r}); tries = marker.exists(); marker.touch()\n"
     lines: list[str] = []
     with BackgroundProducer(lines.append) as producer:
         producer.start(
-            script(tmp_path, code + "if not tries: sys.exit(print('error: bad', file=sys.stderr) or 2)\nprint('well')")
+            script(tmp_path, code + "if not tries: sys.exit(print('error: bad', file=sys.stderr) or 1)\nprint('well')")
         )
         wait_until(lambda: producer.failure)
         producer.training_started()
