@@ -35,8 +35,8 @@ def find_resume_point(recipe: Recipe) -> Path | None:
         corpus, folder = Path(recipe.corpus).resolve(), Path(getattr(recipe, key)).resolve()
         if corpus.is_dir() and folder.is_relative_to(corpus):
             raise InputError(
-                f"{key} {folder} is inside corpus {recipe.corpus}, which would change while it is read; choose separate "
-                "folders"
+                f"{key} {folder} is inside corpus {recipe.corpus}, which would change while it is read; "
+                "choose separate folders"
             )
     is_run = (output_dir / "recipe.yaml").is_file()
     files = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
