@@ -161,6 +161,7 @@ class GPT2ScratchBlock(GradientCheckpointingLayer):
 class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
     """GPT-2 without a head: from token ids to one vector per token."""
 
+    _input_embed_layer = "wte"
     _can_record_outputs = {  # noqa: RUF012 - the base class reads a plain dict
         "hidden_states": GPT2ScratchBlock,
         "attentions": OutputRecorder(GPT2ScratchAttention, index=1),
@@ -175,14 +176,6 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the token embedding."""
-        return self.wte
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the token embedding."""
-        self.wte = value
 
     @capture_outputs
     def forward(

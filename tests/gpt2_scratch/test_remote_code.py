@@ -10,7 +10,7 @@ from support.paths import ROOT
 from support.tiny_models import one_thread, tiny  # noqa: F401 - a fixture for all
 from transformers import GPT2Tokenizer
 
-from gpt2_scratch import GPT2ScratchForSequenceClassification
+from gpt2_scratch import GPT2ScratchForSequenceClassification, modeling_gpt2_scratch
 
 pytestmark = pytest.mark.parity
 
@@ -176,3 +176,10 @@ for config in (LoraConfig(task_type="CAUSAL_LM", fan_in_fan_out=True), IA3Config
 def test_libraries_recognize_a_model_of_the_folders_own_code(saved):
     result = run(saved[0], NOT_INSTALLED + LIBRARIES)
     assert result.returncode == 0, result.stderr
+
+
+def test_folders_of_earlier_versions_find_the_classifier_with_newer_code(saved):
+    """They name another file, and `hf upload --include "*.py"` renews only the code."""
+    code = (saved[0] / "model" / "modeling_gpt2_scratch.py").read_text()
+    assert "import GPT2ScratchForSequenceClassification" in code
+    assert modeling_gpt2_scratch.GPT2ScratchForSequenceClassification is GPT2ScratchForSequenceClassification

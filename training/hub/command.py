@@ -102,6 +102,8 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, checkpoint:
         print(f'as plain GPT-2: from_pretrained("{repo_id}", revision="{NATIVE}")')
     if pushed.card_kept:
         print("the card was edited on the Hub: only its metadata and results are updated")
+    if not pushed.has_license:
+        print("the card states no license: add one to its metadata on the Hub; later pushes keep it")
 
 
 def find_model(folder: Path) -> tuple[Path, int | None]:

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -28,10 +28,11 @@ _ATTEMPTS_WHEN_OVERTAKEN = 3
 
 
 class Pushed(NamedTuple):
-    """A commit on the Hub; whether it kept the text of an edited card; and whether there is a native branch."""
+    """A commit on the Hub; does it keep the text of an edited card, state a license; is there a native branch?"""
 
     commit: str
     card_kept: bool
+    has_license: bool
     has_native: bool
 
 
@@ -96,12 +97,13 @@ def _commit(folder: Path, repo_id: str, message: str, branch: str) -> Pushed:
     on_hub = set(api.list_repo_files(repo_id, revision=head))
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     additions = [CommitOperationAdd(name, file) for name, file in files.items() if name != "README.md"]
-    card_kept = False
+    card_kept = has_license = False
     if "README.md" in files:
         local = files["README.md"].read_text(encoding="utf-8")
         card = card_for_repository(local, repo_id, branch=branch, has_native=has_native)
         existing = read_card(repo_id, head) if "README.md" in on_hub and branch == "main" else None
         card, card_kept = with_edits_of(existing, card)
+        has_license = ModelCard(card).data.get("license") is not None
         additions.append(CommitOperationAdd("README.md", card.encode()))
     for addition in additions:
         # One file per call, which runs in this thread. For several files the client makes a thread pool
@@ -113,7 +115,7 @@ def _commit(folder: Path, repo_id: str, message: str, branch: str) -> Pushed:
     commit = api.create_commit(
         repo_id, [*additions, *deletions], commit_message=message, revision=branch, parent_commit=head
     )
-    return Pushed(str(commit.oid), card_kept, has_native)
+    return Pushed(str(commit.oid), card_kept, has_license, has_native)
 
 
 def _is_ours(name: str, branch: str, has_state: bool) -> bool:

@@ -341,6 +341,23 @@ def test_a_push_updates_an_existing_native_branch(hub: LoopbackHub, model_folder
     assert there.files("native")["model.safetensors"] == there.files()["model.safetensors"] != first
 
 
+def test_a_push_asks_for_a_license_until_the_card_on_the_hub_states_one(
+    hub: LoopbackHub, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_folder, tmp_path / "x")
+    (tmp_path / "x" / "README.md").write_text(CARD.replace("license: mit", "library_name: transformers"))
+    push = ["push", str(tmp_path / "x"), "--repo_id", "me/x"]
+    command.main(push)
+    question = "the card states no license: add one to its metadata on the Hub; later pushes keep it\n"
+    assert question in capsys.readouterr().out
+    there = hub.model("me/x")
+    card = there.files()["README.md"].decode().replace("---\n", "---\nlicense: odc-by\n", 1)
+    there.commit("main", {**there.files(), "README.md": card.encode()}, "by hand")
+    command.main(push)
+    assert question not in capsys.readouterr().out
+    assert "license: odc-by" in there.files()["README.md"].decode()
+
+
 def test_a_model_folder_without_training_state_cannot_push_one(hub: LoopbackHub, model_folder: Path) -> None:
     with pytest.raises(InputError, match="--checkpoint needs a checkpoint"):
         command.main(["push", str(model_folder), "--repo_id", "me/my-gpt2", "--checkpoint"])
