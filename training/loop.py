@@ -74,7 +74,7 @@ def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
         return gather_object(values)
 
     with contextlib.ExitStack() as lock, BackgroundProducer() as producer:
-        plan = plan_run(recipe, producer, lock, gather_object=gather)
+        plan = plan_run(recipe, producer, lock=lock, gather_object=gather)
         if plan.is_complete:
             _report_complete(plan.run)
         else:

@@ -43,14 +43,14 @@ class Plan(NamedTuple):
 def plan_run(
     recipe: Recipe,
     producer: BackgroundProducer,
-    lock: contextlib.ExitStack,
     *,
+    lock: contextlib.ExitStack | None = None,
     gather_object: Callable[[list[Any]], list[Any]] | None = None,
 ) -> Plan:
     """Check the recipe against the run folder, the data and the processes, and plan the run.
 
-    Rank 0 locks the run folder first, until `lock` is closed: another start might still write or remove checkpoints. If
-    the shard folder is incomplete, the producer is started, and this returns when training can start. `gather_object`
+    With `lock`, rank 0 first locks the run folder until that is closed: another start might still write or remove
+    checkpoints. If the shard folder is incomplete, the producer is started, and this returns when training can start. `gather_object`
     (as in `Ranks`) is called only if there are several nodes.
 
     Raises:
@@ -60,7 +60,7 @@ def plan_run(
     # On one node, the launcher ends all processes when one fails.
     ranks = Ranks(gather_object if several_nodes else None)
     with ranks.share_errors():
-        if os.environ.get("RANK", "0") == "0":
+        if lock is not None and os.environ.get("RANK", "0") == "0":
             check_writable(Path(recipe.output_dir))
             lock.enter_context(locked(Path(recipe.output_dir)))
         plan = _plan(recipe, producer, ranks)
