@@ -50,8 +50,8 @@ def plan_run(
     """Check the recipe against the run folder, the data and the processes, and plan the run.
 
     With `lock`, rank 0 first locks the run folder until that is closed: another start might still write or remove
-    checkpoints. If the shard folder is incomplete, the producer is started, and this returns when training can start. `gather_object`
-    (as in `Ranks`) is called only if there are several nodes.
+    checkpoints. If the shard folder is incomplete, the producer is started, and this returns when training can start.
+    `gather_object` (as in `Ranks`) is called only if there are several nodes.
 
     Raises:
         InputError: the run would fail, or would not be the run that the recipe describes.

@@ -244,7 +244,7 @@ def test_node_whose_producer_fails_after_the_first_shards_starts_with_the_others
     deadline = time.monotonic() + 10
     while not any("failed" in line for line in lines) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert any("has changed since" in line and "training continues with the shards" in line for line in lines)
+    assert any("has changed since" in line and "training ends after the shards" in line for line in lines)
 
 
 def test_error_of_a_producer_is_shared_in_the_next_gather(nodes: TwoNodes) -> None:

@@ -97,17 +97,18 @@ class BackgroundProducer:
                 return
             failures += 1
             self.last_error = error
-            if exit_code == _USER_ERROR:
-                self.failure = error
-                return
-            if not self._training and failures == _ATTEMPTS_BEFORE_TRAINING:
+            permanent = exit_code == _USER_ERROR
+            if permanent or (not self._training and failures == _ATTEMPTS_BEFORE_TRAINING):
                 self.failure = error
                 # Training may still start: its first shards may have been completed just before.
                 while not self._training and not self._stopping.wait(_POLL_SECONDS):
                     pass
-                self.failure = None
                 if self._stopping.is_set():
                     return
+                if permanent:
+                    self.report(f"The shard producer failed: {error}; training ends after the shards that are complete")
+                    return
+                self.failure = None
             if time.monotonic() - started > _HEALTHY_SECONDS:
                 delay = _FIRST_DELAY_SECONDS
             meanwhile = "training continues with the shards that are complete; " if self._training else ""

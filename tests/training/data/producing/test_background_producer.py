@@ -82,8 +82,10 @@ def test_user_error_while_training_is_not_retried(tmp_path: Path) -> None:
         producer.training_started()
         producer.start(script(tmp_path, "print('error: the corpus has changed', file=sys.stderr); sys.exit(2)"))
         wait_until(lambda: producer.failure == "the corpus has changed")
-        wait_until(lambda: not producer._thread.is_alive())
-    assert lines == []
+        wait_until(lambda: lines)
+    assert lines == [
+        "The shard producer failed: the corpus has changed; training ends after the shards that are complete"
+    ]
 
 
 def test_temporary_error_is_retried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
