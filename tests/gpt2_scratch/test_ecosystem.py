@@ -17,8 +17,9 @@ from peft import (
     TaskType,
     get_peft_model,
 )
+from support.model_folders import scratch  # noqa: F401 - a fixture
 from support.tiny_models import one_thread, pair, tiny, tokens  # noqa: F401 - a fixture for all
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 from transformers.pytorch_utils import Conv1D
 
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification
@@ -252,3 +253,13 @@ def test_accelerate_loads_and_dispatches_a_checkpoint(tmp_path, placement):
         assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
     text = loaded.generate(tokens(1), max_new_tokens=4, do_sample=False, pad_token_id=96)
     assert torch.equal(text, model.generate(tokens(1), max_new_tokens=4, do_sample=False, pad_token_id=96))
+
+
+def test_pipeline_batches_give_the_texts_of_single_calls_once_there_is_a_padding_token(scratch):
+    generate = pipeline("text-generation", str(scratch), device="cpu")
+    texts, options = ["Once upon", "A", "the tokenizer"], {"max_new_tokens": 6, "do_sample": False}
+    single = [generate(text, **options)[0]["generated_text"] for text in texts]
+    with pytest.raises(ValueError, match="tokenizer without pad_token cannot do batching"):
+        generate(texts, batch_size=3, **options)
+    generate.tokenizer.pad_token = generate.tokenizer.eos_token
+    assert [one[0]["generated_text"] for one in generate(texts, batch_size=3, **options)] == single
