@@ -20,7 +20,8 @@ from training.checkpoints.resume import check_end, check_writable, find_resume_p
 from training.data.loading.loader import TrainingShards, validation_windows
 from training.data.loading.order import Order
 from training.data.producing.background_producer import BackgroundProducer
-from training.data.shards.shard_reader import Shard
+from training.data.shards.shard_reader import Shard, ShardFolder
+from training.data.tokenization.tokenizer import Tokenizer
 from training.hub.publisher import claim_repository
 from training.monitoring.task_evaluation import TaskSet
 from training.recipe import Recipe
@@ -77,14 +78,7 @@ def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
     if recipe.push_to_hub and os.environ.get("RANK", "0") == "0" and not _is_finished(recipe, resume_from):
         repo_id = claim_repository(recipe, resumes=resume_from is not None)
     folder, tokenizer = open_data(recipe, producer, ranks)
-    validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
-    # The first shards only: all ids of a large corpus would take minutes, and the loader checks what it reads.
-    for shard in (folder.val_shard, *folder.train_shards[:1]):
-        shard.check_ids(tokenizer.vocab_size)
-    try:
-        shards = TrainingShards(folder, seq_len=recipe.seq_len, seed=recipe.seed)
-    except ValueError as error:
-        raise InputError(f"{recipe.data_dir}: {error}; prepare a larger corpus, or use a shorter seq_len") from None
+    shards = check_shards(recipe, folder, tokenizer)
     end, first_step = total_steps(recipe, shards.order), 0
     if resume_from is not None:
         state = TrainerState.read(resume_from)
@@ -95,6 +89,18 @@ def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
     run = Run(recipe, shards, tokenizer, batch, first_step, end, resume_from)
     is_complete = first_step == end and resume_from is not None and _is_model_of(resume_from, run.output_dir)
     return Plan(run, tasks, repo_id, is_complete)
+
+
+def check_shards(recipe: Recipe, folder: ShardFolder, tokenizer: Tokenizer) -> TrainingShards:
+    """The folder's training shards, once validation and training can start with them; otherwise an `InputError`."""
+    validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
+    # The first shards only: all ids of a large corpus would take minutes, and the loader checks what it reads.
+    for shard in (folder.val_shard, *folder.train_shards[:1]):
+        shard.check_ids(tokenizer.vocab_size)
+    try:
+        return TrainingShards(folder, seq_len=recipe.seq_len, seed=recipe.seed)
+    except ValueError as error:
+        raise InputError(f"{recipe.data_dir}: {error}; prepare a larger corpus, or use a shorter seq_len") from None
 
 
 def batch_of(recipe: Recipe) -> BatchPlan:

@@ -1,7 +1,7 @@
 """`--preflight`: check a run on the hardware that would train it, and report its memory, time and cost.
 
 The ranks all-reduce a tensor whose sum is known, the model is built, and a few steps are timed on made-up tokens.
-Nothing is written, and the corpus need not exist yet.
+Nothing is written, and the corpus need not be tokenized yet: what training would refuse is refused.
 """
 
 import socket
@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -21,17 +22,18 @@ from torch.optim import Optimizer
 from common.cli_errors import InputError
 from common.durations import format_duration
 from training.checkpoints.checkpoint_folder import TrainerState
-from training.checkpoints.resume import check_end, find_resume_point
+from training.checkpoints.resume import check_end, find_resume_point, refuse_other_data
 from training.data.loading.order import Order
-from training.data.shards.shard_reader import ShardFolder
-from training.data.tokenization.tokenizer import Tokenizer, parse_train_spec
+from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
+from training.monitoring.task_evaluation import TaskSet
 from training.monitoring.throughput import device_name
 from training.recipe import Recipe
 from training.setup.accelerator import build_accelerator, check_process_count, shut_down
 from training.setup.batch_size_finder import find_batch_size
 from training.setup.memory_estimate import available_memory, estimate_memory
 from training.setup.model import Vocabulary, build_model, prepare_for_training
-from training.setup.plan import batch_of, total_steps
+from training.setup.plan import batch_of, check_shards, total_steps
+from training.setup.training_data import check_data, tokenizer_of_foreign_shards
 from training.step.batch_plan import BatchPlan
 from training.step.train_step import train_step
 
@@ -39,6 +41,15 @@ _REDUCED_NUMBERS = {"cuda": 2**26, "cpu": 2**22}
 _TIMED_CPU_TOKENS = 4096  # per forward pass; a CPU is not faster with more
 _FORWARD_SHARE = 1 / 3  # FLOPs of a validation token relative to a training token
 _GIB = 2**30
+
+
+class _Data(NamedTuple):
+    """What is known of the data before training."""
+
+    tokenizer: Tokenizer | Vocabulary
+    order: Order | None  # of the windows, if the shard folder is complete
+    tasks: TaskSet | None  # None too if the tokenizer does not exist yet
+    state: str  # of the folder, for the report
 
 
 def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> None:
@@ -51,13 +62,16 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     check_process_count()
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
-    vocabulary, order, data = _inspect_data(recipe)
+    data = _inspect_data(recipe, resume_from)
+    order = data.order
     accelerator = build_accelerator(recipe)
     report = accelerator.print
     report(f"processes   {_devices(accelerator)}")
     report(f"all-reduce  {_check_all_reduce(accelerator)}")
 
-    model = build_model(recipe, vocabulary, device_type=accelerator.device.type, weights=resume_from)
+    model = build_model(recipe, data.tokenizer, device_type=accelerator.device.type, weights=resume_from)
+    if data.tasks is not None:
+        data.tasks.check_fit(model.config)
     if recipe.per_device_train_batch_size == "auto":
         batch = find_batch_size(batch, accelerator, model, recipe)
     report(f"batch       {batch.arithmetic}")
@@ -80,7 +94,7 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     report(
         f"memory      estimated {_gib(estimate.total)} per device: {parts}" + (f"; {_gib(free)} free" if free else "")
     )
-    report(f"data        {data}")
+    report(f"data        {data.state}")
     steps = None if recipe.num_train_epochs is not None and order is None else total_steps(recipe, order)
     done = TrainerState.read(resume_from).step if resume_from else 0
     if steps is None:
@@ -108,26 +122,29 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     shut_down(accelerator)
 
 
-def _inspect_data(recipe: Recipe) -> tuple[Vocabulary, Order | None, str]:
-    """The token ids, the order of the windows if the shard folder is complete, and the state of the folder."""
+def _inspect_data(recipe: Recipe, resume_from: Path | None) -> _Data:
+    """The data of the run, with the checks that training makes."""
     path = Path(recipe.data_dir)
-    folder = ShardFolder.find(path)
+    folder, spec = check_data(recipe, print)
     manifest = folder.manifest if folder else None
-    if manifest is not None:
-        ids = Vocabulary(manifest.vocab_size, manifest.end_of_text_id)
-    elif (trained := parse_train_spec(recipe.tokenizer)) is not None:
-        ids = Vocabulary(trained, trained - 1)
-    elif recipe.tokenizer == "gpt2":
-        ids = Vocabulary(50_257, 50_256)
+    trained = parse_train_spec(recipe.tokenizer)
+    tokenizer: Tokenizer | Vocabulary
+    if folder is not None and manifest is not None:
+        tokenizer = folder.load_tokenizer(recipe.tokenizer)
+    elif spec is None:
+        tokenizer = tokenizer_of_foreign_shards(recipe)
     else:
-        tokenizer = Tokenizer.load(recipe.tokenizer)
-        ids = Vocabulary(tokenizer.vocab_size, tokenizer.end_of_text_id)
-    if folder is not None and folder.complete:
-        sizes = [shard.tokens for shard in folder.train_shards]
-        order = Order(sizes, seq_len=recipe.seq_len, seed=recipe.seed)
-        return ids, order, f"{sum(sizes):,} training tokens in {path}"
+        tokenizer = Vocabulary(trained, trained - 1) if trained else load_tokenizer(recipe.tokenizer)
+    tasks = TaskSet(recipe, tokenizer) if recipe.eval_tasks and isinstance(tokenizer, Tokenizer) else None
+    if folder is not None and folder.can_train(folder.complete) and isinstance(tokenizer, Tokenizer):
+        shards = check_shards(recipe, folder, tokenizer)
+        if resume_from is not None:
+            refuse_other_data(TrainerState.read(resume_from), folder, tokenizer, recipe)
+        if folder.complete:
+            sizes = [shard.tokens for shard in folder.train_shards]
+            return _Data(tokenizer, shards.order, tasks, f"{sum(sizes):,} training tokens in {path}")
     complete = f"{len(manifest.shards)} complete shards in {path}" if manifest is not None else f"nothing in {path} yet"
-    return ids, None, f"{complete}; training would tokenize {recipe.corpus} in the background"
+    return _Data(tokenizer, None, tasks, f"{complete}; training would tokenize {recipe.corpus} in the background")
 
 
 def _devices(accelerator: Accelerator) -> str:

@@ -27,11 +27,40 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
         InputError: the corpus, the folder or the tokenizer cannot be used, or they do not match.
     """
     path = Path(recipe.data_dir)
+    folder, spec = check_data(recipe, producer.report)
+    if spec is None:
+        tokenizer = tokenizer_of_foreign_shards(recipe)
+        wait_for_shards(lambda: True, producer, ranks)
+        assert folder is not None
+        return folder, tokenizer
+    if (folder is None or not folder.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
+        workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        producer.start(producer_command(spec, workers))
+    needs_all = recipe.num_train_epochs is not None  # for the length of an epoch
+
+    def can_train() -> bool:
+        nonlocal folder
+        if folder is None or not folder.can_train(needs_all):
+            folder = ShardFolder.find(path)
+        return folder is not None and folder.can_train(needs_all)
+
+    wait_for_shards(can_train, producer, ranks)
+    assert folder is not None
+    return folder, folder.load_tokenizer(recipe.tokenizer)
+
+
+def check_data(recipe: Recipe, report: Callable[[str], None]) -> tuple[ShardFolder | None, ShardSpec | None]:
+    """The shard folder as it is, None if it holds nothing, and what it should hold, None for another program's shards.
+
+    The first process of a node also opens the corpus, and compares it with a complete folder.
+
+    Raises:
+        InputError: the corpus or the folder cannot be used, or they do not match.
+    """
+    path = Path(recipe.data_dir)
     folder = ShardFolder.find(path)
     if folder is not None and folder.manifest is None:
-        tokenizer = _tokenizer_of_foreign_shards(recipe)
-        wait_for_shards(lambda: True, producer, ranks)
-        return folder, tokenizer
+        return folder, None
     spec = ShardSpec(
         folder=path,
         corpus=recipe.corpus,
@@ -48,22 +77,10 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
     spec.check(folder)
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
     if first_on_node and folder is not None and folder.complete:
-        check_content(spec, folder, producer.report)
+        check_content(spec, folder, report)
     elif first_on_node:
         spec.open_corpus()  # raises if it does not exist
-        workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-        producer.start(producer_command(spec, workers))
-    needs_all = recipe.num_train_epochs is not None  # for the length of an epoch
-
-    def can_train() -> bool:
-        nonlocal folder
-        if folder is None or not folder.can_train(needs_all):
-            folder = ShardFolder.find(path)
-        return folder is not None and folder.can_train(needs_all)
-
-    wait_for_shards(can_train, producer, ranks)
-    assert folder is not None
-    return folder, folder.load_tokenizer(recipe.tokenizer)
+    return folder, spec
 
 
 def wait_for_shards(is_ready: Callable[[], bool], producer: BackgroundProducer, ranks: Ranks) -> None:
@@ -96,7 +113,8 @@ def preprocessing_workers(recipe: Recipe, local_processes: int) -> int:
     return max(min(2, usable_cpus()), usable_cpus() - used)
 
 
-def _tokenizer_of_foreign_shards(recipe: Recipe) -> Tokenizer:
+def tokenizer_of_foreign_shards(recipe: Recipe) -> Tokenizer:
+    """The recipe's tokenizer, which must exist: shards without a manifest do not say how they were made."""
     if parse_train_spec(recipe.tokenizer) is not None:
         raise InputError(
             f"{recipe.data_dir} holds shards without a manifest, for which tokenizer {recipe.tokenizer} cannot be "

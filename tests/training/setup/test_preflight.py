@@ -122,3 +122,19 @@ def test_hours_count_the_remaining_steps_and_their_validations(tiny_recipe: Make
     # 60 steps, and 3 validations (50, 75, 100) of a third of 30 steps each; and of 90 to 110, two (100, 110).
     assert module._hours(recipe, batch, steps=110, done=90, seconds=36.0) == pytest.approx((20 + 20) * 36 / 3600)
     assert module._hours(recipe, batch, steps=100, done=40, seconds=36.0) == pytest.approx((60 + 30) * 36 / 3600)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"corpus": "nowhere", "data_dir": "absent"}, "unknown corpus 'nowhere'"),
+        ({"tokenizer": "train:999"}, "tokenizer bpe-300 instead of train:999"),
+        ({"tokenizer": "absent/folder/x", "data_dir": "absent"}, "tokenizer"),
+        ({"seq_len": 4096, "tokens_per_step": 16384}, "validation shard .* holds 2,000 tokens"),
+        ({"eval_tasks": ["lambada"], "eval_data_dir": "absent"}, "eval_tasks: no file lambada_test.jsonl"),
+    ],
+)
+def test_preflight_refuses_what_training_refuses(change: dict[str, Any], message: str, tiny_recipe: Make) -> None:
+    for start in (train, preflight):
+        with pytest.raises(InputError, match=message):
+            start(tiny_recipe(**change))
