@@ -79,7 +79,7 @@ def seconds(side: Callable[[], Iterable[np.ndarray]], expected: int) -> float:
 def time_tokenizing(documents: list[str], rounds: int, num_workers: int) -> None:
     """Print documents/s and tokens/s of the three sides, and their ratios."""
     tokenizer = load_tokenizer("gpt2")
-    encode = EncodePieces(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")
+    encode = EncodePieces(tokenizer.bpe, tokenizer.document_start, "uint16")
     expected = sum(len(tokenize_one(document)) for document in documents)
     with multiprocessing.Pool(num_workers) as pool, start_workers(encode, num_workers) as workers:
         sides: dict[str, Callable[[], Iterable[np.ndarray]]] = {

@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 
 from common.cli_errors import CommandParser, InputError, interrupt_on_sigterm, run_command
+from common.typed_values import convert
 
 # The worker processes import this module: heavy imports are inside functions.
 
@@ -37,6 +38,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--encoding", help="encoding of text without a byte-order mark; UTF-8 if not given")
     add("--tokenizer", default="gpt2", help="gpt2, train:4096 to train one on the corpus, or the folder of a saved one")
+    add(
+        "--split_special_tokens",
+        type=lambda value: convert("--split_special_tokens", bool, value),
+        default=True,
+        metavar="BOOL",
+        help="encode special tokens that the corpus spells, such as <|endoftext|>, as plain text",
+    )
     add("--shard_tokens", type=int, default=DEFAULT_SHARD_TOKENS, help="tokens in each training shard")
     add("--val_tokens", type=int, help="tokens in the validation shard; shard_tokens if not given")
     add("--max_tokens", type=int, help="stop after this many training tokens")

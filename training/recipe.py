@@ -54,6 +54,9 @@ class Recipe:
     )
     encoding: str | None = off_card("encoding of text without a byte-order mark (default: UTF-8)", None, group="data")
     tokenizer: str = local("gpt2, train:VOCAB_SIZE, or a folder with tokenizer.json", "gpt2", group="data")
+    split_special_tokens: bool = off_card(
+        "encode special tokens that the corpus spells, such as <|endoftext|>, as plain text", True, group="data"
+    )
     # Shards are held in memory, hence the limit.
     shard_tokens: int = off_card("tokens per training shard", 100_000_000, group="data", at_least=1, at_most=10**9)
     val_tokens: int | None = off_card(

@@ -52,7 +52,7 @@ def _generate(run: Run) -> list[str]:
         torch.manual_seed(run.recipe.seed + run.step)
         for prompt in run.recipe.sample_prompts:
             # A prompt that is too long is truncated from the left.
-            ids = [end_of_text, *run.tokenizer.encode(prompt)][longest - run.config.n_positions :]
+            ids = [*run.tokenizer.document_start, *run.tokenizer.encode(prompt)][longest - run.config.n_positions :]
             output = model.generate(
                 torch.tensor([ids], device=device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=device),

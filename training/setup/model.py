@@ -31,6 +31,11 @@ class Vocabulary(NamedTuple):
     vocab_size: int
     end_of_text_id: int
 
+    @property
+    def token_ids(self) -> dict[str, int | None]:
+        """The ids that the model's config has of the tokenizer."""
+        return {"bos_token_id": self.end_of_text_id, "eos_token_id": self.end_of_text_id}
+
 
 def build_model(
     recipe: Recipe, tokenizer: Tokenizer | Vocabulary, *, device_type: str, weights: Path | None = None
@@ -61,8 +66,7 @@ def build_model(
                 n_head=recipe.n_head,
                 # The same function as the official "gelu_new", in one kernel instead of eight.
                 activation_function="gelu_pytorch_tanh",
-                bos_token_id=tokenizer.end_of_text_id,
-                eos_token_id=tokenizer.end_of_text_id,
+                **tokenizer.token_ids,
                 **dropout,
             )
             config._attn_implementation = attention
@@ -80,6 +84,10 @@ def build_model(
         raise InputError(
             f"seq_len={recipe.seq_len:,} exceeds n_positions={model.config.n_positions:,} of {source}; shorten seq_len"
         )
+    for key, token in tokenizer.token_ids.items():  # of `init_from`, they are another tokenizer's
+        if token is not None and token != getattr(model.config, key):
+            setattr(model.config, key, token)
+            setattr(model.generation_config, key, token)
     # Without this the text-generation pipeline sets 256, which may exceed n_positions.
     if model.generation_config.max_new_tokens is None:
         model.generation_config.max_new_tokens = min(128, model.config.n_positions // 2)

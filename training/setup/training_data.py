@@ -68,6 +68,7 @@ def check_data(recipe: Recipe, report: Callable[[str], None]) -> tuple[ShardFold
         text_field=recipe.text_field,
         document_separator=recipe.document_separator,
         encoding=recipe.encoding,
+        split_special_tokens=recipe.split_special_tokens,
         tokenizer=recipe.tokenizer,
         shard_tokens=recipe.shard_tokens,
         val_tokens=recipe.validation_shard_tokens,

@@ -1,7 +1,7 @@
 """The pieces of a corpus in batches for the tokenizing processes, and what the manifest says about the text in them."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -43,6 +43,25 @@ class Batch:
     def full(self) -> bool:
         """Return whether the batch is large enough to encode."""
         return self.characters >= CHARACTERS_PER_BATCH or len(self.pieces) >= PIECES_PER_BATCH
+
+
+def joined(pieces: Iterable[Piece], can_cut: Callable[[str, str], bool]) -> Iterator[Piece]:
+    """Yield the pieces, joined where their tokenizer cannot be cut."""
+    parts: list[Piece] = []
+    for piece in pieces:
+        if parts and (piece.starts or can_cut(parts[-1].text, piece.text)):
+            yield _joined(parts)
+            parts.clear()
+        parts.append(piece)
+    if parts:
+        yield _joined(parts)
+
+
+def _joined(parts: list[Piece]) -> Piece:
+    if len(parts) == 1:
+        return parts[0]
+    text, replaced = "".join(part.text for part in parts), sum(part.replaced for part in parts)
+    return parts[0]._replace(text=text, replaced=replaced)
 
 
 def batches(pieces: Iterable[Piece], document: int, special_tokens: "re.Pattern[str] | None" = None) -> Iterator[Batch]:
@@ -124,5 +143,6 @@ def summary(manifest: Manifest) -> Iterator[str]:
     if manifest.special_tokens_in_text:
         yield (
             f"the text spells special tokens such as <|endoftext|> {manifest.special_tokens_in_text:,} times inside "
-            "its lines; they are encoded as plain text"
+            f"its lines; they are encoded as {'plain text' if manifest.split_special_tokens else 'these tokens'} "
+            f"(split_special_tokens {str(manifest.split_special_tokens).lower()})"
         )

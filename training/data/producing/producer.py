@@ -21,7 +21,7 @@ from common.folder_lock import locked
 from common.hub_retry import hub_cache_error, is_disk_error
 from common.rate_limited_log import RateLimitedLog
 from common.worker_processes import map_in_order
-from training.data.producing.batches import Batch, CorpusProgress, batches, summary
+from training.data.producing.batches import Batch, CorpusProgress, batches, joined, summary
 from training.data.producing.content_check import check_content
 from training.data.producing.progress import ProducerProgress
 from training.data.producing.shard_download import download_shards, list_ready_shards
@@ -119,10 +119,11 @@ def _fill(
     resume = _resume_point(folder, manifest)
     corpus_progress = CorpusProgress(corpus, manifest)
     writer = ShardWriter(spec.folder, manifest, corpus_progress.at_shard_end)
-    encode = EncodePieces(tokenizer.bpe, tokenizer.end_of_text_id, manifest.dtype)
+    encode = EncodePieces(tokenizer.bpe, tokenizer.document_start, manifest.dtype, spec.split_special_tokens)
     special_tokens = re.compile("|".join(map(re.escape, sorted({*tokenizer.special_tokens, END_OF_TEXT}))))
+    pieces = joined(corpus.read(resume.position), tokenizer.can_cut)
     # The workers draw batches ahead of the writer; tee keeps those in between.
-    ahead, written = itertools.tee(batches(corpus.read(resume.position), resume.document, special_tokens))
+    ahead, written = itertools.tee(batches(pieces, resume.document, special_tokens))
     encoded = map_in_order(encode, (batch.pieces for batch in ahead), num_workers=num_workers)
     at = resume.tokens or 0
     with ProducerProgress(writer.tokens, report) as progress, contextlib.closing(encoded):

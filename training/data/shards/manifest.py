@@ -15,7 +15,14 @@ FORMAT_VERSION = 1
 
 # Keys that earlier versions did not have: a manifest without news is the one that they wrote.
 _OMITTED_AT_DEFAULT = (
-    *("document_separator", "encoding", "replaced_characters", "first_replaced", "special_tokens_in_text"),
+    *(
+        "document_separator",
+        "encoding",
+        "split_special_tokens",
+        "replaced_characters",
+        "first_replaced",
+        "special_tokens_in_text",
+    ),
 )
 
 
@@ -52,6 +59,7 @@ class Manifest:
     Attributes:
         document_separator: what separates documents in text files.
         encoding: of text without a byte-order mark; None for UTF-8.
+        split_special_tokens: whether special tokens that the text spells are encoded as plain text.
         replaced_documents: how many documents held invalid bytes, which U+FFFD replaced.
         replaced_characters: how many U+FFFD that are.
         first_replaced: where the first of them is.
@@ -74,6 +82,7 @@ class Manifest:
     complete: bool = False
     document_separator: str | None = END_OF_TEXT
     encoding: str | None = None
+    split_special_tokens: bool = True
     replaced_documents: int = 0
     replaced_characters: int = 0
     first_replaced: str | None = None

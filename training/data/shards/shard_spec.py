@@ -31,6 +31,7 @@ class ShardSpec:
     text_field: str = "text"
     document_separator: str | None = END_OF_TEXT
     encoding: str | None = None
+    split_special_tokens: bool = True
     tokenizer: str = "gpt2"
     shard_tokens: int
     val_tokens: int
@@ -78,6 +79,7 @@ class ShardSpec:
             "text_field": self.text_field,
             "document_separator": self.document_separator,
             "encoding": self.encoding,
+            "split_special_tokens": self.split_special_tokens,
             "shard_tokens": self.shard_tokens,
             "val_tokens": self.val_tokens,
         }

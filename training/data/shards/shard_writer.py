@@ -22,9 +22,7 @@ from training.data.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.base import Corpus
-from training.data.tokenization.tokenizer import Tokenizer
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+from training.data.tokenization.tokenizer import TOKENIZER_FILES, Tokenizer
 
 _SPARE_BYTES = 1 << 20  # for the manifest and the file system's own data
 
@@ -41,6 +39,7 @@ def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtyp
         text_field=spec.text_field,
         document_separator=spec.document_separator,
         encoding=spec.encoding,
+        split_special_tokens=spec.split_special_tokens,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
@@ -52,7 +51,8 @@ def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtyp
     )
     tokenizer.save(spec.folder)
     for name in TOKENIZER_FILES:
-        fsync(spec.folder / name)
+        if (spec.folder / name).exists():
+            fsync(spec.folder / name)
     fsync(spec.folder)
     manifest.write(spec.folder)
     return manifest

@@ -90,7 +90,7 @@ class _Reader:
 
     def _take(self, expected: str) -> None:
         if (found := self.next_character()) != expected:
-            raise InputError(f"{self._file} is not valid JSON: expected {expected!r}, found {found or 'its end'!r}")
+            raise InputError(f"{self._file} is not valid JSON: expected {expected}, found {found or 'its end'}")
         self._start += 1
 
     def _grow(self) -> bool:

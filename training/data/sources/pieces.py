@@ -21,10 +21,8 @@ _BETWEEN_TOKENS = re.compile(rf"[^{SPACE}](?=[{SPACE}])|[^\W\d_](?=[.,;:!?\"()ã€
 def piece_end(text: str, start: int, *, complete: bool) -> int | None:
     """Return where the piece that begins at `start` ends; None where that depends on text after an incomplete one."""
     target = start + PIECE_CHARACTERS
-    if complete and len(text) <= target:
-        return len(text)
-    if not complete and len(text) < target + LOOK_AHEAD:
-        return None
+    if len(text) <= target + LOOK_AHEAD:
+        return len(text) if complete else None
     match = _BETWEEN_WORDS.search(text, target - 1, target + LOOK_AHEAD)
     match = match or _BETWEEN_TOKENS.search(text, target - 1, start + MAX_PIECE_CHARACTERS)
     if match is not None:

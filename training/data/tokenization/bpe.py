@@ -8,6 +8,7 @@ characters in a row does not need the look-ahead; in other text, the same cuts c
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import tiktoken
@@ -25,6 +26,14 @@ _RUN_OF_SPACE = re.compile(f"[{SPACE}]{{2}}")
 _BEFORE_LAST_SPACE_OF_A_RUN = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")
 
 
+class Encoding(Protocol):
+    """Text to ids; can be pickled."""
+
+    def encode(self, text: str, *, split_special_tokens: bool = True) -> np.ndarray:
+        """Return the ids of `text`, (tokens,), uint32; special tokens in it are plain text if they are split."""
+        ...
+
+
 class BytePairEncoding:
     """Text to ids and back; can be pickled, and unpickled without a download. Arguments as of `Tokenizer`."""
 
@@ -33,9 +42,18 @@ class BytePairEncoding:
             tiktoken.Encoding("bpe", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special_tokens)
             for pattern in (_SAME_AS_GPT2, _WITHOUT_LOOK_AHEAD)
         )
+        self._special_tokens = special_tokens
+        self._special_token = re.compile(f"({'|'.join(map(re.escape, special_tokens))})") if special_tokens else None
 
-    def encode(self, text: str) -> np.ndarray:
-        """Return the ids of `text`, (tokens,), uint32; special tokens in it are plain text."""
+    def encode(self, text: str, *, split_special_tokens: bool = True) -> np.ndarray:
+        """Return the ids of `text`, (tokens,), uint32; special tokens in it are plain text if they are split."""
+        if not split_special_tokens and self._special_token and self._special_token.search(text):
+            parts = self._special_token.split(text)  # every second one is a special token
+            ids = [
+                np.array([self._special_tokens[part]], dtype=np.uint32) if number % 2 else self.encode(part)
+                for number, part in enumerate(parts)
+            ]
+            return np.concatenate(ids)
         try:
             return _ids(self._exact if _RUN_OF_SPACE.search(text) else self._without_look_ahead, text)
         except UnicodeEncodeError:  # a lone surrogate, which tiktoken's other methods replace by U+FFFD
@@ -51,11 +69,12 @@ class BytePairEncoding:
 
 @dataclass(frozen=True)
 class EncodePieces:
-    """Pieces of documents -> their ids as one array, an end-of-text token before each document; picklable."""
+    """Pieces of documents -> their ids as one array, the same ids before each document; picklable."""
 
-    bpe: BytePairEncoding
-    end_of_text_id: int
+    bpe: Encoding
+    document_start: tuple[int, ...]
     dtype: str
+    split_special_tokens: bool = True
 
     def __call__(self, pieces: Sequence[tuple[str, bool]]) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of the pieces, (tokens,), and how many each has, (pieces,).
@@ -63,12 +82,12 @@ class EncodePieces:
         Args:
             pieces: text, and whether a document begins with it.
         """
-        end_of_text = np.array([self.end_of_text_id], dtype=self.dtype)
+        start = np.array(self.document_start, dtype=self.dtype)
         parts: list[np.ndarray] = []
         for text, starts in pieces:
-            ids = self.bpe.encode(text)
-            parts.append(np.concatenate([end_of_text, ids]) if starts else ids)
-        ids = np.concatenate(parts or [end_of_text[:0]], dtype=self.dtype, casting="same_kind")
+            ids = self.bpe.encode(text, split_special_tokens=self.split_special_tokens)
+            parts.append(np.concatenate([start, ids]) if starts else ids)
+        ids = np.concatenate(parts or [start[:0]], dtype=self.dtype, casting="same_kind")
         return ids, np.array(list(map(len, parts)), dtype=np.int64)
 
 

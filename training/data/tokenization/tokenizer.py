@@ -17,11 +17,18 @@ import tiktoken
 
 from common.byte_level import bytes_to_unicode, unicode_to_bytes
 from common.cli_errors import InputError, one_line
-from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding
+from training.data.sources.text_files import END_OF_TEXT
+from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding, Encoding
 
-END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
+    *("vocab.json", "merges.txt"),
+)
 
 _GPT2_FINGERPRINT = "51d32a77888dd9f57aec65782b437014a7f0bc1afbc94624d0fe3e27b5002601"
+
+# Of `tokenizer_config.json`: written anew, or about the place that the files came from.
+_NOT_KEPT = ("model_max_length", "is_local", "local_files_only", "auto_map", "name_or_path", "added_tokens_decoder")
 
 _MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 
@@ -29,18 +36,44 @@ _MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 class Tokenizer:
     """A byte-level BPE with GPT-2's pre-tokenization.
 
-    `ranks` maps token bytes to ids, where a lower id merges first, and `special_tokens` text, with `<|endoftext|>`.
+    `ranks` maps token bytes to ids, where a lower id merges first, and `special_tokens` text, with `end_of_text`.
+    `config` holds further settings of `tokenizer_config.json`, and `files` what else is saved, by name.
     """
 
-    def __init__(self, ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        ranks: Mapping[bytes, int],
+        special_tokens: Mapping[str, int],
+        *,
+        end_of_text: str = END_OF_TEXT,
+        config: Mapping[str, Any] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
         self.ranks = dict(ranks)
         self.special_tokens = dict(special_tokens)
         self.vocab_size: int = len(self.ranks) + len(self.special_tokens)
-        self.end_of_text_id: int = self.special_tokens[END_OF_TEXT]
-        self.bos_ids: tuple[int, ...] = ()  # ids that an encoding starts with, for evaluation; GPT-2 has none
+        self.end_of_text_id: int = self.special_tokens[end_of_text]
+        self.bos_ids: tuple[int, ...] = ()  # ids that every text starts with; GPT-2 has none
+        self._end_of_text, self._config, self._files = end_of_text, dict(config or {}), dict(files or {})
+        self.pad_token_id: int | None = self.special_tokens.get(self._config.get("pad_token", ""))
         self.fingerprint: str = _fingerprint(self.ranks, self.special_tokens)
         self.name: str = "gpt2" if self.fingerprint == _GPT2_FINGERPRINT else f"bpe-{self.vocab_size}"
-        self.bpe = BytePairEncoding(self.ranks, self.special_tokens)
+        self.bpe: Encoding = BytePairEncoding(self.ranks, self.special_tokens)
+
+    @property
+    def document_start(self) -> tuple[int, ...]:
+        """Return the ids that every document begins with."""
+        return (self.end_of_text_id, *self.bos_ids)
+
+    @property
+    def token_ids(self) -> dict[str, int | None]:
+        """Return the ids that a model's config has of the tokenizer, by their keys there."""
+        bos = self.bos_ids[0] if self.bos_ids else self.end_of_text_id
+        return {"bos_token_id": bos, "eos_token_id": self.end_of_text_id, "pad_token_id": self.pad_token_id}
+
+    def can_cut(self, left: str, right: str) -> bool:
+        """Return whether the ids of two pieces of a document, one after the other, are those of their text."""
+        return True  # see `pieces`
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of plain text; a literal `<|endoftext|>` in it does not become the special token."""
@@ -68,25 +101,31 @@ class Tokenizer:
         # The library's own `save` raises a bare Exception when the disk is full.
         backend = _backend(self.ranks, self.special_tokens).to_str(pretty=True)
         (folder / "tokenizer.json").write_text(backend, encoding="utf-8")
+        for name, text in self._files.items():
+            (folder / name).write_text(text, encoding="utf-8")
         config: dict[str, Any] = {
+            "bos_token": self._end_of_text,
+            "eos_token": self._end_of_text,
+            "unk_token": self._end_of_text,
+            **self._config,
             "add_prefix_space": False,
-            "bos_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
-            "eos_token": END_OF_TEXT,
             # Without these two, transformers 4 also returns token_type_ids, which GPT-2 adds as embeddings.
             "model_input_names": ["input_ids", "attention_mask"],
             "tokenizer_class": "GPT2Tokenizer",
-            "unk_token": END_OF_TEXT,
         }
-        if model_max_length is not None:
-            config["model_max_length"] = model_max_length
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        write_tokenizer_config(folder, config, model_max_length)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Tokenizer":
-        """Return the tokenizer of a folder's `tokenizer.json`, which must be byte-level BPE like GPT-2's."""
+        """Return the tokenizer of a folder: GPT-2's byte-level BPE, or another one that `AutoTokenizer` loads.
+
+        Raises:
+            InputError: the folder has no tokenizer, or one whose files contradict each other.
+        """
         path = Path(folder) / "tokenizer.json"
+        if not path.exists() and any((Path(folder) / name).exists() for name in ("vocab.json", "tokenizer.model")):
+            return _library_tokenizer(folder)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:
@@ -95,7 +134,64 @@ class Tokenizer:
             ) from None
         except ValueError as error:
             raise _unsupported(path, f"it is not JSON ({error})") from None
-        return cls(*_parse(data, path))
+        config = read_tokenizer_config(Path(folder))
+        end_of_text = config.get("eos_token") or END_OF_TEXT
+        is_gpt2 = config.get("tokenizer_class") in (None, "GPT2Tokenizer", "GPT2TokenizerFast")
+        try:
+            ranks, special_tokens = _parse(data, path, end_of_text)
+        except InputError:
+            if is_gpt2:  # a class that takes vocabulary and merges, and ignores what else is there
+                raise
+            return _library_tokenizer(folder)
+        if _needs_library(data, config, end_of_text):
+            return _library_tokenizer(folder)
+        template = Path(folder) / "chat_template.jinja"
+        files = {template.name: template.read_text(encoding="utf-8")} if template.exists() else {}
+        kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
+        return cls(ranks, special_tokens, end_of_text=end_of_text, config=kept, files=files)
+
+
+def _library_tokenizer(folder: str | Path) -> Tokenizer:
+    from training.data.tokenization.library_tokenizer import LibraryTokenizer
+
+    return LibraryTokenizer(Path(folder))
+
+
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Return the settings of `tokenizer_config.json` and `special_tokens_map.json`, special tokens as text."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        path = folder / name
+        try:
+            config |= json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"cannot read {path} ({one_line(error, 120)}); restore it, or delete it") from None
+    return {
+        key: value["content"] if isinstance(value, dict) and "content" in value else value
+        for key, value in config.items()
+    }
+
+
+def write_tokenizer_config(folder: Path, config: Mapping[str, Any], model_max_length: int | None) -> None:
+    """Write `tokenizer_config.json`, with the longest text of the model that the tokenizer belongs to."""
+    kept = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")}
+    if model_max_length is not None:
+        kept["model_max_length"] = model_max_length
+    text = json.dumps(kept, indent=2, sort_keys=True) + "\n"
+    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def _needs_library(data: dict[str, Any], config: Mapping[str, Any], end_of_text: str) -> bool:
+    """Return whether added words, flags of special tokens, or a token before every text need the library's rules."""
+    added = data.get("added_tokens", [])
+    flags = ("lstrip", "rstrip", "single_word")
+    unusual = any(not token.get("special") or any(map(token.get, flags)) for token in added)
+    texts = [token["content"] for token in added]
+    unusual |= any(" " in text or any(text in other for other in texts if other != text) for text in texts)
+    post_processor = (data.get("post_processor") or {}).get("type", "ByteLevel")
+    return unusual or post_processor != "ByteLevel" or config.get("bos_token", end_of_text) not in (None, end_of_text)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -120,7 +216,7 @@ def _load_from_hub(repo_id: str) -> Tokenizer:
     from common.hub_retry import network_errors
 
     try:
-        files = ["tokenizer.json", "tokenizer_config.json"]
+        files = list(TOKENIZER_FILES)
         folder = snapshot_download(repo_id, repo_type="dataset", allow_patterns=files)
     except network_errors() as error:
         raise InputError(
@@ -243,7 +339,7 @@ def _unsupported(path: Path, reason: str) -> InputError:
     )
 
 
-def _parse(data: Any, path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
+def _parse(data: Any, path: Path, end_of_text: str) -> tuple[dict[bytes, int], dict[str, int]]:
     """Return ranks and special tokens of a `tokenizer.json`."""
     model = data.get("model") if isinstance(data, dict) else None
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
@@ -255,8 +351,8 @@ def _parse(data: Any, path: Path) -> tuple[dict[bytes, int], dict[str, int]]:
         raise _unsupported(path, "it changes the text before encoding")
 
     special_tokens = {token["content"]: token["id"] for token in data.get("added_tokens", [])}
-    if END_OF_TEXT not in special_tokens:
-        raise _unsupported(path, f"it has no {END_OF_TEXT}")
+    if end_of_text not in special_tokens:
+        raise _unsupported(path, f"it has no {end_of_text}")
     try:
         ranks = {_to_bytes(token): rank for token, rank in model["vocab"].items() if token not in special_tokens}
     except KeyError as error:

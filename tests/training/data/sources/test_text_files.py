@@ -50,7 +50,7 @@ def test_text_without_any_space_is_cut_only_at_the_limit(monkeypatch):
     assert list(pieces_of("x" * 99)) == ["x" * 99]
     monkeypatch.setattr(pieces, "MAX_PIECE_CHARACTERS", 40)
     assert [len(piece) for piece in pieces_of("x" * 99)] == [40, 40, 19]
-    assert list(pieces_of("one two three")) == ["one two", " three"]
+    assert list(pieces_of("one two three four")) == ["one two", " three", " four"]
 
 
 def _read(content: bytes, encoding: str, separator: str | None, offset: int = 0, skipped: int = 0, starts: bool = True):

@@ -302,7 +302,7 @@ def test_pieces_are_encoded_as_the_tokenizer_encodes_the_documents():
     documents = [["some words"], ["<|endoftext|> is text here"], ["naïve", " 数学 🙂"], ["x" * 5000], [" "]]
     expected = [token for text in documents for token in (tokenizer.end_of_text_id, *tokenizer.encode("".join(text)))]
     pieces = [(piece, number == 0) for parts in documents for number, piece in enumerate(parts)]
-    ids, lengths = EncodePieces(tokenizer.bpe, tokenizer.end_of_text_id, "uint16")(pieces)
+    ids, lengths = EncodePieces(tokenizer.bpe, tokenizer.document_start, "uint16")(pieces)
     assert ids.dtype == np.uint16
     assert ids.tolist() == expected
     assert lengths.tolist() == [len(tokenizer.encode(text)) + starts for text, starts in pieces]
