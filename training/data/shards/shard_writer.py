@@ -22,7 +22,8 @@ from training.data.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.base import Corpus
-from training.data.tokenization.tokenizer import TOKENIZER_FILES, Tokenizer
+from training.data.tokenization.tokenizer import Tokenizer
+from training.data.tokenization.tokenizer_files import TOKENIZER_FILES
 
 _SPARE_BYTES = 1 << 20  # for the manifest and the file system's own data
 

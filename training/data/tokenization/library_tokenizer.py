@@ -18,7 +18,8 @@ import numpy as np
 from common.byte_level import unicode_to_bytes
 from common.cli_errors import InputError, one_line
 from training.data.sources.pieces import is_between_words
-from training.data.tokenization.tokenizer import Tokenizer, write_tokenizer_config
+from training.data.tokenization.tokenizer import Tokenizer
+from training.data.tokenization.tokenizer_files import write_tokenizer_config
 
 _PROBE = (
     "It's the  first line of 12 words — naïve café 数学 🙂\n\n\tand the second one, they'll say: I am 3,5 m "

@@ -19,16 +19,15 @@ from common.byte_level import bytes_to_unicode, unicode_to_bytes
 from common.cli_errors import InputError, one_line
 from training.data.sources.text_files import END_OF_TEXT
 from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding, Encoding
-
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt"),
+from training.data.tokenization.tokenizer_files import (
+    NOT_KEPT,
+    TOKENIZER_FILES,
+    needs_library,
+    read_tokenizer_config,
+    write_tokenizer_config,
 )
 
 _GPT2_FINGERPRINT = "51d32a77888dd9f57aec65782b437014a7f0bc1afbc94624d0fe3e27b5002601"
-
-# Of `tokenizer_config.json`: written anew, or about the place that the files came from.
-_NOT_KEPT = ("model_max_length", "is_local", "local_files_only", "auto_map", "name_or_path", "added_tokens_decoder")
 
 _MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
 
@@ -85,6 +84,7 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the exact bytes of `ids`."""
+        assert isinstance(self.bpe, BytePairEncoding)  # see `LibraryTokenizer.decode_bytes`
         return self.bpe.decode_bytes(ids)
 
     def token_byte_lengths(self) -> np.ndarray:
@@ -143,11 +143,11 @@ class Tokenizer:
             if is_gpt2:  # a class that takes vocabulary and merges, and ignores what else is there
                 raise
             return _library_tokenizer(folder)
-        if _needs_library(data, config, end_of_text):
+        if needs_library(data, config, end_of_text):
             return _library_tokenizer(folder)
         template = Path(folder) / "chat_template.jinja"
         files = {template.name: template.read_text(encoding="utf-8")} if template.exists() else {}
-        kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
+        kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
         return cls(ranks, special_tokens, end_of_text=end_of_text, config=kept, files=files)
 
 
@@ -155,43 +155,6 @@ def _library_tokenizer(folder: str | Path) -> Tokenizer:
     from training.data.tokenization.library_tokenizer import LibraryTokenizer
 
     return LibraryTokenizer(Path(folder))
-
-
-def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """Return the settings of `tokenizer_config.json` and `special_tokens_map.json`, special tokens as text."""
-    config: dict[str, Any] = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        path = folder / name
-        try:
-            config |= json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"cannot read {path} ({one_line(error, 120)}); restore it, or delete it") from None
-    return {
-        key: value["content"] if isinstance(value, dict) and "content" in value else value
-        for key, value in config.items()
-    }
-
-
-def write_tokenizer_config(folder: Path, config: Mapping[str, Any], model_max_length: int | None) -> None:
-    """Write `tokenizer_config.json`, with the longest text of the model that the tokenizer belongs to."""
-    kept = {key: value for key, value in config.items() if key not in ("is_local", "local_files_only")}
-    if model_max_length is not None:
-        kept["model_max_length"] = model_max_length
-    text = json.dumps(kept, indent=2, sort_keys=True) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
-
-
-def _needs_library(data: dict[str, Any], config: Mapping[str, Any], end_of_text: str) -> bool:
-    """Return whether added words, flags of special tokens, or a token before every text need the library's rules."""
-    added = data.get("added_tokens", [])
-    flags = ("lstrip", "rstrip", "single_word")
-    unusual = any(not token.get("special") or any(map(token.get, flags)) for token in added)
-    texts = [token["content"] for token in added]
-    unusual |= any(" " in text or any(text in other for other in texts if other != text) for text in texts)
-    post_processor = (data.get("post_processor") or {}).get("type", "ByteLevel")
-    return unusual or post_processor != "ByteLevel" or config.get("bos_token", end_of_text) not in (None, end_of_text)
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
