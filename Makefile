@@ -31,7 +31,7 @@ oldest: BOUNDS := s/,.*//; s/>=/==/
 canary oldest:
 	$(PYTHON) -m venv .venv-$@
 	sed -En '/^    [A-Za-z_-]+>=/{ s/ +//; $(BOUNDS); p; }' setup.cfg \
-		| grep -Ev '^(torch|lm_eval|mypy|ruff|tensorboard|wandb)[>=]' > .venv-$@/requirements.txt
+		| grep -Ev '^(torch|lm_eval|mypy|ruff|tensorboard|wandb|gradio|selenium)[>=]' > .venv-$@/requirements.txt
 	grep '^torch==' constraints.txt >> .venv-$@/requirements.txt
 	.venv-$@/bin/python -m pip install --quiet --retries 1 --upgrade --requirement .venv-$@/requirements.txt
 	.venv-$@/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface_hub|peft) '

@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
 from common.cli_errors import CommandParser, InputError, run_command
 
+from .inspection import prompt_ids
+
 # What transformers raises for an unusable config, weight file or tokenizer.
 _LOADING_ERRORS = (
     *(OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError),
@@ -127,22 +129,10 @@ def encode(tokenizer: Any, prompt: str, n_positions: int | None, vocab_size: int
     Raises:
         InputError: the prompt fills the model's positions, or the tokenizer does not belong to the model.
     """
-    ids = tokenizer(prompt)["input_ids"] if prompt else []
-    if not ids:
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if start is None:
-            raise InputError("the prompt is empty and the tokenizer has no end-of-text token; pass --prompt")
-        ids = [start]
-    if n_positions is not None and len(ids) >= n_positions:
-        raise InputError(
-            f"a prompt of {len(ids):,} tokens leaves no room in the model's {n_positions:,} positions; shorten it"
-        )
-    if max(ids) >= vocab_size:
-        raise InputError(
-            f"the tokenizer gives the id {max(ids):,}, but the model's vocabulary has {vocab_size:,} tokens; use the "
-            "tokenizer that belongs to the model"
-        )
-    return torch.tensor([ids])
+    try:
+        return prompt_ids(tokenizer, prompt, n_positions, vocab_size)
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

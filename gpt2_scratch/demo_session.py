@@ -1,0 +1,142 @@
+"""What the demo page answers: a completion, and views of what the model thinks at one of its tokens.
+
+The state of a page is a `Text` of its own. The model is shared and never written to, so pages do not mix their texts.
+This file imports only the other files of the demo, because a Space carries them.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from . import demo_views as views
+from .inspection import Predictions, attention, logit_lens, predictions, prepare, prompt_ids, sample_tokens
+
+_LENS_COLUMNS = 12
+_LENS_TOP = 4
+
+
+class Text(NamedTuple):
+    """What a page shows: token ids, how many of them are the prompt, the selected one, and the predictions."""
+
+    ids: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    selected: int = 0
+    predicted: Predictions | None = None
+
+
+class Demo:
+    """The answers of the page to its user; none of them keeps anything."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = prepare(model), tokenizer
+        self.n_positions: int = model.config.max_position_embeddings
+
+    def complete(
+        self, prompt: str, max_new_tokens: float, temperature: float, top_k: float, top_p: float, seed: float | None
+    ) -> Iterator[Text]:
+        """Yield the prompt, and then the text after each new token.
+
+        Raises:
+            ValueError: a setting is out of range, or the prompt cannot be used.
+        """
+        check_settings(max_new_tokens, temperature, top_k, top_p, seed)
+        vocab_size = self.model.get_input_embeddings().num_embeddings
+        input_ids = prompt_ids(self.tokenizer, prompt, self.n_positions, vocab_size)
+        text = Text(tuple(input_ids[0].tolist()), input_ids.shape[1])
+        yield text
+        settings: dict[str, Any] = {
+            "temperature": temperature,
+            "top_k": int(top_k),
+            "top_p": top_p,
+            "seed": int(seed or 0),
+        }
+        for token in sample_tokens(self.model, input_ids, max_new_tokens=int(max_new_tokens), **settings):
+            text = text._replace(ids=(*text.ids, token))
+            yield text
+
+    def predict(self, text: Text) -> Text:
+        """Return the text with its predictions, and its first new token selected, or else its last token."""
+        selected = min(text.prompt_tokens, len(text.ids) - 1)
+        return text._replace(predicted=predictions(self.model, torch.tensor([text.ids])), selected=selected)
+
+    def show_text(self, text: Text) -> str:
+        """Return the text's tokens, and one line on it once it has predictions."""
+        shown = views.text_view(self.texts(text.ids), text.prompt_tokens, text.predicted, text.selected)
+        return shown if text.predicted is None else shown + views.summary_view(text.predicted)
+
+    def show_alternatives(self, text: Text) -> str:
+        """Return the probability of the selected token and its alternatives, and what may follow the text."""
+        assert text.predicted is not None
+        texts = self.texts(text.ids)
+
+        def view(index: int) -> str:
+            assert text.predicted is not None
+            best = self.texts(text.predicted.top_ids[index - 1].tolist())
+            return views.alternatives_view(texts, best, text.predicted, index)
+
+        own = view(text.selected) if text.selected else '<p class="g-note">Nothing comes before the first token.</p>'
+        return f'<div class="g-columns"><div>{own}</div><div>{view(len(texts))}</div></div>'
+
+    def show_attention(self, text: Text, layer: float, head: float) -> str:
+        """Return where the selected token attends to, in a layer and head that count from 1."""
+        weights = attention(self.model, torch.tensor([text.ids]), int(layer) - 1)
+        return views.attention_view(self.texts(text.ids), weights, int(head) - 1, text.selected)
+
+    def show_lens(self, text: Text) -> str:
+        """Return the logit lens of the position that predicts the selected token, and of those before it."""
+        position = max(text.selected - 1, 0)
+        start = max(position + 1 - _LENS_COLUMNS, 0)
+        columns = slice(start, min(start + _LENS_COLUMNS, len(text.ids)))
+        probabilities = logit_lens(self.model, torch.tensor([text.ids]), columns)  # (n_layer + 1, columns, vocab_size)
+        best = probabilities.topk(_LENS_TOP, dim=-1)
+        following = text.ids[columns.start + 1 : columns.stop + 1]
+        grid = []
+        for layer, top in enumerate(best.indices[..., 0]):
+            likeliest = self.texts(top.tolist())
+            own = [float(probabilities[layer, column, token]) for column, token in enumerate(following)]
+            own += [math.nan] * (len(likeliest) - len(own))
+            grid.append(list(zip(likeliest, best.values[layer, :, 0].tolist(), own, strict=True)))
+        texts = self.texts(text.ids)
+        column, token = position - start, position + 1
+        layers = []
+        for layer, values in enumerate(probabilities[:, column]):
+            own_value = float(values[text.ids[token]]) if token < len(texts) else math.nan
+            tops = zip(
+                self.texts(best.indices[layer, column].tolist()), best.values[layer, column].tolist(), strict=True
+            )
+            layers.append((own_value, int((values > own_value).sum()) + 1, list(tops)))
+        followed = texts[token] if token < len(texts) else None
+        return views.layers_view(layers, followed) + views.lens_view(texts, grid, start)
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """Return the text of each token."""
+        return views.token_texts(self.tokenizer, ids)
+
+
+def check_settings(
+    max_new_tokens: float | None,
+    temperature: float | None,
+    top_k: float | None,
+    top_p: float | None,
+    seed: float | None,
+) -> None:
+    """Check the sampling settings.
+
+    Raises:
+        ValueError: one is empty or out of range.
+    """
+    ranges = {
+        "New tokens": (max_new_tokens, 0, math.inf),
+        "Temperature": (temperature, 0, math.inf),
+        "Top-k": (top_k, 0, math.inf),
+        "Top-p": (top_p, 0, 1),
+        "Seed": (seed, 0, 2**63 - 1),
+    }
+    for name, (value, lowest, highest) in ranges.items():
+        if value is None or not lowest <= value <= highest or math.isinf(value):
+            limit = f"from {lowest} to {highest}" if highest <= 1 else f"{lowest} or more"
+            raise ValueError(f"{name} must be {limit}; found {'nothing' if value is None else value}")
+    if top_p == 0 or 0 < (temperature or 0) < 1e-6:
+        raise ValueError("Top-p must be above 0, and Temperature 0 (greedy decoding) or at least 0.000001")

@@ -1,0 +1,307 @@
+"""HTML of the demo page: a text with its tokens, and what the model thinks at one of them.
+
+Every function is pure and returns HTML in which the text is escaped. Colors follow the page's theme, light or dark.
+This file imports no file of ours but `inspection`, because a Space carries both.
+"""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from .inspection import Predictions
+
+SURPRISING_BITS = 12.0  # a token of this surprisal, or more, gets the full tint
+_BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
+_PICTURE_PIXELS = 256  # longer texts are scaled down: a pixel has the largest weight in its block
+_THUMBNAIL_PIXELS = 64
+_STRONGEST = 8
+
+
+def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """Return the text of each token; bytes that are only a part of a character are shown as ‹E3 81›."""
+    texts = []
+    for token_id in ids:
+        text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
+        letters = str(tokenizer.convert_ids_to_tokens(token_id))
+        if "\ufffd" in text and all(letter in _BYTE_OF for letter in letters):
+            text = "‹" + " ".join(f"{_BYTE_OF[letter]:02X}" for letter in letters) + "›"
+        texts.append(text)
+    return texts
+
+
+def escape(text: str) -> str:
+    """Return text for HTML that is inserted into a template with ${…} and {{…}}."""
+    return html.escape(text).replace("{", "&#123;").replace("$", "&#36;")
+
+
+def text_view(
+    texts: Sequence[str], prompt_tokens: int, predicted: Predictions | None = None, selected: int | None = None
+) -> str:
+    """Return the text as tokens to select, tinted by surprisal if it is known.
+
+    Args:
+        texts: of each token.
+        prompt_tokens: the first tokens, which the user wrote.
+        predicted: of these tokens.
+        selected: index of the token that is looked at.
+    """
+    spans = []
+    for index, text in enumerate(texts):
+        classes = ["g-token", "g-prompt" if index < prompt_tokens else "g-new"]
+        style = title = ""
+        if predicted is not None and index > 0:
+            probability = float(predicted.probabilities[index - 1])
+            style = f' style="--tint:{_tint(probability):.0f}%"'
+            title = f' title="{_percent(probability)}, rank {int(predicted.ranks[index - 1]):,}"'
+        if index == selected:
+            classes.append("g-selected")
+        spans.append(f'<span class="{" ".join(classes)}" data-index="{index}"{style}{title}>{_marked(text)}</span>')
+    return f'<div class="g-text" tabindex="0" role="group" aria-label="Tokens">{"".join(spans)}</div>'
+
+
+def alternatives_view(texts: Sequence[str], top_texts: Sequence[str], predicted: Predictions, selected: int) -> str:
+    """Return the prediction for token `selected` (1 … seq): its probability, and the likeliest tokens `top_texts`.
+
+    `selected` = seq is the token after the text.
+    """
+    row = selected - 1
+    if selected < len(texts):
+        probability, rank = float(predicted.probabilities[row]), int(predicted.ranks[row])
+        facts = (
+            f"{_chip(texts[selected])} has probability <b>{_percent(probability)}</b>, rank <b>{rank:,}</b>, "
+            f"surprisal <b>{_bits(probability):.1f} bits</b>"
+        )
+    else:
+        facts, rank = "The token after the text", 0
+    bars = [
+        _bar(text, float(probability), is_actual=number == rank)
+        for number, (text, probability) in enumerate(
+            zip(top_texts, predicted.top_probabilities[row], strict=True), start=1
+        )
+    ]
+    return (
+        f'<p class="g-facts">{facts}</p><table class="g-bars"><caption>The model\'s likeliest tokens here</caption>'
+        f"{''.join(bars)}</table>"
+    )
+
+
+def summary_view(predicted: Predictions) -> str:
+    """Return one line on a text: how many tokens, and how well the model predicts them."""
+    scored = predicted.probabilities.numel()
+    if scored == 0:
+        return '<p class="g-note">1 token: write more to see how well the model predicts it.</p>'
+    bits = sum(_bits(float(probability)) for probability in predicted.probabilities) / scored
+    first = int((predicted.ranks == 1).sum())
+    return (
+        f'<p class="g-note">{scored + 1:,} tokens · {bits:.2f} bits per token · perplexity {2**bits:,.1f} · '
+        f"the likeliest token {first:,} of {scored:,} times"
+        '<span class="g-legend">expected <i></i> surprising</span></p>'
+    )
+
+
+def attention_view(texts: Sequence[str], weights: Tensor, head: int, selected: int) -> str:
+    """Return where a token attends to in one head, with the pictures of all heads of the layer.
+
+    Args:
+        texts: of each token.
+        weights: (n_head, seq, seq), of one layer.
+        head: of this layer.
+        selected: index of the attending token.
+    """
+    row = weights[head, selected, : selected + 1]
+    largest = max(float(row.max()), 1e-9)
+    spans = [
+        f'<span class="g-token" style="--tint:{100 * float(weight) / largest:.0f}%" title="{_percent(float(weight))}">'
+        f"{_marked(text)}</span>"
+        for text, weight in zip(texts, row, strict=False)
+    ]
+    strongest = row.topk(min(_STRONGEST, len(row)))
+    bars = [
+        _bar(texts[index], float(weight), note=f"position {int(index)}")
+        for weight, index in zip(strongest.values, strongest.indices, strict=True)
+    ]
+    heads = [
+        f'<button type="button" class="g-head{" g-selected" if number == head else ""}" data-head="{number}" '
+        f'title="Head {number + 1}">{_picture(matrix, _THUMBNAIL_PIXELS)}<span>{number + 1}</span></button>'
+        for number, matrix in enumerate(weights)
+    ]
+    marker = f'<i class="g-row" style="top:{100 * selected / len(weights[head]):.2f}%"></i>'
+    return (
+        f'<p class="g-facts">Head {head + 1}: {_chip(texts[selected])} attends to</p>'
+        f'<div class="g-text">{"".join(spans)}</div>'
+        f'<div class="g-columns"><table class="g-bars"><caption>Strongest weights; each row sums to one</caption>'
+        f'{"".join(bars)}</table><figure><div class="g-matrix">{_picture(weights[head], _PICTURE_PIXELS)}{marker}</div>'
+        f"<figcaption>Each row is an attending token; the line marks the selected one. Tint: square root of the "
+        f'weight.</figcaption></figure></div><p class="g-facts">All heads of this layer</p>'
+        f'<div class="g-heads">{"".join(heads)}</div>'
+    )
+
+
+def lens_view(texts: Sequence[str], grid: Sequence[Sequence[tuple[str, float, float]]], start: int) -> str:
+    """Return the table of what each layer predicts at each position.
+
+    Args:
+        texts: of each token.
+        grid: (n_layer + 1, positions) of the likeliest token, its probability, and the probability of the token that
+            follows in the text (NaN after the last token). The first row is the embedding.
+        start: index of the first position.
+    """
+    columns = range(start, start + len(grid[0]))
+    header = "".join(f"<th>{_one_line(texts[index])}</th>" for index in columns)
+    footer = "".join(
+        f"<td>{_one_line(texts[index + 1]) if index + 1 < len(texts) else '<i>end</i>'}</td>" for index in columns
+    )
+    rows = []
+    for layer in reversed(range(len(grid))):
+        cells = []
+        for index, (text, probability, following) in zip(columns, grid[layer], strict=True):
+            is_actual = index + 1 < len(texts) and text == texts[index + 1]
+            title = f"{_percent(probability)}"
+            if not math.isnan(following):
+                title += f"; {texts[index + 1]!r} has {_percent(following)}"
+            style = f'style="--tint:{100 * probability:.0f}%"'
+            name = "g-actual" if is_actual else ""
+            cells.append(f'<td class="{name}" {style} title="{escape(title)}">{_one_line(text)}</td>')
+        name = f"layer {layer}" if layer else "embedding"
+        rows.append(f"<tr><th>{name}</th>{''.join(cells)}</tr>")
+    return (
+        '<p class="g-facts">The positions up to this one</p><p class="g-note">A row is what the residual stream after '
+        "that layer would predict. Outlined: the token that does follow. Tint: probability.</p>"
+        f'<div class="g-scroll"><table class="g-lens"><thead><tr><th>token</th>{header}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody><tfoot><tr><th>follows</th>{footer}</tr></tfoot></table></div>"
+    )
+
+
+def layers_view(layers: Sequence[tuple[float, int, Sequence[tuple[str, float]]]], token: str | None) -> str:
+    """Return how the prediction of one token forms from layer to layer.
+
+    Args:
+        layers: for the embedding and each layer: probability and rank of the token, and the likeliest tokens.
+        token: text of the token; None after the end of the text.
+    """
+    rows = []
+    for layer, (probability, rank, best) in reversed(list(enumerate(layers))):
+        chips = "".join(f'<span class="g-likely">{_chip(text)} {_percent(value)}</span>' for text, value in best)
+        own = "" if token is None else f"<td>{_percent(probability)}</td><td>{rank:,}</td>"
+        rows.append(f"<tr><th>{f'layer {layer}' if layer else 'embedding'}</th>{own}<td>{chips}</td></tr>")
+    own = "" if token is None else f"<th>{_chip(token)}</th><th>rank</th>"
+    facts = "After the text" if token is None else f"How the prediction of {_chip(token)} forms"
+    return (
+        f'<p class="g-facts">{facts}</p><div class="g-scroll"><table class="g-layers"><thead><tr><th></th>{own}'
+        f"<th>likeliest tokens</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _bits(probability: float) -> float:
+    return -math.log2(max(probability, 1e-38))
+
+
+def _tint(probability: float) -> float:
+    """Return the tint of a token in percent: none if it was certain, full at `SURPRISING_BITS`."""
+    return 100 * min(_bits(probability) / SURPRISING_BITS, 1.0)
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:.2f}%" if probability >= 0.0001 else f"{100 * probability:.0e}%"
+
+
+def _marked(text: str) -> str:
+    """Return a token's text; line breaks are marked, and still break the line."""
+    return escape(text).replace("\n", '<span class="g-break"></span>\n')
+
+
+def _one_line(text: str) -> str:
+    """Return a token with visible spaces and line breaks."""
+    return escape(text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "␣"))
+
+
+def _chip(text: str) -> str:
+    return f'<code class="g-chip">{_one_line(text)}</code>'
+
+
+def _bar(text: str, value: float, *, is_actual: bool = False, note: str = "") -> str:
+    name = ' class="g-actual"' if is_actual else ""
+    note = f"<td>{escape(note)}</td>" if note else ""
+    bar = f'<td class="g-bar"><i style="width:{100 * value:.2f}%"></i></td>'
+    return f"<tr{name}><th>{_chip(text)}</th>{bar}<td>{_percent(value)}</td>{note}</tr>"
+
+
+def _picture(weights: Tensor, pixels: int) -> str:
+    """Return an attention matrix (seq, seq) as an image whose opacity is the square root of the weight."""
+    if len(weights) > pixels:
+        weights = torch.nn.functional.adaptive_max_pool2d(weights[None], pixels)[0]
+    opacity = (255 * weights.clamp(0, 1).sqrt()).round().to(torch.uint8).numpy()
+    image = Image.new("RGBA", opacity.shape[::-1], (234, 106, 32, 0))
+    image.putalpha(Image.fromarray(opacity))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+CSS = """
+.g-text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; font-size: var(--text-lg); outline: none; }
+#text .g-text { min-height: 5.7em; }
+.g-token { background: color-mix(in srgb, #ea6a20 calc(var(--tint, 0%) * .62), transparent); border-radius: 3px;
+  padding: 2px 0; box-shadow: inset 1px 0 var(--background-fill-primary); }
+.g-text[role=group] .g-token { cursor: pointer; }
+.g-token.g-prompt { color: color-mix(in srgb, var(--body-text-color) 62%, transparent); }
+.g-token.g-new { font-weight: 500; }
+.g-text[role=group] .g-token:hover { outline: 1px solid var(--body-text-color-subdued); }
+.g-token.g-selected { outline: 2px solid var(--color-accent) !important; color: var(--body-text-color); }
+.g-break::before { content: "↵"; color: var(--body-text-color); opacity: .45; }
+.g-note, .g-facts { margin: 0 0 .5em; color: var(--body-text-color-subdued); }
+.g-facts { color: var(--body-text-color); }
+table + .g-facts, .g-scroll + .g-facts, .g-columns + .g-facts { margin-top: 1.2em; }
+#text .g-note { display: flex; flex-wrap: wrap; gap: .2em 2em; justify-content: space-between; margin: .8em 0 0;
+  padding-top: .6em; border-top: 1px solid var(--border-color-primary); font-size: var(--text-sm); }
+.g-legend i { display: inline-block; width: 5em; height: .8em; border-radius: 3px; vertical-align: -1px;
+  border: 1px solid var(--border-color-primary);
+  background: linear-gradient(90deg, transparent, color-mix(in srgb, #ea6a20 62%, transparent)); }
+.g-chip { font-family: var(--font-mono); font-size: .95em; background: var(--background-fill-secondary);
+  border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 0 .35em; white-space: pre;
+  color: var(--body-text-color); }
+table.g-bars, table.g-lens, table.g-layers { border-collapse: collapse; border: 0 !important; margin: 0 !important; }
+.g-bars tr, .g-lens tr, .g-layers tr { border: 0 !important; background: none !important; }
+table.g-bars { width: 100%; }
+table.g-bars caption, figcaption { text-align: left; color: var(--body-text-color-subdued); font-size: var(--text-sm);
+  padding-bottom: .4em; caption-side: top; }
+.g-bars th, .g-bars td, .g-layers th, .g-layers td { border: 0 !important; padding: 2px .6em 2px 0 !important;
+  text-align: left; font-weight: 400; white-space: nowrap; font-variant-numeric: tabular-nums; }
+.g-bars th { width: 1%; } .g-bars td { width: 1%; text-align: right; }
+.g-bars td.g-bar { width: auto; }
+.g-bar i { display: block; height: .9em; min-width: 2px; border-radius: 3px; background: var(--body-text-color-subdued);
+  opacity: .55; }
+.g-actual .g-bar i { background: var(--color-accent); opacity: 1; }
+.g-bars .g-actual .g-chip { border-color: var(--color-accent); }
+.g-columns { display: grid; grid-template-columns: minmax(0, 1fr) minmax(160px, 280px); gap: 1em 2.5em;
+  align-items: start; }
+.g-text + .g-columns { margin-top: 1em; }
+@media (max-width: 640px) { .g-columns { grid-template-columns: 1fr; } }
+figure { margin: 0; }
+.g-matrix { position: relative; border: 1px solid var(--border-color-primary); aspect-ratio: 1; }
+.g-matrix img, .g-head img { width: 100%; aspect-ratio: 1; display: block; image-rendering: pixelated; margin: 0; }
+.g-matrix .g-row { position: absolute; left: 0; right: 0; height: 0; border-top: 1px solid var(--color-accent); }
+figcaption { padding-top: .4em; }
+.g-heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 8px; }
+.g-head { border: 1px solid var(--border-color-primary); background: none; border-radius: 6px; padding: 4px;
+  cursor: pointer; color: var(--body-text-color-subdued); font-size: var(--text-sm); max-width: 120px; }
+.g-head.g-selected { box-shadow: 0 0 0 2px var(--color-accent); color: var(--body-text-color); }
+.g-scroll { overflow-x: auto; }
+.g-lens th, .g-lens td { border: 1px solid var(--border-color-primary) !important; padding: 3px 6px !important;
+  text-align: center; font-family: var(--font-mono); font-size: 12px; white-space: pre; font-weight: 400;
+  min-width: 3em; max-width: 9em; overflow: hidden; text-overflow: ellipsis; color: var(--body-text-color); }
+.g-lens td { background: color-mix(in srgb, #3b82f6 calc(var(--tint, 0%) * .7), transparent); }
+.g-lens th, .g-lens tfoot td { background: var(--background-fill-secondary); color: var(--body-text-color-subdued); }
+.g-lens th:first-child { position: sticky; left: 0; text-align: left; font-family: var(--font); }
+.g-lens td.g-actual { box-shadow: inset 0 0 0 2px var(--color-accent); }
+.g-layers th { color: var(--body-text-color-subdued); }
+.g-likely { margin-right: 1em; }
+"""
