@@ -20,20 +20,21 @@ from .inspection import Predictions
 
 SURPRISING_BITS = 12.0  # a token of this surprisal, or more, gets the full tint
 _BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
+_CONTROL = {chr(code) for code in (*range(32), 127)} - {"\n", "\t"}
 _PICTURE_PIXELS = 256  # longer texts are scaled down: a pixel has the largest weight in its block
 _THUMBNAIL_PIXELS = 64
 _STRONGEST = 8
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
-    """Return the text of each token; bytes that are only a part of a character are shown as ‹E3 81›."""
+    """Return the text of each token; parts of a character are shown as ‹E3 81›, control characters as ‹00›."""
     texts = []
     for token_id in ids:
         text = tokenizer.decode([token_id], clean_up_tokenization_spaces=False)
         letters = str(tokenizer.convert_ids_to_tokens(token_id))
         if "\ufffd" in text and all(letter in _BYTE_OF for letter in letters):
             text = "‹" + " ".join(f"{_BYTE_OF[letter]:02X}" for letter in letters) + "›"
-        texts.append(text)
+        texts.append("".join(f"‹{ord(letter):02X}›" if letter in _CONTROL else letter for letter in text))
     return texts
 
 

@@ -79,12 +79,9 @@ def url(scratch):
     skip_without_browser()
     command = [sys.executable, "-m", "gpt2_scratch.demo", "--model", str(scratch), "--device", "cpu"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    yield re.search(r"http://127.0.0.1:\d+/", line)[0]
-    process.terminate()
-    process.wait(30)
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        yield re.search(r"http://127.0.0.1:\d+/", process.stdout.readline())[0]
+        process.terminate()
 
 
 @pytest.fixture(scope="module")

@@ -120,6 +120,11 @@ def test_parts_of_a_character_are_shown_as_bytes(demo):
     assert views.token_texts(demo.tokenizer, ids) == ["‹C3›", "‹A9›", "‹E6›", "‹97›", "‹A5›"]
 
 
+def test_control_characters_are_visible(demo):
+    ids = demo.tokenizer("a\x00\r\t\n\x7f")["input_ids"]
+    assert views.token_texts(demo.tokenizer, ids) == ["a", "‹00›", "‹0D›", "\t", "\n", "‹7F›"]
+
+
 def test_line_breaks_are_marked_in_the_text_and_on_one_line_elsewhere():
     html = views.text_view(["a", "\n", " b"], 1)
     assert '<span class="g-break"></span>\n' in html

@@ -22,9 +22,9 @@ from support.loopback_writing import serve_writing
 __all__ = ["COMMIT", "LoopbackHub", "serving"]
 
 _API = re.compile(
-    r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)/?(?P<what>revision|tree|paths-info|refs)?/?(?P<rest>.*)"
+    r"/api/(?P<kind>model|dataset|space)s/(?P<repo>[^/]+/[^/]+)/?(?P<what>revision|tree|paths-info|refs)?/?(?P<rest>.*)"
 )
-_FILE = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+_FILE = re.compile(r"/(?:(?P<kind>dataset|space)s/)?(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 Trouble = int | str | tuple[int, dict[str, str]] | None
 
 
@@ -207,7 +207,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.json([entry for path in found for entry in _entries(files, path)])
 
     def _serve_file(self, file: "re.Match[str]", *, cut: bool) -> None:
-        repository = self.readable("dataset" if file["kind"] else "model", file["repo"])
+        repository = self.readable(file["kind"] or "model", file["repo"])
         if repository is None:
             self.respond(404, X_Error_Code="RepoNotFound")
             return

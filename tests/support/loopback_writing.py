@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from support.loopback_hub import _Handler
 
 _WRITE = re.compile(
-    r"/api/(?P<kind>model|dataset)s/(?P<repo>[^/]+/[^/]+)/"
+    r"/api/(?P<kind>model|dataset|space)s/(?P<repo>[^/]+/[^/]+)/"
     r"(?P<action>auth-check|preupload|commit|tag|branch)(?:/(?P<rest>[^/]+))?"
 )
 _BATCH = re.compile(r"/(?P<kind>datasets/)?(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch")
@@ -53,7 +53,7 @@ def serve_writing(handler: "_Handler", path: str, body: bytes) -> bool:
         if not wants_to_write or (repository := _writable_repository(handler, write["kind"], write["repo"])) is None:
             return True
         with handler.server.lock:
-            name = ("datasets/" if write["kind"] == "dataset" else "") + write["repo"]
+            name = ("" if write["kind"] == "model" else write["kind"] + "s/") + write["repo"]
             _write(handler, repository, write["action"], urllib.parse.unquote(write["rest"] or ""), name, body)
     else:
         return False

@@ -31,6 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also push the training state to resume from, as last-checkpoint/ (like hub_strategy: checkpoint)",
     )
+    push.add_argument("--space", metavar="NAME", help="also push the demo page of the model to this Space")
     shards = commands.add_parser("push-shards", help="push a shard folder as a dataset to train from")
     shards.add_argument("path", type=Path, metavar="DIR", help="complete shard folder")
     for command in (push, shards):
@@ -50,10 +51,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         push_shards(**options)
 
 
-def push(folder: Path, repo_id: str, *, private: bool, native: bool, checkpoint: bool) -> None:
+def push(
+    folder: Path, repo_id: str, *, private: bool, native: bool, checkpoint: bool, space: str | None = None
+) -> None:
     """Push the newest model of a run, or a model folder.
 
-    An existing native branch is updated even without `native`.
+    An existing native branch is updated even without `native`. `space` names a Space for the demo page: owner/name, or
+    a name under the model's owner.
 
     Raises:
         InputError: no complete model, no checkpoint of it for `checkpoint`, or the Hub refuses the push.
@@ -66,6 +70,7 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, checkpoint:
     from training.hub.hub_errors import input_errors
     from training.hub.publisher import record_push
     from training.hub.repository import NATIVE, ensure_repository, push_folder
+    from training.hub.space import push_space, space_id
     from training.hub.staging import stage
     from training.monitoring.run_history import RunHistory
     from training.recipe import load_recipe
@@ -83,6 +88,9 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, checkpoint:
     tag = None if step is None else f"step-{step:06d}"
     message = f"Push {model.name}" if step is None else f"Step {step:,}"
     repo_id = ensure_repository(repo_id, default_name=folder.name, private=private, advice=_ADVICE)
+    if space is not None:  # checked before the uploads
+        space = space_id(space, repo_id)
+        ensure_repository(space, default_name=space, private=private, kind="space", advice=_ADVICE)
     with tempfile.TemporaryDirectory() as temporary, input_errors(repo_id, _ADVICE):
         # The curves of a checkpoint's run would show later steps too.
         staged = stage(Path(temporary) / "model", model, curves=folder / "curves.png", state=state)
@@ -95,11 +103,19 @@ def push(folder: Path, repo_id: str, *, private: bool, native: bool, checkpoint:
             export(str(staged), Path(temporary) / "native", "gpt2")
             push_folder(Path(temporary) / "native", repo_id, message=message, branch=NATIVE)
         pushed = push_folder(staged, repo_id, message=message, tag=tag)
+        if space is not None:
+            with input_errors(space, _ADVICE):
+                push_space(space, repo_id)
+            is_private = HfApi().model_info(repo_id).private
     if is_of_run:
         record_push(run, repo_id, step or 0)
     print(f"{model} is on the Hub: {repo_id}" + (f", tag {tag}" if tag else ""))
     if native:
         print(f'as plain GPT-2: from_pretrained("{repo_id}", revision="{NATIVE}")')
+    if space is not None:
+        print(f"the demo page is on the Hub: spaces/{space}")
+        if is_private:
+            print("the model is private: add a secret HF_TOKEN, with read access, in the settings of the Space")
     if pushed.card_kept:
         print("the card was edited on the Hub: only its metadata and results are updated")
     if not pushed.has_license:

@@ -19,7 +19,7 @@ from training.hub.card_edits import with_edits_of
 from training.hub.hub_errors import OVERTAKEN, input_errors, limit_client, status_of
 from training.hub.staging import LAST_CHECKPOINT
 
-Kind = Literal["model", "dataset"]
+Kind = Literal["model", "dataset", "space"]
 
 NATIVE = "native"  # the branch with the same weights as a plain GPT-2
 
@@ -61,7 +61,8 @@ def ensure_repository(
         with input_errors(repo_id, advice):
             user = api.whoami()["name"]
             repo_id = repo_id if "/" in repo_id else f"{user}/{repo_id}"
-            api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True)
+            sdk = "gradio" if kind == "space" else None
+            api.create_repo(repo_id, repo_type=kind, private=private or None, exist_ok=True, space_sdk=sdk)
             # Repositories of others exist too.
             api.auth_check(repo_id, repo_type=kind, write=True)
     finally:
