@@ -64,7 +64,7 @@ def test_wheel_installs_one_top_level_package(installed: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["generate", "export"])
+@pytest.mark.parametrize("command", ["generate", "export", "demo"])
 def test_commands_run_from_an_installed_wheel(installed: Path, tmp_path: Path, command: str) -> None:
     done = run_with(installed, f"gpt2_scratch.{command}", "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
