@@ -71,7 +71,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             pass
     except OSError as error:
         where = f"{options.host}, port {options.port}" if options.port else options.host
-        reason = os.strerror(error.errno) if (error.errno or 0) > 0 else "unknown host"
+        number = error.errno or 0
+        reason = os.strerror(number) if number > 0 else "unknown host"
         raise InputError(f"cannot listen on {where} ({reason}); choose another --host or --port") from error
     return options
 

@@ -93,8 +93,8 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
                         alternatives = gr.HTML(elem_id="alternatives")
                     with gr.Tab("Attention"):
                         with gr.Row():
-                            layer = gr.Slider(1, config.num_hidden_layers, 1, step=1, label="Layer", elem_id="layer")
-                            head = gr.Slider(1, config.num_attention_heads, 1, step=1, label="Head", elem_id="head")
+                            layer = _choice("Layer", config.num_hidden_layers)
+                            head = _choice("Head", config.num_attention_heads)
                         heads = gr.HTML(js_on_load=_SELECT_HEAD, elem_id="attention")
                     with gr.Tab("Logit lens"):
                         lens = gr.HTML(elem_id="lens")
@@ -140,8 +140,9 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
         private: dict[str, Any] = {"api_visibility": "private"}
         shared: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": _PAGES_AT_ONCE, **private}
         panels = [alternatives, heads, lens]
+        # Without preprocessing, for which an empty slider is a bug: `check_settings` has a message for it.
         runs = [
-            gr.on([go.click], complete, [prompt, *settings], [state, text], **shared),
+            gr.on([go.click], complete, [prompt, *settings], [state, text], preprocess=False, **shared),
             gr.on([look.click], inspect, [prompt], [state, text], **shared),
         ]
         for run in runs:
@@ -161,6 +162,10 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
         )
         heads.select(pick_head, None, head, queue=False, **private)
     return page
+
+
+def _choice(name: str, count: int) -> gr.Dropdown:
+    return gr.Dropdown(list(range(1, count + 1)), value=1, label=name, filterable=False, elem_id=name.lower())
 
 
 def _message(error: Exception) -> gr.Error:

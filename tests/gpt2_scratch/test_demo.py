@@ -214,7 +214,8 @@ def test_attention_follows_layer_and_head(page, local):
     page.wait.until(lambda _: page.text("#attention .g-facts") == "Head 1: e attends to")
     page.all("#attention .g-head")[2].click()
     page.wait.until(lambda _: page.text("#attention .g-facts") == "Head 3: e attends to")
-    page.write("#layer input[type=number]", "2")
+    page.one("#layer input").click()
+    next(option for option in page.all("[role=option]") if option.text.strip("✓ \n") == "2").click()
     model.set_attn_implementation("eager")
     with torch.no_grad():
         ids = torch.tensor([tokenizer("abcdef")["input_ids"]])
@@ -231,11 +232,17 @@ def test_stop_keeps_the_text_so_far(page):
     assert 2 < len(page.all("#text .g-token")) <= 32
 
 
-@pytest.mark.parametrize(("prompt", "seed", "message"), [("a" * 40, "0", "shorten it"), ("a", "", "Seed must be")])
-def test_bad_input_gives_a_message(page, prompt, seed, message):
+@pytest.mark.parametrize(
+    ("prompt", "settings", "message"),
+    [
+        ("a" * 40, {}, "shorten it"),
+        ("a", {"seed": ""}, "Seed must be 0 or more; found nothing"),
+    ],
+)
+def test_bad_input_gives_a_message(page, prompt, settings, message):
     page.start("ok", new_tokens=2)
     page.finish()
-    page.start(prompt, new_tokens=2, seed=seed)
+    page.start(prompt, **settings)
     toast = page.wait.until(lambda _: page.text(".toast-body"))
     assert message in toast
     assert "Traceback" not in page.text("body")

@@ -60,8 +60,7 @@ def push_space(space: str, repo_id: str) -> None:
     # A new Space has a README.md of the Hub, without a demo.
     if "README.md" in on_hub and "app.py" in on_hub:
         card = SpaceCard(read_card(space, head, "space"), ignore_metadata_errors=True)
-        required = _metadata(repo_id)
-        card.data.sdk_version, card.data.models = required.sdk_version, required.models
+        card.data["sdk_version"], card.data["models"] = GRADIO_VERSION, [repo_id]
         files["README.md"] = str(card)
     additions = [CommitOperationAdd(name, content.encode()) for name, content in files.items()]
     api.create_commit(space, additions, commit_message=f"Demo of {repo_id}", repo_type="space", parent_commit=head)
