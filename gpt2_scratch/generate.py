@@ -68,6 +68,8 @@ def load(
     if (model_id.startswith((".", "/", "~")) or model_id.count("/") > 1) and not Path(model_id).is_dir():
         raise InputError(f"there is no folder {model_id!r}; check --model")
     model_id = model_in_run(model_id)
+    if revision is not None and Path(model_id).is_dir():
+        raise InputError(f"{model_id!r} is a folder, which has no revisions; omit --revision, or pass a Hub repository")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     # Weights of a wrong shape are handled like missing ones.
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype or "auto"}
@@ -83,6 +85,28 @@ def load(
         return model.to(device).eval(), tokenizer
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"cannot use --device {device}: {str(error).splitlines()[0]}; try --device cpu") from error
+
+
+@torch.inference_mode()
+def check_model(model: Any, tokenizer: Any) -> None:
+    """Raise an `InputError` for a model that would write garbage: broken, not causal, or of another tokenizer."""
+    # The sum of each weight, because it needs no memory and is finite only if all values are.
+    if not all(weight.sum(dtype=torch.float32).isfinite() for weight in model.parameters()):
+        raise InputError("the model's weights hold NaN or infinity; use an earlier checkpoint")
+    # Padded vocabularies are larger than the tokenizer; added tokens, such as padding, may have no row.
+    vocab_size, tokens = model.get_input_embeddings().num_embeddings, tokenizer.vocab_size
+    if tokens > vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokens:,} tokens, but the model's vocabulary has {vocab_size:,} tokens; use the "
+            "tokenizer that belongs to the model"
+        )
+    logits = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=model.device), use_cache=False).logits[:, 0].float()
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.02  # of rounding
+    if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
+        raise InputError(
+            "the model is not a causal language model: its predictions depend on later tokens; pass a model that was "
+            "trained to continue text, such as a GPT-2"
+        )
 
 
 def _from_pretrained(auto_class: Any, kind: str, model_id: str, options: dict[str, Any]) -> Any:
@@ -151,6 +175,7 @@ def generate(options: argparse.Namespace) -> None:
     transformers.logging.disable_progress_bar()
     prompt = read_prompt(options.prompt)
     model, tokenizer = load(options.model, options.device)
+    check_model(model, tokenizer)
     n_positions = getattr(model.config, "max_position_embeddings", None)
     input_ids = encode(tokenizer, prompt, n_positions, model.get_input_embeddings().num_embeddings).to(model.device)
 

@@ -19,7 +19,7 @@ from common.cli_errors import InputError
 from common.rate_limited_log import RateLimitedLog
 from training.checkpoints.checkpoint_folder import load_checkpoint, remove_leftovers, skeleton_of
 from training.checkpoints.checkpoint_writer import Checkpoints
-from training.checkpoints.resume import set_aside_later_checkpoints
+from training.checkpoints.resume import set_aside_later_checkpoints, set_aside_unreadable_recipe
 from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Coordinator, StopTraining
 from training.data.loading.loader import TrainingWindows, training_batches
@@ -129,8 +129,9 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
     with contextlib.ExitStack() as stack:
         skeleton = skeleton_of(model)
         _prepare(run, accelerator, model)
-        set_aside = []
+        set_aside, unreadable = [], None
         if accelerator.is_main_process:  # once everything could be built
+            unreadable = set_aside_unreadable_recipe(run.output_dir)
             run.recipe.save(run.output_dir / "recipe.yaml")
             remove_leftovers(run.output_dir)
             set_aside = set_aside_later_checkpoints(run.output_dir, run.first_step)
@@ -139,6 +140,8 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
         )
         checkpoints = _add_hooks(plan, coordinator, skeleton, user_hooks)
         stack.callback(_close, run, producer)
+        if unreadable:
+            run.report(f"recipe.yaml could not be read; it was renamed to {unreadable}")
         if set_aside:
             run.report(f"later checkpoints were renamed to {', '.join(map(str, set_aside))}; delete them if you like")
         if accelerator.is_main_process:

@@ -128,7 +128,7 @@ def read_results(path: Path) -> Results:
         raise InputError(
             f"cannot read {path}: {error.strerror}; python -m evaluation.run --output writes results"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     try:
         if values["format_version"] != FORMAT_VERSION:
@@ -138,7 +138,10 @@ def read_results(path: Path) -> Results:
             )
         tasks = [_task_from_json(name, task) for name, task in values.pop("tasks").items()]
         del values["format_version"]
-        return Results(**values, tasks=tasks)
+        results = Results(**values, tasks=tasks)
+        if not all(value is None or type(value) is int for value in (results.step, results.limit)):
+            raise TypeError("step or limit is not a number")
+        return results
     except (TypeError, KeyError, AttributeError):
         raise InputError(f"{path} was not written by python -m evaluation.run --output; choose another file") from None
 
@@ -153,5 +156,10 @@ def _task_from_json(name: str, values: Mapping[str, Any]) -> TaskResult:
         )
         for metric, given in values["figures"].items()
     }
+    numbers = [
+        number for metric in metrics.values() for number in (metric.value, metric.stderr, *(metric.interval or ()))
+    ]
+    if not all(number is None or type(number) in (int, float) for number in numbers):
+        raise TypeError("a metric is not a number")
     records = [{"index": record["index"], **record} for record in values.get("records", [])]
     return TaskResult(name, values["items"], values["seconds"], metrics, records)

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.paths import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from common.cli_errors import run_command
+from common.cli_errors import InputError, run_command
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
-from gpt2_scratch.generate import main
+from gpt2_scratch.generate import load, main
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +175,12 @@ def shrink_the_vocabulary(folder):
     model.save_pretrained(folder)
 
 
+def corrupt_a_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.bias"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def misfit(folder):
     change_config(folder, n_positions=48)
 
@@ -189,6 +195,7 @@ def misfit(folder):
         (lambda folder: change_config(folder, attn_implementation="flash_attention_2"), "(?i)flash"),
         (misfit, r"do not fit its config.json: transformer.wpe.weight \(1 in total\)"),
         (lose_a_weight, r"transformer.ln_f.bias \(1 in total\)"),
+        (corrupt_a_weight, "weights hold NaN or infinity; use an earlier checkpoint"),
         (shrink_the_vocabulary, "but the model's vocabulary has 50 tokens"),
     ],
 )
@@ -202,6 +209,21 @@ def test_unusable_folder_gives_a_one_line_error(folder, tmp_path, capsys, model_
     found = refusal(capsys, "--model", tmp_path / "model", "--prompt", "a", "--device", "cpu")
     assert len(found.splitlines()) == 1, found
     assert re.search(message, found), found
+
+
+def test_model_that_is_not_causal_is_refused(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "bert")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=257, initializer_range=0.5, **sizes)
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    capsys.readouterr()
+    found = refusal(capsys, "--model", tmp_path / "bert", "--prompt", "a", "--device", "cpu")
+    assert "not a causal language model: its predictions depend on later tokens" in found.splitlines()[-1]
+
+
+def test_a_revision_of_a_folder_is_refused(folder):
+    with pytest.raises(InputError, match="is a folder, which has no revisions; omit --revision"):
+        load(str(folder), "cpu", revision="main")
 
 
 @pytest.mark.parity

@@ -38,12 +38,14 @@ def find_resume_point(recipe: Recipe) -> Path | None:
                 f"{key} {folder} is inside corpus {recipe.corpus}, which would change while it is read; "
                 "choose separate folders"
             )
-    is_run = (output_dir / "recipe.yaml").is_file()
+    found = checkpoints(output_dir)
+    is_run = (output_dir / "recipe.yaml").is_file() or bool(found)
     files = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
     # A run that is starting or was killed leaves a lock, a probe or a partial recipe.
     if not is_run and any(name != LOCK_NAME and not name.startswith((_PROBE, "recipe.yaml.")) for name in files):
         raise InputError(f"output_dir {output_dir} contains files but no run; choose another output_dir")
     if is_run:
+        # A recipe that cannot be read keeps no run from resuming: checkpoints hold theirs.
         _check_same_run(recipe, _read_recipe(output_dir / "recipe.yaml"), f"output_dir {output_dir}")
     if requested == "none" and is_run:
         raise InputError(
@@ -58,7 +60,6 @@ def find_resume_point(recipe: Recipe) -> Path | None:
         # The command that started a branch in this folder resumes the branch when it runs again.
         chosen = ahead[-1] if is_branch and ahead else Path(requested)
         return _checked(recipe, chosen, f"checkpoint {chosen}")
-    found = checkpoints(output_dir)
     if found:
         return _checked(recipe, found[-1], f"output_dir {output_dir}")
     if (output_dir / "model").exists():
@@ -94,11 +95,17 @@ def check_writable(output_dir: Path) -> None:
 def _read_recipe(path: Path) -> dict[str, object]:
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         keys = None
-    if not isinstance(keys, dict):
-        raise InputError(f"{path} of an earlier run cannot be read; fix it, or choose another output_dir")
-    return keys
+    return keys if isinstance(keys, dict) else {}
+
+
+def set_aside_unreadable_recipe(output_dir: Path) -> Path | None:
+    """Rename a recipe.yaml that cannot be read, before the run writes its own; return the new path."""
+    path = output_dir / "recipe.yaml"
+    if not path.exists() or _read_recipe(path):
+        return None
+    return path.rename(path.with_name("recipe.yaml.unreadable"))
 
 
 def _check_same_run(recipe: Recipe, earlier: dict[str, object], where: str) -> None:

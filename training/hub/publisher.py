@@ -59,7 +59,7 @@ def last_push(output_dir: Path) -> tuple[str | None, int]:
     try:
         pushed = json.loads((output_dir / _PUSHED).read_text(encoding="utf-8"))
         return str(pushed["repo_id"]), int(pushed["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None, -1
 
 

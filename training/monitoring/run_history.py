@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,14 @@ from typing import Any
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from evaluation.results.results_file import Results, read_results
+from evaluation.tasks.registry import task_named
 from training.recipe import Recipe
 
 TASK_RESULTS = "eval_results.json"
+METRICS = "metrics.jsonl"
 
 _STARTS = ".starts.jsonl"
+_PLOTTED = ("train_loss", "val_loss", "learning_rate", "grad_norm", "tokens_per_second", "hellaswag_acc_norm")
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
@@ -71,11 +75,14 @@ class RunHistory:
         """Read the history of a run from its folder, without metrics and samples after `last_step`."""
         results = None
         with contextlib.suppress(InputError):  # there are none, or an earlier version wrote them
-            results = read_results(output_dir / TASK_RESULTS)
+            found = read_results(output_dir / TASK_RESULTS)
+            for task in found.tasks:
+                task_named(task.task)
+            results = found
         return cls(
             metrics=[line for line in read_metrics(output_dir) if line["step"] <= last_step],
             samples={step: texts for step, texts in _read_samples(output_dir).items() if step <= last_step},
-            starts=[Start(**json.loads(line)) for line in _read(output_dir / _STARTS).splitlines()],
+            starts=_read_starts(output_dir),
             task_results=results,
         )
 
@@ -113,6 +120,17 @@ class RunHistory:
         )
 
 
+def _read_starts(output_dir: Path) -> list[Start]:
+    """Return the starts of a run; truncated and edited lines are skipped."""
+    starts = []
+    for text in _read(output_dir / _STARTS).splitlines():
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            start = Start(**json.loads(text))
+            if isinstance(start.step, int) and isinstance(start.device, str) and isinstance(start.devices, int):
+                starts.append(start)
+    return starts
+
+
 def training_seconds(lines: list[dict[str, Any]]) -> float | None:
     """Seconds of training steps over all starts, by the tokens and tokens per second of the logged steps."""
     seconds, tokens = 0.0, 0.0
@@ -124,16 +142,43 @@ def training_seconds(lines: list[dict[str, Any]]) -> float | None:
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's metrics.jsonl, with NaN and infinities as floats; truncated lines are skipped."""
-    lines = []
-    for text in _read(output_dir / "metrics.jsonl").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text, object_hook=_with_floats))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    """Return the lines of a run's metrics.jsonl, with NaN and infinities as floats; unreadable lines are skipped."""
+    return [line for text in _read(output_dir / METRICS).splitlines() if (line := _parsed(text))]
+
+
+def set_aside_unreadable_metrics(output_dir: Path) -> str | None:
+    """Keep a copy of a metrics.jsonl with unreadable lines, and return what to print; None if all can be read.
+
+    A last line that a killed run truncated is not kept.
+    """
+    text = _read(output_dir / METRICS)
+    unreadable = [line for line in text.splitlines() if not _parsed(line)]
+    if not unreadable:
+        return None
+    if len(unreadable) == 1 and text.endswith(unreadable[0]):
+        return f"{output_dir / METRICS}: dropped a truncated last line"
+    kept = output_dir / f"{METRICS}.unreadable"
+    shutil.copyfile(output_dir / METRICS, kept)
+    return (
+        f"{output_dir / METRICS}: dropped {len(unreadable):,} lines that cannot be read; the file was copied to {kept}"
+    )
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Return a line of metrics.jsonl; nothing without a step, or where the log and the plots expect numbers."""
+    try:
+        line = json.loads(text, object_hook=_with_floats)
+        numbers = [line[key] for key in ("tokens", *_PLOTTED) if key in line]
+        valid = type(line["step"]) is int and ("tokens" in line or "train_loss" not in line)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return {}
+    # Integers of hundreds of digits are no floats.
+    is_number = all(type(number) is float or (type(number) is int and abs(number) < 1 << 63) for number in numbers)
+    return line if valid and is_number else {}
 
 
 def _with_floats(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: float(value) if value in _NOT_FINITE else value for key, value in values.items()}
+    return {key: float(v) if isinstance(v, str) and v in _NOT_FINITE else v for key, v in values.items()}
 
 
 def metrics_line(values: Mapping[str, Any]) -> str:
@@ -157,7 +202,7 @@ def quoted(sample: str) -> str:
 
 def _read_samples(output_dir: Path) -> dict[int, list[str]]:
     """Return the texts of a run's samples.txt by step; truncated headings are skipped."""
-    parts = re.split(r"^step (\d+)\n\n", _read(output_dir / "samples.txt"), flags=re.MULTILINE)[1:]
+    parts = re.split(r"^step (\d{1,18})\n\n", _read(output_dir / "samples.txt"), flags=re.MULTILINE)[1:]
     return {int(step): _samples(section) for step, section in zip(parts[::2], parts[1::2], strict=True)}
 
 

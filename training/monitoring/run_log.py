@@ -17,7 +17,13 @@ from tqdm.std import EMA  # type: ignore[attr-defined]
 from common.atomic_files import write_atomically
 from common.durations import format_duration
 from common.progress import Progress
-from training.monitoring.run_history import RunHistory, metrics_line, quoted, samples_section
+from training.monitoring.run_history import (
+    RunHistory,
+    metrics_line,
+    quoted,
+    samples_section,
+    set_aside_unreadable_metrics,
+)
 
 _BUFFER_BYTES = 1 << 20  # some thousand lines, which cannot be written while the disk is full
 _SMOOTHING = 0.1  # weight of a new loss in the smoothed loss, which averages the last ten or twenty logged steps
@@ -40,7 +46,9 @@ class RunLog:
                 self._smooth(line["train_loss"])
         self._files: dict[str, TextIO] = {}
         self._unwritten: set[str] = set()
+        dropped = None
         if enabled:
+            dropped = set_aside_unreadable_metrics(output_dir)
             contents = {
                 "metrics.jsonl": map(metrics_line, self.history.metrics),
                 "log.txt": map(_columns, self.history.metrics),
@@ -60,6 +68,8 @@ class RunLog:
             bar_format="{percentage:3.0f}%|{bar}| step {n_fmt}/{total_fmt}  {elapsed}{desc}",
         )
         self._total_steps = total_steps
+        if dropped:
+            self.print(dropped)
 
     def print(self, text: str) -> None:
         """Print a line, above the progress bar if there is one, and append it to train.log."""

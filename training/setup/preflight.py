@@ -133,8 +133,12 @@ def _inspect_data(recipe: Recipe, resume_from: Path | None) -> _Data:
         tokenizer = folder.load_tokenizer(recipe.tokenizer)
     elif spec is None:
         tokenizer = tokenizer_of_foreign_shards(recipe)
+    elif trained is not None:
+        tokenizer = Vocabulary(trained, trained - 1)
+    elif recipe.tokenizer == "gpt2" and not recipe.eval_tasks:  # no download, where the network may be out of reach
+        tokenizer = Vocabulary(50_257, 50_256)
     else:
-        tokenizer = Vocabulary(trained, trained - 1) if trained else load_tokenizer(recipe.tokenizer)
+        tokenizer = load_tokenizer(recipe.tokenizer)
     tasks = TaskSet(recipe, tokenizer) if recipe.eval_tasks and isinstance(tokenizer, Tokenizer) else None
     if folder is not None and folder.can_train(folder.complete) and isinstance(tokenizer, Tokenizer):
         shards = check_shards(recipe, folder, tokenizer)

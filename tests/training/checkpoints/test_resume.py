@@ -250,6 +250,59 @@ def test_an_output_folder_that_cannot_be_written_is_refused(path: str, tiny_reci
         train(tiny_recipe(output_dir=str(tmp_path / path)))
 
 
+DAMAGED = {
+    "torn": b'{"step": 3, "tokens"',
+    "edited": b'{"step": "3"}\n{"step": 2, "tokens": 512, "train_loss": "low"}\n[1]\nnull\n',
+    "latin-1": "Größe: 1\n".encode("latin-1"),
+    "deep": b"[" * 100_000,
+    "digits": b'{"step": '
+    + b"9" * 5000
+    + b', "train_loss": 1}\n{"step": 2, "tokens": 1, "train_loss": 1'
+    + b"0" * 400
+    + b"}",
+    "keys": b'{"format_version": 1, "tasks": {"x": {"figures": 1}}, "step": "two"}',
+    "empty": b"",
+    "nul": b"\0" * 100,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_damaged_side_files_keep_no_run_from_resuming(
+    damage: str, tiny_recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tiny_recipe(max_steps=3, eval_steps=0, sample_steps=0, save_steps=0)
+    train(recipe)
+    names = (
+        ".starts.jsonl",
+        "metrics.jsonl",
+        ".pushed.json",
+        "eval_results.json",
+        "recipe.yaml",
+        "samples.txt",
+        "log.txt",
+    )
+    for name in names:
+        (run_of(recipe) / name).write_bytes(DAMAGED[damage])
+    train(dataclasses.replace(recipe, max_steps=4))
+    assert [line["step"] for line in read_metrics(run_of(recipe)) if "train_loss" in line][-1] == 4
+    printed = capsys.readouterr().out
+    assert ("metrics.jsonl: dropped" in printed) == (damage != "empty")
+    if damage == "edited":
+        assert (run_of(recipe) / "metrics.jsonl.unreadable").read_bytes() == DAMAGED[damage]
+    kept = run_of(recipe) / "recipe.yaml.unreadable"
+    assert not kept.exists() or kept.read_bytes() == DAMAGED[damage]
+
+
+def test_a_run_without_its_recipe_resumes(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=2)
+    train(recipe)
+    (run_of(recipe) / "recipe.yaml").unlink()
+    with pytest.raises(InputError, match=r"another run \(n_layer: 2 → 3\)"):
+        train(dataclasses.replace(recipe, n_layer=3))
+    train(dataclasses.replace(recipe, max_steps=3))
+    assert checkpoints(run_of(recipe))[-1].name == "step-000003"
+
+
 def test_run_with_corrupted_log_lines_resumes(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=4)
     train(recipe)
