@@ -7,7 +7,7 @@ A recipe is a YAML file with max_steps, or a built-in one: `classic` (AdamW as G
 warmup and decay shortened alike, so each run ends with its own schedule. Printed are
 
 - the final validation loss per number of steps: mean and standard deviation over the seeds, and the steps' seconds;
-- the difference from the baseline at the same number of steps, paired by seed, with its 95 % interval (Student's t);
+- the difference from the baseline's final loss, paired by seed, with its 95 % interval (Student's t);
 - the steps and the time at which a recipe reaches the baseline's final loss, interpolated between its runs.
 
 Every run is a run folder under --output. When stopped, the benchmark saves a checkpoint; the same command continues and
@@ -182,11 +182,12 @@ def report(results: Results) -> list[str]:
             )
     lines.append("")
     for name in others:
-        same = results[name].get(end, {})
-        if same:
-            mean, half = interval([same[seed].loss - base[seed].loss for seed in same])
+        for steps, runs in sorted(results[name].items()):
+            mean, half = interval([runs[seed].loss - base[seed].loss for seed in runs])
             verdict = "significant" if abs(mean) > half else "not significant"
-            lines.append(f"{name} − {baseline} at {end} steps: {mean:+.4f} ± {half:.4f}, {verdict} (95 %)")
+            lines.append(
+                f"{name} in {steps} steps − {baseline} in {end}: {mean:+.4f} ± {half:.4f}, {verdict} (95 %, paired)"
+            )
         reached = steps_to_reach(mean_loss(base), {steps: mean_loss(runs) for steps, runs in results[name].items()})
         if reached is None:
             lines.append(f"{name} does not reach the final loss of {baseline}")
@@ -220,7 +221,7 @@ def draw(results: Results, path: Path) -> None:
             pace = seconds(runs) / tokens_per_step
             first = next(iter(runs.values()))
             mean = [statistics.mean(values) for values in zip(*(run.losses for run in runs.values()), strict=True)]
-            ends += [mean_loss(runs), mean[len(mean) // 4]]
+            ends += [mean_loss(runs), min(mean), mean[len(mean) // 4]]
             for axes, scale in ((left, 1.0), (right, pace)):
                 at = [scale * tokens for tokens in first.tokens]
                 axes.plot(at, smoothed(mean, max(1, len(mean) // 30)), color=color, alpha=0.4, linewidth=1)

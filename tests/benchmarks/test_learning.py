@@ -75,7 +75,7 @@ def test_recipes_are_compared_and_finished_runs_are_not_repeated(
         *("fast/4-steps/seed-1", "fast/4-steps/seed-2", "fast/8-steps/seed-1", "fast/8-steps/seed-2"),
         *("slow/8-steps/seed-1", "slow/8-steps/seed-2"),
     ]
-    assert "fast − slow at 8 steps: -" in printed
+    assert "fast in 8 steps − slow in 8: -" in printed
     assert "fast reaches the final loss of slow in" in printed
     assert (tmp_path / "out" / "learning.png").stat().st_size > 10_000
 
