@@ -22,7 +22,7 @@ function select(token) {
   for (const old of element.querySelectorAll('.g-token.g-selected')) old.classList.remove('g-selected');
   token.classList.add('g-selected');
   token.scrollIntoView({block: 'nearest'});
-  trigger('select', {index: Number(token.dataset.index)});
+  trigger('select');
 }
 element.addEventListener('click', event => select(event.target.closest('.g-token')));
 element.addEventListener('keydown', event => {
@@ -35,9 +35,16 @@ element.addEventListener('keydown', event => {
 _SELECT_HEAD = """
 element.addEventListener('click', event => {
   const head = event.target.closest('.g-head');
-  if (head) trigger('select', {index: Number(head.dataset.head)});
+  if (!head) return;
+  for (const old of element.querySelectorAll('.g-head.g-selected')) old.classList.remove('g-selected');
+  head.classList.add('g-selected');
+  trigger('select');
 });
 """
+# The selection is read when the request is sent. The data of an event would be that of the first of several quick ones.
+_SELECTED_TOKEN = """(state, layer, head, index) =>
+  [state, layer, head, Number(document.querySelector('#text .g-token.g-selected')?.dataset.index ?? -1)]"""
+_SELECTED_HEAD = "() => Number(document.querySelector('#attention .g-head.g-selected').dataset.head) + 1"
 
 
 def theme() -> gr.themes.Base:
@@ -69,6 +76,7 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
     )
     with gr.Blocks(title=f"{name} · GPT-2", analytics_enabled=False) as page:
         state = gr.State(Text(), time_to_live=_IDLE_SECONDS)
+        index = gr.Number(-1, visible=False, precision=0)  # of the selected token, filled in by the browser
         gr.HTML(f'<h1>{views.escape(name)}</h1><p class="g-note">{facts}</p>')
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -121,20 +129,14 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
             shown = demo.predict(shown)
             return shown, demo.show_text(shown), *details(shown, layer_number, head_number)
 
-        def select(
-            shown: Text, layer_number: float, head_number: float, event: gr.EventData
-        ) -> tuple[Text, str, str, str]:
-            index = getattr(event, "index", None)
-            if not isinstance(index, int) or not 0 <= index < len(shown.ids) or shown.predicted is None:
+        def select(shown: Text, layer_number: float, head_number: float, index: int) -> tuple[Text, str, str, str]:
+            if not 0 <= index < len(shown.ids) or shown.predicted is None:
                 raise _message(ValueError("wait for the end of the completion, then select a token"))
             shown = shown._replace(selected=index)
             return shown, *details(shown, layer_number, head_number)
 
         def attend(shown: Text, layer_number: float, head_number: float) -> str:
             return demo.show_attention(shown, layer_number, head_number) if shown.ids else ""
-
-        def pick_head(event: gr.EventData) -> int:
-            return int(event.index) + 1
 
         settings = [new_tokens, temperature, top_k, top_p, seed]
         private: dict[str, Any] = {"api_visibility": "private"}
@@ -149,7 +151,13 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
             run.success(finish, [state, layer, head], [state, text, *panels], **shared)
         stop.click(None, cancels=runs, **private).then(finish, [state, layer, head], [state, text, *panels], **shared)
         text.select(
-            select, [state, layer, head], [state, *panels], trigger_mode="always_last", show_progress="hidden", **shared
+            select,
+            [state, layer, head, index],
+            [state, *panels],
+            js=_SELECTED_TOKEN,
+            trigger_mode="always_last",
+            show_progress="hidden",
+            **shared,
         )
         gr.on(
             [layer.change, head.change],
@@ -160,7 +168,7 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
             show_progress="hidden",
             **shared,
         )
-        heads.select(pick_head, None, head, queue=False, **private)
+        heads.select(None, None, head, js=_SELECTED_HEAD, **private)
     return page
 
 

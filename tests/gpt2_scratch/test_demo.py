@@ -197,12 +197,15 @@ def test_probabilities_are_the_models_and_sum_to_one_with_the_rest(page, local):
 def test_arrow_keys_move_the_selection(page):
     from selenium.webdriver.common.keys import Keys
 
-    page.start("abc", new_tokens=5)
+    page.start("abcdef", new_tokens=2)
     page.finish()
     page.select(1)
-    page.one("#text .g-text").send_keys(Keys.ARROW_RIGHT)
+    text = page.one("#text .g-text")
+    text.send_keys(Keys.ARROW_RIGHT)
     page.wait.until(lambda _: page.text("#alternatives .g-facts").startswith("c has probability"))
-    assert page.text("#text .g-selected") == "c"
+    text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    page.wait.until(lambda _: page.text("#alternatives .g-facts").startswith("d has probability"))
+    assert page.text("#text .g-selected") == "d"
 
 
 def test_attention_follows_layer_and_head(page, local):
