@@ -16,6 +16,13 @@ from common.typed_values import convert
 DEFAULT_SHARD_TOKENS = 100_000_000
 
 
+def _boolean(value: str) -> bool:
+    try:
+        return bool(convert("value", bool, value))
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags."""
     parser = CommandParser(
@@ -40,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tokenizer", default="gpt2", help="gpt2, train:4096 to train one on the corpus, or the folder of a saved one")
     add(
         "--split_special_tokens",
-        type=lambda value: convert("--split_special_tokens", bool, value),
+        type=_boolean,
         default=True,
         metavar="BOOL",
         help="encode special tokens that the corpus spells, such as <|endoftext|>, as plain text",

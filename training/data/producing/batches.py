@@ -12,6 +12,7 @@ from training.data.sources.base import Corpus, Piece, Position
 
 CHARACTERS_PER_BATCH = 1 << 18
 PIECES_PER_BATCH = 1024
+_EXCERPT = 20  # characters on each side
 
 
 class Finding(NamedTuple):
@@ -20,6 +21,7 @@ class Finding(NamedTuple):
     Attributes:
         number: which piece of a batch.
         position: of the piece, or of one before it.
+        excerpt: the text around the first U+FFFD.
     """
 
     number: int
@@ -27,6 +29,7 @@ class Finding(NamedTuple):
     position: Position | None
     replaced: int
     special_tokens: int
+    excerpt: str
 
 
 @dataclass
@@ -81,7 +84,9 @@ def batches(pieces: Iterable[Piece], document: int, special_tokens: "re.Pattern[
             batch = Batch(document, piece.position)
         spelled = len(special_tokens.findall(piece.text)) if special_tokens else 0
         if piece.replaced or spelled:
-            batch.findings.append(Finding(len(batch.pieces), document, position, piece.replaced, spelled))
+            at = max(0, piece.text.find("\ufffd"))
+            excerpt = " ".join(piece.text[max(0, at - _EXCERPT) : at + _EXCERPT].split())
+            batch.findings.append(Finding(len(batch.pieces), document, position, piece.replaced, spelled, excerpt))
         batch.pieces.append((piece.text, piece.starts))
         batch.characters += len(piece.text)
     if batch is not None:
@@ -123,7 +128,9 @@ class CorpusProgress:
             if finding.replaced:
                 self._counts["replaced_documents"] += finding.document != self._last_replaced
                 self._last_replaced = finding.document
-                self._first_replaced = self._first_replaced or self._corpus.place(finding.position)
+                self._first_replaced = (
+                    self._first_replaced or f'{self._corpus.place(finding.position)}: "{finding.excerpt}"'
+                )
         self._tokens = tokens
         self._resume_points = [point for point in self._resume_points if point[0] >= tokens]
         self._findings = [finding for finding in self._findings if finding[0] >= tokens]

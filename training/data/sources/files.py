@@ -1,4 +1,4 @@
-"""A corpus of files: text, JSON, CSV, Parquet and Arrow; see `formats` for the endings.
+"""A corpus of files: text, JSON, CSV, Parquet and Arrow, also in archives; see `formats` for the endings.
 
 Reading can start in the middle of text and of plain JSON lines (at a byte) and of Parquet (at a row group). Other files
 are read from their beginning.
@@ -8,10 +8,12 @@ import functools
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from common.cli_errors import InputError
+from training.data.sources.archives import ARCHIVE_ENDINGS, Member, members_of
 from training.data.sources.base import Corpus, Piece, Position, corpus_name
-from training.data.sources.formats import ENDINGS_IN_WORDS, advance, format_of, open_plain, opened
+from training.data.sources.formats import ENDINGS_IN_WORDS, FILE_ENDINGS, advance, format_of, open_plain, opened
 from training.data.sources.rows import MissingFieldError, read_rows
 from training.data.sources.text_files import END_OF_TEXT, Separator, find_encoding, read_pieces, require_text
 
@@ -20,6 +22,8 @@ _HASHED_CHUNKS = 4096  # 256 MiB in total, which takes a fraction of a second
 _MAX_BYTES_PER_TOKEN = 8  # natural text has four to five
 _ABOUT_THE_DATA = ("readme", "dataset_card", "dataset_info", "dataset_infos", "dataset_dict", "state")
 _NAMED_FILES = 5
+
+AnyFile = TypeVar("AnyFile", Path, Member)
 
 
 class FileCorpus(Corpus):
@@ -42,24 +46,34 @@ class FileCorpus(Corpus):
     ) -> None:
         path = path.resolve()
         self.name = corpus_name(str(path))
-        self.unread: list[Path] = []
+        self.unread: list[str] = []
         self._text_field, self._encoding, self._separator = text_field, encoding, Separator(separator)
         self._root = path if path.is_dir() else path.parent
         if path.is_dir():
             found = [file for file in path.rglob("*") if file.is_file()]
             found = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
             found.sort(key=lambda file: file.relative_to(path).parts)
-            self._files = [file for file in _documents_among(found) if self._has_text(file)]
-            self.unread = [file for file in found if file not in set(self._files)]
-            if not self._files:
-                raise InputError(
-                    f"{path} holds no files that end in {ENDINGS_IN_WORDS}, with a field '{text_field}' where they "
-                    "hold rows; pass another --corpus or --text_field"
-                )
+            self._files = [file for file in _documents_among(found) if _is_archive(file) or self._has_text(file)]
+            self.unread = [file.relative_to(path).as_posix() for file in found if file not in set(self._files)]
         else:
             self._files = [path]
-            if format_of(path.name) is None:
+            if not path.name.lower().endswith(FILE_ENDINGS):
                 raise InputError(f"{path} does not end in {ENDINGS_IN_WORDS}; rename it")
+        self._sources: list[Path | Member] = []
+        for file in self._files:
+            if not _is_archive(file):
+                self._sources.append(file)
+                continue
+            members = members_of(file)
+            read = [member for member in _documents_among(members) if self._has_text(member)]
+            self._sources += read
+            archive = file.relative_to(self._root).as_posix()
+            self.unread += [f"{archive}/{member.path}" for member in members if member not in set(read)]
+        if not self._sources:
+            raise InputError(
+                f"{path} holds no files that end in {ENDINGS_IN_WORDS}, with a field '{text_field}' where they "
+                "hold rows; pass another --corpus or --text_field"
+            )
 
     @functools.cached_property
     def revision(self) -> str:
@@ -76,11 +90,11 @@ class FileCorpus(Corpus):
 
     def notes(self) -> list[str]:
         """Return a line that names the files that are not read."""
-        names = [file.relative_to(self._root).as_posix() for file in self.unread]
-        more = f" and {len(names) - _NAMED_FILES:,} more" if len(names) > _NAMED_FILES else ""
-        return [f"{len(names):,} files of {self._root} are not read: {', '.join(names[:_NAMED_FILES])}{more}"] * bool(
-            names
-        )
+        if not self.unread:
+            return []
+        count = len(self.unread)
+        more = f" and {count - _NAMED_FILES:,} more" if count > _NAMED_FILES else ""
+        return [f"{count:,} files of {self._root} are not read: {', '.join(self.unread[:_NAMED_FILES])}{more}"]
 
     def min_tokens(self) -> int:
         """Return an eighth of the files' bytes; compressed files hold more."""
@@ -90,26 +104,26 @@ class FileCorpus(Corpus):
         """Return whether `value` is a position in one of the files."""
         if not isinstance(value, list) or len(value) not in (3, 4):
             return False
-        return all(isinstance(number, int) and number >= 0 for number in value) and value[0] < len(self._files)
+        return all(isinstance(number, int) and number >= 0 for number in value) and value[0] < len(self._sources)
 
     def fraction_before(self, position: Position) -> float:
         """Return the fraction of the files' bytes before a position."""
         index, offset = position[:2]
-        file, size = self._files[index], self._sizes[index]
-        format = format_of(file.name)
+        source, sizes = self._sources[index], self._source_sizes
+        format = format_of(source.name)
         if format is not None and format.kind == "Parquet":
-            offset = size * offset / _num_rows(file)
-        return float((sum(self._sizes[:index]) + min(offset, size)) / sum(self._sizes))
+            offset = sizes[index] * offset / _num_rows(source)
+        return float((sum(sizes[:index]) + min(offset, sizes[index])) / max(1, sum(sizes)))
 
     def place(self, position: Position) -> str:
         """Return the file, and the byte or row in it, counted from 1."""
         index, offset, number = position[:3]
-        format = format_of(self._files[index].name)
+        format = format_of(self._sources[index].name)
         if format is None or format.kind == "text":
-            return f"{self._files[index]}, byte {offset:,} or after it"
-        return f"{self._files[index]}, row {(offset if format.kind == 'Parquet' else number) + 1:,}"
+            return f"{self._sources[index]}, byte {offset:,} or after it"
+        return f"{self._sources[index]}, row {(offset if format.kind == 'Parquet' else number) + 1:,}"
 
-    def _has_text(self, file: Path) -> bool:
+    def _has_text(self, file: Path | Member) -> bool:
         """Return whether a file of a folder holds documents: settings and tables of something else do not."""
         format = format_of(file.name)
         if format is None or format.kind not in ("json", "csv", "Arrow"):
@@ -125,9 +139,13 @@ class FileCorpus(Corpus):
     def _sizes(self) -> list[int]:
         return [file.stat().st_size for file in self._files]
 
+    @functools.cached_property
+    def _source_sizes(self) -> list[int]:
+        return [source.size if isinstance(source, Member) else source.stat().st_size for source in self._sources]
+
     def _read(self, start: Position | None) -> Iterator[Piece]:
         first, offset, number, *inside = start or (0, 0, 0)
-        for index, file in enumerate(self._files[first:], start=first):
+        for index, file in enumerate(self._sources[first:], start=first):
             format = format_of(file.name)
             assert format is not None  # see the constructor
             with opened(file, format) as stream:
@@ -149,15 +167,20 @@ class FileCorpus(Corpus):
             offset, number, inside = 0, 0, []
 
 
-def _documents_among(files: list[Path]) -> list[Path]:
+def _is_archive(file: Path) -> bool:
+    return file.name.lower().endswith(ARCHIVE_ENDINGS)
+
+
+def _documents_among(files: list[AnyFile]) -> list[AnyFile]:
     """Return the files that are read: a README or a dataset's description beside data of another kind is not."""
-    read = [file for file in files if format_of(file.name) is not None]
+    read = [file for file in files if file.name.lower().endswith(FILE_ENDINGS)]
     data = [file for file in read if file.name.split(".")[0].lower() not in _ABOUT_THE_DATA]
     return data if any(not file.name.lower().endswith(".md") for file in data) else read
 
 
 @functools.cache
-def _num_rows(file: Path) -> int:
+def _num_rows(file: Path | Member) -> int:
     import pyarrow.parquet
 
-    return max(1, pyarrow.parquet.read_metadata(file).num_rows)
+    with open_plain(file) as stream:
+        return max(1, pyarrow.parquet.read_metadata(stream).num_rows)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from common.cli_errors import InputError, one_line
+from training.data.sources.archives import ARCHIVE_ENDINGS, ARCHIVE_ERRORS, Member
 
 Kind = Literal["text", "json lines", "json", "csv", "Parquet", "Arrow"]
 
@@ -39,26 +40,28 @@ _FORMATS = {
     for ending, compression in _COMPRESSIONS.items()
     if compression is None or kind not in ("Parquet", "Arrow")  # compressed inside, and not read in order
 }
-FILE_ENDINGS = tuple(_FORMATS)
-ENDINGS_IN_WORDS = f"{', '.join(_KINDS)}; text, JSON and CSV also with {', '.join(filter(None, _COMPRESSIONS))}"
+FILE_ENDINGS = (*_FORMATS, *ARCHIVE_ENDINGS)
+ENDINGS_IN_WORDS = (
+    f"{', '.join(_KINDS)}; text, JSON and CSV also with {', '.join(filter(None, _COMPRESSIONS))}; tar and zip of these"
+)
 
 
 def format_of(name: str) -> Format | None:
     """Return the format of a file of this name; None where it is not read."""
-    endings = [ending for ending in FILE_ENDINGS if name.lower().endswith(ending)]
+    endings = [ending for ending in _FORMATS if name.lower().endswith(ending)]
     return _FORMATS[max(endings, key=len)] if endings else None
 
 
-def open_plain(file: Path) -> io.BufferedReader:
+def open_plain(file: Path | Member) -> io.BufferedReader:
     """Return the file, opened; an `InputError` if that is impossible."""
     try:
-        return file.open("rb")
+        return file.open() if isinstance(file, Member) else file.open("rb")
     except OSError as error:
         raise InputError(f"cannot read {file}: {error.strerror}") from None
 
 
 @contextlib.contextmanager
-def opened(file: Path, format: Format) -> Iterator[Any]:
+def opened(file: Path | Member, format: Format) -> Iterator[Any]:
     """Yield the file's decompressed bytes as a stream; errors while it is read become an `InputError`."""
     import pyarrow
 
@@ -71,7 +74,7 @@ def opened(file: Path, format: Format) -> Iterator[Any]:
                 # pyarrow detects truncation in all formats; `zstandard` takes it for the end.
                 stream = io.BufferedReader(pyarrow.CompressedInputStream(plain, format.compression), _BUFFER_BYTES)
             yield stream
-        except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowException) as error:
+        except (OSError, EOFError, lzma.LZMAError, pyarrow.ArrowException, *ARCHIVE_ERRORS) as error:
             kind = format.compression or format.kind
             raise InputError(f"{file} is not a complete {kind} file ({one_line(error)}); download it again") from None
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from common.cli_errors import InputError
+from training.data.sources.archives import Member
 
 _BLOCK_CHARACTERS = 1 << 16
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
 
 
-def json_items(text: io.TextIOBase, file: Path) -> Iterator[Any]:
+def json_items(text: io.TextIOBase, file: Path | Member) -> Iterator[Any]:
     """Yield the items of a JSON array, or of the first array of objects in an object.
 
     Raises:
@@ -41,7 +42,7 @@ def json_items(text: io.TextIOBase, file: Path) -> Iterator[Any]:
 class _Reader:
     """Takes one JSON value after the other from a text."""
 
-    def __init__(self, text: io.TextIOBase, file: Path) -> None:
+    def __init__(self, text: io.TextIOBase, file: Path | Member) -> None:
         self._text, self._file = text, file
         self._decoder = json.JSONDecoder()
         self._buffer, self._start = "", 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli_errors import InputError, did_you_mean
+from training.data.sources.archives import Member
 from training.data.sources.formats import Format, opened
 from training.data.sources.json_items import json_items
 from training.data.sources.text_files import INVALID, find_encoding
@@ -29,7 +30,14 @@ class Row(NamedTuple):
 
 
 def read_rows(
-    stream: Any, format: Format, file: Path, text_field: str, encoding: str | None, *, offset: int = 0, number: int = 0
+    stream: Any,
+    format: Format,
+    file: Path | Member,
+    text_field: str,
+    encoding: str | None,
+    *,
+    offset: int = 0,
+    number: int = 0,
 ) -> Iterator[Row]:
     """Yield the rows of an opened file, from a row's `offset` and `number` on.
 
@@ -117,7 +125,7 @@ def _lines_at(stream: io.BufferedReader, codec: str, offset: int) -> Iterator[tu
         offset += len(line)
 
 
-def _json_rows(lines: Iterable[tuple[int, str]], file: Path, text_field: str, number: int) -> Iterator[Row]:
+def _json_rows(lines: Iterable[tuple[int, str]], file: Path | Member, text_field: str, number: int) -> Iterator[Row]:
     for before, (offset, line) in enumerate(lines, start=number):
         if line.isspace():
             continue
@@ -129,7 +137,7 @@ def _json_rows(lines: Iterable[tuple[int, str]], file: Path, text_field: str, nu
         yield Row(text_of(row, text_field, where), offset, before)
 
 
-def _holds_lines(file: Path, format: Format, codec: str, text_field: str) -> bool:
+def _holds_lines(file: Path | Member, format: Format, codec: str, text_field: str) -> bool:
     """Return whether a .json file holds JSON lines: its first line is an object, with text or with lines after it."""
     with opened(file, format) as stream, io.TextIOWrapper(stream, codec, "replace", newline="\n") as text:
         first = text.readline(_MAX_FIRST_LINE_CHARACTERS).removeprefix("\ufeff")
@@ -141,7 +149,7 @@ def _holds_lines(file: Path, format: Format, codec: str, text_field: str) -> boo
     return isinstance(row, dict) and (bool(rest.strip()) or text_field.split(".")[0] in row)
 
 
-def _csv_rows(text: io.TextIOBase, file: Path, text_field: str, number: int) -> Iterator[Row]:
+def _csv_rows(text: io.TextIOBase, file: Path | Member, text_field: str, number: int) -> Iterator[Row]:
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     rows = csv.reader(text, delimiter="\t" if ".tsv" in file.name.lower() else ",", strict=True)
     try:
@@ -162,7 +170,7 @@ def _csv_rows(text: io.TextIOBase, file: Path, text_field: str, number: int) -> 
         raise InputError(f"{file} line {rows.line_num:,} is not valid CSV ({error})") from None
 
 
-def _parquet_rows(stream: Any, file: Path, text_field: str, first: int) -> Iterator[Row]:
+def _parquet_rows(stream: Any, file: Path | Member, text_field: str, first: int) -> Iterator[Row]:
     import pyarrow.parquet
 
     parquet = pyarrow.parquet.ParquetFile(stream)
@@ -177,7 +185,7 @@ def _parquet_rows(stream: Any, file: Path, text_field: str, first: int) -> Itera
         yield Row(text.text, text.number, 0)  # an earlier version keeps the row as the offset
 
 
-def _arrow_rows(stream: Any, file: Path, text_field: str, first: int) -> Iterator[Row]:
+def _arrow_rows(stream: Any, file: Path | Member, text_field: str, first: int) -> Iterator[Row]:
     import pyarrow.ipc
 
     if stream.peek(6)[:6] == b"ARROW1":  # otherwise the streaming format, which `datasets` writes
@@ -189,7 +197,7 @@ def _arrow_rows(stream: Any, file: Path, text_field: str, first: int) -> Iterato
     yield from _column_rows(batches, file, text_field, 0, first)
 
 
-def _require_column(schema: "pyarrow.Schema", text_field: str, file: Path) -> None:
+def _require_column(schema: "pyarrow.Schema", text_field: str, file: Path | Member) -> None:
     fields, names = schema, text_field.split(".")
     if text_field in schema.names:
         return
@@ -202,7 +210,7 @@ def _require_column(schema: "pyarrow.Schema", text_field: str, file: Path) -> No
 
 
 def _column_rows(
-    batches: Iterable["pyarrow.RecordBatch"], file: Path, text_field: str, row: int, first: int
+    batches: Iterable["pyarrow.RecordBatch"], file: Path | Member, text_field: str, row: int, first: int
 ) -> Iterator[Row]:
     import pyarrow.compute
 

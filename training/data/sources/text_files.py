@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from common.cli_errors import InputError
+from training.data.sources.archives import Member
 from training.data.sources.pieces import piece_end
 
 END_OF_TEXT = "<|endoftext|>"
@@ -61,7 +62,7 @@ def find_encoding(stream: io.BufferedReader, encoding: str | None) -> tuple[str,
     return "utf-8", 0
 
 
-def require_text(stream: io.BufferedReader, codec: str, file: Path) -> None:
+def require_text(stream: io.BufferedReader, codec: str, file: Path | Member) -> None:
     """Raise an `InputError` if a file in UTF-8 holds so many NUL bytes that it is not text; nothing is read yet."""
     head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
     if codec == "utf-8" and head.count(0) > 0.01 * len(head):

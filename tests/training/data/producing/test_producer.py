@@ -290,7 +290,8 @@ def test_documents_with_invalid_utf8_are_counted_once(tmp_path, settings, monkey
     assert folder.manifest.replaced_characters == 40 * folder.manifest.replaced_documents
     assert lines[-2] == (  # before the summary
         f"{folder.manifest.replaced_documents:,} documents held invalid UTF-8, which was replaced by U+FFFD: "
-        f"{folder.manifest.replaced_characters:,} characters, the first in {path}, row 1"
+        f"{folder.manifest.replaced_characters:,} characters, the first in {path}, row 1: "
+        '"caf\ufffd caf\ufffd caf\ufffd caf\ufffd caf"'
     )
 
 

@@ -7,6 +7,8 @@ import io
 import json
 import lzma
 import re
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pyarrow
@@ -179,6 +181,61 @@ def test_folder_of_mixed_kinds_is_read_and_other_files_are_listed(tmp_path, sett
         f"6 files of {folder} are not read: README.md, dataset_info.json, settings.json, sub/README.txt, "
         "sub/image.png and 1 more"
     )
+
+
+ARCHIVES = ["c.tar", "c.tar.gz", "c.tgz", "c.tar.bz2", "c.tar.xz", "c.zip"]
+
+
+def _archive(path: Path, files: dict[str, bytes]) -> None:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in files.items():
+                archive.writestr(name, content)
+        return
+    compression = {"c.tar": "", "c.tgz": "gz"}.get(path.name, path.suffix[1:])
+    with tarfile.open(path, f"w:{compression}") as archive:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_files_in_an_archive_are_read_and_reading_resumes_at_each_document(tmp_path, name, in_folder):
+    files = {
+        "texts/one.txt": b"one\n<|endoftext|>\ntwo",
+        "texts/.hidden.txt": b"hidden",
+        "README.md": b"about",
+        "image.png": b"x",
+        "rows.jsonl.gz": gzip.compress(b'{"text": "three"}\n{"text": "four"}\n'),
+        "table.parquet": _content("c.parquet", tmp_path),
+        "more.csv": b"id,text\n1,five\n",
+    }
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    _archive(folder / name, files)
+    corpus = open_corpus(str(folder if in_folder else folder / name))
+    read = list(corpus.read())
+    expected = ["one", "two", "three", "four", *TEXTS, "five"]
+    assert [piece.text for piece in read] == expected
+    for number, piece in enumerate(read):
+        assert corpus.is_position(piece.position)
+        assert 0 <= corpus.fraction_before(piece.position) <= 1
+        assert [each.text for each in corpus.read(piece.position)] == expected[number:]
+    assert corpus.notes() == [f"2 files of {folder} are not read: {name}/README.md, {name}/image.png"]
+    assert corpus.name == ("corpus" if in_folder else "c")
+
+
+@pytest.mark.parametrize("name", ARCHIVES)
+def test_truncated_archive_is_an_error(tmp_path, name):
+    content = b"".join(b"%d words\n" % (i * 7919 % 100_003) for i in range(40_000))
+    _archive(tmp_path / name, {"a.txt": content, "b.txt": content})
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="is not a complete") as caught:
+        list(open_corpus(str(tmp_path / name)).documents())
+    assert "\n" not in str(caught.value)
 
 
 def test_readme_is_a_document_among_others_of_its_kind(tmp_path):
