@@ -60,10 +60,9 @@ class LibraryTokenizer(Tokenizer):
     """
 
     def __init__(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as name, _one_line_errors(folder):
-            _load(folder).save_pretrained(name)
-            auto = _load(Path(name))
-            self._files = {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(name).iterdir())}
+        with converted(folder) as saved, _one_line_errors(folder):
+            auto = _load(saved)
+            self._files = {path.name: path.read_text(encoding="utf-8") for path in sorted(saved.iterdir())}
             self._auto = auto
             backend = auto.backend_tokenizer.to_str()
         if auto.eos_token_id is None:
@@ -138,6 +137,15 @@ class LibraryTokenizer(Tokenizer):
         cuts = [i for i in range(1, len(text) - 2) if is_between_words(text[:i], text[i:])]
         parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         return [token for part in parts for token in self.bpe.encode(part).tolist()] == whole
+
+
+@contextlib.contextmanager
+def converted(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder with the tokenizer as transformers saves it: with a `tokenizer.json`."""
+    with tempfile.TemporaryDirectory() as name:
+        with _one_line_errors(folder):
+            _load(folder).save_pretrained(name)
+        yield Path(name)
 
 
 def _load(folder: Path) -> Any:

@@ -125,7 +125,10 @@ class Tokenizer:
         """
         path = Path(folder) / "tokenizer.json"
         if not path.exists() and any((Path(folder) / name).exists() for name in ("vocab.json", "tokenizer.model")):
-            return _library_tokenizer(folder)
+            from training.data.tokenization.library_tokenizer import converted
+
+            with converted(Path(folder)) as name:
+                return cls.load(name)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
         except OSError as error:

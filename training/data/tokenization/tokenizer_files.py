@@ -49,5 +49,8 @@ def needs_library(data: dict[str, Any], config: Mapping[str, Any], end_of_text: 
     unusual = any(not token.get("special") or any(map(token.get, flags)) for token in added)
     texts = [token["content"] for token in added]
     unusual |= any(" " in text or any(text in other for other in texts if other != text) for text in texts)
-    post_processor = (data.get("post_processor") or {}).get("type", "ByteLevel")
-    return unusual or post_processor != "ByteLevel" or config.get("bos_token", end_of_text) not in (None, end_of_text)
+    post_processor = data.get("post_processor") or {"type": "ByteLevel"}
+    adds_tokens = post_processor["type"] != "ByteLevel" and (
+        post_processor["type"] != "TemplateProcessing" or bool(post_processor["special_tokens"])
+    )
+    return unusual or adds_tokens or config.get("bos_token", end_of_text) not in (None, end_of_text)

@@ -228,6 +228,7 @@ def test_vocabulary_and_merges_alone_are_a_tokenizer(tmp_path):
     assert tokenizer.encode(TEXT) == ours.encode(TEXT)
     assert GPT2Tokenizer.from_pretrained(tmp_path)(TEXT)["input_ids"] == ours.encode(TEXT)
     assert (tokenizer.end_of_text_id, tokenizer.vocab_size) == (299, 300)
+    assert isinstance(tokenizer.bpe, BytePairEncoding)
 
 
 @pytest.mark.parametrize("split", [True, False])
