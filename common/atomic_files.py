@@ -1,5 +1,6 @@
 """Files that appear complete or not at all: written under a temporary name, synced to disk, renamed."""
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable
@@ -12,15 +13,20 @@ PARTIAL_SUFFIX = ".unfinished"
 def write_atomically(path: Path, content: str | Callable[[BinaryIO], object]) -> str:
     """Write text, or what a function writes to a stream, to a file that appears complete; return its sha256."""
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
-    with partial.open("wb") as file:
-        if isinstance(content, str):
-            file.write(content.encode())
-        else:
-            content(file)
-        file.flush()
-        os.fsync(file.fileno())
-    digest = file_sha256(partial)
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                content(file)
+            file.flush()
+            os.fsync(file.fileno())
+        digest = file_sha256(partial)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
     fsync(path.parent)
     return digest
 

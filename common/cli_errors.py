@@ -77,6 +77,7 @@ def run_command(main: Callable[[], None], *, output_is_result: bool = False) -> 
     """
     with tolerant_streams(drop_errors=not output_is_result):
         try:
+            _check_environment()
             main()
         except KeyboardInterrupt:
             sys.exit(130)
@@ -91,6 +92,13 @@ def run_command(main: Callable[[], None], *, output_is_result: bool = False) -> 
             if message is None:
                 raise
             _exit_with(message)
+
+
+def _check_environment() -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while `gpt2_scratch` was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if not os.environ.get("HF_TOKEN", "").isascii():
+        raise InputError("HF_TOKEN holds characters that no token has; copy it again from https://huggingface.co")
 
 
 def _exit_with(message: str) -> NoReturn:

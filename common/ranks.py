@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, os_error_message
 
 T = TypeVar("T")
 
@@ -43,11 +43,12 @@ class Ranks:
 
     @contextlib.contextmanager
     def share_errors(self) -> Iterator[None]:
-        """Raise an `InputError` of this rank on the others too, in their next `gather`."""
+        """Raise an `InputError` or an `OSError` about a file on the other ranks too, in their next `gather`."""
         try:
             yield
-        except InputError as error:
-            if self._others_listen:
+        except (InputError, OSError) as error:
+            message = os_error_message(error) if isinstance(error, OSError) else str(error)
+            if self._others_listen and message is not None:
                 with contextlib.suppress(InputError):  # this rank's own error is the one to report
-                    self.gather(_Failure(str(error)))
+                    self.gather(_Failure(message))
             raise

@@ -6,7 +6,7 @@ import struct
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, cast
 
-from common.cli_errors import InputError, one_line
+from common.cli_errors import InputError, one_line, os_error_message
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,8 +51,10 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as stream:
             header = (_bin_header if path.suffix == ".bin" else _npy_header)(stream, path)
             size = os.fstat(stream.fileno()).st_size
-    except OSError as error:
+    except FileNotFoundError as error:
         raise unusable_file(path, f"it cannot be read ({error.strerror})") from None
+    except OSError as error:  # such as its permissions, which are no reason to delete it
+        raise InputError(os_error_message(error) or f"cannot read {path} ({error})") from None
     if size != header.offset + header.tokens * header.dtype.itemsize:
         found = (size - header.offset) // header.dtype.itemsize
         raise unusable_file(path, f"its header says {header.tokens:,} tokens, its size {found:,}")

@@ -5,6 +5,13 @@ Saved folders also carry their own code, for `trust_remote_code=True`. The impor
 seconds, because it imports transformers and torch.
 """
 
+import signal
+import sys
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # `python -m gpt2_scratch.generate` imports this package first: Ctrl-C meanwhile is no traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import transformers
 
 from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig

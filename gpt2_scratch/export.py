@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
@@ -91,8 +91,8 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
                 custom_object_save(skeleton, partial)
         output.parent.mkdir(parents=True, exist_ok=True)
         written.rename(output)
-    except OSError as error:
-        raise InputError(f"cannot write {output}: {error}; choose another --output") from error
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        raise InputError(f"cannot write {output}: {error}; free some space, or choose another --output") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     name = type(skeleton).__name__ if model_format == "gpt2_scratch" else OFFICIAL_NAMES[type(skeleton)]

@@ -113,9 +113,16 @@ def _from_pretrained(auto_class: Any, kind: str, model_id: str, options: dict[st
     try:
         return auto_class.from_pretrained(model_id, **options)
     except _LOADING_ERRORS as error:
+        missing = kind == "tokenizer" and Path(model_id).is_dir() and not any(Path(model_id).glob("*token*"))
+        if missing:
+            raise InputError(
+                f"cannot load a tokenizer from {model_id!r}: tokenizer.json is missing; copy it there"
+            ) from error
         lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # The first line of most messages is enough. For a config error, it only names the field.
         reason = ": ".join(lines) if isinstance(error, StrictDataclassError) else lines[0]
+        if isinstance(error, KeyError):  # its message is only the key
+            reason = f"a file lacks the key {reason}"
         raise InputError(f"cannot load a {kind} from {model_id!r}: {reason}") from error
 
 

@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 from common.rate_limited_log import RateLimitedLog
 from training.checkpoints.checkpoint_folder import load_checkpoint, remove_leftovers, skeleton_of
 from training.checkpoints.checkpoint_writer import Checkpoints
@@ -155,6 +155,11 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
                 checkpoints.wait(run)
                 _report_stop(run, stop.number, checkpoints.newest)
                 raise SystemExit(128 + stop.number) from None
+            except torch.OutOfMemoryError as error:
+                raise InputError(
+                    f"step {run.step + 1:,} does not fit into the memory of {accelerator.device} "
+                    f"({one_line(error, 80)}); lower per_device_train_batch_size, or set it to auto"
+                ) from None
             except NoMoreShardsError as error:
                 checkpoints.save(run)
                 checkpoints.wait(run)

@@ -202,6 +202,11 @@ class Recipe:
             if isinstance(value, int | float) and not all(BOUNDS[b][0](value, limit) for b, limit in bounds.items()):
                 valid = " and ".join(BOUNDS[bound][1].format(limit) for bound, limit in bounds.items())
                 raise InputError(f"recipe key {key.name}: expected {valid}, found {value:,}")
+        if self.output_dir.startswith("-"):
+            raise InputError(
+                f"recipe key output_dir: {self.output_dir} begins with a dash, which commands read as a flag; "
+                "give its full path, or choose another name"
+            )
         if self.profile_steps is not None and not profiled_steps(self.profile_steps):
             raise InputError(
                 f"recipe key profile_steps: expected FIRST-LAST, such as 10-12, found {self.profile_steps}"

@@ -107,14 +107,14 @@ def on_every_process(accelerator: Any, compute: Callable[[], _T]) -> _T:
     An `InputError` on any process is raised on all of them.
     """
     ranks = _ranks(accelerator)
-    result: _T | InputError
+    result: _T | InputError | OSError
     with accelerator.local_main_process_first():
         try:
             result = compute()
-        except InputError as error:  # leaving the block by an exception would skip its barrier
+        except (InputError, OSError) as error:  # leaving the block by an exception would skip its barrier
             result = error
     with ranks.share_errors():
-        if isinstance(result, InputError):
+        if isinstance(result, InputError | OSError):
             raise result
     ranks.gather(None)
     return result

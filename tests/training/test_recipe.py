@@ -118,6 +118,7 @@ def test_price_without_preflight_is_an_error() -> None:
         ({"n_layer": "9" * 5000}, "n_layer: expected a whole number, found '9{79}$"),
         ({"max_steps": None, "num_train_epochs": 1e300}, "num_train_epochs: expected more than 0 and at most 100,000"),
         ({"learning_rate": 10**400}, "learning_rate: expected a number"),
+        ({"output_dir": "-run"}, "output_dir: -run begins with a dash, which commands read as a flag"),
         ({"seq_len": 1}, "seq_len: expected at least 2"),
         ({"output_dir": "a\0b"}, r"output_dir: 'a\\x00b' holds a NUL"),
         ({"profile_steps": "5-" + "9" * 20}, "profile_steps: expected FIRST-LAST"),

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimi
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from common.atomic_files import fsync
+from common.atomic_files import PARTIAL_SUFFIX, fsync
 from common.cli_errors import InputError
 from training.checkpoints.checksums import find_corruption, write_checksums
 from training.checkpoints.state_snapshot import Snapshot, bare_model, restore_rng_state
@@ -113,9 +113,10 @@ def checkpoint_folder(output_dir: Path, step: int) -> Path:
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
+    """Return the complete checkpoints of a run, oldest first; empty folders are not ours."""
     folder = output_dir / "checkpoints"
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    named = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)] if folder.is_dir() else []
+    found = [path for path in named if not path.is_dir() or any(path.iterdir())]
     return sorted(found, key=step_of)
 
 
@@ -155,11 +156,14 @@ def write_checkpoint(
 
 
 def remove_leftovers(output_dir: Path) -> None:
-    """Remove the temporary folders of a run that was killed during a save."""
+    """Remove the temporary files and folders of a run that was killed during a save."""
     for folder in (output_dir, output_dir / "checkpoints"):
         for prefix in _TEMPORARY:
             for leftover in folder.glob(f"{prefix}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in output_dir.glob(f"*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError):
+            leftover.unlink()
 
 
 def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: int | None = None) -> None:

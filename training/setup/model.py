@@ -1,6 +1,7 @@
 """The model to train and its optimizer."""
 
 import math
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
 from training.setup.fsdp import shard
 
+_FLOAT = 4  # bytes
 _WORTH_COMPILING = 1000  # steps: compiling costs a minute or two
 
 
@@ -46,6 +48,8 @@ def build_model(
         InputError: `init_from` is not a GPT-2 or does not fit the tokenizer or seq_len, or the attention implementation
             is not available.
     """
+    if weights is None:
+        _check_source(recipe, tokenizer.vocab_size)
     dropout: dict[str, Any] = dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), recipe.dropout)
     source, attention = weights or recipe.init_from, attention_for(recipe, device_type)
     # No progress bar for every saved model, and no messages before an error that we report in one line.
@@ -75,6 +79,8 @@ def build_model(
         # The first line of a from_pretrained error says what is wrong; the rest is advice on other models.
         first_line = str(error).strip().splitlines()[0]
         raise hub_cache_error(error) or InputError(f"cannot build the model: {first_line}") from error
+    if weights is None and source is not None and not all(weight.isfinite().all() for weight in model.parameters()):
+        raise InputError(f"the weights in init_from {source} hold NaN or infinity; start from other weights")
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"{source} has a vocabulary of {model.config.vocab_size:,} ids, but tokenizer {recipe.tokenizer} has "
@@ -97,6 +103,22 @@ def build_model(
     return model
 
 
+def _check_source(recipe: Recipe, vocab_size: int) -> None:
+    """Raise an `InputError` for an `init_from` that is a missing folder, or random weights larger than the memory."""
+    source = recipe.init_from
+    if source is not None:
+        if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
+            raise InputError(f"cannot build the model: init_from {source} is no folder; check the path")
+        return
+    parameters = (vocab_size + recipe.positions + 12 * recipe.n_layer * recipe.n_embd) * recipe.n_embd
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if parameters * _FLOAT > memory:
+        raise InputError(
+            f"a model of {parameters / 1e9:,.1f}B parameters needs {parameters * _FLOAT / 2**30:,.0f} GiB, but this "
+            f"machine has {memory / 2**30:,.0f} GiB of memory; lower n_layer, n_embd or n_positions"
+        )
+
+
 def attention_for(recipe: Recipe, device_type: str) -> str:
     """The attention implementation to train with: the recipe's, but flex instead of sdpa for a document mask on a GPU.
 
@@ -104,6 +126,8 @@ def attention_for(recipe: Recipe, device_type: str) -> str:
     """
     if recipe.document_mask and device_type == "cuda" and recipe.attn_implementation == "sdpa" and not recipe.dropout:
         return "flex_attention"
+    if recipe.attn_implementation == "flex_attention" and device_type == "cpu":
+        raise InputError("attn_implementation flex_attention cannot train on a CPU; set it to sdpa, or use a GPU")
     return recipe.attn_implementation
 
 

@@ -246,6 +246,16 @@ def test_validation_task_gives_the_validation_loss_of_training(shard_folder, tmp
     assert sum(record["bytes"] for record in found) == len(text)
 
 
+def test_validation_shards_of_another_tokenizer_are_refused(shard_folder, tmp_path):
+    from training.data.tokenization.tokenizer import train_bpe
+
+    text = ["another text " * 50, "with other words " * 50, "so that its merges differ from those of the corpus " * 50]
+    other = train_bpe(text, 290)
+    for tokenizer in (other, train_bpe(text, 270)):  # the second one lacks ids
+        with pytest.raises(InputError, match="was made with another tokenizer than the model's; pass a --data_dir"):
+            task_named("validation").items(shard_folder, tokenizer, 32, limit=5)
+
+
 def test_every_record_has_the_keys_of_its_metrics(tmp_path):
     write_rows(tmp_path / "hellaswag_val.jsonl", hellaswag_row())
     write_rows(tmp_path / "lambada_test.jsonl", LAMBADA)

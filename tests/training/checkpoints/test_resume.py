@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.paths import ROOT
 
 from common.cli_errors import InputError
@@ -291,6 +291,27 @@ def test_damaged_side_files_keep_no_run_from_resuming(
         assert (run_of(recipe) / "metrics.jsonl.unreadable").read_bytes() == DAMAGED[damage]
     kept = run_of(recipe) / "recipe.yaml.unreadable"
     assert not kept.exists() or kept.read_bytes() == DAMAGED[damage]
+
+
+def test_an_empty_folder_beside_checkpoints_is_no_checkpoint(tiny_recipe: Make) -> None:
+    recipe = tiny_recipe(max_steps=2)
+    train(recipe)
+    (run_of(recipe) / "checkpoints" / "step-000999").mkdir()
+    (run_of(recipe) / "recipe.yaml.unfinished").write_text("torn")
+    train(dataclasses.replace(recipe, max_steps=3))
+    assert checkpoints(run_of(recipe))[-1].name == "step-000003"
+    assert not (run_of(recipe) / "recipe.yaml.unfinished").exists()
+
+
+def test_weights_that_are_nan_are_no_start(tiny_recipe: Make, tmp_path: Path) -> None:
+    recipe = tiny_recipe(max_steps=1, save_steps=0)
+    train(recipe)
+    weights = load_file(run_of(recipe) / "model" / "model.safetensors")
+    weights["transformer.ln_f.bias"][0] = float("nan")
+    save_file(weights, run_of(recipe) / "model" / "model.safetensors", metadata={"format": "pt"})
+    start = str(run_of(recipe) / "model")
+    with pytest.raises(InputError, match=r"init_from .* hold NaN or infinity; start from other weights"):
+        train(dataclasses.replace(recipe, output_dir=str(tmp_path / "next"), init_from=start))
 
 
 def test_a_run_without_its_recipe_resumes(tiny_recipe: Make) -> None:

@@ -46,6 +46,12 @@ def test_output_folder_of_another_run_is_an_error(change: dict[str, object], mes
         ({"data_dir": "absent", "corpus": "absent.txt"}, "absent.txt"),
         ({"seq_len": 4096, "tokens_per_step": 16384}, "validation shard .* holds 2,000 tokens"),
         ({"init_from": "no/such/model"}, "cannot build the model"),
+        ({"init_from": "/tmp/no/such/model"}, "init_from /tmp/no/such/model is no folder; check the path"),
+        (
+            {"n_layer": 10_000, "n_embd": 2**17},
+            r"parameters needs [\d,]+ GiB, but this machine has [\d,]+ GiB",
+        ),
+        ({"attn_implementation": "flex_attention"}, "flex_attention cannot train on a CPU; set it to sdpa"),
         ({"attn_implementation": "flash"}, "cannot build the model"),
         ({"max_steps": None, "max_tokens": 10}, "shorter than one step"),
         ({"max_steps": None, "num_train_epochs": 0.001}, "shorter than one step"),
