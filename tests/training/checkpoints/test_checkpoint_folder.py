@@ -282,7 +282,7 @@ def test_save_minutes_saves_checkpoints(tiny_recipe: Make) -> None:
 
 def test_removal_keeps_the_newest_and_those_at_multiples_of_save_keep_every(tmp_path: Path) -> None:
     for step in range(100, 1100, 100):
-        checkpoint_folder(tmp_path, step).mkdir(parents=True)
+        (checkpoint_folder(tmp_path, step) / "training_state").mkdir(parents=True)
     remove_old_checkpoints(tmp_path, keep=None, keep_every=400)
     assert len(checkpoints(tmp_path)) == 10
     remove_old_checkpoints(tmp_path, keep=2, keep_every=400)
