@@ -136,7 +136,7 @@ def check_settings(
     }
     for name, (value, lowest, highest) in ranges.items():
         if value is None or not lowest <= value <= highest or math.isinf(value):
-            limit = f"from {lowest} to {highest}" if highest <= 1 else f"{lowest} or more"
+            limit = f"{lowest} or more" if math.isinf(highest) else f"from {lowest} to {highest:,}"
             raise ValueError(f"{name} must be {limit}; found {'nothing' if value is None else value}")
     if top_p == 0 or 0 < (temperature or 0) < 1e-6:
         raise ValueError("Top-p must be above 0, and Temperature 0 (greedy decoding) or at least 0.000001")

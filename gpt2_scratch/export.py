@@ -34,6 +34,7 @@ from .source_folder import (
     check_weights,
     find_source,
     is_gpt2_tokenizer,
+    model_in_run,
     read_config,
 )
 
@@ -64,12 +65,12 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
         known = ", ".join(GGUF_DTYPES if is_gguf else DTYPES)
         raise InputError(f"--format {model_format} does not support --dtype {dtype}; choose from {known}")
     if is_gguf and output.suffix != ".gguf":
-        raise InputError(f"--output {output} must end in .gguf, because --format gguf writes one file")
+        raise InputError(f"--output {output} must be a name that ends in .gguf, because --format gguf writes one file")
     if "\0" in str(output):
         raise InputError(f"--output {str(output)!r} contains a NUL character; choose another name")
     if output.exists() or output.is_symlink():
         raise InputError(f"--output {output} exists; choose another name")
-    source = find_source(model)
+    source = find_source(model_in_run(model))
     config_dict, skeleton = read_config(source)
     files = check_weights(source, skeleton)
 
@@ -198,7 +199,7 @@ def _name_tokenizer_class(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandParser(prog="python -m gpt2_scratch.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a folder or a repository on the Hub")
+    parser.add_argument("--model", required=True, help="a folder, a run or a repository on the Hub")
     parser.add_argument("--output", required=True, type=Path, help="the folder to create; with gguf, the file")
     parser.add_argument(
         "--format", required=True, choices=FORMATS, help="gpt2 loads without our code; gguf is for llama.cpp"

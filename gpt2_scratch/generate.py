@@ -26,6 +26,7 @@ import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
 from common.cli_errors import CommandParser, InputError, run_command
 
 from .inspection import prompt_ids
+from .source_folder import model_in_run
 
 # What transformers raises for an unusable config, weight file or tokenizer.
 _LOADING_ERRORS = (
@@ -124,18 +125,6 @@ def _from_pretrained(auto_class: Any, kind: str, model_id: str, options: dict[st
         if isinstance(error, KeyError):  # its message is only the key
             reason = f"a file lacks the key {reason}"
         raise InputError(f"cannot load a {kind} from {model_id!r}: {reason}") from error
-
-
-def model_in_run(model_id: str) -> str:
-    """Return the finished model of a run's folder, or its newest checkpoint; any other `model_id` unchanged."""
-    run = Path(model_id)
-    if (run / "config.json").exists() or not (run / "recipe.yaml").is_file():
-        return model_id
-    steps = sorted(run.glob("checkpoints/step-*/config.json"), key=lambda path: int(path.parent.name.split("-")[1]))
-    found = [path.parent for path in (*steps, run / "model" / "config.json") if path.is_file()]
-    if not found:
-        raise InputError(f"the run {model_id!r} has no checkpoint yet; wait for its first")
-    return str(found[-1])
 
 
 def read_prompt(prompt: str | None) -> str:

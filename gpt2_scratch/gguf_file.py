@@ -21,7 +21,7 @@ from common.cli_errors import InputError
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .modeling_gpt2_scratch import GPT2ScratchForCausalLM
 from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
-from .source_folder import bare_name, is_gpt2_tokenizer, weight_headers
+from .source_folder import adds_special_tokens, bare_name, is_gpt2_tokenizer, weight_headers
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
@@ -138,6 +138,10 @@ def _add_tokenizer(writer: "GGUFWriter", source: Path, config: GPT2ScratchConfig
     path = source / "tokenizer.json"
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
+        if adds_special_tokens(data.get("post_processor")):
+            raise InputError(
+                f"{path} adds special tokens to every text, which llama.cpp would not do; use --format gpt2"
+            )
         if not is_gpt2_tokenizer(data):
             raise InputError(
                 f"{path} is not a byte-level BPE with GPT-2's pre-tokenization, the only one for GPT-2 in llama.cpp; "

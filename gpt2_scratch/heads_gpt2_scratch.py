@@ -52,7 +52,8 @@ class GPT2ScratchForTokenClassification(GPT2ScratchWithHead):
 
     def __init__(self, config: GPT2ScratchConfig) -> None:
         super().__init__(config)
-        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", 0.1))
+        dropout = getattr(config, "classifier_dropout", None)
+        self.dropout = nn.Dropout(0.1 if dropout is None else dropout)
         self.classifier = nn.Linear(config.n_embd, config.num_labels)
         self.post_init()
 

@@ -39,10 +39,24 @@ _FLOATING = ("BF16", "F16", "F32", "F64")  # names of safetensors
 _MODEL_TYPES = ("gpt2", "gpt2_scratch")
 
 
+def model_in_run(model_id: str) -> str:
+    """Return the finished model of a run's folder, or its newest checkpoint; any other `model_id` unchanged."""
+    run = Path(model_id)
+    if (run / "config.json").exists() or not (run / "recipe.yaml").is_file():
+        return model_id
+    steps = sorted(run.glob("checkpoints/step-*/config.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    found = [path.parent for path in (*steps, run / "model" / "config.json") if path.is_file()]
+    if not found:
+        raise InputError(f"the run {model_id!r} has no checkpoint yet; wait for its first")
+    return str(found[-1])
+
+
 def find_source(model: str) -> Path:
     """Return the model's folder, after downloading it if `model` is a Hub repository."""
     if Path(model).is_dir():
         return Path(model)
+    if Path(model).exists():
+        raise InputError(f"--model {model} is a file; pass the folder of a model")
     try:
         return Path(snapshot_download(model, allow_patterns=[*COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -156,12 +170,20 @@ def bare_name(name: str) -> str:
 def is_gpt2_tokenizer(tokenizer: dict[str, Any]) -> bool:
     """Return whether the content of a tokenizer.json is a byte-level BPE with GPT-2's pre-tokenization."""
     pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
-    post_processor = tokenizer.get("post_processor") or {}
     return (
         tokenizer["model"].get("type") == "BPE"
         and not tokenizer.get("normalizer")
         and pre_tokenizer.get("type") == "ByteLevel"
         and pre_tokenizer.get("use_regex", True)
         and not pre_tokenizer.get("add_prefix_space")
-        and not post_processor.get("special_tokens")  # adds no tokens to the text
+        and not adds_special_tokens(tokenizer.get("post_processor"))
     )
+
+
+def adds_special_tokens(post_processor: dict[str, Any] | None) -> bool:
+    """Return whether the post-processor of a tokenizer.json adds tokens to the text."""
+    if not post_processor:
+        return False
+    if post_processor["type"] == "Sequence":
+        return any(map(adds_special_tokens, post_processor["processors"]))
+    return post_processor["type"] != "ByteLevel" and post_processor.get("special_tokens") != {}

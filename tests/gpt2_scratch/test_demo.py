@@ -239,7 +239,7 @@ def test_stop_keeps_the_text_so_far(page):
     ("prompt", "settings", "message"),
     [
         ("a" * 40, {}, "shorten it"),
-        ("a", {"seed": ""}, "Seed must be 0 or more; found nothing"),
+        ("a", {"seed": ""}, "Seed must be from 0 to 9,223,372,036,854,775,807; found nothing"),
     ],
 )
 def test_bad_input_gives_a_message(page, prompt, settings, message):

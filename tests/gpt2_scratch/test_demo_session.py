@@ -146,8 +146,8 @@ def test_pictures_of_long_texts_are_small():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seed": None}, "Seed must be 0 or more; found nothing"),
-        ({"seed": -1}, "Seed must be 0 or more; found -1"),
+        ({"seed": None}, "Seed must be from 0 to 9,223,372,036,854,775,807; found nothing"),
+        ({"seed": -1}, "Seed must be from 0 to 9,223,372,036,854,775,807; found -1"),
         ({"temperature": float("nan")}, "Temperature must be 0 or more; found nan"),
         ({"temperature": float("inf")}, "Temperature must be 0 or more; found inf"),
         ({"temperature": 1e-9}, "Temperature 0 \\(greedy decoding\\) or at least"),

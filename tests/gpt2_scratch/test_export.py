@@ -319,3 +319,13 @@ def test_command_line_prints_one_line(scratch, tmp_path):
     )
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout == "wrote native: model_type gpt2, GPT2LMHeadModel, 21,432 parameters\n"
+
+
+def test_run_folder_stands_for_its_model(scratch, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(scratch, run / "model")
+    (run / "recipe.yaml").write_text("")
+    export(run, tmp_path / "of the run", "gpt2")
+    export(scratch, tmp_path / "of the model", "gpt2")
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("of the run", "of the model")]
+    assert weights[0] == weights[1]

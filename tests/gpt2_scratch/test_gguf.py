@@ -162,6 +162,26 @@ def test_missing_or_other_tokenizer_is_refused(scratch, tmp_path, capsys, conten
     assert message in refusal(capsys, tmp_path / "model", tmp_path / "m.gguf", "gguf")
 
 
+TEMPLATE = {"type": "TemplateProcessing", "single": [], "pair": [], "special_tokens": {"<s>": {}}}
+
+
+@pytest.mark.parametrize(
+    "post_processor",
+    [
+        TEMPLATE,
+        {"type": "Sequence", "processors": [{"type": "ByteLevel"}, TEMPLATE]},
+        {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<s>", 0]},
+    ],
+    ids=["template", "sequence", "roberta"],
+)
+def test_tokenizer_that_adds_tokens_to_the_text_is_refused(scratch, tmp_path, capsys, post_processor):
+    model_folder(scratch, tmp_path / "model")
+    path = tmp_path / "model" / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "post_processor": post_processor}))
+    message = refusal(capsys, tmp_path / "model", tmp_path / "m.gguf", "gguf")
+    assert "adds special tokens to every text, which llama.cpp would not do; use --format gpt2" in message
+
+
 def test_weight_too_large_for_f16_is_refused(scratch, tmp_path, capsys):
     model = model_folder(scratch, tmp_path / "model")
     model.transformer.wte.weight.data[3, 4] = 1e6
@@ -173,7 +193,7 @@ def test_weight_too_large_for_f16_is_refused(scratch, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("output", "model_format", "dtype", "message"),
     [
-        ("m.bin", "gguf", "f16", "must end in .gguf"),
+        ("m.bin", "gguf", "f16", "must be a name that ends in .gguf"),
         ("m.gguf", "gguf", "float16", "does not support --dtype float16; choose from f32, f16, bf16, q8_0"),
         ("native", "gpt2", "q8_0", "does not support --dtype q8_0; choose from bfloat16, float16, float32"),
     ],

@@ -66,7 +66,7 @@ def test_outputs_loss_and_every_gradient_equal_the_official_ones(classes, labels
     assert all(torch.equal(gradient, official[1][name]) for name, gradient in ours[1].items())
 
 
-@pytest.mark.parametrize("options", [{}, {"classifier_dropout": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"classifier_dropout": 0.5}, {"classifier_dropout": None}])
 def test_dropout_before_the_token_head_equals_the_official_one(options):
     losses = []
     for model in both(CASES["tokens"][0], **options):

@@ -113,7 +113,7 @@ def test_folder_contains_exactly_the_code_it_imports(saved):
         assert (saved[0] / "model" / name).read_bytes() == (ROOT / "gpt2_scratch" / name).read_bytes()
 
 
-def test_tokenizer_loads_without_a_question(saved):
+def test_tokenizer_loads_without_a_question_if_the_answer_or_the_class_is_given(saved):
     """AutoTokenizer reads config.json first, which names code: it asks, unless the answer is given beforehand."""
     script = f"""
 {NOT_INSTALLED}

@@ -95,7 +95,7 @@ def model_card(
         datasets=[provenance.dataset] if provenance.dataset else None,
         base_model=provenance.base_model,
         model_name=facts.name if scores else None,
-        widget=[{"text": prompt} for prompt in recipe.sample_prompts] or None,
+        widget=[{"text": prompt} for prompt in recipe.sample_prompts if prompt.strip()] or None,
         eval_results=[score.result for score in scores] or None,
     )
     return f"""---

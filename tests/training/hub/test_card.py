@@ -91,7 +91,7 @@ def test_results_have_one_column_a_metric_and_their_protocols_below() -> None:
 
 
 def test_the_card_has_a_widget_a_folded_recipe_and_how_to_get_other_formats() -> None:
-    text = card(sample_prompts=["Once upon", "The"])
+    text = card(sample_prompts=["", "Once upon", "The"])
     assert huggingface_hub.ModelCard(text).data.widget == [{"text": "Once upon"}, {"text": "The"}]
     recipe = text[text.index("<details><summary>Recipe</summary>\n\n| Recipe key") : text.index("\n\n</details>\n")]
     assert "| `learning_rate` | 0.0006 |" in recipe
