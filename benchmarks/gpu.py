@@ -5,7 +5,7 @@
 Correctness comes first: parity with GPT2LMHeadModel in fp32 and bf16, compiled and not, the chunked loss, document
 masks, the guard, a resumed run. Then the speed of complete optimizer steps of 0.5M tokens at 124M (and 355M) in all
 combinations worth knowing, and of the loop, checkpoints, HellaSwag and generation. `results.md` and `results.json` are
-written after every line, so an interrupted run loses nothing; what does not fit into the minutes is listed as left out.
+written after every line, so an interrupted run loses nothing; what does not fit into the minutes is listed as skipped.
 Needs torch, transformers, accelerate, safetensors and tiktoken, no network, and no data.
 """
 
@@ -76,11 +76,11 @@ class Report:
         Args:
             name: of the measurement.
             action: measures.
-            needs: seconds that it is expected to take; it is left out if fewer are left.
+            needs: seconds that it is expected to take; it is skipped if fewer are left.
         """
         start = time.monotonic()
         if start + needs > self._end:
-            result, state = f"left out: needs {needs:.0f} s", "left out"
+            result, state = f"skipped: needs {needs:.0f} s", "skipped"
         else:
             try:
                 result, state = action(), "measured"
@@ -232,7 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("gpu-results"), help="folder of results.md and results.json"
     )
-    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; without it this side is left out")
+    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; without it this side is skipped")
     parser.add_argument("--toy", action="store_true", help="a tiny model, to try the program without a GPU")
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.toy:

@@ -3,7 +3,7 @@
     python benchmarks/ladder.py [--geometry 6x384] [--rounds 5] [--output ladder.png]
 
 Each rung adds one thing to the rung before it. All rungs take turns in one process, on random tokens; the table and
-the bar chart show medians. Rungs that the hardware does not have are left out. docs/ladder.md explains the rungs.
+the bar chart show medians. Rungs that the hardware does not have are skipped. docs/ladder.md explains the rungs.
 """
 
 import argparse

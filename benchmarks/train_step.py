@@ -65,7 +65,7 @@ def main() -> None:
     """Print a table for each geometry."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--geometry", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
-    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; without it this side is left out")
+    parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; without it this side is skipped")
     parser.add_argument("--rounds", type=int, default=7, help="rounds in which every side takes a step")
     parser.add_argument("--no_compile", action="store_true", help="eager sides only")
     parser.add_argument("--peak_memory_of", help=argparse.SUPPRESS)  # set in a process per side
@@ -83,7 +83,7 @@ def main() -> None:
         f"medians of {arguments.rounds} rounds"
     )
     if arguments.nanogpt is None:
-        print("nanoGPT is left out: pass a checkout with --nanogpt")
+        print("nanoGPT is skipped: pass a checkout with --nanogpt")
     for name in arguments.geometry:
         compare(name, device, arguments.nanogpt, bf16=bf16, compiled=not arguments.no_compile, rounds=arguments.rounds)
 

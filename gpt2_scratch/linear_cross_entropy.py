@@ -147,17 +147,9 @@ def _empty_gradients(
 
 @_summed_loss.register_fake
 def _(
-    hidden_states: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    dtype: torch.dtype,
-    ignore_index: int,
-    label_smoothing: float,
-    z_loss: float,
-    needs_hidden: bool,
-    needs_weight: bool,
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, dtype: torch.dtype, *settings: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    gradients = _empty_gradients(hidden_states, weight, dtype, needs_hidden, needs_weight)
+    gradients = _empty_gradients(hidden_states, weight, dtype, *settings[-2:])
     return hidden_states.new_empty((), dtype=torch.float32), *gradients
 
 

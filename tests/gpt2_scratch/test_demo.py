@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from support.browser import chromium, skip_without_browser
+from support.command_lines import refused
 from support.model_folders import scratch  # noqa: F401 - a fixture
 from support.paths import ROOT
 
-from common.cli_errors import run_command
 from gpt2_scratch.demo import main
 from gpt2_scratch.generate import load
 from gpt2_scratch.inspection import prompt_ids, sample_tokens
@@ -21,14 +21,7 @@ WAIT_SECONDS = 40
 
 
 def refusal(capsys, *arguments):
-    """Return the error message of a command line."""
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: main([str(argument) for argument in arguments]))
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1, captured.err
-    return captured.err
+    return refused(main, capsys, *arguments)
 
 
 def test_missing_gradio_is_reported_with_the_command_that_installs_it(scratch, capsys, monkeypatch):

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.command_lines import refused
 from support.paths import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
-from common.cli_errors import InputError, run_command
+from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from gpt2_scratch.generate import load, main
 
@@ -45,13 +46,7 @@ def generate(capfdbinary, *arguments):
 
 
 def refusal(capsys, *arguments):
-    """Return the error message of a command line."""
-    with pytest.raises(SystemExit) as stop:
-        run_command(lambda: main([str(argument) for argument in arguments]))
-    captured = capsys.readouterr()
-    assert stop.value.code == 2
-    assert captured.out == ""
-    return captured.err
+    return refused(main, capsys, *arguments)
 
 
 @pytest.mark.parity

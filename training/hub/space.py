@@ -1,4 +1,4 @@
-"""The demo page as a Space beside the model: a page on the Hub, which loads the model from its repository there.
+"""The demo page as a Space: a page on the Hub, which loads the model from its repository.
 
 The Space holds the demo's source files and no weights. It runs the code in the model's repository.
 """

@@ -293,7 +293,7 @@ def test_damaged_side_files_keep_no_run_from_resuming(
     assert not kept.exists() or kept.read_bytes() == DAMAGED[damage]
 
 
-def test_an_empty_folder_beside_checkpoints_is_no_checkpoint(tiny_recipe: Make) -> None:
+def test_an_empty_folder_among_checkpoints_is_no_checkpoint(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=2)
     train(recipe)
     (run_of(recipe) / "checkpoints" / "step-000999").mkdir()

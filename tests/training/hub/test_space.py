@@ -47,7 +47,7 @@ def metadata(readme: str) -> dict[str, object]:
     return dict(yaml.safe_load(readme.split("---")[1]))
 
 
-def test_push_publishes_the_demo_beside_the_model(
+def test_push_publishes_the_demo_with_the_model(
     hub: LoopbackHub, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     push(model, "--space", "demo")

@@ -6,7 +6,7 @@ are read from their beginning.
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,7 +54,7 @@ class FileCorpus(Corpus):
             found = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
             found.sort(key=lambda file: file.relative_to(path).parts)
             self._files = [file for file in _documents_among(found) if _is_archive(file) or self._has_text(file)]
-            self.unread = [file.relative_to(path).as_posix() for file in found if file not in set(self._files)]
+            self.unread = [file.relative_to(path).as_posix() for file in _without(found, self._files)]
         else:
             self._files = [path]
             if not path.name.lower().endswith(FILE_ENDINGS):
@@ -68,7 +68,7 @@ class FileCorpus(Corpus):
             read = [member for member in _documents_among(members) if self._has_text(member)]
             self._sources += read
             archive = file.relative_to(self._root).as_posix()
-            self.unread += [f"{archive}/{member.path}" for member in members if member not in set(read)]
+            self.unread += [f"{archive}/{member.path}" for member in _without(members, read)]
         if not self._sources:
             raise InputError(
                 f"{path} holds no files that end in {ENDINGS_IN_WORDS}, with a field '{text_field}' where they "
@@ -171,8 +171,13 @@ def _is_archive(file: Path) -> bool:
     return file.name.lower().endswith(ARCHIVE_ENDINGS)
 
 
+def _without(files: list[AnyFile], read: Iterable[AnyFile]) -> list[AnyFile]:
+    excluded = set(read)
+    return [file for file in files if file not in excluded]
+
+
 def _documents_among(files: list[AnyFile]) -> list[AnyFile]:
-    """Return the files that are read: a README or a dataset's description beside data of another kind is not."""
+    """Return the files that are read: not a README or a dataset's description, if there is data of another kind."""
     read = [file for file in files if file.name.lower().endswith(FILE_ENDINGS)]
     data = [file for file in read if file.name.split(".")[0].lower() not in _ABOUT_THE_DATA]
     return data if any(not file.name.lower().endswith(".md") for file in data) else read

@@ -30,7 +30,7 @@ def json_items(text: io.TextIOBase, file: Path | Member) -> Iterator[Any]:
             reader.value()
             continue
         for item in reader.items():
-            if isinstance(item, dict):  # otherwise an array of something else, beside the rows
+            if isinstance(item, dict):  # otherwise an array of something else, next to the rows
                 found = True
                 yield item
     if not found:

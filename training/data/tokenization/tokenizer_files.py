@@ -1,4 +1,4 @@
-"""The files of a tokenizer beside `tokenizer.json`, and what they say about how it encodes."""
+"""The files of a tokenizer other than `tokenizer.json`, and what they say about how it encodes."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt"),
 )
 
-# Of `tokenizer_config.json`: written anew, or about the place that the files came from.
+# Of `tokenizer_config.json`: rewritten on save, or about where the files came from.
 NOT_KEPT = ("model_max_length", "is_local", "local_files_only", "auto_map", "name_or_path", "added_tokens_decoder")
 
 
