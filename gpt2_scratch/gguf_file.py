@@ -17,11 +17,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from common.cli_errors import InputError
+from common.tokenizer_json import adds_special_tokens
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .modeling_gpt2_scratch import GPT2ScratchForCausalLM
 from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
-from .source_folder import adds_special_tokens, bare_name, is_gpt2_tokenizer, weight_headers
+from .source_folder import bare_name, is_gpt2_tokenizer, weight_headers
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter

@@ -14,6 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from common.cli_errors import InputError, one_line
+from common.tokenizer_json import adds_special_tokens
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .heads_gpt2_scratch import (
@@ -178,12 +179,3 @@ def is_gpt2_tokenizer(tokenizer: dict[str, Any]) -> bool:
         and not pre_tokenizer.get("add_prefix_space")
         and not adds_special_tokens(tokenizer.get("post_processor"))
     )
-
-
-def adds_special_tokens(post_processor: dict[str, Any] | None) -> bool:
-    """Return whether the post-processor of a tokenizer.json adds tokens to the text."""
-    if not post_processor:
-        return False
-    if post_processor["type"] == "Sequence":
-        return any(map(adds_special_tokens, post_processor["processors"]))
-    return post_processor["type"] != "ByteLevel" and post_processor.get("special_tokens") != {}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli_errors import InputError, one_line
+from common.tokenizer_json import adds_special_tokens
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
@@ -49,8 +50,5 @@ def needs_library(data: dict[str, Any], config: Mapping[str, Any], end_of_text: 
     unusual = any(not token.get("special") or any(map(token.get, flags)) for token in added)
     texts = [token["content"] for token in added]
     unusual |= any(" " in text or any(text in other for other in texts if other != text) for text in texts)
-    post_processor = data.get("post_processor") or {"type": "ByteLevel"}
-    adds_tokens = post_processor["type"] != "ByteLevel" and (
-        post_processor["type"] != "TemplateProcessing" or bool(post_processor["special_tokens"])
-    )
+    adds_tokens = adds_special_tokens(data.get("post_processor"))
     return unusual or adds_tokens or config.get("bos_token", end_of_text) not in (None, end_of_text)
