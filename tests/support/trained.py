@@ -45,3 +45,11 @@ def losses(recipe: Recipe) -> dict[tuple[int, str], float]:
         for name in ("train_loss", "val_loss")
         if name in line
     }
+
+
+def run_of(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir)
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
