@@ -133,7 +133,7 @@ def steps(report: Report, device: str, bf16: bool, checkout: Path | None, *, toy
         attention: SDPBackend | None = None,
         needs: float = 30,
     ) -> None:
-        geometry = base if toy else dataclasses.replace(base, batch_size=batch_size)
+        geometry = dataclasses.replace(base, batch_size=batch_size // 16 if toy else batch_size)
 
         def action() -> str:
             torch._dynamo.reset()

@@ -18,10 +18,10 @@ from training.setup.accelerator import build_accelerator
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 
-def assert_same_step(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_step(found: dict[str, Tensor], expected: dict[str, Tensor], *, atol: float = 1e-6) -> None:
     for name, tensor in expected.items():
         # Sums in a different order: fp32 rounding.
-        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: name + text)
+        torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=atol, msg=lambda text, name=name: name + text)
 
 
 @pytest.fixture(scope="module")
@@ -73,11 +73,12 @@ def test_two_processes_make_no_difference(
     hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **hidden})
     assert done.returncode == 0, done.stderr
-    for optimizer, expected in (("adamw", one_pass), ("muon", one_pass_of_muon)):
+    # Orthogonalisation divides by the singular values, and with them the rounding of the small ones.
+    for optimizer, expected, atol in (("adamw", one_pass, 1e-6), ("muon", one_pass_of_muon, 2e-5)):
         for per_device in (4, 2, 1):
             found = load_file(tmp_path / f"{optimizer}-{per_device}.safetensors")
             assert found["sharded"].item() == (config == "fsdp2_8xa100")
-            assert_same_step(found, expected)
+            assert_same_step(found, expected, atol=atol)
         # A NaN loss on one rank: all ranks skip the update.
         skipped = load_file(tmp_path / f"{optimizer}-skipped.safetensors")
         assert {name: flag.item() for name, flag in skipped.items()} == {"unchanged": 1, "updated": 1, "reported": 1}
