@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import datetime
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
 from common.cpus import use_all_cores
-from evaluation.results.item_cache import ItemCache, model_fingerprint, refuse_another_model
+from evaluation.results.item_cache import ItemCache, code_fingerprint, model_fingerprint, refuse_another_model
 from evaluation.results.metric_values import load_metrics
 from evaluation.results.report import is_table, markdown_table, terminal_table
 from evaluation.results.results_file import Results, read_results
@@ -69,7 +70,10 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator, model: Any,
         if options.output.exists():
             refuse_another_model(options.output, vars(read_results(options.output)), weights, dtype)
         path = options.output.with_suffix(".items.jsonl")
-        caches.append(ItemCache(path, model=options.model, weights=weights, dtype=dtype))
+        code = code_fingerprint(model)
+        caches.append(ItemCache(path, model=options.model, weights=weights, dtype=dtype, code=code))
+        if caches[0].corrupted:
+            print(f"{path}: {caches[0].corrupted:,} lines are corrupted; their items are scored again", file=sys.stderr)
 
     if options.output is not None:
         from_main_process(accelerator, open_cache)

@@ -1,15 +1,18 @@
 """The item cache: one line per scored item, in a file next to the results.
 
-Interrupted evaluations resume after the last complete line. The key of an item hashes its requests and its protocol, so
-another limit, more tasks or a repaired data file only cost the new items. The model is identified by weights, config
-and tokenizer, so a model that was trained further never reuses results.
+Interrupted evaluations resume after the last complete line. The key of an item hashes its requests, its protocol and
+the code that scores it, so another limit, more tasks, a repaired data file or an update only cost the new items. The
+model is identified by weights, config and tokenizer, so a model that was trained further never reuses results. Every
+line has a checksum; an item whose line is corrupted is scored again.
 """
 
 import array
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +41,22 @@ def model_fingerprint(model: Any, tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def item_key(task: Task, item: Item) -> str:
-    """Return a hash of everything that the record of an item depends on, except the model."""
+def code_fingerprint(model: Any) -> str:
+    """Return a hash of the code behind a record: tasks, scoring, the model's classes, and the libraries they run on."""
+    package = Path(__file__).parents[1]
+    paths = [*package.glob("tasks/*.py"), *package.glob("scoring/*.py")]
+    paths += [Path(inspect.getfile(each)) for each in set(map(type, model.modules()))]
+    digest = hashlib.blake2b(digest_size=16)
+    for content in sorted({path.read_bytes() for path in paths}):
+        digest.update(content)
+    digest.update(" ".join(metadata.version(name) for name in ("torch", "transformers", "tokenizers")).encode())
+    return digest.hexdigest()
+
+
+def item_key(task: Task, item: Item, code: str = "") -> str:
+    """Return a hash of everything that an item's record depends on, except the model; `code` is `code_fingerprint`."""
     digest = hashlib.blake2b(f"{task.full_name} {item.index} {item.gold!r} {item.data}".encode(), digest_size=12)
+    digest.update(code.encode())
     # The one entry that JSON cannot hold is the tokenizer's `decode`, which the model's fingerprint covers.
     digest.update(json.dumps(dict(item.extra), sort_keys=True, default=lambda decode: None).encode())
     for request in item.requests:
@@ -54,15 +70,19 @@ def item_key(task: Task, item: Item) -> str:
 
 
 class ItemCache:
-    """The records of scored items by `item_key`, and the file that keeps them; `weights` is the `model_fingerprint`.
+    """The records of scored items, and the file that keeps them.
+
+    `weights` is the `model_fingerprint`, `code` the `code_fingerprint`. `corrupted` counts the lines of the file that
+    do not match their checksum.
 
     Raises:
         InputError: the file is of another model, is not an item cache, or is not writable.
     """
 
-    def __init__(self, path: Path, *, model: str, weights: str, dtype: str) -> None:
-        self.records: dict[str, dict[str, Any]] = {}
-        self._path = path
+    def __init__(self, path: Path, *, model: str, weights: str, dtype: str, code: str = "") -> None:
+        self.corrupted = 0
+        self._records: dict[str, dict[str, Any]] = {}
+        self._path, self._code = path, code
         try:
             if path.exists() and path.stat().st_size:
                 self._read(weights, dtype)
@@ -82,12 +102,18 @@ class ItemCache:
         os.truncate(self._path, len(complete))  # the writer may have been killed inside a line
         if lines:
             refuse_another_model(self._path, lines[0], weights, dtype)
-            self.records = {line["key"]: line["record"] for line in lines if {"key", "record"} <= set(line)}
+            valid = [line for line in lines[1:] if line.get("checksum") == _checksum(line)]
+            self.corrupted = len(lines) - 1 - len(valid)
+            self._records = {line["key"]: line["record"] for line in valid}
 
-    def add(self, key: str, record: dict[str, Any]) -> None:
+    def get(self, task: Task, item: Item) -> dict[str, Any] | None:
+        """Return an item's record, or None."""
+        return self._records.get(item_key(task, item, self._code))
+
+    def add(self, task: Task, item: Item, record: dict[str, Any]) -> None:
         """Keep an item's record."""
-        self.records[key] = record
-        self._write({"key": key, "record": record})
+        line = {"key": item_key(task, item, self._code), "record": record}
+        self._write(line | {"checksum": _checksum(line)})
 
     def _write(self, line: Mapping[str, Any]) -> None:
         rest = (json.dumps(line, ensure_ascii=False) + "\n").encode()
@@ -116,6 +142,11 @@ def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dty
     raise InputError(
         f"{path} holds results of {found['model']} {difference}; choose another --output, or delete that file"
     )
+
+
+def _checksum(line: Mapping[str, Any]) -> str:
+    content = json.dumps([line.get("key"), line.get("record")], sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

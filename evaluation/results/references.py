@@ -15,6 +15,7 @@ _PAPER = "GPT-2 paper, table 3"
 _PAPER_CBT = "GPT-2 paper, table 3 (CBT: its validation questions; ours are the test questions)"
 _KARPATHY = "build-nanogpt and llm.c, hellaswag.py"
 _OWN_HARNESS = "README of a from-scratch GPT-2, its own harness"
+_OWN_HARNESS_CBT = f"{_OWN_HARNESS} (CBT: protocol not stated in full)"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,9 @@ PUBLISHED: tuple[Reference, ...] = (
     *_row("lambada:word", "acc", _OWN_HARNESS, 0.2606, 0.3776, 0.4058, 0.4469),
     *_row("cbt_cn:paper", "acc", _PAPER_CBT, 0.8765, 0.9235, 0.9345, 0.9330),
     *_row("cbt_ne:paper", "acc", _PAPER_CBT, 0.834, 0.871, 0.880, 0.8905),
-    # That project does not detokenize the text.
-    *_row("cbt_ne:full_sequence_raw", "acc", _OWN_HARNESS, 0.5933, 0.6711, 0.6895, 0.7232),
+    # That project does not detokenize the text. Whether its text includes the twenty sentences is not clear.
+    *_row("cbt_ne:full_sequence_raw", "acc", _OWN_HARNESS_CBT, 0.5933, 0.6711, 0.6895, 0.7232),
+    *_row("cbt_ne:full_sentence_raw", "acc", _OWN_HARNESS_CBT, 0.5933, 0.6711, 0.6895, 0.7232),
     *_row("wikitext2:paper", "word_ppl", _PAPER, 29.41, 22.76, 19.93, 18.34),
     *_row("wikitext103:paper", "word_ppl", _PAPER, 37.50, 26.37, 22.05, 17.48),
     *_row("openwebtext:training", "loss", "nanoGPT, README", 3.11, 2.85, 2.66, 2.56),

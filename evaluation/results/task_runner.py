@@ -15,7 +15,7 @@ from accelerate.utils import gather_object
 from common.cli_errors import InputError
 from common.progress import Progress
 from common.ranks import Ranks
-from evaluation.results.item_cache import ItemCache, item_key
+from evaluation.results.item_cache import ItemCache
 from evaluation.results.metric_values import RunningMetric, compute_metrics
 from evaluation.results.results_file import TaskResult
 from evaluation.scoring.scorer import score_batches
@@ -62,8 +62,7 @@ def run_task(
         InputError: from `score_batches` or `compute_metrics`.
     """
     started = time.perf_counter()
-    keys = [item_key(task, item) for item in items]
-    cached = from_main_process(accelerator, lambda: [cache.records.get(key) if cache else None for key in keys])
+    cached = from_main_process(accelerator, lambda: [cache.get(task, item) if cache else None for item in items])
     records: dict[int, dict[str, Any]] = {n: record for n, record in enumerate(cached) if record is not None}
     missing = [n for n in range(len(items)) if n not in records]
     running = RunningMetric(task)
@@ -92,7 +91,7 @@ def run_task(
                 n = missing[position]
                 records[n] = {"index": items[n].index, **task.record(items[n], scores), "data": items[n].data}
                 if cache is not None:
-                    cache.add(keys[n], records[n])
+                    cache.add(task, items[n], records[n])
                 count(records[n])
             if len(records) < len(items):
                 between_batches()

@@ -135,8 +135,9 @@ class CbtFullSequence(_Cbt):
     source = "from-scratch projects that compare the model's loss of each filled-in text"
 
     def _requests(self, row: dict[str, Any], encoder: Encoder, n_positions: int) -> tuple[Request, ...]:
+        sentences = self._sentences(row)
         questions = [row["question"].replace(_BLANK, option, 1) for option in row["options"]]
-        texts = [encoder.encode(self._text(" ".join([*row["sentences"], question]))) for question in questions]
+        texts = [encoder.encode(self._text(" ".join([*sentences, question]))) for question in questions]
         surplus = max(0, max(map(len, texts)) - 1 - n_positions)
         if surplus:  # truncated texts have no beginning-of-sequence tokens: their context is a token of the text
             return tuple(Request(tuple(ids[surplus : surplus + 1]), tuple(ids[surplus + 1 :])) for ids in texts)
@@ -146,6 +147,20 @@ class CbtFullSequence(_Cbt):
         return score.sum / score.tokens
 
 
+class CbtFullSentence(CbtFullSequence):
+    """The candidate with which the question has the lowest mean loss per token."""
+
+    protocol = "full_sentence"
+    description = (
+        "The question with the candidate filled in, without the twenty sentences. Right if the answer gives the lowest "
+        "mean loss over all tokens of the question but the first."
+    )
+
+    def _sentences(self, row: dict[str, Any]) -> list[str]:
+        return []
+
+
 def cbt_tasks(kind: str) -> list[Task]:
     """Return every protocol for `kind`, "CN" or "NE", the default first."""
-    return [protocol(kind, raw=raw) for protocol in (CbtPaper, CbtFullSequence, CbtSentence) for raw in (False, True)]
+    protocols = (CbtPaper, CbtFullSequence, CbtFullSentence, CbtSentence)
+    return [protocol(kind, raw=raw) for protocol in protocols for raw in (False, True)]

@@ -1,11 +1,12 @@
 """The command line: results, table and chart, resuming after a kill, and one-line errors."""
 
+import contextlib
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
-from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,11 +15,11 @@ import pytest
 import torch
 from support.paths import ROOT
 from support.small_tasks import save_model, write_tasks
-from support.tiny_models import one_thread  # noqa: F401 - a fixture
+from support.tiny_models import one_thread, tiny  # noqa: F401 - one_thread is a fixture
 
 from common.cli_errors import InputError
 from common.ranks import _Failure
-from evaluation.results.item_cache import ItemCache, item_key, model_fingerprint
+from evaluation.results.item_cache import ItemCache, code_fingerprint, item_key, model_fingerprint
 from evaluation.results.task_runner import on_every_process
 from evaluation.run import main, parse
 from evaluation.tasks.registry import task_named
@@ -99,6 +100,57 @@ def test_killed_evaluation_resumes_without_scoring_again(model, data, tmp_path, 
     evaluate(model, data, "--output", output, "--limit", "3")
     assert scored == []  # the limited items are all cached
     assert json.loads(output.read_text())["tasks"]["lambada:harness"]["items"] == 3
+
+
+def test_flipped_byte_in_the_item_cache_never_changes_a_record(tmp_path):
+    path, task = tmp_path / "results.items.jsonl", task_named("lambada")
+    items = [Item(index, (Request((1,), (2, 3)),), gold=True) for index in range(3)]
+    records = [{"index": index, "log_likelihood": -10.5, "target": "the"} for index in range(3)]
+
+    def opened():
+        return contextlib.closing(ItemCache(path, model="m", weights="1", dtype="float32", code="c"))
+
+    with opened() as cache:
+        for item, record in zip(items, records, strict=True):
+            cache.add(task, item, record)
+    intact = path.read_bytes()
+    header, line = intact.index(b"\n") + 1, intact.splitlines()[1]
+    for offset, bit in itertools.product(range(len(line)), (1, 4, 128)):
+        corrupted = bytearray(intact)
+        corrupted[header + offset] ^= bit
+        path.write_bytes(corrupted)
+        with opened() as cache:
+            assert [cache.get(task, item) for item in items] == [None, *records[1:]], bytes(corrupted)
+            assert cache.corrupted >= 1
+
+
+def test_changed_data_or_code_and_corrupted_lines_are_scored_again(model, data, tmp_path, monkeypatch, capsys):
+    own, output, scored = shutil.copytree(data, tmp_path / "data"), tmp_path / "results.json", []
+    monkeypatch.setattr("evaluation.results.task_runner.score_batches", counting(scored))
+    evaluate(model, own, "--output", output, tasks=("lambada",))
+    items = len(scored)
+    path = own / "lambada_test.jsonl"
+    path.write_text(path.read_text().replace("a", "e", 1))
+    evaluate(model, own, "--output", output, tasks=("lambada",))
+    assert len(scored) == items + 1
+    monkeypatch.setattr("evaluation.evaluate_model.code_fingerprint", lambda model: "updated")
+    evaluate(model, own, "--output", output, tasks=("lambada",))
+    assert len(scored) == 2 * items + 1
+    cache = tmp_path / "results.items.jsonl"
+    cache.write_bytes(cache.read_bytes()[:-40] + b"0" * 39 + b"\n")
+    evaluate(model, own, "--output", output, tasks=("lambada",))
+    assert len(scored) == 2 * items + 2
+    assert "1 lines are corrupted; their items are scored again" in capsys.readouterr().err
+
+
+def test_code_fingerprint_depends_on_the_class_of_the_model_and_the_libraries(monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    ours, official = tiny(), GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=9))
+    before = code_fingerprint(ours)
+    assert code_fingerprint(ours) == before != code_fingerprint(official)
+    monkeypatch.setattr("evaluation.results.item_cache.metadata.version", lambda name: "9.9")
+    assert code_fingerprint(ours) != before
 
 
 def counting(scored):
@@ -304,7 +356,7 @@ def test_list_does_not_import_torch():
 @pytest.mark.parametrize("here", [True, False])
 def test_error_on_one_process_is_raised_on_every_process(here, monkeypatch):
     gathered = []
-    processes = SimpleNamespace(num_processes=2, local_main_process_first=nullcontext)
+    processes = SimpleNamespace(num_processes=2, local_main_process_first=contextlib.nullcontext)
 
     def gather_object(objects):
         gathered.extend(objects)

@@ -20,6 +20,8 @@ NOT_OUR_TASKS = {"wikitext103:paper", "openwebtext:training"}
         ("lambada:word", "acc", {"124M": 0.2606, "355M": 0.3776, "774M": 0.4058, "1.5B": 0.4469}),
         ("cbt_cn:paper", "acc", {"124M": 0.8765, "355M": 0.9235, "774M": 0.9345, "1.5B": 0.9330}),
         ("cbt_ne:paper", "acc", {"124M": 0.834, "355M": 0.871, "774M": 0.880, "1.5B": 0.8905}),
+        ("cbt_ne:full_sequence_raw", "acc", {"124M": 0.5933, "355M": 0.6711, "774M": 0.6895, "1.5B": 0.7232}),
+        ("cbt_ne:full_sentence_raw", "acc", {"124M": 0.5933, "355M": 0.6711, "774M": 0.6895, "1.5B": 0.7232}),
         ("wikitext2:paper", "word_ppl", {"124M": 29.41, "355M": 22.76, "774M": 19.93, "1.5B": 18.34}),
     ],
 )
@@ -38,6 +40,11 @@ def test_result_belongs_to_one_protocol_only():
 def test_source_states_that_cbt_results_are_of_other_questions():
     sources = {each.source for kind in ("cn", "ne") for each in published(f"cbt_{kind}:paper", "acc")}
     assert all("validation questions" in source for source in sources)
+
+
+@pytest.mark.parametrize("task", ["cbt_ne:full_sequence_raw", "cbt_ne:full_sentence_raw"])
+def test_source_states_that_a_protocol_is_not_known_in_full(task):
+    assert all("protocol not stated in full" in reference.source for reference in published(task, "acc"))
 
 
 def test_every_reference_names_an_existing_task_and_metric():

@@ -143,6 +143,15 @@ def test_cbt_full_sequence_takes_the_lowest_mean_loss_of_the_complete_text(tmp_p
     assert record["prediction"] == 2  # seven likely characters in a longer text lower the mean loss
 
 
+def test_cbt_full_sentence_takes_the_lowest_mean_loss_of_the_question_alone(tmp_path):
+    [record] = records("cbt_cn:full_sentence_raw", cbt_folder(tmp_path, cbt_text()))
+    texts = [f"a {o} c ." for o in CBT_OPTIONS]
+    assert record["log_likelihoods"] == pytest.approx([log_probability(t[0], t[1:]) for t in texts], **EXACT)
+    assert record["tokens"] == [len(text) - 1 for text in texts]
+    mean_losses = [log_probability(t[0], t[1:]) / (len(t) - 1) for t in texts]
+    assert record["prediction"] == mean_losses.index(max(mean_losses)) == 2
+
+
 def test_cbt_sentence_reads_the_question_only(tmp_path):
     folder = cbt_folder(tmp_path, cbt_text())
     item = task_named("cbt_cn:sentence").items(folder, Characters(), 1024)[0]
