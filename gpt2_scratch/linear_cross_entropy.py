@@ -29,6 +29,7 @@ _SOFTMAX_LOGITS = 2**22
 # multiple of 64, because GPUs multiply odd sizes slowly.
 _GPU_CHUNK_LOGITS = 2**28
 _GPU_COLUMNS = 64
+_FP16_HEADROOM = 16
 
 
 def linear_cross_entropy(
@@ -113,6 +114,8 @@ def _summed_loss(
     hidden_gradient, weight_gradient = _empty_gradients(hidden_states, weight, dtype, needs_hidden, needs_weight)
     weight_gradient.zero_()
     product = torch.empty_like(weight) if needs_weight else None
+    # The weight's gradient of a chunk sums over its tokens, and could overflow in fp16.
+    headroom = _FP16_HEADROOM if dtype == torch.float16 else 1
 
     with torch.autocast(device.type, enabled=False):
         for start in range(0, tokens, chunk):
@@ -124,7 +127,8 @@ def _summed_loss(
             if needs_hidden:
                 torch.mm(logits, weight, out=hidden_gradient[part])
             if product is not None:
-                weight_gradient.add_(torch.mm(logits.t(), hidden_states[part], out=product))
+                inputs = hidden_states[part] / headroom if headroom > 1 else hidden_states[part]
+                weight_gradient.add_(torch.mm(logits.t(), inputs, out=product), alpha=headroom)
     return losses.sum(), hidden_gradient, weight_gradient[:vocab_size]
 
 

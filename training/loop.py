@@ -38,7 +38,7 @@ from training.setup.accelerator import (
     PROCESS_TIMEOUT,
     all_reduce_min,
     build_accelerator,
-    check_process_count,
+    check_launch,
     shut_down,
 )
 from training.setup.batch_size_finder import find_batch_size
@@ -46,6 +46,7 @@ from training.setup.model import build_model, prepare_for_training
 from training.setup.plan import Plan, plan_run
 from training.step.guard import Guard
 from training.step.hooks import Hook, Run
+from training.step.precision import loss_scale_state
 from training.step.train_step import train_step
 
 
@@ -65,7 +66,7 @@ def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
         InputError: from `plan_run`, before any work starts.
         SystemExit: a signal stopped the run; its checkpoint is saved.
     """
-    check_process_count()
+    check_launch(recipe)
     # Nothing touches a GPU before the plan is checked, unless nodes have to wait for each other.
     accelerator = functools.cache(lambda: build_accelerator(recipe))
 
@@ -183,6 +184,7 @@ def _prepare(run: Run, accelerator: Accelerator, model: PreTrainedModel) -> None
         window=recipe.spike_window,
         skip_spikes=recipe.skip_spikes,
         step=run.first_step,
+        loss_scale=loss_scale_state(accelerator),
     )
     torch.manual_seed(recipe.seed + accelerator.process_index)  # each rank draws its own dropout
     if run.resume_from is not None:

@@ -168,7 +168,9 @@ class Recipe:
     )
 
     # hardware
-    mixed_precision: Literal["auto", "no", "bf16"] = setting("auto uses bf16 if the hardware supports it", "auto")
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = setting(
+        "auto uses bf16 if the hardware supports it, or else fp16 on a GPU", "auto"
+    )
     compile: bool | Literal["auto"] = setting(
         "use torch.compile; auto compiles on a GPU if the run has 1,000 steps or more", "auto"
     )

@@ -255,3 +255,14 @@ def test_other_reductions_and_shapes_are_refused():
         linear_cross_entropy(hidden_states, weight, targets, reduction="none")
     with pytest.raises(ValueError, match=r"expected targets of shape \(50,\), found \(49,\)"):
         linear_cross_entropy(hidden_states, weight, targets[1:])
+
+
+def test_the_weight_gradient_of_a_chunk_does_not_overflow_in_fp16():
+    hidden_states = torch.full((700, 8), 120.0, requires_grad=True)
+    weight = torch.zeros(101, 8, requires_grad=True)
+    targets = torch.zeros(700, dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(hidden_states, weight, targets, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, weight)
+    # d loss / d weight[0] = 700 · (1/101 - 1) · 120, beyond the 65,504 of fp16.
+    torch.testing.assert_close(gradient[0], torch.full((8,), 700 * (1 / 101 - 1) * 120), rtol=2e-3, atol=0)

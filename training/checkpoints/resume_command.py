@@ -46,8 +46,8 @@ def launch_flags(environment: Mapping[str, str]) -> list[str]:
     else:
         flags = ["--cpu"] if uses_cpu else []
     flags += ["--num_processes", str(processes)]
-    if environment.get("ACCELERATE_MIXED_PRECISION") == "bf16":
-        flags += ["--mixed_precision", "bf16"]
+    if (precision := environment.get("ACCELERATE_MIXED_PRECISION", "no")) != "no":
+        flags += ["--mixed_precision", precision]
     if processes > local:
         flags += ["--num_machines", str(processes // local), "--machine_rank", environment.get("GROUP_RANK", "0")]
         flags += ["--main_process_ip", environment["MASTER_ADDR"], "--main_process_port", environment["MASTER_PORT"]]

@@ -24,6 +24,7 @@ from training.monitoring.run_log import RunLog
 from training.monitoring.throughput import Throughput, device_name, flops_per_token, memory_bytes, peak_flops
 from training.monitoring.trackers import start_trackers
 from training.step.hooks import Hook, Run
+from training.step.precision import precision_name
 from training.step.train_step import StepResult
 
 CURVES = "curves.png"
@@ -92,7 +93,7 @@ class Monitor(Hook):
         run.report(
             f"{run.parameters / 1e6:.1f}M parameters, {config.n_layer} layers, width {config.n_embd}, vocabulary "
             f"{run.tokenizer.vocab_size:,}, on {device_name(device)} in "
-            f"{'bf16' if self._accelerator.mixed_precision == 'bf16' else 'fp32'}"
+            f"{precision_name(self._accelerator)}"
         )
         if self._peak is not None:
             run.report(f"MFU is relative to the vendor's {self._peak / 1e12:,.3g} TFLOP/s per GPU")

@@ -53,17 +53,20 @@ class SkippedUpdates(Hook):
     def _report(self, run: Run, verdict: Verdict) -> None:
         samples = run.batch.sequences_per_step
         first = (verdict.step - 1) * samples
+        kind, text = ("skipped", "update skipped") if verdict.skipped else ("spike", "spike")
+        if (scale := verdict.overflowed_scale) is not None:
+            kind, text = "overflow", f"update skipped, gradients overflow with loss scale {scale:g}, now {scale / 2:g}"
         self._monitor.log.record(
             {
                 "step": verdict.step,
                 "tokens": verdict.step * run.batch.tokens_per_step,
-                "guard": "skipped" if verdict.skipped else "spike",
+                "guard": kind,
                 "loss": verdict.loss,
                 "grad_norm": verdict.grad_norm,
                 "samples": [first, first + samples - 1],
+                **({} if scale is None else {"loss_scale": scale}),
             },
-            f"{'update skipped' if verdict.skipped else 'spike'}: loss {verdict.loss:.4f}  norm "
-            f"{verdict.grad_norm:.2f}  samples {first} to {first + samples - 1}",
+            f"{text}: loss {verdict.loss:.4f}  norm {verdict.grad_norm:.2f}  samples {first} to {first + samples - 1}",
         )
         if verdict.skipped_in_a_row >= run.recipe.max_skipped_steps:
             self._checkpoints.wait(run)

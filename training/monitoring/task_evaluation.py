@@ -23,6 +23,7 @@ from training.monitoring.run_history import TASK_RESULTS
 from training.monitoring.throughput import device_name
 from training.recipe import Recipe
 from training.step.hooks import Run
+from training.step.precision import autocast_dtype
 
 
 class TaskSet:
@@ -102,7 +103,7 @@ def _results_file(run: Run, results: list[TaskResult]) -> Results:
         weights="",
         parameters=run.parameters,
         n_positions=run.recipe.positions,
-        dtype="bfloat16" if run.accelerator.mixed_precision == "bf16" else "float32",
+        dtype=str(autocast_dtype(run.accelerator)).removeprefix("torch."),
         device=device_name(run.accelerator.device),
         processes=run.accelerator.num_processes,
         data_dir=None,

@@ -11,7 +11,7 @@ import torch
 _RECENT_LINES = 10  # logged steps that the time left is estimated from
 
 
-# Peak FLOP/s of dense matrix products: in bf16, and in fp32 with TF32 allowed.
+# Peak FLOP/s of dense matrix products: in bf16 or fp16, and in fp32 with TF32 allowed.
 # From the vendor: data sheets of H100, H200, B200, A100, A10, L4, L40S, V100, T4; white papers of the GA102 and AD102
 # chips, appendix "comparison", for the RTX cards. Data sheets give values with sparsity; these are half of them. Values
 # of the RTX cards are with fp32 accumulation, which torch uses. Longer names come first: "H100 PCIe" contains "H100",
@@ -34,7 +34,7 @@ PEAKS = {
     "RTX 4090": (165e12, 82.6e12),
     "RTX 3090 Ti": (80e12, 40e12),
     "RTX 3090": (71e12, 35.6e12),
-    # No TF32, and bf16 only in software: the bf16 column holds the fp16 peak of their tensor cores.
+    # No TF32, and bf16 only in software.
     "V100": (125e12, 15.7e12),
     "T4": (65e12, 8.1e12),
 }
@@ -49,12 +49,12 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device_name: str, mixed_precision: str = "bf16") -> float | None:
-    """Peak FLOP/s of one GPU in the precision of the run ("bf16" or "no"); None for an unknown device.
+    """Peak FLOP/s of one GPU in the precision of the run ("bf16", "fp16" or "no"); None for an unknown device.
 
-    A run in fp32 is compared with the fp32 peak: on a T4, which has no bf16, 8.1 and not 65 TFLOP/s.
+    A run in fp32 is compared with the fp32 peak: on a T4 8.1 and not 65 TFLOP/s.
     """
     found = next((peak for name, peak in PEAKS.items() if name in device_name), None)
-    return found and found[0 if mixed_precision == "bf16" else 1]
+    return found and found[1 if mixed_precision == "no" else 0]
 
 
 def flops_per_token(*, parameters: int, n_layer: int, n_embd: int, seq_len: int) -> float:

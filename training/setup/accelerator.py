@@ -12,7 +12,9 @@ from common.cli_errors import InputError
 from common.cpus import usable_cpus, use_all_cores
 from training.monitoring.trackers import chosen_trackers
 from training.recipe import Recipe
-from training.setup.fsdp import check_fsdp_settings, enable_fsdp_on_cpu
+from training.setup.fsdp import enable_fsdp_on_cpu, load_weights_on_every_rank
+from training.setup.launcher import check_launcher, requested_precision
+from training.step.precision import add_loss_scaler
 
 # Rank 0 may draw samples, compress the validation text or write a checkpoint to a slow disk while the others wait.
 PROCESS_TIMEOUT = datetime.timedelta(hours=1)
@@ -22,15 +24,16 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     """The accelerator of this process, with threads and matrix precision set for its device.
 
     Raises:
-        InputError: a tracker is not installed, FSDP is not FSDP2, or the processes cannot connect.
+        InputError: a tracker is not installed, the hardware lacks the precision, or the processes cannot connect.
     """
-    check_fsdp_settings()
+    load_weights_on_every_rank()
     try:
         accelerator = Accelerator(
             cpu=not uses_gpu(),  # explicit: several CPU processes would not connect otherwise
             mixed_precision=resolve_mixed_precision(recipe),
             log_with=chosen_trackers(recipe) or None,
             project_dir=recipe.output_dir,
+            dynamo_backend="no",  # the launcher's is obeyed by `compiles`
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         )
     except torch.distributed.DistError as error:
@@ -41,6 +44,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             "and a main_process_port that is free on the first"
         ) from None
     enable_fsdp_on_cpu(accelerator)
+    add_loss_scaler(accelerator)
     if accelerator.device.type == "cpu":
         use_all_cores()
     else:
@@ -54,16 +58,33 @@ def uses_gpu() -> bool:
 
 
 def resolve_mixed_precision(recipe: Recipe) -> str:
-    """The recipe's precision, "bf16" or "no". "auto" is the launcher's bf16, or else what the hardware supports."""
-    if recipe.mixed_precision != "auto":
-        return recipe.mixed_precision
-    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16":
-        return "bf16"
+    """The recipe's precision, "bf16", "fp16" or "no". "auto" is the launcher's, or else the best of the hardware.
+
+    Raises:
+        InputError: bf16 is requested on a GPU that only emulates it, several times slower than fp16.
+    """
+    requested = requested_precision() if recipe.mixed_precision == "auto" else recipe.mixed_precision
+    cuda = uses_gpu() and torch.cuda.is_available()
+    has_bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    if requested == "bf16" and cuda and not has_bf16:
+        raise InputError(
+            f"{torch.cuda.get_device_name()} has no bf16; set the recipe key mixed_precision: fp16, or launch with "
+            "--mixed_precision fp16 if the launcher asked for bf16"
+        )
+    if requested is not None:
+        return requested
+    if cuda and not has_bf16:  # tensor cores of V100, T4 and RTX 20; slow on older GPUs
+        return "fp16" if torch.cuda.get_device_capability() >= (7, 0) else "no"
     if uses_gpu():
-        cuda = torch.cuda.is_available()
-        return "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+        return "bf16" if has_bf16 else "no"
     capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch lack it
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "no"
+
+
+def check_launch(recipe: Recipe) -> None:
+    """Raise an `InputError` if the launcher's settings or number of processes cannot train the recipe."""
+    check_launcher(recipe)
+    check_process_count()
 
 
 def check_process_count() -> None:

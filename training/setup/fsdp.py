@@ -18,36 +18,28 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from common.cli_errors import InputError
+from training.setup.launcher import uses_fsdp
+from training.step.precision import autocast_dtype
 
 
-def check_fsdp_settings() -> None:
-    """Raise an `InputError` if the launcher asks for FSDP version 1, whose flattened weights have no decay groups."""
-    if not _is_requested():
-        return
-    version = os.environ.get("FSDP_VERSION", "1")
-    if version != "2":
-        raise InputError(f"fsdp_version {version} is not supported; use accelerate_configs/fsdp2_8xa100.yaml")
-    # Every process reads the weights itself; with this flag transformers would load them on rank 0 only.
+def load_weights_on_every_rank() -> None:
+    """Make transformers load the weights on every rank, not only on rank 0 as with accelerate's default for FSDP."""
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
 def enable_fsdp_on_cpu(accelerator: Accelerator) -> None:
     """Make accelerate use FSDP2 on CPU processes too, where it silently uses DDP."""
-    if _is_requested() and accelerator.distributed_type == DistributedType.MULTI_CPU:
+    if uses_fsdp() and accelerator.distributed_type == DistributedType.MULTI_CPU:
         # AcceleratorState reads the type from PartialState whenever it is created.
         PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin()
 
 
-def _is_requested() -> bool:
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-
-
 def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
     """Shard the model across the processes, in place and on the device.
 
-    In bf16, weights are gathered and multiplied in bf16; master weights, gradient sums and the loss stay fp32, as in
-    torchtitan. accelerate's own policy would round the loss and the sums too.
+    In bf16 or fp16, weights are gathered and multiplied in it; master weights, gradient sums and the loss stay fp32, as
+    in torchtitan. accelerate's own policy would round the loss and the sums too.
 
     Raises:
         InputError: a weight has fewer rows than there are processes.
@@ -59,11 +51,12 @@ def shard(model: PreTrainedModel, accelerator: Accelerator) -> None:
             "train a model this small with accelerate_configs/ddp_8xa100.yaml"
         )
     plugin = accelerator.state.fsdp_plugin
-    bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    dtype = autocast_dtype(accelerator)
+    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     settings = {
         "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
         "offload_policy": plugin.cpu_offload,
-        "mp_policy": bf16 if accelerator.mixed_precision == "bf16" else MixedPrecisionPolicy(),
+        "mp_policy": MixedPrecisionPolicy() if dtype == torch.float32 else half,
     }
     for block in model.base_model.h:
         fully_shard(block, reshard_after_forward=plugin.reshard_after_forward, **settings)

@@ -39,15 +39,15 @@ def estimate_memory(
     sequences: int,
     num_processes: int = 1,
     sharded: bool = False,
-    bf16: bool = False,
+    dtype: torch.dtype = torch.float32,
     device_type: str = "cpu",
 ) -> MemoryEstimate:
     """The memory of a training step with `sequences` per forward pass on one device.
 
-    The processes share the weights if `sharded` (FSDP2), and exchange gradients otherwise. On "cpu", attention with
-    dropout saves its scores.
+    `dtype` is that of matrix products. The processes share the weights if `sharded` (FSDP2), and exchange gradients
+    otherwise. On "cpu", attention with dropout saves its scores.
     """
-    config, size = model.config, 2 if bf16 else _FLOAT
+    config, size = model.config, dtype.itemsize
     tokens, n_embd, vocab_size = sequences * recipe.seq_len, config.n_embd, config.vocab_size
     parameters, shares = model.num_parameters(), num_processes if sharded else 1
     held = parameters * _FLOAT // shares
@@ -68,7 +68,7 @@ def estimate_memory(
     blocks = config.n_layer * block
     if recipe.activation_checkpointing:
         blocks = config.n_layer * tokens * n_embd * _FLOAT + block
-    autocast_copies = parameters * size if bf16 and not sharded else 0  # of the weights, for the backward pass
+    autocast_copies = parameters * size if size < _FLOAT and not sharded else 0  # of the weights, for the backward pass
     head = vocab_size * n_embd * _FLOAT  # the chunked loss holds the gradient of the head
     return MemoryEstimate(
         weights=held,

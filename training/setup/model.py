@@ -22,6 +22,7 @@ from training.data.tokenization.tokenizer import Tokenizer
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
 from training.setup.fsdp import shard
+from training.setup.launcher import requests_compile
 
 _FLOAT = 4  # bytes
 _WORTH_COMPILING = 1000  # steps: compiling costs a minute or two
@@ -132,7 +133,9 @@ def attention_for(recipe: Recipe, device_type: str) -> str:
 
 
 def compiles(recipe: Recipe, device_type: str) -> bool:
-    """Whether to compile the model; "auto" compiles on a GPU with Triton, unless the run is short."""
+    """Whether to compile the model; "auto" if the launcher asks, or on a GPU with Triton unless the run is short."""
+    if requests_compile():
+        return True
     if recipe.compile != "auto":
         return recipe.compile
     steps = recipe.max_steps or (recipe.max_tokens or math.inf) / recipe.tokens_per_step  # epochs are long
@@ -155,6 +158,7 @@ def prepare_for_training(
     elif compiled:
         module = torch.compile(model)
     # After sharding, which replaces the parameters.
+    # fp16 would lose small momenta: orthogonalization is in bf16 or fp32.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
     wrapped, optimizer = accelerator.prepare(module, build_optimizer(model, recipe, dtype=dtype))
     return wrapped, optimizer

@@ -28,13 +28,14 @@ from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, pars
 from training.monitoring.task_evaluation import TaskSet
 from training.monitoring.throughput import device_name
 from training.recipe import Recipe
-from training.setup.accelerator import build_accelerator, check_process_count, shut_down
+from training.setup.accelerator import build_accelerator, check_launch, shut_down
 from training.setup.batch_size_finder import find_batch_size
 from training.setup.memory_estimate import available_memory, estimate_memory
 from training.setup.model import Vocabulary, build_model, prepare_for_training
 from training.setup.plan import batch_of, check_shards, total_steps
 from training.setup.training_data import check_data, tokenizer_of_foreign_shards
 from training.step.batch_plan import BatchPlan
+from training.step.precision import autocast_dtype, precision_name
 from training.step.train_step import train_step
 
 _REDUCED_NUMBERS = {"cuda": 2**26, "cpu": 2**22}
@@ -59,7 +60,7 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         InputError: the run could not start: incompatible settings, processes that cannot communicate, or a model that
             does not fit into memory.
     """
-    check_process_count()
+    check_launch(recipe)
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
     data = _inspect_data(recipe, resume_from)
@@ -75,20 +76,19 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     if recipe.per_device_train_batch_size == "auto":
         batch = find_batch_size(batch, accelerator, model, recipe)
     report(f"batch       {batch.arithmetic}")
-    bf16 = accelerator.mixed_precision == "bf16"
     estimate = estimate_memory(
         model,
         recipe,
         sequences=batch.per_device,
         num_processes=batch.num_processes,
         sharded=accelerator.is_fsdp2,
-        bf16=bf16,
+        dtype=autocast_dtype(accelerator),
         device_type=accelerator.device.type,
     )
     free = available_memory(accelerator.device, batch.num_processes)
     report(
         f"model       {model.num_parameters() / 1e6:.1f}M parameters, {model.config.n_layer} layers, width "
-        f"{model.config.n_embd}, vocabulary {model.config.vocab_size:,}, in {'bf16' if bf16 else 'fp32'}"
+        f"{model.config.n_embd}, vocabulary {model.config.vocab_size:,}, in {precision_name(accelerator)}"
     )
     parts = ", ".join(f"{part} {_gib(count)}" for part, count in asdict(estimate).items())
     report(

@@ -12,6 +12,8 @@ Otherwise a new level of the loss would remain a spike forever.
 """
 
 from collections import deque
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -29,7 +31,8 @@ class Verdict(NamedTuple):
     grad_norm: float  # before clipping
     spike: bool
     skipped: bool
-    skipped_in_a_row: int  # consecutive skipped updates up to this step
+    skipped_in_a_row: int  # consecutive skipped updates up to this step, without overflows
+    overflowed_scale: float | None = None  # fp16: the loss scale, if it was too large for the gradients
 
 
 def skip_update_if(flag: Tensor, optimizer: Optimizer) -> None:
@@ -41,11 +44,17 @@ def skip_update_if(flag: Tensor, optimizer: Optimizer) -> None:
     Raises:
         TypeError: the optimizer does not support `found_inf` and would update the weights.
     """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):  # accelerate's wrapper
-        optimizer = inner
+    optimizer = unwrapped(optimizer)
     if not getattr(optimizer, "_step_supports_amp_scaling", False):
         raise TypeError(f"{type(optimizer).__name__} cannot skip an update: it does not support found_inf")
     optimizer.found_inf, optimizer.grad_scale = flag, None  # type: ignore[attr-defined]
+
+
+def unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer in accelerate's wrapper."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 class Guard:
@@ -57,21 +66,32 @@ class Guard:
         window: number of preceding losses in that mean.
         skip_spikes: whether updates of spikes are skipped too.
         step: steps taken before the first check.
+        loss_scale: the state of fp16's loss scaler, which is saved with the guard's. That scaled gradients of a finite
+            loss overflow is expected: this is no spike and no skipped update in a row, unless the scale is below 1.
     """
 
     def __init__(
-        self, device: torch.device, *, threshold: float, window: int, skip_spikes: bool, step: int = 0
+        self,
+        device: torch.device,
+        *,
+        threshold: float,
+        window: int,
+        skip_spikes: bool,
+        step: int = 0,
+        loss_scale: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self._threshold = threshold
         self._skip_spikes = skip_spikes
         self._on_cuda = device.type == "cuda"
         self._step = step
+        self._scale = loss_scale.get("loss_scale/scale", torch.zeros((), device=device))
         self.skipped_in_a_row = 0  # as of the last verdict read
         # What the guard remembers between steps; updated in place and saved in checkpoints. The window is NaN until it
         # is full: the mean is NaN too, and no comparison with it holds.
         self.state = {
             "guard/window": torch.full((window,), torch.nan, device=device),
             "guard/skipped_in_a_row": torch.zeros((), device=device),
+            **loss_scale,
         }
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
@@ -81,7 +101,7 @@ class Guard:
         The loss is the mean over all ranks, the gradient norm that of before clipping.
         """
         self._step += 1
-        window, skipped_in_a_row = self.state.values()
+        window, skipped_in_a_row = self.state["guard/window"], self.state["guard/skipped_in_a_row"]
         finite = loss.isfinite()
         spike = torch.zeros_like(finite)
         if self._threshold:
@@ -89,10 +109,13 @@ class Guard:
             spike = finite & (loss > mean + self._threshold * deviation)
             window.copy_(torch.where(finite, torch.cat([window[1:], loss[None]]), window))
         skipped = ~(finite & grad_norm.isfinite())
+        overflow = finite & skipped & (self._scale >= 1)
+        spike &= ~overflow
         if self._skip_spikes:
             skipped = skipped | spike
-        skipped_in_a_row.copy_((skipped_in_a_row + 1) * skipped)
-        self._send(torch.stack([loss, grad_norm, spike.float(), skipped.float(), skipped_in_a_row]))
+        skipped_in_a_row.copy_(torch.where(overflow, skipped_in_a_row, (skipped_in_a_row + 1) * skipped))
+        overflowed = self._scale * overflow
+        self._send(torch.stack([loss, grad_norm, spike.float(), skipped.float(), skipped_in_a_row, overflowed]))
         return skipped.float()
 
     def _send(self, record: Tensor) -> None:
@@ -116,8 +139,8 @@ class Guard:
             step, record, copied = self._unread.popleft()
             if copied is not None:
                 copied.synchronize()
-            loss, grad_norm, spike, skipped, in_a_row = record.tolist()
-            verdict = Verdict(step, loss, grad_norm, bool(spike), bool(skipped), int(in_a_row))
+            loss, grad_norm, spike, skipped, in_a_row, scale = record.tolist()
+            verdict = Verdict(step, loss, grad_norm, bool(spike), bool(skipped), int(in_a_row), scale or None)
             self.skipped_in_a_row = verdict.skipped_in_a_row
             if verdict.skipped or verdict.spike:
                 verdicts.append(verdict)

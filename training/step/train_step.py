@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from training.step.guard import Guard, skip_update_if
+from training.step.guard import Guard, skip_update_if, unwrapped
 
 
 class StepResult(NamedTuple):
@@ -77,8 +77,14 @@ def train_step(
     if isinstance(grad_norm, DTensor):  # the weights are sharded
         grad_norm = grad_norm.full_tensor()
     mean_loss = accelerator.reduce(loss, reduction="mean")
+    scaler = accelerator.scaler
     if guard is not None:
         skip_update_if(guard.check(mean_loss, grad_norm), optimizer)
-    optimizer.step()
+    elif scaler is not None:
+        skip_update_if((~grad_norm.isfinite()).float(), optimizer)
+    # accelerate's wrapper would replace the guard's flag by the scaler's.
+    unwrapped(optimizer).step()
+    if scaler is not None:
+        scaler.update()  # `clip_grad_norm_` has looked for overflows
     optimizer.zero_grad(set_to_none=True)
     return StepResult(mean_loss, grad_norm, learning_rate)

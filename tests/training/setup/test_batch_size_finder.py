@@ -176,12 +176,12 @@ def test_estimate_of_gpt2_124m_equals_a_count_by_hand(tiny_recipe: Make) -> None
     with torch.device("meta"):
         model = GPT2ScratchForCausalLM(GPT2ScratchConfig())
     recipe = tiny_recipe(seq_len=1024, tokens_per_step=524_288)
-    one, two = (estimate_memory(model, recipe, sequences=sequences, bf16=True) for sequences in (1, 2))
+    one, two = (estimate_memory(model, recipe, sequences=sequences, dtype=torch.bfloat16) for sequences in (1, 2))
     assert (one.weights, one.gradients, one.optimizer) == (497_759_232, 497_759_232, 995_518_464)
     # Muon keeps one moment of the 12 · 12 · 768² entries in matrices of the blocks, two of all else.
     muon = estimate_memory(model, tiny_recipe(seq_len=1024, optimizer="muon"), sequences=1)
     assert one.optimizer - muon.optimizer == 12 * 12 * 768**2 * 4
     # Per token and channel: 36 bytes in a block, and 8 after the last one.
     assert two.activations - one.activations == 1024 * 768 * (36 * 12 + 8)
-    shared = estimate_memory(model, recipe, sequences=1, num_processes=8, sharded=True, bf16=True)
+    shared = estimate_memory(model, recipe, sequences=1, num_processes=8, sharded=True, dtype=torch.bfloat16)
     assert shared.optimizer == 995_518_464 // 8

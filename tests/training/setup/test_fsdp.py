@@ -15,7 +15,6 @@ from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
 from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
-from training.setup.fsdp import check_fsdp_settings
 
 Make = Callable[..., Recipe]
 
@@ -95,7 +94,7 @@ def assert_ordinary_folders(run: Path, *, like: Path) -> None:
         assert model.lm_head.weight is model.transformer.wte.weight
 
 
-def test_model_too_small_to_shard_and_fsdp_version_1_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_too_small_to_shard_is_an_error() -> None:
     from types import SimpleNamespace
     from typing import Any
 
@@ -106,7 +105,3 @@ def test_model_too_small_to_shard_and_fsdp_version_1_are_errors(monkeypatch: pyt
     many: Any = SimpleNamespace(num_processes=33)
     with pytest.raises(InputError, match="32 rows cannot be sharded across 33 processes; train a model this small"):
         shard(tiny(), many)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "1")
-    with pytest.raises(InputError, match="fsdp_version 1 is not supported; use accelerate_configs/fsdp2_8xa100"):
-        check_fsdp_settings()
