@@ -83,7 +83,7 @@ def requests_compile() -> bool:
 
 
 def _conflict(asked: str, recipe: str) -> InputError:
-    return InputError(f"accelerate launch asks for {asked}, but the recipe has {recipe}; remove one of them")
+    return InputError(f"accelerate launch asks for {asked}, but the recipe has {recipe}; change one of them")
 
 
 def _dropped_flags() -> dict[str, str]:

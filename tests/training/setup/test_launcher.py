@@ -58,8 +58,8 @@ def test_included_configs_and_the_flags_of_make_train_are_accepted(
     [
         ("--mixed_precision fp16", {"mixed_precision": "bf16"}, "mixed_precision fp16, but .* mixed_precision: bf16"),
         ("--mixed_precision bf16", {"mixed_precision": "no"}, "mixed_precision bf16, but .* mixed_precision: no;"),
-        ("--gradient_clipping 0.5", {}, r"gradient_clipping 0.5, but the recipe has max_grad_norm: 1.0; remove one"),
-        ("--gradient-clipping=0.5", {}, r"gradient_clipping 0.5, but the recipe has max_grad_norm: 1.0; remove one"),
+        ("--gradient_clipping 0.5", {}, r"gradient_clipping 0.5, but the recipe has max_grad_norm: 1.0; change one"),
+        ("--gradient-clipping=0.5", {}, r"gradient_clipping 0.5, but the recipe has max_grad_norm: 1.0; change one"),
         ("--gradient_accumulation_steps 4", {}, "from the recipe keys tokens_per_step and per_device_train_batch_s"),
         ("--dynamo_backend inductor", {"compile": False}, "dynamo_backend inductor, but the recipe has compile: false"),
         ("--dynamo_backend eager", {}, "dynamo_backend EAGER, which .*; set the recipe key compile: true"),
