@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-COMMON = ("__init__.py", "cli_errors.py", "standard_streams.py", "tokenizer_json.py")
+COMMON = ("__init__.py", "cli_errors.py", "json_files.py", "standard_streams.py", "tokenizer_json.py")
 
 
 class BuildPackage(build_py):

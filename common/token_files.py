@@ -3,6 +3,8 @@
 import os
 import re
 import struct
+import tokenize
+import warnings
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO, Literal, NamedTuple, cast
 
@@ -17,6 +19,11 @@ _SHARD_NAME = re.compile(r"(?:^|.*[_-])(?P<split>val|train)(?:[_-]\d+)?\.(?:npy|
 _BIN_HEADER_BYTES = 1024
 _BIN_MAGIC = 20240520
 _BIN_VERSION = 1
+# numpy evaluates the header of a .npy file as Python: these are the ways in which that fails.
+_NPY_ERRORS = (
+    *(ValueError, TypeError, LookupError, AttributeError, SyntaxError, tokenize.TokenError),
+    *(RecursionError, MemoryError, OverflowError),
+)
 
 
 class Header(NamedTuple):
@@ -75,12 +82,14 @@ def _npy_header(stream: BinaryIO, path: Path) -> Header:
     import numpy as np
 
     try:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        else:
-            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    except ValueError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a header of Python 2
+            version = np.lib.format.read_magic(stream)
+            if version == (1, 0):
+                shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+            else:
+                shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    except _NPY_ERRORS as error:
         raise unusable_file(path, f"it is not a .npy file ({one_line(error, 120)})") from None
     if len(shape) != 1 or dtype not in (np.dtype("<u2"), np.dtype("<u4")):
         raise unusable_file(

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
 from common.cli_errors import CommandParser, InputError, run_command
+from common.json_files import read_json_object
 
 from .configuration_gpt2_scratch import AUTO_MAP
 from .gguf_file import GGUF_DTYPES, write_gguf
@@ -114,9 +115,10 @@ def write_weights(source: Path, target: Path, files: Sequence[str], dtype: torch
         total_size += sum(tensor.nbytes for tensor in cast.values())
         save_file(cast, target / file, metadata=metadata)
     if files != [WEIGHTS]:
-        index = json.loads((source / INDEX).read_text(encoding="utf-8"))
+        index = read_json_object(source / INDEX)
         if dtype is not None:
-            index["metadata"] = {**(index.get("metadata") or {}), "total_size": total_size}
+            metadata = index.get("metadata")
+            index["metadata"] = {**(metadata if isinstance(metadata, dict) else {}), "total_size": total_size}
         _write_json(target / INDEX, index)
 
 
@@ -184,12 +186,12 @@ def _name_tokenizer_class(folder: Path) -> None:
     """
     path = folder / "tokenizer_config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = read_json_object(path)
         if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
             return
-        tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        tokenizer = read_json_object(folder / "tokenizer.json")
         is_gpt2 = is_gpt2_tokenizer(tokenizer)
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return  # not a tokenizer of transformers; it is copied as it is
     config["tokenizer_class"] = "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"
     config.setdefault("model_input_names", ["input_ids", "attention_mask"])

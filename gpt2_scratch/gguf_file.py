@@ -5,7 +5,6 @@ with the tanh approximation of GELU; a model that it would compute differently i
 """
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from common.cli_errors import InputError
+from common.json_files import read_json_object
 from common.tokenizer_json import adds_special_tokens
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
@@ -138,7 +138,7 @@ def _add_tokenizer(writer: "GGUFWriter", source: Path, config: GPT2ScratchConfig
 
     path = source / "tokenizer.json"
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json_object(path)
         if adds_special_tokens(data.get("post_processor")):
             raise InputError(
                 f"{path} adds special tokens to every text, which llama.cpp would not do; use --format gpt2"

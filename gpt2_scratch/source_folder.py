@@ -3,7 +3,6 @@
 No model is built in memory: weights are checked by the headers of their files.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from common.cli_errors import InputError, one_line
+from common.json_files import read_json_object
 from common.tokenizer_json import adds_special_tokens
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
@@ -45,7 +45,8 @@ def model_in_run(model_id: str) -> str:
     run = Path(model_id)
     if (run / "config.json").exists() or not (run / "recipe.yaml").is_file():
         return model_id
-    steps = sorted(run.glob("checkpoints/step-*/config.json"), key=lambda path: int(path.parent.name.split("-")[1]))
+    steps = [path for path in run.glob("checkpoints/step-*/config.json") if path.parent.name[5:].isdecimal()]
+    steps.sort(key=lambda path: int(path.parent.name[5:]))
     found = [path.parent for path in (*steps, run / "model" / "config.json") if path.is_file()]
     if not found:
         raise InputError(f"the run {model_id!r} has no checkpoint yet; wait for its first")
@@ -74,10 +75,10 @@ def read_config(source: Path) -> tuple[dict[str, Any], GPT2ScratchPreTrainedMode
     """
     path = source / "config.json"
     try:
-        config_dict = json.loads(path.read_text(encoding="utf-8"))
+        config_dict = read_json_object(path)
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}; check --model") from error
-    model_type = config_dict.get("model_type") if isinstance(config_dict, dict) else None
+    model_type = config_dict.get("model_type")
     if model_type not in _MODEL_TYPES:
         raise InputError(f"{path} has model_type {model_type!r}; expected gpt2 or gpt2_scratch")
     if config_dict.get("quantization_config"):
@@ -141,9 +142,11 @@ def weight_files(source: Path) -> list[str]:
         )
         raise InputError(f"no {WEIGHTS} in {source}, only {', '.join(pickles) or 'other files'}; {advice}")
     try:
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        files = sorted(set(read_json_object(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index} has no valid weight_map ({error!r}); check --model") from error
+        raise InputError(f"{index} has no valid weight_map ({error!r:.120}); check --model") from error
+    if not files:
+        raise InputError(f"{index} lists no files; download the model again")
     for name in files:
         if Path(str(name)).name != name or not (source / name).is_file():
             raise InputError(f"{index} lists the shard {name}, which is missing; download the model again")

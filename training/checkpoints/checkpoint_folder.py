@@ -28,12 +28,13 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from common.atomic_files import PARTIAL_SUFFIX, fsync
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line, os_error_message
+from common.json_files import instance_of, read_json_object
 from training.checkpoints.checksums import find_corruption, write_checksums
 from training.checkpoints.state_snapshot import Snapshot, bare_model, restore_rng_state
 from training.data.tokenization.tokenizer import Tokenizer
 
-_NAME = re.compile(r"step-(\d{6,})")
+_NAME = re.compile(r"step-(0[0-9]{5}|[1-9][0-9]{5,})")
 _FORMAT_VERSION = 1
 _TEMPORARY = (".unfinished-", ".removed-", ".replaced-")  # prefixes of folders that are being written or removed
 
@@ -64,27 +65,33 @@ class TrainerState:
         """
         path = checkpoint / "training_state" / "trainer_state.json"
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            version = values.pop("format_version", None)
-            if version != _FORMAT_VERSION:
-                raise InputError(
-                    f"checkpoint {checkpoint} has format_version {version}, but this version of the kit reads "
-                    f"{_FORMAT_VERSION}; resume with the version that wrote it"
-                )
-            state = cls(**values)
-            if not (isinstance(state.step, int) and isinstance(state.tokens, int) and isinstance(state.recipe, dict)):
-                raise TypeError("step, tokens or recipe has the wrong type")
-            return state
+            values = read_json_object(path)
         except (FileNotFoundError, NotADirectoryError):
             raise InputError(
                 f"{checkpoint} is not a checkpoint: it has no {path.relative_to(checkpoint)}; "
                 "pass a folder such as runs/quickstart/checkpoints/step-000500"
             ) from None
-        except (json.JSONDecodeError, AttributeError, TypeError, OSError, UnicodeDecodeError) as error:
+        except ValueError as error:
+            raise _unreadable(checkpoint, error) from None
+        except OSError as error:
+            raise InputError(os_error_message(error) or f"cannot read {path} ({error})") from None
+        version = values.pop("format_version", None)
+        if version != _FORMAT_VERSION:
             raise InputError(
-                f"checkpoint {checkpoint} is corrupted: trainer_state.json cannot be read ({error}); "
-                + _advice(checkpoint)
-            ) from None
+                f"checkpoint {checkpoint} has format_version {version!r:.40}, but this version of the kit reads "
+                f"{_FORMAT_VERSION}; resume with the version that wrote it"
+            )
+        try:
+            return instance_of(cls, values)
+        except ValueError as error:
+            raise _unreadable(checkpoint, error) from None
+
+
+def _unreadable(checkpoint: Path, error: ValueError) -> InputError:
+    return InputError(
+        f"checkpoint {checkpoint} is corrupted: trainer_state.json cannot be read ({one_line(error, 120)}); "
+        + _advice(checkpoint)
+    )
 
 
 def check_intact(checkpoint: Path, *, read_files: bool) -> None:

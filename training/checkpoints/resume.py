@@ -12,6 +12,7 @@ from common.folder_lock import LOCK_NAME
 from training.checkpoints.checkpoint_folder import TrainerState, check_intact, checkpoints, step_of
 from training.data.loading.order import Order
 from training.data.shards.shard_reader import ShardFolder
+from training.data.sources.open_corpus import check_outside_corpus
 from training.data.tokenization.tokenizer import Tokenizer
 from training.recipe import Recipe
 
@@ -32,20 +33,15 @@ def find_resume_point(recipe: Recipe) -> Path | None:
     if Path(recipe.data_dir).resolve().is_relative_to(output_dir.resolve()):
         raise InputError(f"data_dir {recipe.data_dir} is inside output_dir {output_dir}; choose separate folders")
     for key in ("output_dir", "data_dir"):
-        corpus, folder = Path(recipe.corpus).resolve(), Path(getattr(recipe, key)).resolve()
-        if corpus.is_dir() and folder.is_relative_to(corpus):
-            raise InputError(
-                f"{key} {folder} is inside corpus {recipe.corpus}, which would change while it is read; "
-                "choose separate folders"
-            )
+        check_outside_corpus(Path(getattr(recipe, key)), recipe.corpus, key)
     found = checkpoints(output_dir)
     is_run = (output_dir / "recipe.yaml").is_file() or bool(found)
     files = [path.name for path in output_dir.iterdir()] if output_dir.is_dir() else []
     # A run that is starting or was killed leaves a lock, a probe or a partial recipe.
     if not is_run and any(name != LOCK_NAME and not name.startswith((_PROBE, "recipe.yaml.")) for name in files):
         raise InputError(f"output_dir {output_dir} contains files but no run; choose another output_dir")
-    if is_run:
-        # A recipe that cannot be read keeps no run from resuming: checkpoints hold theirs.
+    if is_run and not (found and requested == "auto"):  # checkpoints hold the recipe too, and a checksum of it
+        # A recipe that cannot be read keeps no run from resuming.
         _check_same_run(recipe, _read_recipe(output_dir / "recipe.yaml"), f"output_dir {output_dir}")
     if requested == "none" and is_run:
         raise InputError(

@@ -58,6 +58,11 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
+def drop_lines(path: Path, part: str) -> None:
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(line for line in lines if part not in line))
+
+
 DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: truncate(c / "model.safetensors"), "is corrupted: model.safetensors has another sha256 than"),
     (lambda c: flip_a_bit(c / "model.safetensors"), "is corrupted: model.safetensors has another sha256 than"),
@@ -71,7 +76,18 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: (state_of(c) / "SHA256SUMS").unlink(), "state/SHA256SUMS is missing"),
     (lambda c: (state_of(c) / "SHA256SUMS").write_text(""), "state/SHA256SUMS has a line that is not a checksum"),
     (lambda c: (state_of(c) / "SHA256SUMS").write_text("x\n"), "state/SHA256SUMS has a line that is not a checksum"),
+    (lambda c: truncate(state_of(c) / "SHA256SUMS"), "state/SHA256SUMS has a line that is not a checksum"),
+    (lambda c: drop_lines(state_of(c) / "SHA256SUMS", "rng_state"), "SHA256SUMS has no line for training_state/rng_s"),
+    (lambda c: drop_lines(state_of(c) / "SHA256SUMS", " config.json"), "SHA256SUMS has no line for config.json"),
+    (lambda c: shutil.copy(c / "config.json", c / "x.json"), "SHA256SUMS has no line for x.json"),
+    (lambda c: (state_of(c) / "SHA256SUMS").write_bytes(b"\xff"), "state/SHA256SUMS is not UTF-8"),
+    (lambda c: replace(state_of(c) / "SHA256SUMS", " config.", " co\0nfig."), "co\0nfig.json is missing"),
+    (lambda c: replace(state_of(c) / "SHA256SUMS", " config.", "x" * 300), "has a line that is not a checksum"),
+    (lambda c: replace(state_of(c) / "SHA256SUMS", " config.", " " + "x" * 300), "cannot be read (File name too long)"),
     (lambda c: (state_of(c) / "trainer_state.json").write_text("{"), "trainer_state.json cannot be read"),
+    (lambda c: (state_of(c) / "trainer_state.json").write_text("[" * 100_000), "cannot be read (it is nested too deep"),
+    (lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": ' + "8" * 5000), "cannot be read (Ex"),
+    (lambda c: replace(state_of(c) / "trainer_state.json", '"num_processes": 1', '"num_processes": ""'), "cannot be re"),
     (lambda c: (state_of(c) / "trainer_state.json").write_text("[]"), "trainer_state.json cannot be read"),
     (
         lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": 9'),

@@ -18,6 +18,7 @@ from support.paths import ROOT
 from support.trained import everything_in, run_of
 
 from common.cli_errors import InputError
+from gpt2_scratch.source_folder import model_in_run
 from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
 from training.monitoring.run_history import read_metrics
@@ -203,13 +204,16 @@ def test_damaged_side_files_keep_no_run_from_resuming(
     assert not kept.exists() or kept.read_bytes() == DAMAGED[damage]
 
 
-def test_an_empty_folder_among_checkpoints_is_no_checkpoint(tiny_recipe: Make) -> None:
+def test_folders_of_other_names_and_empty_ones_are_no_checkpoints(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=2)
     train(recipe)
     (run_of(recipe) / "checkpoints" / "step-000999").mkdir()
+    for name in ("step-best", "step-00000000002", "step-٠٠٠٠٠٩"):  # as people call copies; no name of ours
+        shutil.copytree(checkpoints(run_of(recipe))[-1], run_of(recipe) / "checkpoints" / name)
     (run_of(recipe) / "recipe.yaml.unfinished").write_text("torn")
     train(dataclasses.replace(recipe, max_steps=3))
-    assert checkpoints(run_of(recipe))[-1].name == "step-000003"
+    assert [path.name for path in checkpoints(run_of(recipe))] == ["step-000002", "step-000003"]
+    assert model_in_run(str(run_of(recipe))) == str(run_of(recipe) / "model")
     assert not (run_of(recipe) / "recipe.yaml.unfinished").exists()
 
 

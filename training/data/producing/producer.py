@@ -39,7 +39,7 @@ from training.data.sources.base import Corpus
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.sources.text_files import END_OF_TEXT
 from training.data.tokenization.bpe import EncodePieces
-from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
+from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 from training.data.tokenization.tokenizer_training import train_tokenizer
 
 SECONDS_BETWEEN_WAITING_LINES = 60.0
@@ -68,9 +68,11 @@ def produce(
         folder = ShardFolder.open(spec.folder)
     else:
         check_content(spec, folder, report)
-    manifest, ids = folder.manifest, folder.val_shard.read()
+    manifest, tokenizer = folder.manifest, folder.load_tokenizer(str(folder.path))
     assert manifest is not None  # a folder of ours
-    bytes_per_token = Tokenizer.load(folder.path).token_byte_lengths()[ids].sum() / len(ids)
+    folder.val_shard.check_ids(tokenizer.vocab_size)
+    ids = folder.val_shard.read()
+    bytes_per_token = tokenizer.token_byte_lengths()[ids].sum() / len(ids)
     report(
         f"{folder.path}: {len(manifest.shards)} shards, {manifest.documents:,} documents, "
         f"{manifest.tokens:,} tokens of {manifest.tokenizer}, "

@@ -3,10 +3,11 @@
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError, one_line
+from common.json_files import instance_of, read_json_object
 from common.token_files import Split
 from training.data.sources.text_files import END_OF_TEXT
 
@@ -122,12 +123,12 @@ class Manifest:
         """
         path = folder / MANIFEST_NAME
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json_object(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (ValueError, OSError) as error:
             raise _invalid(path, one_line(error)) from None
-        version = data.get("format_version") if isinstance(data, dict) else None
+        version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(
                 f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; "
@@ -135,20 +136,20 @@ class Manifest:
             )
         try:
             return _parse(data)
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise _invalid(path, one_line(error)) from None
 
 
 def _parse(data: dict[str, Any]) -> Manifest:
-    """Return the manifest with the values in `data`, or raise a ValueError or TypeError that says what is invalid."""
+    """Return the manifest with the values in `data`, or raise a ValueError that says what is invalid."""
     records, resume = data.get("shards", []), data.get("resume")
     if not isinstance(records, list):
         raise ValueError("shards is not a list")
-    shards = tuple(_checked(ShardRecord, record) for record in records)
+    shards = tuple(instance_of(ShardRecord, record) for record in records)
     if isinstance(resume, dict) and "place" in resume:
         resume = {**{key: value for key, value in resume.items() if key != "place"}, "position": resume["place"]}
-    resume = None if resume is None else _checked(ResumePoint, resume)
-    manifest: Manifest = _checked(Manifest, {**data, "shards": shards, "resume": resume})
+    resume = None if resume is None else instance_of(ResumePoint, resume)
+    manifest = instance_of(Manifest, {**data, "shards": shards, "resume": resume})
     splits = [shard.split for shard in shards]
     out_of_range = not 0 <= manifest.end_of_text_id < manifest.vocab_size
     problems = {
@@ -172,18 +173,6 @@ def _parse(data: dict[str, Any]) -> Manifest:
         if found:
             raise ValueError(problem)
     return manifest
-
-
-def _checked(kind: type[Any], data: Any) -> Any:
-    """Return an instance of `kind` with the values in `data`; keys and types must match its fields."""
-    from huggingface_hub.dataclasses import type_validator
-
-    if not isinstance(data, dict):
-        raise TypeError(f"{data!r:.40} is not an object")
-    instance = kind(**data)
-    for name, hint in get_type_hints(kind).items():
-        type_validator(name, getattr(instance, name), hint)
-    return instance
 
 
 def _invalid(path: Path, reason: str) -> InputError:

@@ -10,7 +10,7 @@ from common.folder_lock import LOCK_NAME
 from training.data.shards.manifest import MANIFEST_NAME, Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA, Corpus, corpus_name
-from training.data.sources.open_corpus import open_corpus
+from training.data.sources.open_corpus import check_outside_corpus, open_corpus
 from training.data.sources.text_files import END_OF_TEXT, check_encoding
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 
@@ -109,7 +109,11 @@ class ShardSpec:
         return folder
 
     def check(self, folder: ShardFolder | None) -> None:
-        """Raise an `InputError` if `folder`, from `ShardFolder.find`, is a file, or holds other files or shards."""
+        """Raise an `InputError` if `folder`, from `ShardFolder.find`, is a file, or holds other files or shards.
+
+        So does a folder inside the corpus.
+        """
+        check_outside_corpus(self.folder, self.corpus, "the shard folder")
         if folder is None:
             if self.folder.is_file():
                 raise InputError(f"{self.folder} is a file, not a folder; choose another folder")

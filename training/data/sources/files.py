@@ -13,6 +13,7 @@ from typing import TypeVar
 from common.cli_errors import InputError
 from training.data.sources.archives import ARCHIVE_ENDINGS, Member, members_of
 from training.data.sources.base import Corpus, Piece, Position, corpus_name
+from training.data.sources.folders import files_below
 from training.data.sources.formats import ENDINGS_IN_WORDS, FILE_ENDINGS, advance, format_of, open_plain, opened
 from training.data.sources.rows import MissingFieldError, read_rows
 from training.data.sources.text_files import END_OF_TEXT, Separator, find_encoding, read_pieces, require_text
@@ -50,9 +51,7 @@ class FileCorpus(Corpus):
         self._text_field, self._encoding, self._separator = text_field, encoding, Separator(separator)
         self._root = path if path.is_dir() else path.parent
         if path.is_dir():
-            found = [file for file in path.rglob("*") if file.is_file()]
-            found = [file for file in found if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            found.sort(key=lambda file: file.relative_to(path).parts)
+            found = files_below(path)
             self._files = [file for file in _documents_among(found) if _is_archive(file) or self._has_text(file)]
             self.unread = [file.relative_to(path).as_posix() for file in _without(found, self._files)]
         else:

@@ -65,6 +65,16 @@ def open_corpus(
     return FileCorpus(path, text_field, separator=document_separator, encoding=encoding)
 
 
+def check_outside_corpus(folder: Path, corpus: str, name: str) -> None:
+    """Raise an `InputError` if `folder`, called `name`, is inside a corpus that is a folder."""
+    path = Path(corpus).resolve()
+    if corpus not in ("", INSTALLED_DOCS, *HUB_CORPORA) and path.is_dir() and folder.resolve().is_relative_to(path):
+        raise InputError(
+            f"{name} {folder.resolve()} is inside corpus {corpus}, which would change while it is read; "
+            "choose separate folders"
+        )
+
+
 def is_repository_id(corpus: str) -> bool:
     """Return whether `corpus` reads as owner/name on the Hub rather than as a file path."""
     return bool(_REPOSITORY_ID.fullmatch(corpus)) and not corpus.lower().endswith(FILE_ENDINGS) and corpus[0] != "."

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli_errors import InputError, one_line
+from common.json_files import read_json_object
 from common.tokenizer_json import adds_special_tokens
 
 TOKENIZER_FILES = (
@@ -23,10 +24,10 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
         try:
-            config |= json.loads(path.read_text(encoding="utf-8"))
+            config |= read_json_object(path)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError) as error:
             raise InputError(f"cannot read {path} ({one_line(error, 120)}); restore it, or delete it") from None
     return {
         key: value["content"] if isinstance(value, dict) and "content" in value else value

@@ -18,6 +18,7 @@ from common.folder_lock import LOCK_NAME, locked
 from training.data.producing import batches, progress
 from training.data.shards.manifest import Manifest, ResumePoint
 from training.data.shards.shard_reader import ShardFolder
+from training.data.tokenization.tokenizer import train_bpe
 
 
 @pytest.mark.parametrize(
@@ -167,3 +168,20 @@ def test_rate_on_a_terminal_is_the_average_of_the_run(shard_folder, monkeypatch)
             seconds[0] += 1
             shown.show(manifest, 1000 + 10 * second + (1000 if second == 10 else 0), None)
         assert "110 tokens/s" in str(shown._bar)
+
+
+def test_complete_folder_with_another_tokenizer_is_refused(tmp_path, settings):
+    make_shards(tmp_path / "out", **settings)
+    train_bpe(["another text, another tokenizer"] * 9, 270).save(tmp_path / "out")
+    with pytest.raises(InputError, match=r"were made with the tokenizer bpe-300, not with bpe-270; restore its"):
+        make_shards(tmp_path / "out", **settings)
+
+
+def test_output_inside_its_corpus_is_refused(tmp_path, settings):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text " * 2000)
+    (tmp_path / "link").symlink_to(tmp_path / "texts")
+    for output in (tmp_path / "texts", tmp_path / "texts" / "new" / "shards", tmp_path / "link" / "shards"):
+        with pytest.raises(InputError, match=r"is inside corpus .*texts, which would change while it is read"):
+            make_shards(output, **{**settings, "corpus": str(tmp_path / "texts")})
+    assert [path.name for path in (tmp_path / "texts").iterdir()] == ["a.txt"]

@@ -128,6 +128,11 @@ def test_partial_folder_has_its_complete_shards(tmp_path):
     assert not list(tmp_path.glob(f"*{PARTIAL_SUFFIX}"))
 
 
+def _header(text: str, version: bytes = b"\x01\x00") -> bytes:
+    content = text.encode() + b"\n"
+    return b"\x93NUMPY" + version + len(content).to_bytes(2, "little") + content + b"\0" * 20
+
+
 def _cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-3])
 
@@ -143,6 +148,22 @@ def _cut(path: Path) -> None:
         (lambda path: np.save(path, np.zeros(10, "<u4")), "its header 10 of uint32"),
         (lambda path: np.save(path, np.zeros((2, 5), "<u2")), r"shape \(2, 5\)"),
         (lambda path: np.save(path, np.zeros(10, "<f4")), "float32"),
+        *(
+            (lambda path, content=content: path.write_bytes(content), "not a .npy file")
+            for content in (
+                _header("{'descr': '<u2', 'shape': (10"),  # a TokenError
+                _header("{'descr': [ , }"),  # a SyntaxError
+                _header("(" * 3000),  # a MemoryError
+                _header("-" * 9000 + "1"),  # a RecursionError
+                _header("{'descr': '<u2', 'fortran_order': False, 'shape': (" + "9" * 5000 + ",)}"),
+                _header("{'descr': '<u2', 'fortran_order': False, 'shape': (10,), \0}"),
+                _header("{'descr': ('x', ), 'fortran_order': False, 'shape': (10,)}"),
+                _header("{'descr': '<u2', 3: False, 'shape': (10,)}"),
+                _header("{'descr': '<u2', 'fortran_order': False, 'shape': (10,)}", b"\x09\x09"),
+                b"\x93NUMPY\x01",
+            )
+        ),
+        (lambda path: path.write_bytes(_header("{'descr': '<u2', 'fortran_order': False, 'shape': (-4,)}")), "-4 tok"),
     ],
 )
 def test_corrupted_shard_is_refused_with_its_name_and_a_fix(tmp_path, damage, found):
@@ -199,7 +220,7 @@ def test_invalid_manifest_is_refused(tmp_path, change, found):
         ShardFolder.open(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b""])
+@pytest.mark.parametrize("content", [b"{", b"\xff\xfe", b"", b"[" * 100_000, b"[]", b'{"x": ' + b"9" * 5000])
 def test_unreadable_manifest_is_a_one_line_error(tmp_path, content):
     _fill(tmp_path, range(27))
     (tmp_path / "manifest.json").write_bytes(content)
