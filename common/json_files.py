@@ -20,7 +20,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(value, dict):
-        raise ValueError(f"it holds no object but {type(value).__name__}")  # noqa: TRY004 - callers catch one type
+        raise ValueError(f"it holds no object but {type(value).__name__}")
     return value
 
 
@@ -33,7 +33,7 @@ def instance_of(kind: type[Instance], values: object) -> Instance:
     from huggingface_hub.dataclasses import type_validator
 
     if not isinstance(values, dict):
-        raise ValueError(f"{values!r:.40} is not an object")  # noqa: TRY004 - callers catch one type
+        raise ValueError(f"{values!r:.40} is not an object")
     try:
         instance = kind(**values)
         for name, hint in get_type_hints(kind).items():

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
@@ -26,13 +25,7 @@ import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
 from common.cli_errors import CommandParser, InputError, run_command
 
 from .inspection import prompt_ids
-from .source_folder import model_in_run
-
-# What transformers raises for an unusable config, weight file or tokenizer.
-_LOADING_ERRORS = (
-    *(OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError),
-    *(SafetensorError, StrictDataclassError),
-)
+from .source_folder import LOADING_ERRORS, check_index, model_in_run
 
 
 class CountingStreamer(TextStreamer):
@@ -69,6 +62,7 @@ def load(
     if (model_id.startswith((".", "/", "~")) or model_id.count("/") > 1) and not Path(model_id).is_dir():
         raise InputError(f"there is no folder {model_id!r}; check --model")
     model_id = model_in_run(model_id)
+    check_index(model_id)
     if revision is not None and Path(model_id).is_dir():
         raise InputError(f"{model_id!r} is a folder, which has no revisions; omit --revision, or pass a Hub repository")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -113,7 +107,7 @@ def check_model(model: Any, tokenizer: Any) -> None:
 def _from_pretrained(auto_class: Any, kind: str, model_id: str, options: dict[str, Any]) -> Any:
     try:
         return auto_class.from_pretrained(model_id, **options)
-    except _LOADING_ERRORS as error:
+    except LOADING_ERRORS as error:
         missing = kind == "tokenizer" and Path(model_id).is_dir() and not any(Path(model_id).glob("*token*"))
         if missing:
             raise InputError(

@@ -3,6 +3,7 @@
 No model is built in memory: weights are checked by the headers of their files.
 """
 
+import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from .heads_gpt2_scratch import (
 from .modeling_gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchModel
 from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
 
+# What transformers raises for an unusable config, weight file or tokenizer.
+LOADING_ERRORS = (
+    *(OSError, EOFError, ValueError, LookupError, RuntimeError, AttributeError, ImportError, TypeError),
+    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError),
+)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Tokenizer, generation config, model card and its images. Not weights of other frameworks, nor optimizer state.
 COPIED = ("*.json", "*.txt", "*.jinja", "*.md", "*.png", "LICENSE*")
@@ -144,13 +150,24 @@ def weight_files(source: Path) -> list[str]:
     try:
         files = sorted(set(read_json_object(index)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise InputError(f"{index} has no valid weight_map ({error!r:.120}); check --model") from error
+        raise InputError(f"{index} has no valid weight_map ({error!r:.120}); download the model again") from error
     if not files:
         raise InputError(f"{index} lists no files; download the model again")
+    present = {path.name for path in source.iterdir() if path.is_file()}
     for name in files:
-        if Path(str(name)).name != name or not (source / name).is_file():
-            raise InputError(f"{index} lists the shard {name}, which is missing; download the model again")
+        if name not in present:
+            raise InputError(f"{index} lists the shard {name!r:.120}, which is missing; download the model again")
     return files
+
+
+def check_index(model: str | Path) -> None:
+    """Raise an `InputError` if `model` is a folder whose index of weight files is corrupted, or names files elsewhere.
+
+    transformers would load a file of another folder, or raise a bare IndexError.
+    """
+    folder = Path(model)
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
+        weight_files(folder)
 
 
 def weight_headers(source: Path, files: Sequence[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:

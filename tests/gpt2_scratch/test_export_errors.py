@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.model_folders import SIZES, change_config, export, refusal, save, scratch  # noqa: F401 - a fixture
 
-from common.cli_errors import run_command
+from common.cli_errors import InputError, run_command
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from gpt2_scratch.generate import load
 
 
 @pytest.mark.parametrize(
@@ -50,9 +51,32 @@ def quantize_a_weight(folder):
     change_weights(folder, **{"transformer.ln_f.bias": torch.ones(24, dtype=torch.int8)})
 
 
-def number_a_shard(folder):
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"transformer.wte.weight": 1}}')
+def with_index(text):
+    def damage(folder):
+        (folder / "model.safetensors").rename(folder.parent / "other.safetensors")
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
+def _naming(file):
+    return json.dumps({"metadata": {}, "weight_map": {"transformer.wte.weight": file}})
+
+
+BROKEN_INDEX = {
+    "": "has no valid weight_map",
+    "[]": "has no valid weight_map",
+    "{}": "has no valid weight_map",
+    "[" * 100_000: "nested too deeply",
+    '{"metadata": {"total_size": ' + "9" * 5000: "has no valid weight_map",
+    '{"metadata": {}, "weight_map": {}}': "lists no files",
+    _naming(["a"]): "has no valid weight_map",
+    _naming(1): "lists the shard 1, which is missing",
+    _naming("no.safetensors"): "lists the shard 'no.safetensors', which is missing",
+    _naming("../other.safetensors"): "lists the shard '../other.safetensors', which is missing",
+    _naming("x\0"): r"lists the shard 'x\x00', which is missing",
+    _naming("x" * 300): "which is missing",
+}
 
 
 @pytest.mark.parametrize(
@@ -61,13 +85,21 @@ def number_a_shard(folder):
         (make_config_a_folder, "Is a directory"),
         (repeat_a_weight, "ln_f.bias twice"),
         (quantize_a_weight, "has dtype I8"),
-        (number_a_shard, "lists the shard 1, which is missing"),
+        *((with_index(text), reason) for text, reason in BROKEN_INDEX.items()),
     ],
 )
 def test_folder_with_invalid_weights_is_refused(scratch, tmp_path, capsys, damage, message):
     shutil.copytree(scratch, tmp_path / "model")
     damage(tmp_path / "model")
     assert message in refusal(capsys, tmp_path / "model", tmp_path / "native")
+
+
+@pytest.mark.parametrize("text", BROKEN_INDEX)
+def test_no_weights_are_loaded_by_a_broken_index(scratch, tmp_path, text):
+    shutil.copytree(scratch, tmp_path / "model")
+    with_index(text)(tmp_path / "model")
+    with pytest.raises(InputError, match=re.escape(BROKEN_INDEX[text])):
+        load(str(tmp_path / "model"), "cpu")
 
 
 def test_path_with_a_nul_is_refused(scratch, tmp_path, capsys):

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils._triton import has_triton
@@ -18,6 +17,7 @@ from transformers.utils import logging
 from common.cli_errors import InputError
 from common.hub_retry import hub_cache_error
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from gpt2_scratch.source_folder import LOADING_ERRORS, check_index
 from training.data.tokenization.tokenizer import Tokenizer
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
@@ -59,6 +59,7 @@ def build_model(
     set_seed(recipe.seed)
     try:
         if source is not None:
+            check_index(source)
             model = GPT2ScratchForCausalLM.from_pretrained(
                 source, attn_implementation=attention, dtype=torch.float32, **dropout
             )
@@ -76,9 +77,11 @@ def build_model(
             )
             config._attn_implementation = attention
             model = GPT2ScratchForCausalLM(config)
-    except (ImportError, OSError, ValueError, SafetensorError) as error:
+    except InputError:
+        raise
+    except LOADING_ERRORS as error:
         # The first line of a from_pretrained error says what is wrong; the rest is advice on other models.
-        first_line = str(error).strip().splitlines()[0]
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise hub_cache_error(error) or InputError(f"cannot build the model: {first_line}") from error
     if weights is None and source is not None and not all(weight.isfinite().all() for weight in model.parameters()):
         raise InputError(f"the weights in init_from {source} hold NaN or infinity; start from other weights")

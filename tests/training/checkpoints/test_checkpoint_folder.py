@@ -87,7 +87,10 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: (state_of(c) / "trainer_state.json").write_text("{"), "trainer_state.json cannot be read"),
     (lambda c: (state_of(c) / "trainer_state.json").write_text("[" * 100_000), "cannot be read (it is nested too deep"),
     (lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": ' + "8" * 5000), "cannot be read (Ex"),
-    (lambda c: replace(state_of(c) / "trainer_state.json", '"num_processes": 1', '"num_processes": ""'), "cannot be re"),
+    (
+        lambda c: replace(state_of(c) / "trainer_state.json", '"num_processes": 1', '"num_processes": ""'),
+        "cannot be re",
+    ),
     (lambda c: (state_of(c) / "trainer_state.json").write_text("[]"), "trainer_state.json cannot be read"),
     (
         lambda c: replace(state_of(c) / "trainer_state.json", '"step": 8', '"step": 9'),

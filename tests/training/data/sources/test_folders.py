@@ -13,7 +13,13 @@ from training.data.sources.folders import files_below
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for name in ("corpus/a/1.txt", "corpus/b.txt", "corpus/.hidden/no.txt", "corpus/lost+found/no.txt", "other/c/2.txt"):
+    for name in (
+        "corpus/a/1.txt",
+        "corpus/b.txt",
+        "corpus/.hidden/no.txt",
+        "corpus/lost+found/no.txt",
+        "other/c/2.txt",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     return tmp_path / "corpus"
