@@ -1,6 +1,5 @@
-"""The files below a folder, where none is left out silently: links are followed, and what cannot be read is an error."""
+"""The files below a folder. None is left out silently: links are followed, and what cannot be read is an error."""
 
-import os
 import stat
 from pathlib import Path
 
@@ -20,7 +19,7 @@ def files_below(root: Path) -> list[Path]:
     remaining = [root]
     while remaining:
         folder = remaining.pop()
-        for path in _entries(folder):
+        for path in sorted(_entries(folder)):
             mode = _mode(path)
             if not stat.S_ISDIR(mode):
                 if stat.S_ISREG(mode):
@@ -39,12 +38,11 @@ def files_below(root: Path) -> list[Path]:
 
 def _entries(folder: Path) -> list[Path]:
     try:
-        names = sorted(os.listdir(folder))
+        return [path for path in folder.iterdir() if not _is_hidden(path.name)]
     except OSError as error:
         raise InputError(
             f"cannot read the folder {folder}: {error.strerror}; change its permissions, or remove it"
         ) from None
-    return [folder / name for name in names if not _is_hidden(name)]
 
 
 def _is_hidden(name: str) -> bool:

@@ -1,7 +1,7 @@
 """Files below a folder: links are followed once, and what cannot be read is an error."""
 
 import errno
-import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -64,13 +64,13 @@ def test_a_link_that_leads_nowhere_is_refused(root: Path, target: str) -> None:
 
 
 def test_a_folder_that_may_not_be_entered_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listdir = os.listdir
+    iterdir = Path.iterdir
 
-    def refusing(folder: Path) -> list[str]:  # the tests may run as root, who may enter every folder
+    def refusing(folder: Path) -> Iterator[Path]:  # the tests may run as root, who may enter every folder
         if folder.name == "a":
             raise PermissionError(errno.EACCES, "Permission denied", folder)
-        return listdir(folder)
+        return iterdir(folder)
 
-    monkeypatch.setattr(os, "listdir", refusing)
+    monkeypatch.setattr(Path, "iterdir", refusing)
     with pytest.raises(InputError, match=r"cannot read the folder .*/a: Permission denied; change its permissions"):
         FileCorpus(root)
