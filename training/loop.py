@@ -122,7 +122,13 @@ def take_steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
 
 def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, user_hooks: Sequence[Hook]) -> None:
     run = plan.run
-    model = build_model(run.recipe, run.tokenizer, device_type=accelerator.device.type, weights=run.resume_from)
+    model = build_model(
+        run.recipe,
+        run.tokenizer,
+        device_type=accelerator.device.type,
+        weights=run.resume_from,
+        report=accelerator.print,
+    )
     if plan.tasks is not None:
         plan.tasks.check_fit(model.config)
     if run.recipe.per_device_train_batch_size == "auto":

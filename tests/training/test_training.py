@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -139,6 +140,24 @@ def test_training_starts_from_the_weights_of_init_from(tiny_recipe: Make, tmp_pa
     train(second)
     before, after = losses(first)[8, "val_loss"], losses(second)[1, "val_loss"]
     assert after == pytest.approx(before, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_run_with_more_positions_than_init_from_trains_and_resumes(
+    tiny_recipe: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tiny_recipe(output_dir=str(tmp_path / "first"), max_steps=1))
+    longer = tiny_recipe(seq_len=64, init_from=str(tmp_path / "first" / "model"), max_steps=4, save_steps=2)
+    train(longer)
+    assert "init_from has 32, the recipe 64" in capsys.readouterr().out
+    run = Path(longer.output_dir)
+    uninterrupted = weights(run / "model")
+    assert uninterrupted["transformer.wpe.weight"].shape[0] == 64
+    shutil.rmtree(run / "model")
+    shutil.rmtree(run / "checkpoints" / "step-000004")
+    train(longer)
+    assert_same(weights(run / "model"), uninterrupted)
+    assert "init_from has" not in capsys.readouterr().out
 
 
 def test_metrics_reach_tensorboard(tiny_recipe: Make) -> None:

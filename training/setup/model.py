@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,13 +42,20 @@ class Vocabulary(NamedTuple):
 
 
 def build_model(
-    recipe: Recipe, tokenizer: Tokenizer | Vocabulary, *, device_type: str, weights: Path | None = None
+    recipe: Recipe,
+    tokenizer: Tokenizer | Vocabulary,
+    *,
+    device_type: str,
+    weights: Path | None = None,
+    report: Callable[[str], object] = print,
 ) -> GPT2ScratchForCausalLM:
     """The model to train: from a checkpoint (`weights`), from the recipe's `init_from`, or initialized like GPT-2.
 
+    If the recipe has more positions than `init_from`, its table of positions grows, and `report` gets a line.
+
     Raises:
-        InputError: `init_from` is not a GPT-2 or does not fit the tokenizer or seq_len, or the attention implementation
-            is not available.
+        InputError: `init_from` is not a GPT-2 or does not fit the tokenizer, or the attention implementation is not
+            available.
     """
     if weights is None:
         _check_source(recipe, tokenizer.vocab_size)
@@ -90,6 +98,8 @@ def build_model(
             f"{source} has a vocabulary of {model.config.vocab_size:,} ids, but tokenizer {recipe.tokenizer} has "
             f"{tokenizer.vocab_size:,}; prepare the corpus with the model's tokenizer"
         )
+    if weights is None and recipe.positions > model.config.n_positions:
+        report(grow_positions(model, recipe.positions))
     if recipe.seq_len > model.config.n_positions:
         raise InputError(
             f"seq_len={recipe.seq_len:,} exceeds n_positions={model.config.n_positions:,} of {source}; shorten seq_len"
@@ -111,6 +121,11 @@ def _check_source(recipe: Recipe, vocab_size: int) -> None:
     """Raise an `InputError` for an `init_from` that is a missing folder, or random weights larger than the memory."""
     source = recipe.init_from
     if source is not None:
+        if Path(source).is_file():
+            raise InputError(
+                f"cannot build the model: init_from {source} is a file; convert it with python -m gpt2_scratch.export "
+                f"--model {source} --output DIR --format gpt2_scratch, and set init_from to that folder"
+            )
         if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
             raise InputError(f"cannot build the model: init_from {source} is no folder; check the path")
         return
@@ -121,6 +136,23 @@ def _check_source(recipe: Recipe, vocab_size: int) -> None:
             f"a model of {parameters / 1e9:,.1f}B parameters needs {parameters * _FLOAT / 2**30:,.0f} GiB, but this "
             f"machine has {memory / 2**30:,.0f} GiB of memory; lower n_layer, n_embd or n_positions"
         )
+
+
+@torch.no_grad()
+def grow_positions(model: GPT2ScratchForCausalLM, n_positions: int) -> str:
+    """Give the model `n_positions` position embeddings, and return a line about it.
+
+    New rows repeat the learned ones in their order, so neighbors stay neighbors except where a copy begins (Longformer,
+    Beltagy et al. 2020, section 5). Texts that fit the old table have the same logits as before.
+    """
+    old, table = model.config.n_positions, model.transformer.wpe
+    rows = torch.arange(n_positions, device=table.weight.device) % old
+    table.weight = nn.Parameter(table.weight[rows])
+    table.num_embeddings = model.config.n_positions = n_positions
+    return (
+        f"positions: init_from has {old:,}, the recipe {n_positions:,}; the new rows {old:,} to {n_positions - 1:,} of "
+        "transformer.wpe repeat the learned ones in their order"
+    )
 
 
 def attention_for(recipe: Recipe, device_type: str) -> str:

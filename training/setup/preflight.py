@@ -70,7 +70,7 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     report(f"processes   {_devices(accelerator)}")
     report(f"all-reduce  {_check_all_reduce(accelerator)}")
 
-    model = build_model(recipe, data.tokenizer, device_type=accelerator.device.type, weights=resume_from)
+    model = build_model(recipe, data.tokenizer, device_type=accelerator.device.type, weights=resume_from, report=report)
     if data.tasks is not None:
         data.tasks.check_fit(model.config)
     if recipe.per_device_train_batch_size == "auto":

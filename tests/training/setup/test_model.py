@@ -2,9 +2,13 @@
 
 from pathlib import Path
 
+import pytest
+import torch
+
+from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from training.data.tokenization.tokenizer import Tokenizer, train_bpe
-from training.setup.model import build_model
+from training.setup.model import Vocabulary, build_model
 
 
 def _with_pad_token(folder: Path) -> Tokenizer:
@@ -29,3 +33,37 @@ def test_model_to_start_from_gets_the_ids_of_the_tokenizer(tmp_path, tiny_recipe
     model = build_model(tiny_recipe(init_from=str(tmp_path / "model")), tokenizer, device_type="cpu")
     for config in (model.config, model.generation_config):
         assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (261, 261, 262)
+
+
+@pytest.mark.parametrize("changes", [{"seq_len": 48}, {"n_positions": 48}])
+def test_more_positions_than_the_model_to_start_from_repeat_its_rows(tmp_path, tiny_recipe, changes):
+    config = GPT2ScratchConfig(
+        vocab_size=300, n_positions=20, n_embd=32, n_layer=1, n_head=2, bos_token_id=299, eos_token_id=299
+    )
+    first = GPT2ScratchForCausalLM(config).eval()
+    first.save_pretrained(tmp_path / "model")
+    recipe = tiny_recipe(init_from=str(tmp_path / "model"), tokens_per_step=48 * 8, **{"seq_len": 12, **changes})
+    lines = []
+    grown = build_model(recipe, Vocabulary(300, 299), device_type="cpu", report=lines.append).eval()
+    learned, table = first.transformer.wpe.weight, grown.transformer.wpe.weight
+    assert table.tolist() == torch.cat([learned, learned, learned[:8]]).tolist()
+    assert table.requires_grad
+    assert grown.config.n_positions == 48
+    text = torch.arange(20)[None]
+    assert torch.equal(grown(text).logits, first(text).logits)
+    assert lines == [
+        "positions: init_from has 20, the recipe 48; the new rows 20 to 47 of transformer.wpe repeat the learned ones "
+        "in their order"
+    ]
+    grown.save_pretrained(tmp_path / "checkpoint")
+    resumed = build_model(
+        recipe, Vocabulary(300, 299), device_type="cpu", weights=tmp_path / "checkpoint", report=lines.append
+    )
+    assert torch.equal(resumed.transformer.wpe.weight, table)
+    assert len(lines) == 1
+
+
+def test_checkpoint_file_to_start_from_is_refused_with_the_command_that_converts_it(tmp_path, tiny_recipe):
+    (tmp_path / "ckpt.pt").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"ckpt\.pt is a file; convert it with python -m gpt2_scratch\.export --model"):
+        build_model(tiny_recipe(init_from=str(tmp_path / "ckpt.pt")), Vocabulary(300, 299), device_type="cpu")
