@@ -1,12 +1,13 @@
-"""Exports a model folder: to `gpt2`, which transformers loads without our code, back to `gpt2_scratch`, or to GGUF.
+"""Exports a model: to `gpt2`, which transformers loads without our code, to `gpt2_scratch`, or to GGUF.
 
     python -m gpt2_scratch.export --model runs/quickstart/model --output my-gpt2 --format gpt2
     python -m gpt2_scratch.export --model openai-community/gpt2 --output gpt2-ours --format gpt2_scratch
     python -m gpt2_scratch.export --model runs/quickstart/model --output my-gpt2.gguf --format gguf --dtype q8_0
+    python -m gpt2_scratch.export --model out/ckpt.pt --output my-nanogpt --format gpt2_scratch
 
 The two folder formats have the same weight names and layouts. Weight files are copied, so a round trip returns every
 byte; only config.json, the card, the code and the name of the tokenizer's class change. `--dtype` casts the weights,
-one file at a time.
+one file at a time. A checkpoint file of nanoGPT, build-nanogpt or llm.c becomes a model folder first.
 """
 
 import json
@@ -25,6 +26,7 @@ from common.cli_errors import CommandParser, InputError, run_command
 from common.json_files import read_json_object
 
 from .configuration_gpt2_scratch import AUTO_MAP
+from .foreign_checkpoints import convert
 from .gguf_file import GGUF_DTYPES, write_gguf
 from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
 from .source_folder import (
@@ -45,14 +47,16 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json"}
 
 
-def export(model: str, output: Path, model_format: str, dtype: str | None = None) -> str:
+def export(model: str, output: Path, model_format: str, dtype: str | None = None, tokenizer: str | None = None) -> str:
     """Write the model of a folder or Hub repository to a new folder or file, which appears only when it is complete.
 
     Args:
-        model: a folder or Hub repository of either folder format, with config.json and safetensors.
+        model: a folder or Hub repository of either folder format, with config.json and safetensors, or a checkpoint
+            file for `foreign_checkpoints.convert`.
         output: the folder to create; with "gguf", the file.
         model_format: one of `FORMATS`.
         dtype: cast the weights to one of `DTYPES`, or with "gguf" to one of `GGUF_DTYPES`; None keeps their dtype.
+        tokenizer: for a checkpoint file; see `foreign_checkpoints.convert`.
 
     Returns:
         A sentence that says what was written.
@@ -71,9 +75,11 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
         raise InputError(f"--output {str(output)!r} contains a NUL character; choose another name")
     if output.exists() or output.is_symlink():
         raise InputError(f"--output {output} exists; choose another name")
-    source = find_source(model_in_run(model))
-    config_dict, skeleton = read_config(source)
-    files = check_weights(source, skeleton)
+    is_file = Path(model).is_file()
+    if tokenizer is not None and not is_file:
+        raise InputError("--tokenizer is for checkpoint files; a model folder has its own tokenizer")
+    if not is_file:
+        source = find_source(model_in_run(model))
 
     # In the nearest folder that exists: a failed export creates no parents.
     partial = next(parent for parent in output.parents if parent.exists()) / f".unfinished-{output.name}"
@@ -81,16 +87,22 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
     details = ""
     try:
         partial.mkdir()
-        written = partial
+        if is_file:
+            source = partial / f"{output.name}.source"
+            source.mkdir()
+            details = f", {convert(Path(model), source, tokenizer)}"
+        config_dict, skeleton = read_config(source)
+        files = check_weights(source, skeleton)
+        written = partial / output.name
         if is_gguf:
-            written = partial / output.name
-            details = f", {write_gguf(source, files, skeleton, written, output.stem, dtype)}"
+            details += f", {write_gguf(source, files, skeleton, written, output.stem, dtype)}"
         else:
-            write_weights(source, partial, files, DTYPES.get(dtype or ""))
-            write_config(partial, config_dict, type(skeleton), model_format, DTYPES.get(dtype or ""))
-            copy_other_files(source, partial, model_format)
+            written.mkdir()
+            write_weights(source, written, files, DTYPES.get(dtype or ""))
+            write_config(written, config_dict, type(skeleton), model_format, DTYPES.get(dtype or ""))
+            copy_other_files(source, written, model_format)
             if model_format == "gpt2_scratch":
-                custom_object_save(skeleton, partial)
+                custom_object_save(skeleton, written)
         output.parent.mkdir(parents=True, exist_ok=True)
         written.rename(output)
     except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
@@ -201,7 +213,7 @@ def _name_tokenizer_class(folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = CommandParser(prog="python -m gpt2_scratch.export", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="a folder, a run or a repository on the Hub")
+    parser.add_argument("--model", required=True, help="a folder, run, Hub repository or checkpoint file")
     parser.add_argument("--output", required=True, type=Path, help="the folder to create; with gguf, the file")
     parser.add_argument(
         "--format", required=True, choices=FORMATS, help="gpt2 loads without our code; gguf is for llama.cpp"
@@ -211,8 +223,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=(*DTYPES, *GGUF_DTYPES),
         help=f"cast the weights (default: keep their dtype); {', '.join(GGUF_DTYPES)} with gguf",
     )
+    parser.add_argument(
+        "--tokenizer",
+        help="of a checkpoint file: gpt2 (default, if the vocabulary has its size), a folder, a Hub repository or none",
+    )
     options = parser.parse_args(arguments)
-    print(export(options.model, options.output, options.format, options.dtype))
+    print(export(options.model, options.output, options.format, options.dtype, options.tokenizer))
 
 
 if __name__ == "__main__":

@@ -59,6 +59,11 @@ def load(
     Raises:
         InputError: model or tokenizer cannot be loaded, or the device cannot be used.
     """
+    if Path(model_id).is_file():
+        raise InputError(
+            f"{model_id!r} is a file; convert it with python -m gpt2_scratch.export --model {model_id} --output DIR "
+            "--format gpt2_scratch, and pass that folder"
+        )
     if (model_id.startswith((".", "/", "~")) or model_id.count("/") > 1) and not Path(model_id).is_dir():
         raise InputError(f"there is no folder {model_id!r}; check --model")
     model_id = model_in_run(model_id)

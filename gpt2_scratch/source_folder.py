@@ -4,7 +4,7 @@ No model is built in memory: weights are checked by the headers of their files.
 """
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,6 @@ def find_source(model: str) -> Path:
     """Return the model's folder, after downloading it if `model` is a Hub repository."""
     if Path(model).is_dir():
         return Path(model)
-    if Path(model).exists():
-        raise InputError(f"--model {model} is a file; pass the folder of a model")
     try:
         return Path(snapshot_download(model, allow_patterns=[*COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:
@@ -112,7 +110,6 @@ def check_weights(source: Path, skeleton: GPT2ScratchPreTrainedModel) -> list[st
         InputError: a weight is missing, unexpected, duplicate, quantized or of the wrong shape.
     """
     files = weight_files(source)
-    expected = {bare_name(name): tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
     found: dict[str, tuple[int, ...]] = {}
     for name, dtype, shape in weight_headers(source, files):
         if bare_name(name) in found:
@@ -120,12 +117,20 @@ def check_weights(source: Path, skeleton: GPT2ScratchPreTrainedModel) -> list[st
         if dtype not in _FLOATING:
             raise InputError(f"{name} in {source} has dtype {dtype}; dequantize the model and save it first")
         found[bare_name(name)] = shape
+    compare_weights(str(source), found, skeleton)
+    return files
+
+
+def compare_weights(source: str, found: Mapping[str, tuple[int, ...]], skeleton: GPT2ScratchPreTrainedModel) -> None:
+    """Raise an `InputError` unless the shapes of the weights in `source`, by name, are those of the model."""
+    found = {bare_name(name): shape for name, shape in found.items()}
+    expected = {bare_name(name): tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
     optional = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()
     for problem, names in (("lacks", set(expected) - set(found) - optional), ("adds", set(found) - set(expected))):
         if names:
             raise InputError(
                 f"{source} {problem} {', '.join(sorted(names)[:3])} ({len(names)} in total), compared with a "
-                f"{type(skeleton).__name__} of its config.json; save the complete model, and nothing else"
+                f"{type(skeleton).__name__} of its config; save the complete model, and nothing else"
             )
     for name, shape in sorted(found.items()):
         if shape != expected[name]:
@@ -133,7 +138,6 @@ def check_weights(source: Path, skeleton: GPT2ScratchPreTrainedModel) -> list[st
                 f"{name} in {source} has shape {shape} instead of {expected[name]}; use the config.json that belongs "
                 "to these weights"
             )
-    return files
 
 
 def weight_files(source: Path) -> list[str]:

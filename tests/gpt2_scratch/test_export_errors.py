@@ -135,9 +135,3 @@ def test_card_that_is_not_utf8_and_index_without_metadata_are_copied(tmp_path):
     assert (tmp_path / "native" / "README.md").read_bytes() == b"caf\xe9\n"
     index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 21_432 * 2}
-
-
-def test_file_in_place_of_a_folder_is_refused(tmp_path, capsys):
-    path = tmp_path / "ckpt.pt"
-    path.write_bytes(b"weights")
-    assert f"--model {path} is a file; pass the folder of a model" in refusal(capsys, path, tmp_path / "out", "gpt2")

@@ -113,6 +113,12 @@ def test_missing_folder_is_refused(tmp_path, capsys):
     assert len(message.splitlines()) == 1
 
 
+def test_checkpoint_file_is_refused_with_the_command_that_converts_it(tmp_path, capsys):
+    (tmp_path / "ckpt.pt").write_bytes(b"PK")
+    message = refusal(capsys, "--model", tmp_path / "ckpt.pt", "--prompt", "a")
+    assert "ckpt.pt' is a file; convert it with python -m gpt2_scratch.export --model" in message
+
+
 def test_folder_without_a_model_is_refused(tmp_path, capsys):
     message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
     assert "cannot load a causal language model from" in message

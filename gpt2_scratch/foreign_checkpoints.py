@@ -1,0 +1,292 @@
+"""Checkpoint files of nanoGPT, build-nanogpt and llm.c, converted to a model folder of format gpt2_scratch.
+
+These programs compute GPT-2, so only names, layouts and paddings differ. Nothing in a file is executed: pickles are
+read with `weights_only`, and a config object in them becomes an object that only holds its fields. The weights are
+held in memory once.
+"""
+
+import json
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tiktoken.load
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer, GPT2Tokenizer
+
+from common.cli_errors import InputError, one_line
+
+from .configuration_gpt2_scratch import GPT2ScratchConfig
+from .modeling_gpt2_scratch import GPT2ScratchForCausalLM
+from .source_folder import WEIGHTS, compare_weights
+
+_LLMC_MAGIC = 20240326
+_LLMC_DTYPES = {3: ("<f4", torch.float32), 5: ("<i2", torch.bfloat16)}  # by version; NumPy has no bfloat16
+_LLMC_HEADER = 256  # int32
+_LLMC_LAYERS = 1000  # more are not the number of a model
+
+_GPT2_SIZES = (50257, 50304)  # of GPT-2's vocabulary, as it is and padded
+_PADDED_TO = (64, 128)
+_ENCODINGS = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
+_SHA256 = {
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+}
+_END_OF_TEXT = "<|endoftext|>"
+
+# What torch.load raises for a file that is not, or not only, a checkpoint.
+_TORCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, EOFError)
+
+
+class _Checkpoint(NamedTuple):
+    """What a file holds: weights with official names and layouts, and what their shapes do not show."""
+
+    program: str
+    weights: dict[str, Tensor]
+    n_head: int
+    activation_function: str
+    dropout: float = 0.0
+
+
+class _Fields:
+    """Stands for a config object of another program; unpickling fills its fields and runs no code."""
+
+
+def convert(path: Path, folder: Path, tokenizer: str | None) -> str:
+    """Write the model of a checkpoint file to `folder`, with a tokenizer, and return a phrase about it.
+
+    Args:
+        path: nanoGPT's or build-nanogpt's `.pt`, or llm.c's `.bin`.
+        folder: an existing, empty folder.
+        tokenizer: "gpt2", a folder or Hub repository with the model's tokenizer, or "none"; None is GPT-2's, if the
+            vocabulary has its size.
+
+    Raises:
+        InputError: the file is none of these, is corrupted or another model, or the tokenizer does not fit.
+    """
+    found = _read(path)
+    weights = found.weights
+    for name in ("transformer.wte.weight", "transformer.wpe.weight"):
+        if name not in weights or weights[name].dim() != 2:
+            raise InputError(f"{path} has no matrix {name}, so it is not a GPT-2; export supports no other model")
+    notes = [f"from {found.program}, activation_function {found.activation_function}"]
+    if not any(name.endswith(".bias") for name in weights):
+        weights |= _zero_biases(weights)
+        notes.append("biases set to 0, because it has none")
+
+    embedding = weights["transformer.wte.weight"]
+    loaded = _load_tokenizer(path, len(embedding), tokenizer)
+    if loaded is None:
+        notes.append("without a tokenizer")
+    elif len(loaded) < len(embedding):
+        notes.append(f"padding of the vocabulary dropped, {len(embedding):,} to {len(loaded):,} tokens")
+        embedding = embedding[: len(loaded)]
+    head = weights.pop("lm_head.weight", None)
+    tied = head is None or torch.equal(head, weights["transformer.wte.weight"])
+    weights["transformer.wte.weight"] = embedding.contiguous()
+    if head is not None and not tied:
+        weights["lm_head.weight"] = head[: len(embedding)].contiguous()
+
+    config = _config(path, found, None if loaded is None else loaded.eos_token_id, tied)
+    with torch.device("meta"):
+        skeleton = GPT2ScratchForCausalLM(config)
+    compare_weights(str(path), {name: tuple(weight.shape) for name, weight in weights.items()}, skeleton)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    content = {**config.to_diff_dict(), "architectures": [GPT2ScratchForCausalLM.__name__]}
+    (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
+    if loaded is not None:
+        loaded.model_max_length = config.n_positions
+        loaded.save_pretrained(folder)
+    return ", ".join(notes)
+
+
+def _read(path: Path) -> _Checkpoint:
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}; check --model") from error
+    if int.from_bytes(start[:4], "little") == _LLMC_MAGIC:
+        return _read_llmc(path)
+    if start.startswith(b"PK\x03\x04"):
+        return _read_torch(path)
+    if path.suffix == ".safetensors":
+        raise InputError(f"--model {path} holds weights only; pass the folder that also has their config.json")
+    raise InputError(
+        f"--model {path} is no checkpoint of nanoGPT or build-nanogpt (.pt) or llm.c (.bin); pass such a file, or the "
+        "folder of a model"
+    )
+
+
+def _read_torch(path: Path) -> _Checkpoint:
+    """Return the content of a file that nanoGPT or build-nanogpt wrote with torch.save."""
+    unsafe: list[str] = []
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        configs: list[Callable | tuple[Callable, str]] = [(_Fields, name) for name in unsafe if name.endswith("Config")]
+        with torch.serialization.safe_globals(configs):
+            checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        others = ", ".join(sorted(name for name in unsafe if not name.endswith("Config"))[:3])
+        raise InputError(
+            f"{path} holds objects that could run code ({others or one_line(error, 120)}); save it again with tensors "
+            'and plain values only: {"model": model.state_dict(), "model_args": {"n_head": …}}'
+        ) from error
+    except _TORCH_ERRORS as error:
+        raise InputError(f"{path} is corrupted ({one_line(error, 120)}); copy or save it again") from error
+
+    state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
+    names_program = isinstance(checkpoint, dict) and ("model_args" in checkpoint or "config" in checkpoint)
+    if not isinstance(state, dict) or not names_program:
+        raise InputError(
+            f"{path} holds no model of nanoGPT ({{model, model_args}}) or build-nanogpt ({{model, config}}); pass a "
+            "folder with config.json for a model of transformers, or save such a dict"
+        )
+    is_nanogpt = "model_args" in checkpoint
+    settings = checkpoint["model_args" if is_nanogpt else "config"]
+    settings = settings if isinstance(settings, dict) else getattr(settings, "__dict__", {})
+    if "n_head" not in settings:
+        raise InputError(f"{path} does not say how many heads the model has; add n_head to its model_args or config")
+    weights = {}
+    for name, weight in state.items():
+        name = re.sub(r"^(_orig_mod\.|module\.)+", "", str(name))
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            raise InputError(f"{name} in {path} is not a tensor of floats; save the model's own state_dict")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
+            weights[name] = _official_layout(name, weight)
+    # nanoGPT computes nn.GELU(), build-nanogpt its tanh approximation.
+    program, activation = ("nanoGPT", "gelu") if is_nanogpt else ("build-nanogpt", "gelu_pytorch_tanh")
+    return _Checkpoint(program, weights, settings["n_head"], activation, settings.get("dropout", 0.0))
+
+
+def _read_llmc(path: Path) -> _Checkpoint:
+    """Return the content of llm.c's model file: a header and all weights of one kind after another, by layer."""
+    header = np.fromfile(path, "<i4", _LLMC_HEADER).tolist()
+    version, n_positions, vocab_size, n_layer, n_head, n_embd, padded_vocab_size = [*header, *[0] * 8][1:8]
+    if version not in _LLMC_DTYPES:
+        raise InputError(
+            f"{path} is of version {version} of llm.c's format; supported are 3 (fp32) and 5 (bf16), as train_gpt2cu "
+            "writes them"
+        )
+    layers: dict[str, tuple[int, ...]] = {
+        "ln_1.weight": (n_embd,),
+        "ln_1.bias": (n_embd,),
+        "attn.c_attn.weight": (3 * n_embd, n_embd),
+        "attn.c_attn.bias": (3 * n_embd,),
+        "attn.c_proj.weight": (n_embd, n_embd),
+        "attn.c_proj.bias": (n_embd,),
+        "ln_2.weight": (n_embd,),
+        "ln_2.bias": (n_embd,),
+        "mlp.c_fc.weight": (4 * n_embd, n_embd),
+        "mlp.c_fc.bias": (4 * n_embd,),
+        "mlp.c_proj.weight": (n_embd, 4 * n_embd),
+        "mlp.c_proj.bias": (n_embd,),
+    }
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (padded_vocab_size, n_embd),
+        "wpe.weight": (n_positions, n_embd),
+    }
+    shapes |= {
+        f"h.{layer}.{name}": shape for name, shape in layers.items() for layer in range(min(n_layer, _LLMC_LAYERS))
+    }
+    shapes |= {"ln_f.weight": (n_embd,), "ln_f.bias": (n_embd,)}
+    stored_as, dtype = _LLMC_DTYPES[version]
+    sizes = [int(np.prod(shape, dtype=object)) for shape in shapes.values()]
+    expected = 4 * _LLMC_HEADER + sum(sizes) * dtype.itemsize
+    if path.stat().st_size != expected or min(vocab_size, *sizes) < 1 or vocab_size > padded_vocab_size:
+        raise InputError(
+            f"{path} has {path.stat().st_size:,} bytes, but its header describes {expected:,}; it is truncated or "
+            "corrupted: copy or save it again"
+        )
+    stored = torch.from_numpy(np.memmap(path, stored_as, mode="c", offset=4 * _LLMC_HEADER)).view(dtype)
+    weights = {}
+    for (name, shape), part in zip(shapes.items(), stored.split(sizes), strict=True):
+        weights[f"transformer.{name}"] = _official_layout(name, part.view(shape))
+    weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
+    return _Checkpoint("llm.c", weights, n_head, "gelu_new")
+
+
+def _official_layout(name: str, weight: Tensor) -> Tensor:
+    """Return the weight of an nn.Linear, (out, in), as that of a Conv1D, (in, out); other weights as they are."""
+    is_linear = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")) and weight.dim() == 2
+    return weight.t().contiguous() if is_linear else weight
+
+
+def _zero_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return biases of zero for affine layers and LayerNorms, with which they compute what they do without."""
+    return {
+        name.removesuffix("weight") + "bias": weight.new_zeros(weight.shape[-1])
+        for name, weight in weights.items()
+        if re.search(r"\.(c_attn|c_proj|c_fc|ln_\w)\.weight$", name)
+    }
+
+
+def _config(path: Path, found: _Checkpoint, end_of_text_id: int | None, tied: bool) -> GPT2ScratchConfig:
+    weights = found.weights
+    vocab_size, n_embd = weights["transformer.wte.weight"].shape
+    inner = weights.get("transformer.h.0.mlp.c_fc.weight", torch.empty(0)).shape[-1]
+    try:
+        return GPT2ScratchConfig(
+            vocab_size=vocab_size,
+            n_positions=weights["transformer.wpe.weight"].shape[0],
+            n_embd=n_embd,
+            n_layer=len({name.split(".")[2] for name in weights if name.startswith("transformer.h.")}),
+            n_head=found.n_head,
+            n_inner=None if inner == 4 * n_embd else inner,
+            activation_function=found.activation_function,
+            **dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), found.dropout),
+            bos_token_id=end_of_text_id,
+            eos_token_id=end_of_text_id,
+            tie_word_embeddings=tied,
+            dtype=str(weights["transformer.wte.weight"].dtype).removeprefix("torch."),
+        )
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"{path} describes an unsupported model: {one_line(error)}") from error
+
+
+def _load_tokenizer(path: Path, vocab_size: int, spec: str | None) -> Any:
+    """Return the tokenizer of a vocabulary that may be padded; None for "none"."""
+    if spec is None and vocab_size not in _GPT2_SIZES:
+        raise InputError(
+            f"{path} has a vocabulary of {vocab_size:,} tokens, which is not GPT-2's; pass its tokenizer (a folder or "
+            "Hub repository) as --tokenizer, or --tokenizer none to write the weights alone"
+        )
+    if spec == "none":
+        return None
+    loaded = _gpt2_tokenizer() if spec in (None, "gpt2") else _saved_tokenizer(str(spec))
+    tokens = len(loaded)
+    if vocab_size not in (tokens, *(-(-tokens // multiple) * multiple for multiple in _PADDED_TO)):
+        raise InputError(
+            f"the tokenizer has {tokens:,} tokens, but {path} has a vocabulary of {vocab_size:,}; pass the tokenizer "
+            "that the model was trained with as --tokenizer"
+        )
+    return loaded
+
+
+def _gpt2_tokenizer() -> GPT2Tokenizer:
+    """Return GPT-2's tokenizer from tiktoken's cache, or from where tiktoken downloads it."""
+    try:
+        files = {
+            name: tiktoken.load.read_file_cached(f"{_ENCODINGS}/{name}", sha256) for name, sha256 in _SHA256.items()
+        }
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot get GPT-2's vocabulary from tiktoken's cache or the network ({one_line(error, 120)}); connect "
+            "once, set TIKTOKEN_CACHE_DIR to a folder where tiktoken has cached it, or pass --tokenizer"
+        ) from error
+    merges = [tuple(line.split()) for line in files["vocab.bpe"].decode().split("\n")[1:-1]]
+    names = dict.fromkeys(("bos_token", "eos_token", "unk_token"), _END_OF_TEXT)
+    return GPT2Tokenizer(vocab=json.loads(files["encoder.json"]), merges=merges, **names)
+
+
+def _saved_tokenizer(spec: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(spec)
+    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
+        raise InputError(f"cannot load a tokenizer from --tokenizer {spec}: {one_line(error, 160)}") from error
