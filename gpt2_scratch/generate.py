@@ -4,6 +4,10 @@
 
 Works with any causal language model in a folder or on the Hub, and with the folder of a run: its finished model, or
 else its newest checkpoint. Text goes to standard output, the speed to standard error.
+
+A prompt that fills the model's positions is cropped from the left. `--sliding_window` continues beyond the last
+position: the second half of the window is encoded again, at the first positions. So every new token sees at
+least half a window, and costs on average a pass over two tokens, not over the window.
 """
 
 import argparse
@@ -29,14 +33,25 @@ from .source_folder import LOADING_ERRORS, check_index, model_in_run
 
 
 class CountingStreamer(TextStreamer):
-    """Prints text as it is generated, and counts the new tokens."""
+    """Prints text as it is generated, and counts the new tokens. The text may come from several calls of generate."""
 
     new_tokens = 0
+    _has_prompt = False
 
     def put(self, value: Tensor) -> None:
-        """Receive the prompt, (1, seq), and then each new token, (1,)."""
-        self.new_tokens += value.numel() if value.dim() == 1 else 0
-        super().put(value)
+        """Receive the prompt, (1, seq), and then each new token, (1,). Prompts of later calls are not printed."""
+        is_prompt = value.dim() == 2
+        self.new_tokens += 0 if is_prompt else value.numel()
+        if not (is_prompt and self._has_prompt):
+            super().put(value)
+        self._has_prompt = True
+
+    def end(self) -> None:
+        """Do nothing at the end of a call: a character may continue in the next one."""
+
+    def finish(self) -> None:
+        """Print what is left."""
+        super().end()
 
 
 def load(
@@ -142,16 +157,53 @@ def read_prompt(prompt: str | None) -> str:
     return prompt
 
 
-def encode(tokenizer: Any, prompt: str, n_positions: int | None, vocab_size: int) -> Tensor:
+def encode(tokenizer: Any, prompt: str, vocab_size: int) -> Tensor:
     """Return the prompt's token ids, (1, seq). An empty prompt becomes the end-of-text token, which starts a document.
 
     Raises:
-        InputError: the prompt fills the model's positions, or the tokenizer does not belong to the model.
+        InputError: the tokenizer does not belong to the model, or has no end-of-text token for an empty prompt.
     """
     try:
-        return prompt_ids(tokenizer, prompt, n_positions, vocab_size)
+        return prompt_ids(tokenizer, prompt, None, vocab_size)
     except ValueError as error:
         raise InputError(str(error)) from error
+
+
+def crop(input_ids: Tensor, n_positions: int | None, max_new_tokens: int) -> Tensor:
+    """Return the end of a prompt that fills all positions: with room for the new tokens, but at least half a window.
+
+    Raises:
+        InputError: the model has a single position.
+    """
+    length = input_ids.shape[1]
+    if n_positions is None or length < n_positions:
+        return input_ids
+    kept = max(n_positions - max_new_tokens, n_positions // 2)
+    if not kept:
+        raise InputError("the model has a single position, which leaves no room for a new token; use another model")
+    print(
+        f"the prompt has {length:,} tokens, but the model has {n_positions:,} positions; the first {length - kept:,} "
+        "tokens were dropped",
+        file=sys.stderr,
+    )
+    return input_ids[:, -kept:]
+
+
+def continue_text(
+    model: Any, input_ids: Tensor, max_new_tokens: int, n_positions: int | None, *, sliding_window: bool, **options: Any
+) -> None:
+    """Generate with `options` of `model.generate`, up to the last position, or beyond it with `sliding_window`."""
+    end = model.generation_config.eos_token_id
+    ends = set(end) if isinstance(end, list) else {end}
+    while max_new_tokens:
+        length = input_ids.shape[1]
+        room = max_new_tokens if n_positions is None else min(max_new_tokens, n_positions - length)
+        mask = torch.ones_like(input_ids)
+        output = model.generate(input_ids, attention_mask=mask, max_new_tokens=room, **options)
+        max_new_tokens -= room
+        if not sliding_window or n_positions is None or output.shape[1] < length + room or int(output[0, -1]) in ends:
+            break
+        input_ids = output[:, -(n_positions // 2) :]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -172,7 +224,8 @@ def generate(options: argparse.Namespace) -> None:
     model, tokenizer = load(options.model, options.device)
     check_model(model, tokenizer)
     n_positions = getattr(model.config, "max_position_embeddings", None)
-    input_ids = encode(tokenizer, prompt, n_positions, model.get_input_embeddings().num_embeddings).to(model.device)
+    input_ids = encode(tokenizer, prompt, model.get_input_embeddings().num_embeddings).to(model.device)
+    input_ids = crop(input_ids, n_positions, options.max_new_tokens)
 
     room = options.max_new_tokens if n_positions is None else n_positions - input_ids.shape[1]
     do_sample = options.temperature > 0
@@ -183,10 +236,12 @@ def generate(options: argparse.Namespace) -> None:
             print(f"--- sample {number + 1} of {options.num_samples}", flush=True)
         torch.manual_seed(options.seed + number)
         streamer = CountingStreamer(tokenizer, skip_special_tokens=True)
-        model.generate(
+        continue_text(
+            model,
             input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=min(options.max_new_tokens, room),
+            options.max_new_tokens,
+            n_positions,
+            sliding_window=options.sliding_window,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             streamer=streamer,
             do_sample=do_sample,
@@ -195,9 +250,10 @@ def generate(options: argparse.Namespace) -> None:
             num_return_sequences=1,
             **sampling,
         )
+        streamer.finish()
         new_tokens += streamer.new_tokens
         if streamer.new_tokens == room < options.max_new_tokens:
-            stopped = f"; stopped at n_positions={n_positions}"
+            stopped = f"; stopped at n_positions={n_positions}, --sliding_window continues"
     seconds = time.perf_counter() - started
     print(f"{new_tokens:,} tokens in {seconds:.1f} s, {new_tokens / seconds:,.1f} tokens/s{stopped}", file=sys.stderr)
 
@@ -212,6 +268,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="a folder, a run or a repository on the Hub")
     parser.add_argument("--prompt", help="start of the text (default: read standard input)")
     parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument(
+        "--sliding_window",
+        action="store_true",
+        help="continue beyond the model's positions, from the last half of them",
+    )
     parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy decoding")
     parser.add_argument("--top_k", type=int, default=50, help="sample from the k most likely tokens; 0 for all")
     parser.add_argument(

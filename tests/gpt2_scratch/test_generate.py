@@ -11,13 +11,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command_lines import refused
+from support.model_folders import change_json
 from support.paths import ROOT
+from support.tiny_models import tiny
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
-from gpt2_scratch.generate import load, main
+from gpt2_scratch.generate import continue_text, crop, load, main
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +104,86 @@ def test_generation_stops_at_the_last_position(folder, capfdbinary):
     assert "stopped at n_positions=64" in err
 
 
-def test_prompt_longer_than_the_model_is_refused(folder, capsys):
-    message = refusal(capsys, "--model", folder, "--prompt", "a" * 70, "--device", "cpu")
-    assert "a prompt of 70 tokens leaves no room in the model's 64 positions; shorten it" in message
+@pytest.mark.parametrize(("max_new_tokens", "kept", "generated"), [(10, 54, 10), (500, 32, 32)])
+def test_prompt_longer_than_the_model_is_cropped_from_the_left(folder, capfdbinary, max_new_tokens, kept, generated):
+    prompt = "".join(chr(97 + number % 26) for number in range(70))
+    options = ("--model", folder, "--max_new_tokens", max_new_tokens, "--prompt")
+    out, err = generate(capfdbinary, *options, prompt)
+    assert f"the prompt has 70 tokens, but the model has 64 positions; the first {70 - kept} tokens were dropped" in err
+    assert f"{generated} tokens in" in err
+    assert out == generate(capfdbinary, *options, prompt[-kept:])[0]
+
+
+class Collected:
+    """Collects new tokens, and the lengths of the passes that a model made."""
+
+    def __init__(self, model):
+        self.tokens, self.passes = [], []
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: self.passes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        )
+
+    def put(self, value):
+        self.tokens += value.tolist() if value.dim() == 1 else []
+
+    def end(self):
+        pass
+
+
+def naive(model, ids, max_new_tokens, do_sample):
+    """Generate without a cache: when the window is full, its second half starts the next one."""
+    window, new = ids[0].tolist(), []
+    with torch.no_grad():
+        while len(new) < max_new_tokens and (not new or new[-1] != model.generation_config.eos_token_id):
+            if len(window) == model.config.n_positions:
+                window = window[-(model.config.n_positions // 2) :]
+            logits = model(torch.tensor([window]), use_cache=False).logits[0, -1]
+            token = int(torch.multinomial(logits.softmax(-1), 1) if do_sample else logits.argmax())
+            window.append(token)
+            new.append(token)
+    return new
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+@pytest.mark.parametrize("n_positions", [2, 15, 16])
+def test_sliding_window_equals_a_naive_loop(n_positions, do_sample):
+    model, ids = tiny(n_positions=n_positions, eos_token_id=None), torch.tensor([[5]])
+    torch.manual_seed(1)
+    expected = naive(model, ids, 50, do_sample)
+    streamer = Collected(model)
+    torch.manual_seed(1)
+    options = {"do_sample": do_sample, "top_k": 0, "pad_token_id": 0, "streamer": streamer}
+    continue_text(model, ids, 50, n_positions, sliding_window=True, **options)
+    assert streamer.tokens == expected
+    assert sum(streamer.passes) <= 2 * 50 + n_positions  # the cache is used
+    model.generation_config.eos_token_id = expected[30]
+    until_end = expected[: expected.index(expected[30]) + 1]
+    streamer.tokens.clear()
+    torch.manual_seed(1)
+    continue_text(model, ids, 50, n_positions, sliding_window=True, **options)
+    assert streamer.tokens == until_end
+
+
+def test_sliding_window_prints_the_prompt_once_and_all_new_tokens(folder, tmp_path, capfdbinary):
+    model = shutil.copytree(folder, tmp_path / "model")
+    change_json(model / "generation_config.json", eos_token_id=None)
+    options = ("--model", model, "--prompt", "Once upon", "--max_new_tokens", 150)
+    short, stopped = generate(capfdbinary, *options)
+    assert "55 tokens in" in stopped
+    assert "stopped at n_positions=64, --sliding_window continues" in stopped
+    out, err = generate(capfdbinary, *options, "--sliding_window")
+    assert "150 tokens in" in err
+    assert "stopped" not in err
+    assert out.count(b"Once upon") == 1
+    assert out.endswith(b"\n")
+    assert b"\xef\xbf\xbd" in short  # characters that end inside a window would show
+    assert out.startswith(short.decode().rstrip("\n\ufffd").encode())
+
+
+def test_model_with_a_single_position_is_refused():
+    with pytest.raises(InputError, match="single position"):
+        crop(torch.tensor([[1]]), 1, 5)
+    assert crop(torch.tensor([[1, 2, 3]]), 2, 5).tolist() == [[3]]
 
 
 def test_missing_folder_is_refused(tmp_path, capsys):
