@@ -39,6 +39,7 @@ from training.setup.accelerator import (
     all_reduce_min,
     build_accelerator,
     check_launch,
+    lost_connections_reported,
     shut_down,
 )
 from training.setup.batch_size_finder import find_batch_size
@@ -74,7 +75,7 @@ def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
         accelerator()
         return gather_object(values)
 
-    with contextlib.ExitStack() as lock, BackgroundProducer() as producer:
+    with lost_connections_reported(), contextlib.ExitStack() as lock, BackgroundProducer() as producer:
         plan = plan_run(recipe, producer, lock=lock, gather_object=gather)
         if plan.is_complete:
             _report_complete(plan.run)

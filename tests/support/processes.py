@@ -14,6 +14,8 @@ import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from support.two_hosts import enter
+
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(["training.loop", "gpt2_scratch", "matplotlib.pyplot", "training.monitoring.plots"])
 
@@ -26,10 +28,18 @@ class ProcessesOfARun:
         number: of processes.
         printed: file to which all output is appended.
         timeout_seconds: how long processes wait for each other; as in training if None.
+        hosts: network namespaces of the nodes, the first of which has `address`.
     """
 
     def __init__(
-        self, recipe: Path | list[Path], number: int, printed: Path, *, timeout_seconds: float | None = None
+        self,
+        recipe: Path | list[Path],
+        number: int,
+        printed: Path,
+        *,
+        timeout_seconds: float | None = None,
+        hosts: list[str] | None = None,
+        address: str = "127.0.0.1",
     ) -> None:
         self.printed = printed
         port = _free_port()
@@ -40,11 +50,12 @@ class ProcessesOfARun:
             environment = {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(number),
-                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_ADDR": address,
                 "MASTER_PORT": str(port),
             }
             environment |= {"LOCAL_RANK": local[0], "LOCAL_WORLD_SIZE": local[1], "ACCELERATE_USE_CPU": "true"}
-            arguments = (str(path), environment if number > 1 else {}, str(printed), timeout_seconds)
+            host = hosts[rank] if hosts else None
+            arguments = (str(path), environment if number > 1 else {}, str(printed), timeout_seconds, host)
             self.processes.append(_CONTEXT.Process(target=_train, args=arguments))
         for process in self.processes:
             process.start()
@@ -83,7 +94,11 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _train(recipe: str, environment: dict[str, str], printed: str, timeout_seconds: float | None) -> None:
+def _train(
+    recipe: str, environment: dict[str, str], printed: str, timeout_seconds: float | None, host: str | None
+) -> None:
+    if host is not None:
+        enter(host)
     descriptor = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

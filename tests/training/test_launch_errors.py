@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from training.data.producing.background_producer import BackgroundProducer
 from training.loop import train
 from training.recipe import Recipe
 from training.setup import accelerator as accelerator_module
-from training.setup.accelerator import build_accelerator, check_process_count
+from training.setup.accelerator import build_accelerator, check_process_count, lost_connections_reported
 from training.setup.model import Vocabulary, build_model
 from training.setup.preflight import preflight
 
@@ -84,6 +85,62 @@ def test_processes_with_use_cpu_need_no_gpu(
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name)
     assert build_accelerator(tiny_recipe()).device.type == "cpu"
+
+
+def test_nodes_that_the_launcher_starts_on_their_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")  # several processes of one node were requested
+    check_process_count()
+    monkeypatch.setenv("MASTER_ADDR", "10.0.0.1")
+    with pytest.raises(InputError, match="--cpu starts every node on its own; leave out --cpu"):
+        check_process_count()
+
+
+@pytest.mark.parametrize(("networks", "chosen"), [(["lo"], None), (["lo", "eth1"], "eth1")])
+def test_gloo_uses_the_network_that_reaches_the_first_node(
+    networks: list[str], chosen: str | None, process: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process(1, of=2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    own = [SimpleNamespace(address="127.0.0.1")]
+    monkeypatch.setattr(
+        accelerator_module.psutil,
+        "net_if_addrs",
+        lambda: {"eth0": [SimpleNamespace(address="192.168.0.9")], **dict.fromkeys(networks, own)},
+    )
+    accelerator_module._choose_interface()
+    assert os.environ.get("GLOO_SOCKET_IFNAME") == chosen
+    os.environ.pop("GLOO_SOCKET_IFNAME", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reported"),
+    [
+        ("[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:29", "closed by"),
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Read error [10.0.0.2]:29: Connection reset by "
+            "peer. This is typically caused by a remote worker hanging or bugs in the application.",
+            "Read error [10.0.0.2]:29: Connection reset by peer)",
+        ),
+        (
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 9ms for recv",
+            "(Timed out waiting 9ms for recv)",
+        ),
+    ],
+)
+def test_lost_connection_is_reported_in_one_line(text: str, reported: str) -> None:
+    with (
+        pytest.raises(InputError, match="connection to another process was lost") as caught,
+        lost_connections_reported(),
+    ):
+        raise RuntimeError(text)
+    assert reported in str(caught.value)
+    assert "gloo/" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError, match="size mismatch"), lost_connections_reported():
+        raise RuntimeError("size mismatch")
 
 
 def test_error_of_all_processes_is_reported_by_rank_0_even_if_it_is_late(tmp_path: Path) -> None:

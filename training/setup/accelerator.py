@@ -1,14 +1,19 @@
 """The accelerator of a run: devices, processes, precision and threads."""
 
+import contextlib
 import datetime
 import gc
 import os
+import re
+import socket
+from collections.abc import Iterator
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, one_line
 from common.cpus import usable_cpus, use_all_cores
 from training.monitoring.trackers import chosen_trackers
 from training.recipe import Recipe
@@ -27,6 +32,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
         InputError: a tracker is not installed, the hardware lacks the precision, or the processes cannot connect.
     """
     load_weights_on_every_rank()
+    _choose_interface()
     try:
         accelerator = Accelerator(
             cpu=not uses_gpu(),  # explicit: several CPU processes would not connect otherwise
@@ -36,12 +42,15 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             dynamo_backend="no",  # the launcher's is obeyed by `compiles`
             kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
         )
-    except torch.distributed.DistError as error:
+    except RuntimeError as error:
+        reason = connection_error(error)
+        if reason is None:
+            raise
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise InputError(
             f"rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} could not connect to {address} "
-            f"({str(error).strip().splitlines()[0].rstrip('.')}); start every node, with the same main_process_ip "
-            "and a main_process_port that is free on the first"
+            f"({reason}); start every node, with the same main_process_ip and a main_process_port that is free on the "
+            "first; if the nodes have several networks, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
         ) from None
     enable_fsdp_on_cpu(accelerator)
     add_loss_scaler(accelerator)
@@ -50,6 +59,58 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     else:
         torch.set_float32_matmul_precision("high")
     return accelerator
+
+
+def _choose_interface() -> None:
+    """Let gloo use the network on which this node reaches the first one.
+
+    By default gloo announces the address of the node's own name. In many distributions that is 127.0.0.1, where no
+    other node can connect.
+    """
+    if "GLOO_SOCKET_IFNAME" in os.environ or not has_several_nodes():
+        return
+    with contextlib.suppress(OSError):  # an unknown name is reported by the connection itself
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), type=socket.SOCK_DGRAM
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # of a datagram socket: sends nothing, but chooses a route
+            own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(each.address.split("%")[0] == own for each in addresses) and not name.startswith("lo"):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def has_several_nodes() -> bool:
+    """Whether the launcher started processes on other nodes too."""
+    return os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+
+
+def connection_error(error: RuntimeError) -> str | None:
+    """What torch reports of a connection between processes that could not be made or was lost, on one line.
+
+    None for other errors. gloo has no exception class of its own.
+    """
+    text = str(error).strip()
+    if not isinstance(error, torch.distributed.DistError) and not re.search(r"gloo|Connection (closed|reset)", text):
+        return None
+    text = re.sub(r"\[\S*/gloo/\S+\]\s*", "", text.splitlines()[0])
+    return one_line(RuntimeError(text.split(". This is typically")[0]), 200).rstrip(".")
+
+
+@contextlib.contextmanager
+def lost_connections_reported() -> Iterator[None]:
+    """Raise an `InputError` if the connection to another process is lost, so that every node ends with one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = connection_error(error)
+        if reason is None:
+            raise
+        raise InputError(
+            f"the connection to another process was lost ({reason}); look for its error in the output of the other "
+            "nodes, and start the same command again on every node to resume"
+        ) from None
 
 
 def uses_gpu() -> bool:
@@ -88,7 +149,15 @@ def check_launch(recipe: Recipe) -> None:
 
 
 def check_process_count() -> None:
-    """Raise an `InputError` if this machine has more processes than GPUs, or without GPUs than cores."""
+    """Raise an `InputError` if this machine has more processes than GPUs, or without GPUs than cores, or if the nodes
+    would each train alone.
+    """
+    first_node = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    if parse_flag_from_env("ACCELERATE_USE_CPU") and "WORLD_SIZE" not in os.environ and first_node != "127.0.0.1":
+        raise InputError(
+            "accelerate launch --cpu starts every node on its own; leave out --cpu: nodes without GPUs train on their "
+            "CPUs, together"
+        )
     processes, cores = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), usable_cpus()
     gpus = torch.accelerator.device_count() if uses_gpu() else 0
     if processes > (gpus or max(2, cores)):

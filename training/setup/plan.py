@@ -10,6 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError
 from common.folder_lock import locked
@@ -25,10 +27,13 @@ from training.data.tokenization.tokenizer import Tokenizer
 from training.hub.publisher import claim_repository
 from training.monitoring.task_evaluation import TaskSet
 from training.recipe import Recipe
+from training.setup.accelerator import has_several_nodes
 from training.setup.training_data import open_data
 from training.step.batch_plan import BatchPlan, plan_batch
 from training.step.hooks import Run
 
+_ROOT = Path(__file__).parents[2]
+_PACKAGES = ("common", "gpt2_scratch", "evaluation", "training")
 _COMPARED_IDS = 1 << 20  # of a shard without a hash in a manifest
 
 
@@ -57,7 +62,7 @@ def plan_run(
     Raises:
         InputError: the run would fail, or would not be the run that the recipe describes.
     """
-    several_nodes = os.environ.get("WORLD_SIZE", "1") != os.environ.get("LOCAL_WORLD_SIZE", "1")
+    several_nodes = has_several_nodes()
     # On one node, the launcher ends all processes when one fails.
     ranks = Ranks(gather_object if several_nodes else None)
     with ranks.share_errors():
@@ -186,7 +191,16 @@ def _identity(plan: Plan) -> dict[str, object]:
         "complete": plan.is_complete,
         "items of eval_tasks": None if plan.tasks is None else plan.tasks.fingerprint,
         **run.recipe.values_with(per_node=False),
+        "code": hash_of_sources(_ROOT),
+        "torch": torch.__version__,
     }
+
+
+def hash_of_sources(root: Path) -> str:
+    """A hash of the Python files of all packages in a checkout."""
+    paths = chain.from_iterable(sorted((root / name).rglob("*.py")) for name in _PACKAGES)
+    content = (f"{path.relative_to(root)} {file_sha256(path)}" for path in paths)
+    return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
 def _content(shard: Shard) -> str:
