@@ -24,6 +24,7 @@ from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Coordinator, StopTraining
 from training.data.loading.loader import TrainingWindows, training_batches
 from training.data.producing.background_producer import SECONDS_BETWEEN_LINES, BackgroundProducer
+from training.data.shards.shard_reader import Shard
 from training.hub.model_folder import ModelFolder
 from training.hub.publisher import Publisher, pending_push
 from training.monitoring.monitor import Monitor
@@ -84,7 +85,7 @@ def train(recipe: Recipe, hooks: Sequence[Hook] = ()) -> None:
 
 
 class NoMoreShardsError(InputError):
-    """The producer met an error that a restart cannot resolve, and the run has taken all steps that it can take."""
+    """The next shard is corrupted or will not be produced, and the run has taken all steps before it."""
 
 
 def take_steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
@@ -172,7 +173,7 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
                 checkpoints.save(run)
                 checkpoints.wait(run)
                 raise InputError(
-                    f"the corpus ends before step {run.step + 1:,}, and the run is saved: {error}"
+                    f"the shards end before step {run.step + 1:,}, and the run is saved: {error}"
                 ) from None
             checkpoints.wait(run)
             coordinator.wait()
@@ -245,7 +246,8 @@ def _training_batches(
     """This rank's batches; while they wait for shards, the run can save and stop.
 
     Raises:
-        NoMoreShardsError: after the last batch that there is, if the producer of a node failed for good.
+        NoMoreShardsError: after the last batch that there is, if a shard is corrupted, or the producer of a node failed
+            for good.
     """
     # Dataloader workers read ahead, so the wait may begin in the middle of a step.
     between_steps = not run.recipe.dataloader_num_workers
@@ -270,6 +272,16 @@ def _training_batches(
         )
         return False
 
+    def may_read(shards: list[Shard]) -> bool:
+        found = []
+        try:
+            for shard in shards if run.accelerator.is_local_main_process else []:  # one hash per node is enough
+                shard.check_hash()
+        except InputError as error:
+            found.append(str(error))
+        failures.extend(gather_object(found))
+        return not failures
+
     yield from training_batches(
         TrainingWindows(run.shards, run.tokenizer.vocab_size),
         run.batch,
@@ -280,6 +292,7 @@ def _training_batches(
         pin_memory=run.accelerator.device.type == "cuda",
         on_wait=on_wait,
         all_reduce_min=lambda number: all_reduce_min(run.accelerator, number),
+        may_read=may_read,
     )
     raise NoMoreShardsError(failures[0])
 

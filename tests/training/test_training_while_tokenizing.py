@@ -108,9 +108,7 @@ def test_an_error_of_the_producer_that_a_restart_cannot_resolve_ends_the_run_sav
     corpus.write_text('{"text": "a corpus that the folder was not made from"}\n')
     recipe = tiny_recipe(data_dir=str(growing.path), corpus=str(corpus), max_steps=40, dataloader_num_workers=workers)
     recipe = dataclasses.replace(recipe, eval_steps=0, sample_steps=0, save_steps=0)
-    with pytest.raises(
-        InputError, match=r"the corpus ends before step 36, and the run is saved: the corpus '.*changed"
-    ):
+    with pytest.raises(InputError, match=r"the shards end before step 36, and the run is saved: the corpus '.*changed"):
         train(recipe)
     assert [path.name for path in checkpoints(Path(recipe.output_dir))] == ["step-000035"]
     restore(growing, shard_folder, len(growing.complete_manifest.shards))

@@ -99,8 +99,10 @@ def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
 def check_shards(recipe: Recipe, folder: ShardFolder, tokenizer: Tokenizer) -> TrainingShards:
     """The folder's training shards, once validation and training can start with them; otherwise an `InputError`."""
     validation_windows(folder.val_shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
-    # The first shards only: all ids of a large corpus would take minutes, and the loader checks what it reads.
+    # The first shards only: all of a large corpus would take minutes, and the loader checks what it reads.
     for shard in (folder.val_shard, *folder.train_shards[:1]):
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            shard.check_hash()
         shard.check_ids(tokenizer.vocab_size)
     try:
         return TrainingShards(folder, seq_len=recipe.seq_len, seed=recipe.seed)

@@ -13,6 +13,8 @@ from support.trained import everything_in, run_of
 
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME, locked
+from training.checkpoints.checkpoint_folder import checkpoints
+from training.data.shards.shard_reader import ShardFolder
 from training.loop import train
 from training.recipe import Recipe
 
@@ -124,6 +126,38 @@ def test_tokenizer_that_differs_from_the_shards_is_refused(
         train(tiny_recipe(data_dir=str(tmp_path / "data")))
 
 
+@pytest.mark.parametrize("number", [0, 1])
+def test_swapped_shards_and_flipped_ids_that_stay_valid_are_refused(
+    number: int, tiny_recipe: Make, shard_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shard_folder, tmp_path / "data")
+    path = ShardFolder.open(tmp_path / "data").shards[number].path
+    ids = np.load(path)
+    np.save(path, np.roll(ids, 1))
+    with pytest.raises(InputError, match=rf"{path.name} is corrupted: its sha256 is not the manifest's; delete"):
+        train(tiny_recipe(data_dir=str(tmp_path / "data")))
+    assert not run_of(tiny_recipe()).exists()
+
+
+def test_run_is_saved_before_a_corrupted_shard_and_resumes_once_it_is_restored(
+    tiny_recipe: Make, shard_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(shard_folder, tmp_path / "data")
+    path = ShardFolder.open(tmp_path / "data").train_shards[1].path
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    recipe = tiny_recipe(
+        data_dir=str(tmp_path / "data"), tokens_per_step=4096, max_steps=4, save_steps=0, eval_steps=0, sample_steps=0
+    )
+    for _ in range(2):  # the second start takes no step
+        with pytest.raises(InputError, match=rf"the shards end before step 3, and the run is saved: .*{path.name} is"):
+            train(recipe)
+        assert [checkpoint.name for checkpoint in checkpoints(run_of(recipe))] == ["step-000002"]
+    path.write_bytes(content)
+    train(recipe)
+    assert checkpoints(run_of(recipe))[-1].name == "step-000004"
+
+
 def test_ids_outside_the_vocabulary_in_validation_are_refused(
     tiny_recipe: Make, shard_folder: Path, tmp_path: Path
 ) -> None:
@@ -132,8 +166,9 @@ def test_ids_outside_the_vocabulary_in_validation_are_refused(
     ids = np.load(shard)
     ids[100] = 60_000
     np.save(shard, ids)
+    (tmp_path / "data" / "manifest.json").unlink()  # otherwise its hash is found to be wrong
     with pytest.raises(InputError, match=r"_val_.* holds token id 60,000, but the vocabulary has 300 ids"):
-        train(tiny_recipe(data_dir=str(tmp_path / "data")))
+        train(tiny_recipe(data_dir=str(tmp_path / "data"), tokenizer=str(tmp_path / "data")))
     assert not run_of(tiny_recipe()).exists()
 
 

@@ -69,6 +69,13 @@ class TrainingShards:
         """Return how many samples can be read, counted from the first; `UNLIMITED` once the folder is complete."""
         return UNLIMITED if self.folder.complete else self.order.windows_in_epoch(0)
 
+    def shards_of(self, samples: range) -> set[int]:
+        """Return the indices of the shards that hold consecutive samples, all of which are ready."""
+        first, last = (self.order.locate(sample) for sample in (samples[0], samples[-1]))
+        if first[:2] == last[:2]:  # an epoch goes through one shard after the other
+            return {first.shard}
+        return {self.order.locate(sample).shard for sample in samples}
+
     def locate(self, sample: int) -> Window:
         """Return the window of `sample`; wait until its shard is complete."""
         while sample >= self.ready():
@@ -139,15 +146,18 @@ def training_batches(
     pin_memory: bool = False,
     on_wait: Callable[[int], bool | None] = lambda step: None,
     all_reduce_min: Callable[[int], int] = lambda number: number,
+    may_read: Callable[[list[Shard]], bool] = lambda shards: True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield inputs and targets, both (batch, seq): `batch.accumulation_steps` pairs per step from first to end.
 
     A step begins when every node has the shards of all its samples. While a node waits for the Hub, all ranks compare
     their progress by `all_reduce_min` twice a second, so that none waits in an all-reduce until it times out, and call
-    `on_wait` with the step; if it returns True, no batches follow those of the steps before. `num_workers` processes
-    read ahead.
+    `on_wait` with the step; if it returns True, no batches follow those of the steps before. Nor do they if `may_read`
+    returns False, which all ranks call with the shards that a step is the first to read. `num_workers` processes read
+    ahead.
     """
     source = windows.source
+    opened: set[int] = set()
 
     def samples_of_micro_steps() -> Iterator[list[int]]:
         ready = 0
@@ -161,6 +171,10 @@ def training_batches(
                     if on_wait(step):
                         return
                     time.sleep(POLL_SECONDS)
+            new = source.shards_of(range(needed - batch.sequences_per_step, needed)) - opened
+            if new and not may_read([source.shards[index] for index in sorted(new)]):
+                return
+            opened.update(new)
             for micro_step in range(batch.accumulation_steps):
                 yield list(batch.samples(step, micro_step, rank))
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 
-from common.atomic_files import file_sha256
 from common.cli_errors import InputError
 from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer
@@ -59,11 +58,7 @@ def _origin(folder: ShardFolder, vocabulary: Tokenizer) -> Iterator[str]:
 
 def _verify(shard: Shard, vocabulary: Tokenizer) -> int:
     """Read the complete shard, and return how many documents begin in it."""
-    if shard.sha256 is not None and file_sha256(shard.path) != shard.sha256:
-        raise InputError(
-            f"{shard.path} is corrupted: its sha256 is not the manifest's; "
-            "delete the folder and run python -m training.prepare again, or download the file again"
-        )
+    shard.check_hash()
     shard.check_ids(vocabulary.vocab_size)
     documents = int(np.count_nonzero(shard.read() == vocabulary.end_of_text_id))
     if shard.documents is not None and shard.documents != documents:

@@ -6,6 +6,7 @@ Folders without a manifest, written by build-nanogpt, llm.c or modded-nanogpt, a
 Opening a folder reads headers and sizes only.
 """
 
+import functools
 import os
 import weakref
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.cli_errors import InputError
+from common.atomic_files import file_sha256
+from common.cli_errors import InputError, os_error_message
 from common.token_files import Split, map_ids, read_header, split_of, unusable_file
 from training.data.shards.manifest import MANIFEST_NAME, Manifest
 from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer
@@ -40,6 +42,24 @@ class Shard:
         """Return the ids, (tokens,), read-only and memory-mapped."""
         return map_ids(self.path)
 
+    def check_hash(self) -> None:
+        """Raise an `InputError` if the file is not the one that the manifest describes.
+
+        A file of the same size and time of modification is read only once by a process.
+        """
+        if self.sha256 is None:
+            return
+        try:
+            status = self.path.stat()
+            same = _has_hash(self.path, self.sha256, status.st_size, status.st_mtime_ns)
+        except OSError as error:
+            raise InputError(os_error_message(error) or f"cannot read {self.path} ({error})") from None
+        if not same:
+            raise InputError(
+                f"{self.path} is corrupted: its sha256 is not the manifest's; "
+                "delete the folder and run python -m training.prepare again, or download the file again"
+            )
+
     def check_ids(self, vocab_size: int) -> None:
         """Read the complete shard, and raise an `InputError` if an id is not below `vocab_size`."""
         ids = self.read()
@@ -50,6 +70,11 @@ class Shard:
                     f"{self.path} holds token id {largest:,}, but the vocabulary has {vocab_size:,} ids; "
                     "name the tokenizer that made the shards"
                 )
+
+
+@functools.cache
+def _has_hash(path: Path, sha256: str, size: int, modified_ns: int) -> bool:
+    return file_sha256(path) == sha256
 
 
 class ShardReader:

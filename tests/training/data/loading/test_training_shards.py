@@ -11,7 +11,7 @@ from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.resume import refuse_other_data, shard_identities
 from training.data.loading.loader import TrainingShards, TrainingWindows, training_batches
-from training.data.shards.shard_reader import ShardFolder
+from training.data.shards.shard_reader import Shard, ShardFolder
 from training.recipe import Recipe
 from training.step.batch_plan import plan_batch
 
@@ -132,6 +132,22 @@ def test_node_with_all_shards_waits_for_one_that_has_fewer(growing: GrowingFolde
     assert len(list(batches)) == 8
     assert waited == [3, 3]
     assert len(asked) == 4  # at the start, and at the step that the other node lacks: no all-reduce at every step
+
+
+def test_each_shard_is_checked_before_the_first_step_that_reads_it(shard_folder: Path) -> None:
+    plan = plan_batch(tokens_per_step=16 * 32, seq_len=32, per_device=16, num_processes=1)
+    shards = TrainingShards(ShardFolder.open(shard_folder), seq_len=32, seed=5)
+    asked: list[list[int]] = []
+
+    def may_read(wanted: list[Shard]) -> bool:
+        asked.append([shards.shards.index(shard) for shard in wanted])
+        return asked[-1] != [2]
+
+    batches = training_batches(
+        TrainingWindows(shards, 300), plan, rank=0, first_step=0, end_step=10**6, may_read=may_read
+    )
+    assert len(list(batches)) == (9_000 - 1) // 32 * 2 // 16  # the steps before the third shard
+    assert asked == [[0], [1], [2]]
 
 
 # Resuming from a checkpoint
