@@ -1,10 +1,12 @@
 """Shard folders as datasets on the Hub: pushed, interrupted, and trained from elsewhere."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 from support.loopback_hub import LoopbackHub
@@ -58,6 +60,87 @@ def test_downloaded_shards_equal_the_pushed_ones_and_bring_their_tokenizer(
     assert after is not None
     assert after.complete
     assert after.tokenizer_fingerprint == before.tokenizer_fingerprint
+
+
+SETTINGS: dict[str, Any] = {"corpus": "me/shards", "shard_tokens": 9_000, "val_tokens": 2_000}
+
+
+def replaced(files: dict[str, bytes], name: str, old: bytes, new: bytes) -> None:
+    assert old in files[name]
+    files[name] = files[name].replace(old, new)
+
+
+SECOND = "corpus_train_000001.npy"
+DAMAGE: dict[str, Callable[[dict[str, bytes]], object]] = {
+    r"corpus_train_000001.npy in me/shards is not the shard that its manifest.json describes": lambda files: (
+        files.update({SECOND: files[SECOND][:-2] + b"\x07\x00"})
+    ),
+    r"corpus_train_000002.npy in me/shards is not the shard that": lambda files: files.update(
+        {"corpus_train_000002.npy": files[SECOND]}
+    ),
+    r"me/shards lacks corpus_train_000001.npy, compared with its manifest.json": lambda files: files.pop(SECOND),
+    r"me/shards adds corpus_train_000099.npy, compared with": lambda files: files.update(
+        {"corpus_train_000099.npy": files[SECOND]}
+    ),
+    r"me/shards has a broken manifest.json \(Expecting": lambda files: files.update({"manifest.json": b""}),
+    r"me/shards has a broken manifest.json \(it is nested": lambda files: files.update(
+        {"manifest.json": b"[" * 99_999}
+    ),
+    r"me/shards has a broken manifest.json \(Field 'split'": lambda files: replaced(
+        files, "manifest.json", b'"val"', b'"vam"'
+    ),
+    r"me/shards is not complete, compared with its manifest": lambda files: replaced(
+        files, "manifest.json", b'"complete": true', b'"complete": false'
+    ),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGE)
+def test_shards_that_are_not_those_of_the_manifest_are_refused(
+    message: str, hub: LoopbackHub, shards: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in shards.iterdir()}
+    DAMAGE[message](files)
+    hub.repositories["dataset", "me/shards"] = Repository(files)
+    with pytest.raises(InputError, match=message) as caught:
+        make_shards(tmp_path / "elsewhere", tokenizer=str(shards), **SETTINGS)
+    assert "\n" not in str(caught.value)
+    kept = ShardFolder.find(tmp_path / "elsewhere")
+    assert kept is None or not kept.complete
+
+
+def test_shards_of_another_tokenizer_of_the_same_size_are_refused(
+    hub: LoopbackHub, shards: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    hub.repositories["dataset", "me/shards"] = Repository({path.name: path.read_bytes() for path in shards.iterdir()})
+    with pytest.raises(
+        InputError, match=r"made with the tokenizer bpe-300, not with bpe-300; give the right one, such"
+    ):
+        make_shards(tmp_path / "elsewhere", tokenizer=str(tokenizer_folder), **SETTINGS)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", [SECOND, "manifest.json"])
+def test_a_byte_that_is_flipped_in_the_transfer_is_downloaded_again(
+    name: str, hub: LoopbackHub, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download, flips = huggingface_hub.hf_hub_download, [2]
+
+    def flipping(repository: str, file: str, **options: Any) -> str:
+        path = Path(download(repository, file, **options))
+        if file == name and flips[0]:
+            flips[0] -= 1
+            content = path.read_bytes()
+            path.write_bytes(content[:-2] + bytes([content[-2] ^ 1]) + content[-1:])
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", flipping)
+    hub.repositories["dataset", "me/shards"] = Repository({path.name: path.read_bytes() for path in shards.iterdir()})
+    folder = make_shards(tmp_path / "elsewhere", tokenizer=str(shards), **SETTINGS)
+    assert flips == [0]
+    assert [shard.path.read_bytes() for shard in folder.shards] == [
+        shard.path.read_bytes() for shard in ShardFolder.open(shards).shards
+    ]
 
 
 def test_an_interrupted_push_resumes_after_the_uploaded_shards(hub: LoopbackHub, shards: Path) -> None:

@@ -24,7 +24,7 @@ from common.worker_processes import map_in_order
 from training.data.producing.batches import Batch, CorpusProgress, batches, joined, summary
 from training.data.producing.content_check import check_content
 from training.data.producing.progress import ProducerProgress
-from training.data.producing.shard_download import download_shards, list_ready_shards
+from training.data.producing.shard_download import download_shards, find_ready_shards
 from training.data.shards.manifest import Manifest, ResumePoint
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
@@ -105,8 +105,8 @@ def _fill(
     manifest, tokenizer = None, None
     if folder is not None and (manifest := folder.manifest) is not None:
         corpus, tokenizer = resume_folder(folder, manifest, corpus)
-    if isinstance(corpus, HubCorpus) and (files := list_ready_shards(corpus)):
-        download_shards(spec, corpus, files, manifest, report)
+    if isinstance(corpus, HubCorpus) and (shards := find_ready_shards(corpus)):
+        download_shards(spec, corpus, shards, manifest, report)
         return
     for line in corpus.notes():
         report(line)

@@ -1,23 +1,25 @@
 """Fill a shard folder from a Hub repository that holds ready shards: download instead of tokenizing.
 
 The result looks as if it had been tokenized here: the manifest names each file as soon as it is complete and checked.
-An interrupted download resumes in the middle of the file (`hf_hub_download` keeps the part).
+Its hash must be the Hub's and, if the repository has a manifest, that manifest's. An interrupted download resumes in
+the middle of the file (`hf_hub_download` keeps the part).
 """
 
 import contextlib
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from common.atomic_files import file_sha256, fsync
-from common.cli_errors import InputError, TemporaryError
+from common.cli_errors import InputError, TemporaryError, one_line
 from common.token_files import split_of
 from training.data.producing.progress import ProducerProgress
-from training.data.shards.manifest import Manifest, ShardRecord
+from training.data.shards.manifest import MANIFEST_NAME, Manifest, ShardRecord
 from training.data.shards.shard_reader import Shard
 from training.data.shards.shard_spec import ShardSpec
 from training.data.shards.shard_writer import create_folder, require_space
@@ -27,9 +29,19 @@ from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spe
 if TYPE_CHECKING:
     from huggingface_hub import RepoFile
 
+_ADVICE = "push the shards again, or give another --corpus"
+_ATTEMPTS = 3  # at a file that arrives with another hash
 
-def list_ready_shards(corpus: HubCorpus) -> list["RepoFile"]:
-    """Return the shards of the repository, or of its folder named by the config, validation first; none for text."""
+
+class ReadyShards(NamedTuple):
+    """The shards of a repository, validation first, and the manifest next to them; None for another program's."""
+
+    files: "list[RepoFile]"
+    manifest: "RepoFile | None"
+
+
+def find_ready_shards(corpus: HubCorpus) -> ReadyShards | None:
+    """Return the shards of the repository, or of its folder named by the config; None for text."""
     import huggingface_hub
 
     tree = corpus.retry.call(
@@ -57,13 +69,16 @@ def list_ready_shards(corpus: HubCorpus) -> list["RepoFile"]:
                 f"{corpus.repository} holds two shards of one name: {other} and {file.path}; "
                 "name the folder of the right ones with --corpus_config"
             )
-    return [*val, *train]
+    if not types:
+        return None
+    path = str(PurePosixPath(val[0].path).with_name(MANIFEST_NAME))
+    return ReadyShards([*val, *train], next((file for file in files if file.path == path), None))
 
 
 def download_shards(
     spec: ShardSpec,
     corpus: HubCorpus,
-    files: list["RepoFile"],
+    shards: ReadyShards,
     manifest: Manifest | None,
     report: Callable[[str], None],
 ) -> None:
@@ -76,9 +91,11 @@ def download_shards(
             "name the tokenizer that they were made with, such as gpt2"
         )
     disable_progress_bars()
+    files = shards.files
     total = sum(file.size for file in files)
     tokens = manifest.tokens if manifest else 0
     with _download_folder(spec.folder) as downloads, ProducerProgress(tokens, report) as progress:
+        listed = None if shards.manifest is None else _listed(corpus, shards, downloads)
         for index in range(len(manifest.shards) if manifest else 0, len(files)):
             file, remaining = files[index], sum(file.size for file in files[index:])
             require_space(spec.folder, remaining if spec.max_tokens is None else file.size)
@@ -88,6 +105,11 @@ def download_shards(
             if manifest is None:
                 tokenizer = load_tokenizer(spec.tokenizer)
                 manifest = create_folder(spec, corpus, tokenizer, dtype=ids.dtype.name)
+            if listed is not None and manifest.tokenizer_fingerprint != listed.tokenizer_fingerprint:
+                raise InputError(
+                    f"the shards in {corpus.repository} were made with the tokenizer {listed.tokenizer}, not with "
+                    f"{manifest.tokenizer}; give the right one, such as --tokenizer {corpus.repository}"
+                )
             if ids.dtype.name != manifest.dtype:
                 raise InputError(
                     f"{file.path} holds ids of {ids.dtype.name}, the shards before it {manifest.dtype}; "
@@ -96,6 +118,12 @@ def download_shards(
             shard.check_ids(manifest.vocab_size)
             documents = int(np.count_nonzero(ids == manifest.end_of_text_id))
             record = ShardRecord(path.name, shard.split, len(ids), documents, sha256)
+            if listed is not None and record not in listed.shards:
+                path.unlink()
+                raise InputError(
+                    f"{file.path} in {corpus.repository} is not the shard that its {MANIFEST_NAME} describes: it has "
+                    f"{record.tokens:,} tokens and sha256 {sha256[:12]}…; {_ADVICE}"
+                )
             fsync(path)
             path.replace(spec.folder / record.file)
             fsync(spec.folder)
@@ -107,6 +135,35 @@ def download_shards(
                 break
         assert manifest is not None
         replace(manifest, complete=True).write(spec.folder)
+
+
+def _listed(corpus: HubCorpus, shards: ReadyShards, downloads: Path) -> Manifest:
+    """Return the repository's own manifest, which must name the shards that the repository holds, and no others."""
+    assert shards.manifest is not None
+    path, _ = _download(corpus, shards.manifest, downloads)
+    try:
+        listed = Manifest.read(path.parent)
+    except InputError as error:
+        reason = str(error).partition(": ")[2].partition(";")[0] or str(error)
+        raise InputError(
+            f"{corpus.repository} has a broken {MANIFEST_NAME} ({one_line(InputError(reason), 120)}); {_ADVICE}"
+        ) from None
+    assert listed is not None
+    found, expected = (
+        {PurePosixPath(name).name for name in names}
+        for names in ((file.path for file in shards.files), (shard.file for shard in listed.shards))
+    )
+    problem = next(
+        (
+            f"{kind} {', '.join(sorted(names)[:3])}"
+            for kind, names in (("lacks", expected - found), ("adds", found - expected))
+            if names
+        ),
+        None if listed.complete else "is not complete",
+    )
+    if problem is not None:
+        raise InputError(f"{corpus.repository} {problem}, compared with its {MANIFEST_NAME}; {_ADVICE}")
+    return listed
 
 
 @contextlib.contextmanager
@@ -125,15 +182,23 @@ def _download(corpus: HubCorpus, file: "RepoFile", folder: Path) -> tuple[Path, 
     """Return where the file was downloaded to below `folder`, and its sha256, compared with the Hub's."""
     import huggingface_hub
 
-    path = Path(
-        corpus.retry.call(
-            lambda: huggingface_hub.hf_hub_download(
-                corpus.repository, file.path, repo_type="dataset", revision=corpus.revision, local_dir=folder
+    for _ in range(_ATTEMPTS):
+        path = Path(
+            corpus.retry.call(
+                lambda: huggingface_hub.hf_hub_download(
+                    corpus.repository, file.path, repo_type="dataset", revision=corpus.revision, local_dir=folder
+                )
             )
         )
-    )
-    sha256 = file_sha256(path)
-    if file.lfs is not None and file.lfs.sha256 != sha256:
+        sha256 = file_sha256(path)
+        same = _git_hash(path) == file.blob_id if file.lfs is None else sha256 == file.lfs.sha256
+        if same:
+            return path, sha256
         path.unlink()
-        raise TemporaryError(f"{file.path} has another hash than on the Hub after its download; run the command again")
-    return path, sha256
+    raise TemporaryError(f"{file.path} has another hash than on the Hub after its download; run the command again")
+
+
+def _git_hash(path: Path) -> str:
+    """Return the hash of a small file, which the Hub keeps in git."""
+    content = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
