@@ -44,7 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
         help=r"what separates documents in text files: a line, a text with line breaks such as '\n\n', or none",
     )
     add("--encoding", help="encoding of text without a byte-order mark; UTF-8 if not given")
-    add("--tokenizer", default="gpt2", help="gpt2, train:4096 to train one on the corpus, or the folder of a saved one")
+    add(
+        "--tokenizer",
+        default="gpt2",
+        help="gpt2, train:4096 to train one on the corpus, a folder, or a Hub id",
+    )
     add(
         "--split_special_tokens",
         type=_boolean,

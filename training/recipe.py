@@ -53,7 +53,7 @@ class Recipe:
         group="data",
     )
     encoding: str | None = off_card("encoding of text without a byte-order mark (default: UTF-8)", None, group="data")
-    tokenizer: str = local("gpt2, train:VOCAB_SIZE, or a folder with tokenizer.json", "gpt2", group="data")
+    tokenizer: str = local("gpt2, train:VOCAB_SIZE, a folder with a tokenizer, or a Hub id", "gpt2", group="data")
     split_special_tokens: bool = off_card(
         "encode special tokens that the corpus spells, such as <|endoftext|>, as plain text", True, group="data"
     )

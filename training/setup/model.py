@@ -96,7 +96,7 @@ def build_model(
     if model.config.vocab_size != tokenizer.vocab_size:
         raise InputError(
             f"{source} has a vocabulary of {model.config.vocab_size:,} ids, but tokenizer {recipe.tokenizer} has "
-            f"{tokenizer.vocab_size:,}; prepare the corpus with the model's tokenizer"
+            f"{tokenizer.vocab_size:,}; set tokenizer to the model's, such as {source}, with a data_dir of its own"
         )
     if weights is None and recipe.positions > model.config.n_positions:
         report(grow_positions(model, recipe.positions))

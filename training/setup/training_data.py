@@ -75,8 +75,8 @@ def check_data(recipe: Recipe, report: Callable[[str], None]) -> tuple[ShardFold
         # Set when the folder was prepared, not by the recipe.
         max_tokens=folder.manifest.max_tokens if folder and folder.manifest else None,
     )
-    spec.check(folder)
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
+    spec.check(folder, report if first_on_node else lambda line: None)
     if first_on_node and folder is not None and folder.complete:
         check_content(spec, folder, report)
     elif first_on_node:

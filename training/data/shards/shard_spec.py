@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, TemporaryError
 from common.folder_lock import LOCK_NAME
 from training.data.shards.manifest import MANIFEST_NAME, Manifest
 from training.data.shards.shard_reader import ShardFolder
@@ -71,7 +71,17 @@ class ShardSpec:
         fields = json.loads(text)
         return cls(**{**fields, "folder": Path(fields["folder"])})
 
-    def differences(self, manifest: Manifest) -> list[str]:
+    def _matches(self, manifest: Manifest, report: Callable[[str], None]) -> bool:
+        """Return whether the tokenizer made the manifest's shards; complete ones can be used where the Hub is down."""
+        try:
+            return manifest.tokenizer_fingerprint == load_tokenizer(self.tokenizer).fingerprint
+        except TemporaryError as error:
+            if not manifest.complete:
+                raise
+            report(f"{self.folder} was not compared with its tokenizer: {error}")
+            return True
+
+    def differences(self, manifest: Manifest, report: Callable[[str], None] = print) -> list[str]:
         """Return how the manifest's folder differs from the spec, one phrase per difference."""
         wanted = {
             "corpus": corpus_name(self.corpus),
@@ -92,7 +102,7 @@ class ShardSpec:
         if vocab_size is not None or self.tokenizer == "gpt2":
             same = manifest.tokenizer == (f"bpe-{vocab_size}" if vocab_size else "gpt2")
         else:
-            same = manifest.tokenizer_fingerprint == load_tokenizer(self.tokenizer).fingerprint
+            same = self._matches(manifest, report)
         if not same:
             found.append(f"tokenizer {manifest.tokenizer} instead of {self.tokenizer}")
         # A complete folder with a higher limit, or none, holds everything the spec requires.
@@ -108,7 +118,7 @@ class ShardSpec:
         self.check(folder)
         return folder
 
-    def check(self, folder: ShardFolder | None) -> None:
+    def check(self, folder: ShardFolder | None, report: Callable[[str], None] = print) -> None:
         """Raise an `InputError` if `folder`, from `ShardFolder.find`, is a file, or holds other files or shards.
 
         So does a folder inside the corpus.
@@ -126,7 +136,7 @@ class ShardSpec:
                 f"{folder.path} holds shards without a manifest, made by another program; "
                 "train on them as they are, or choose another folder"
             )
-        if differences := self.differences(folder.manifest):
+        if differences := self.differences(folder.manifest, report):
             raise InputError(
                 f"{folder.path} holds other shards than requested: {', '.join(differences)}; "
                 "request the same, choose another folder, or delete this one"

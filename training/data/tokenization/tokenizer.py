@@ -16,7 +16,7 @@ import numpy as np
 import tiktoken
 
 from common.byte_level import bytes_to_unicode, unicode_to_bytes
-from common.cli_errors import InputError, one_line
+from common.cli_errors import InputError, TemporaryError, one_line
 from training.data.sources.text_files import END_OF_TEXT
 from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding, Encoding
 from training.data.tokenization.tokenizer_files import (
@@ -161,10 +161,11 @@ def _library_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
-    """Return the tokenizer that `spec` names: "gpt2", a folder with `tokenizer.json`, or a Hub dataset with one.
+    """Return the tokenizer that `spec` names: "gpt2", a folder, or a dataset or model on the Hub.
 
     Raises:
-        InputError: there is no such tokenizer, or its files are neither cached nor reachable.
+        InputError: there is no such tokenizer.
+        TemporaryError: its files are neither cached nor reachable.
     """
     if spec == "gpt2":
         return _load_gpt2()
@@ -176,20 +177,31 @@ def load_tokenizer(spec: str) -> Tokenizer:
 
 
 def _load_from_hub(repo_id: str) -> Tokenizer:
-    """Return the tokenizer that a dataset holds next to its shards."""
+    """Return the tokenizer of a dataset, which holds one next to its shards, or of a model."""
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    from common.hub_retry import network_errors
+    from common.hub_retry import hub_cache_error, network_errors
 
-    try:
-        files = list(TOKENIZER_FILES)
-        folder = snapshot_download(repo_id, repo_type="dataset", allow_patterns=files)
-    except network_errors() as error:
-        raise InputError(
-            f"no tokenizer {repo_id}: there is no such folder, and no dataset on the Hub ({type(error).__name__}); "
-            "give gpt2, a folder with tokenizer.json, or a Hub dataset with one"
-        ) from None
-    return Tokenizer.load(folder)
+    kind, reason = InputError, "RepositoryNotFoundError"
+    for repo_type in ("dataset", "model"):
+        try:
+            # Which tokenizer vocab.json and merges.txt are may stand in the model's config.json only.
+            files = [*TOKENIZER_FILES, "config.json"]
+            folder = Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=files))
+        except RepositoryNotFoundError:  # also for private and gated ones
+            continue
+        except network_errors() as error:
+            if (cache_error := hub_cache_error(error)) is not None:
+                raise cache_error from None
+            kind, reason = TemporaryError, type(error).__name__
+            continue
+        if any((folder / name).exists() for name in TOKENIZER_FILES):
+            return Tokenizer.load(folder)
+    raise kind(
+        f"no tokenizer {repo_id}: there is no such folder, and no model or dataset on the Hub that has one ({reason}); "
+        "check the name, and HF_TOKEN if it is private; or give gpt2, train:4096, or a folder with tokenizer.json"
+    )
 
 
 def parse_train_spec(spec: str) -> int | None:

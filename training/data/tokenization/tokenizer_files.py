@@ -11,7 +11,7 @@ from common.tokenizer_json import adds_special_tokens
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"),
-    *("vocab.json", "merges.txt"),
+    *("vocab.json", "merges.txt", "added_tokens.json", "tokenizer.model"),
 )
 
 # Of `tokenizer_config.json`: rewritten on save, or about where the files came from.
