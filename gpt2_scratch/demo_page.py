@@ -118,10 +118,7 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
             yield from complete(written, 0, 0, 0, 1, 0)
 
         def details(shown: Text, layer_number: float, head_number: float) -> tuple[str, str, str]:
-            if not shown.ids:
-                return "", "", ""
-            attends = demo.show_attention(shown, layer_number, head_number)
-            return demo.show_alternatives(shown), attends, demo.show_lens(shown)
+            return demo.show_selected(shown, layer_number, head_number) if shown.ids else ("", "", "")
 
         def finish(shown: Text, layer_number: float, head_number: float) -> tuple[Text, str, str, str, str]:
             if not shown.ids:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import demo_views as views
-from .inspection import Predictions, attention, logit_lens, predictions, prepare, prompt_ids, sample_tokens
+from .inspection import Predictions, attention, layers, logit_lens, predictions, prepare, prompt_ids, sample_tokens
 
 _LENS_COLUMNS = 12
 _LENS_TOP = 4
@@ -79,17 +79,24 @@ class Demo:
         own = view(text.selected) if text.selected else '<p class="g-note">Nothing comes before the first token.</p>'
         return f'<div class="g-columns"><div>{own}</div><div>{view(len(texts))}</div></div>'
 
-    def show_attention(self, text: Text, layer: float, head: float) -> str:
+    def show_selected(self, text: Text, layer: float, head: float) -> tuple[str, str, str]:
+        """Return the alternatives, attention and logit lens of the selected token, from one forward pass."""
+        computed = self._layers(text)
+        attends = self.show_attention(text, layer, head, computed)
+        return self.show_alternatives(text), attends, self.show_lens(text, computed)
+
+    def show_attention(self, text: Text, layer: float, head: float, computed: Any = None) -> str:
         """Return where the selected token attends to, in a layer and head that count from 1."""
-        weights = attention(self.model, torch.tensor([text.ids]), int(layer) - 1)
+        weights = attention(computed or self._layers(text), int(layer) - 1)
         return views.attention_view(self.texts(text.ids), weights, int(head) - 1, text.selected)
 
-    def show_lens(self, text: Text) -> str:
+    def show_lens(self, text: Text, computed: Any = None) -> str:
         """Return the logit lens of the position that predicts the selected token, and of those before it."""
         position = max(text.selected - 1, 0)
         start = max(position + 1 - _LENS_COLUMNS, 0)
         columns = slice(start, min(start + _LENS_COLUMNS, len(text.ids)))
-        probabilities = logit_lens(self.model, torch.tensor([text.ids]), columns)  # (n_layer + 1, columns, vocab_size)
+        # (n_layer + 1, columns, vocab_size)
+        probabilities = logit_lens(self.model, computed or self._layers(text), columns)
         best = probabilities.topk(_LENS_TOP, dim=-1)
         following = text.ids[columns.start + 1 : columns.stop + 1]
         grid = []
@@ -100,15 +107,18 @@ class Demo:
             grid.append(list(zip(likeliest, best.values[layer, :, 0].tolist(), own, strict=True)))
         texts = self.texts(text.ids)
         column, token = position - start, position + 1
-        layers = []
+        rows = []
         for layer, values in enumerate(probabilities[:, column]):
             own_value = float(values[text.ids[token]]) if token < len(texts) else math.nan
             tops = zip(
                 self.texts(best.indices[layer, column].tolist()), best.values[layer, column].tolist(), strict=True
             )
-            layers.append((own_value, int((values > own_value).sum()) + 1, list(tops)))
+            rows.append((own_value, int((values > own_value).sum()) + 1, list(tops)))
         followed = texts[token] if token < len(texts) else None
-        return views.layers_view(layers, followed) + views.lens_view(texts, grid, start)
+        return views.layers_view(rows, followed) + views.lens_view(texts, grid, start)
+
+    def _layers(self, text: Text) -> Any:
+        return layers(self.model, torch.tensor([text.ids]))
 
     def texts(self, ids: Sequence[int]) -> list[str]:
         """Return the text of each token."""

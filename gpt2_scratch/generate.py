@@ -90,6 +90,9 @@ def load(
     report = {"output_loading_info": True, "ignore_mismatched_sizes": True, "dtype": dtype or "auto"}
     model, info = _from_pretrained(AutoModelForCausalLM, "causal language model", model_id, options | report)
     tokenizer = _from_pretrained(AutoTokenizer, "tokenizer", model_id, options)
+    architecture = str((model.config.architectures or [""])[0])
+    if architecture.endswith(("Classification", "QuestionAnswering")):
+        raise InputError(f"{model_id!r} is a {architecture}, not a language model; use the model it was tuned from")
     unfilled = sorted({*info["missing_keys"], *(name for name, *_ in info["mismatched_keys"])})
     if unfilled:
         raise InputError(

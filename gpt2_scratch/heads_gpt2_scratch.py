@@ -17,6 +17,10 @@ from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
 class GPT2ScratchWithHead(GPT2ScratchPreTrainedModel):
     """The base class of the models here: a GPT-2, to which they add a head."""
 
+    # The losses are means, so that Trainer divides them by the accumulation steps. It would not for native GPT-2, whose
+    # heads accept `num_items_in_batch` and ignore it.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: GPT2ScratchConfig) -> None:
         # Not at the top: the other file imports this one, so that every saved folder carries it.
         from .modeling_gpt2_scratch import GPT2ScratchModel

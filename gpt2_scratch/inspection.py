@@ -1,8 +1,8 @@
 """What a GPT-2 computes for a text: probabilities, attention, logit lens; and sampling that two users can share.
 
-All functions take token ids of shape (1, seq), cost one forward pass and return float32 tensors on the CPU. They work
-with `GPT2ScratchForCausalLM` and `transformers.GPT2LMHeadModel`. This file imports nothing of ours, because a Space
-carries it.
+Functions that take token ids, of shape (1, seq), cost one forward pass. Tensors for the page are float32 on the CPU.
+All works with `GPT2ScratchForCausalLM` and `transformers.GPT2LMHeadModel`. This file imports nothing of ours, because a
+Space carries it.
 """
 
 from collections.abc import Iterator
@@ -101,8 +101,9 @@ def sample_tokens(
     for _ in range(min(max_new_tokens, room)):
         with torch.inference_mode():
             output = model(new_ids, use_cache=True, logits_to_keep=1, **cache)
-            # "cache" since transformers 5.24, "past_key_values" before
-            cache = {name: output[name] for name in ("cache", "past_key_values") if name in output}
+            # "past_key_values" before transformers 5.24, and a second name since
+            name = "cache" if "cache" in output else "past_key_values"
+            cache = {name: output[name]}
             scores = warpers(input_ids, output.logits[:, -1].float())  # (1, vocab_size)
             if temperature > 0:
                 new_ids = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)
@@ -130,27 +131,33 @@ def predictions(model: Any, input_ids: Tensor, *, top: int = 10) -> Predictions:
 
 
 @torch.inference_mode()
-def attention(model: Any, input_ids: Tensor, layer: int) -> Tensor:
-    """Return the attention weights of a layer, (n_head, seq, seq): rows attend to columns, and sum to one.
+def layers(model: Any, input_ids: Tensor) -> Any:
+    """Return the output of the model without its head, with attention weights and hidden states of every layer.
 
     Raises:
         ValueError: the attention implementation has no weights; see `prepare`.
     """
-    output = model.base_model(input_ids.to(model.device), use_cache=False, output_attentions=True)
-    if not output.attentions or output.attentions[layer] is None:
+    output = model.base_model(
+        input_ids.to(model.device), use_cache=False, output_attentions=True, output_hidden_states=True
+    )
+    if not output.attentions or output.attentions[0] is None:
         raise ValueError('attention weights need model.set_attn_implementation("eager")')
-    return output.attentions[layer][0].float().cpu()
+    return output
+
+
+def attention(computed: Any, layer: int) -> Tensor:
+    """Return a layer's attention weights, (n_head, seq, seq), from `layers`; rows attend to columns, and sum to 1."""
+    return computed.attentions[layer][0].float().cpu()
 
 
 @torch.inference_mode()
-def logit_lens(model: Any, input_ids: Tensor, positions: slice) -> Tensor:
-    """Return what each layer would predict, as probabilities (n_layer + 1, positions, vocab_size).
+def logit_lens(model: Any, computed: Any, positions: slice) -> Tensor:
+    """Return what each layer would predict, as probabilities (n_layer + 1, positions, vocab_size), from `layers`.
 
     The final LayerNorm and the head are applied to the residual stream after the embedding (row 0) and after every
     block. The last row is the model's own prediction. From "interpreting GPT: the logit lens" (nostalgebraist 2020).
     """
-    output = model.base_model(input_ids.to(model.device), use_cache=False, output_hidden_states=True)
-    *streams, last = (hidden_states[0, positions] for hidden_states in output.hidden_states)
+    *streams, last = (hidden_states[0, positions] for hidden_states in computed.hidden_states)
     # transformers returns the last one after ln_f.
     normalized = torch.stack([*(model.base_model.ln_f(stream) for stream in streams), last])
     return model.get_output_embeddings()(normalized).float().softmax(dim=-1).cpu()

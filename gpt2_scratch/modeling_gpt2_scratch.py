@@ -39,8 +39,10 @@ from .pretrained_gpt2_scratch import (
     check_arguments,
     check_inputs,
     check_labels,
+    mask_cache,
     sequence_too_long,
     single_cache,
+    update_cache,
 )
 
 
@@ -111,8 +113,7 @@ class GPT2ScratchAttention(nn.Module):
             part.view(batch, seq, -1, self.head_dim).transpose(1, 2)  # (batch, n_head, seq, head_dim)
             for part in self.c_attn(hidden_states).split(n_embd, dim=2)
         )
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)
+        key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
@@ -203,11 +204,11 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, and the `ATTENTION_ARGUMENTS`.
 
         Raises:
-            TypeError: an unknown argument.
+            TypeError: an argument that nothing reads, see `check_arguments`.
             ValueError: inputs that do not fit the model, see `check_inputs`.
         """
-        attention_kwargs = check_arguments(type(self), kwargs)
         cache = single_cache(cache, past_key_values)
+        attention_kwargs = check_arguments(self, kwargs, cache)
         check_inputs(self, input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (batch, seq, n_embd)
@@ -251,7 +252,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            **{CACHE_NAME: cache},
+            **mask_cache(cache),
         )
 
 

@@ -32,31 +32,45 @@ ATTENTION_ARGUMENTS = frozenset(
         *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"),  # flash attention
         "kernel_options",  # flex attention
         *("read_index", "write_index", "block_table"),  # paged attention
+        *("max_seqlen_q", "max_seqlen_k"),  # of paged attention in transformers 5.17
         *("logits_indices", "logits_processor_args"),  # passed along with these by continuous batching
         "attention_instances",  # vLLM
     }
 )
-# Read by decorators and by the loss of a classification head.
-_READ_ELSEWHERE = frozenset({"output_hidden_states", "output_attentions", "return_dict", "num_items_in_batch"})
+# Implementations that ignore all of these but a few.
+_READ_BY = {"eager": (), "sdpa": ("is_causal",), "flex_attention": ("kernel_options",)}
+# Read by decorators.
+_READ_ELSEWHERE = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
 # Arguments of the official class that are not implemented here. Libraries pass them as None.
 _OFFICIAL_ONLY = frozenset(
     {"token_type_ids", "encoder_hidden_states", "encoder_attention_mask", "output_router_logits"}
 )
 
 
-def check_arguments(model_class: type, arguments: dict[str, Any]) -> dict[str, Any]:
+def check_arguments(
+    model: "GPT2ScratchPreTrainedModel", arguments: dict[str, Any], cache: Cache | None
+) -> dict[str, Any]:
     """Return the arguments for the attention implementation.
 
     Raises:
-        TypeError: an argument of the official class that is not implemented here, or an unknown one.
+        TypeError: an argument that is unknown, not implemented here, or not read by the attention implementation.
     """
+    name_of_model, implementation = type(model).__name__, model.config._attn_implementation
+    read = ATTENTION_ARGUMENTS if _is_paged(cache) else _READ_BY.get(implementation, ATTENTION_ARGUMENTS)
     for name, value in arguments.items():
-        if name in ATTENTION_ARGUMENTS or name in _READ_ELSEWHERE or (name in _OFFICIAL_ONLY and value is None):
+        if name in _READ_ELSEWHERE or (name in read and not isinstance(value, Cache)):
+            continue
+        if name not in ATTENTION_ARGUMENTS and name not in _OFFICIAL_ONLY:
+            raise TypeError(f"{name_of_model}.forward() got an unexpected argument {name!r}")
+        if value is None:  # libraries pass arguments that they do not use
             continue
         if name in _OFFICIAL_ONLY:
-            raise TypeError(f"{model_class.__name__} does not implement {name}; use transformers.GPT2LMHeadModel")
-        raise TypeError(f"{model_class.__name__}.forward() got an unexpected argument {name!r}")
-    return {name: value for name, value in arguments.items() if name in ATTENTION_ARGUMENTS}
+            raise TypeError(f"{name_of_model} does not implement {name}; use transformers.GPT2LMHeadModel")
+        raise TypeError(
+            f"{name_of_model}.forward() got {name}, which attn_implementation={implementation!r} does not read; leave "
+            "it out (without a cache, position_ids separate packed documents), or choose another implementation"
+        )
+    return {name: value for name, value in arguments.items() if name in read}
 
 
 def single_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
@@ -68,6 +82,34 @@ def single_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | 
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of the same argument; pass only one of them")
     return past_key_values if cache is None else cache
+
+
+def update_cache(
+    cache: Cache | None, key: Tensor, value: Tensor, layer_idx: int, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Return all keys and values, those of earlier tokens first, after adding `key` and `value` to the cache.
+
+    The cache of continuous batching reads and changes the arguments of the attention implementation; before
+    transformers 5.24, the implementation updates it.
+    """
+    if cache is None:
+        return key, value
+    if not _is_paged(cache):
+        return cache.update(key, value, layer_idx)
+    if CACHE_NAME == "cache":
+        return cache.update(key, value, layer_idx, kwargs=arguments)
+    arguments["cache"] = cache
+    return key, value
+
+
+def mask_cache(cache: Cache | None) -> dict[str, Cache | None]:
+    """Return the argument of `create_causal_mask` that names the cache."""
+    return {CACHE_NAME: None if CACHE_NAME != "cache" and _is_paged(cache) else cache}
+
+
+def _is_paged(cache: Any) -> bool:
+    """Return whether this is the cache of continuous batching (`generate_batch`)."""
+    return cache is not None and not isinstance(cache, Cache)
 
 
 def check_inputs(
@@ -95,7 +137,7 @@ def check_inputs(
         model.warn_if_padding_and_no_attention_mask(inputs, attention_mask)
         _check_range("input_ids", inputs, model.config.vocab_size)
 
-    past_seq = 0 if cache is None else cache.get_seq_length()
+    past_seq = 0 if cache is None or _is_paged(cache) else cache.get_seq_length()
     if model.gradient_checkpointing and model.training and past_seq > 0:
         raise ValueError(
             "activation checkpointing in training cannot use a key-value cache; pass the complete sequence, or disable "

@@ -90,6 +90,17 @@ def test_the_logit_lens_ends_with_the_models_prediction(demo):
     assert html.index("layer 2") < html.index("layer 1") < html.index("embedding")
 
 
+def test_a_selected_token_costs_one_forward_pass(demo):
+    text, passes = completed(demo), []
+    expected = demo.show_alternatives(text), demo.show_attention(text, 2, 3), demo.show_lens(text)
+    hook = demo.model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    try:
+        assert demo.show_selected(text, 2, 3) == expected
+    finally:
+        hook.remove()
+    assert len(passes) == 1
+
+
 def test_every_token_can_be_looked_at_even_in_a_full_text(demo):
     text = completed(demo, prompt="a" * 20, max_new_tokens=31)
     assert len(text.ids) == 32

@@ -18,11 +18,16 @@ from peft import (
     get_peft_model,
 )
 from support.model_folders import scratch  # noqa: F401 - a fixture
-from support.tiny_models import one_thread, pair, tiny, tokens  # noqa: F401 - a fixture for all
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from support.tiny_models import TINY, one_thread, pair, tiny, tokens  # noqa: F401 - a fixture for all
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, pipeline
 from transformers.pytorch_utils import Conv1D
 
-from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification
+from gpt2_scratch import (
+    GPT2ScratchConfig,
+    GPT2ScratchForCausalLM,
+    GPT2ScratchForSequenceClassification,
+    GPT2ScratchForTokenClassification,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -112,6 +117,22 @@ def test_trainer_trains_a_classifier(tmp_path):
     one = trainer(model, tmp_path / "run", dataset, save_strategy="no")
     one.train()
     assert losses(one)[-1] < 0.2
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
+def test_accumulated_gradients_of_a_classifier_are_those_of_the_complete_batch(tmp_path):
+    dataset = [{"input_ids": row["input_ids"], "labels": int(row["input_ids"][0] > 30)} for row in examples()]
+    norms = []
+    for accumulation in (1, 4):
+        torch.manual_seed(0)
+        config = GPT2ScratchConfig(**TINY, num_labels=2, pad_token_id=0)
+        options = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation}
+        one = trainer(
+            GPT2ScratchForSequenceClassification(config), tmp_path, dataset, max_steps=2, save_strategy="no", **options
+        )
+        one.train()
+        norms.append([line["grad_norm"] for line in one.state.log_history if "grad_norm" in line])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 @peft_warns
@@ -263,3 +284,17 @@ def test_pipeline_batches_give_the_texts_of_single_calls_once_there_is_a_padding
         generate(texts, batch_size=3, **options)
     generate.tokenizer.pad_token = generate.tokenizer.eos_token
     assert [one[0]["generated_text"] for one in generate(texts, batch_size=3, **options)] == single
+
+
+@pytest.mark.parametrize(
+    ("task", "model_class"),
+    [
+        ("text-classification", GPT2ScratchForSequenceClassification),
+        ("token-classification", GPT2ScratchForTokenClassification),
+    ],
+)
+def test_pipelines_accept_models_with_heads(scratch, task, model_class):
+    model = model_class.from_pretrained(scratch, num_labels=3)
+    found = pipeline(task, model, tokenizer=AutoTokenizer.from_pretrained(scratch), device="cpu")("ab")
+    assert {one.get("label") or one["entity"] for one in found} <= {"LABEL_0", "LABEL_1", "LABEL_2"}
+    assert len(found) == (2 if task == "token-classification" else 1)

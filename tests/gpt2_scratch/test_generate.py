@@ -18,7 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 from common.cli_errors import InputError
-from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from gpt2_scratch import (
+    GPT2ScratchConfig,
+    GPT2ScratchForCausalLM,
+    GPT2ScratchForQuestionAnswering,
+    GPT2ScratchForSequenceClassification,
+    GPT2ScratchForTokenClassification,
+)
 from gpt2_scratch.generate import continue_text, crop, load, main
 
 
@@ -299,6 +305,18 @@ def test_model_that_is_not_causal_is_refused(folder, tmp_path, capsys):
     capsys.readouterr()
     found = refusal(capsys, "--model", tmp_path / "bert", "--prompt", "a", "--device", "cpu")
     assert "not a causal language model: its predictions depend on later tokens" in found.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [GPT2ScratchForSequenceClassification, GPT2ScratchForTokenClassification, GPT2ScratchForQuestionAnswering],
+)
+def test_model_with_another_head_is_refused(folder, tmp_path, capsys, model_class):
+    shutil.copytree(folder, tmp_path / "model")
+    model_class(GPT2ScratchConfig.from_pretrained(folder)).save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    found = refusal(capsys, "--model", tmp_path / "model", "--prompt", "a", "--device", "cpu")
+    assert f"is a {model_class.__name__}, not a language model; use the model it was tuned from" in found
 
 
 def test_a_revision_of_a_folder_is_refused(folder):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 import sys
 
 import pytest
@@ -24,7 +25,10 @@ from gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassific
 gguf = pytest.importorskip("gguf", reason="needs the gguf extra")
 
 # Old releases of the reader copy read-only arrays.
-pytestmark = pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
+pytestmark = [
+    pytest.mark.parity,
+    pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning"),
+]
 
 
 def model_folder(scratch, path, **overrides):
@@ -123,6 +127,21 @@ def test_tokenizer_of_the_file_gives_our_ids(scratch, tmp_path):
     assert len(ours("the a").input_ids) == 2
     for text in ("the a theory", *TRICKY):
         assert theirs(text).input_ids == ours(text).input_ids
+
+
+def test_vocabulary_of_more_than_65535_tokens_is_kept(scratch, tmp_path):
+    model = model_folder(scratch, tmp_path / "model", vocab_size=70_000)
+    path = tmp_path / "model" / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"] |= {f"t{i}": i for i in range(257, 70_000)}
+    path.write_text(json.dumps(tokenizer))
+    export(tmp_path / "model", tmp_path / "m.gguf", "gguf", "--dtype", "f32")
+    # Not with GGUFReader, which takes many seconds for as many tokens.
+    content = (tmp_path / "m.gguf").read_bytes()
+    of_strings = struct.pack("<IIQ", gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING, 70_000)
+    assert b"tokenizer.ggml.tokens" + of_strings in content
+    assert struct.pack("<Q", 6) + b"t69999" in content
+    assert model.transformer.wte.weight.detach().numpy().tobytes() in content
 
 
 @pytest.mark.parametrize(

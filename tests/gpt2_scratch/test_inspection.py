@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tiny_models import one_thread, pair, tiny, tokens  # noqa: F401 - one_thread is a fixture
 
-from gpt2_scratch.inspection import attention, logit_lens, predictions, prepare, sample_tokens
+from gpt2_scratch.inspection import attention, layers, logit_lens, predictions, prepare, sample_tokens
 
 pytestmark = pytest.mark.parity
 
@@ -46,7 +46,7 @@ def test_a_single_token_has_no_probability_but_alternatives(model):
 @pytest.mark.parametrize("layer", [0, 2])
 def test_attention_equals_the_models_attentions_and_is_causal(model, layer):
     ids = tokens(batch=1)
-    found = attention(model, ids, layer)
+    found = attention(layers(model, ids), layer)
     with torch.no_grad():
         assert torch.equal(found, model(ids, output_attentions=True).attentions[layer][0])
     torch.testing.assert_close(found.sum(-1), torch.ones(4, 20))
@@ -56,12 +56,12 @@ def test_attention_equals_the_models_attentions_and_is_causal(model, layer):
 
 def test_attention_without_weights_is_refused():
     with pytest.raises(ValueError, match="set_attn_implementation"):
-        attention(tiny(attn_implementation="sdpa"), tokens(batch=1), 0)
+        layers(tiny(attn_implementation="sdpa"), tokens(batch=1))
 
 
 def test_last_row_of_the_logit_lens_is_the_models_prediction(model):
     ids = tokens(batch=1)
-    lens = logit_lens(model, ids, slice(3, 9))
+    lens = logit_lens(model, layers(model, ids), slice(3, 9))
     assert lens.shape == (4, 6, 97)
     with torch.no_grad():
         torch.testing.assert_close(lens[-1], model(ids).logits[0, 3:9].softmax(-1))
@@ -70,7 +70,7 @@ def test_last_row_of_the_logit_lens_is_the_models_prediction(model):
 def test_lower_rows_of_the_logit_lens_are_the_prediction_without_the_blocks_above():
     model = prepare(tiny())
     ids = tokens(batch=1)
-    lens = logit_lens(model, ids, slice(None))
+    lens = logit_lens(model, layers(model, ids), slice(None))
     blocks = model.transformer.h
     for n_layer in (0, 1, 2):
         model.transformer.h = blocks[:n_layer]
@@ -120,7 +120,8 @@ def test_concurrent_users_get_what_they_would_get_alone():
     def work(number):
         new = list(sample_tokens(model, ids[number], max_new_tokens=30, temperature=1.0, seed=number))
         text = torch.cat([ids[number], torch.tensor([new])], dim=1)
-        return new, attention(model, text, 1), logit_lens(model, text, slice(0, 4))
+        computed = layers(model, text)
+        return new, attention(computed, 1), logit_lens(model, computed, slice(0, 4))
 
     alone = [work(number) for number in range(4)]
     together = [None] * 4

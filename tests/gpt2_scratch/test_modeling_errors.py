@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.tiny_models import cache_of, given, one_thread, tiny, tokens  # noqa: F401 - a fixture for all
+from transformers import DataCollatorWithFlattening, DynamicCache
 from transformers.cache_utils import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -66,9 +67,10 @@ def test_unimplemented_arguments_of_the_official_class_are_refused_unless_none(a
     assert torch.equal(model(tokens(), **{argument: None}).logits, model(tokens()).logits)
 
 
-def test_labels_for_the_model_without_a_head_are_refused():
-    with pytest.raises(TypeError, match="got an unexpected argument 'labels'"):
-        tiny().transformer(tokens(), labels=tokens())
+@pytest.mark.parametrize("argument", ["labels", "num_items_in_batch"])
+def test_arguments_of_a_loss_are_refused_by_the_model_without_a_head(argument):
+    with pytest.raises(TypeError, match=f"got an unexpected argument '{argument}'"):
+        tiny().transformer(tokens(), **{argument: tokens()})
 
 
 def test_arguments_of_attention_implementations_reach_them():
@@ -88,6 +90,51 @@ def test_arguments_of_attention_implementations_reach_them():
     assert dict.fromkeys(ATTENTION_ARGUMENTS, 7).items() <= received.items()
     assert received["scaling"] == 8**-0.5
     assert received["dropout"] == 0.0
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_arguments_that_the_attention_implementation_ignores_are_refused_by_name(attn_implementation):
+    model = tiny(attn_implementation=attn_implementation)
+    ignored = ATTENTION_ARGUMENTS - ({"is_causal"} if attn_implementation == "sdpa" else set())
+    for name in ignored:
+        message = f"got {name}, which attn_implementation='{attn_implementation}' does not read; leave it out"
+        for value in (torch.arange(3), 7, DynamicCache(config=model.config)):
+            with pytest.raises(TypeError, match=message):
+                model(tokens(), **{name: value})
+        assert torch.equal(model(tokens(), **{name: None}).logits, model(tokens()).logits)
+
+
+def test_sdpa_reads_is_causal():
+    model = tiny(attn_implementation="sdpa")
+    causal, other = (model(tokens(), is_causal=value, use_cache=False).logits for value in (True, False))
+    assert torch.equal(causal, model(tokens()).logits)
+    assert not torch.allclose(causal, other)
+
+
+def test_a_cache_under_the_name_of_another_argument_is_refused():
+    def attend(module, query, key, value, attention_mask, **kwargs):
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    model = tiny()
+    ALL_ATTENTION_FUNCTIONS["reads everything"] = attend
+    model.config._attn_implementation = "reads everything"
+    try:
+        with pytest.raises(TypeError, match="got block_table, which"):
+            model(tokens(), block_table=DynamicCache(config=model.config))
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["reads everything"]
+
+
+def test_flattened_documents_are_separated_by_their_positions_and_lengths_that_nothing_reads_are_refused():
+    model = tiny(attn_implementation="sdpa")
+    documents = [{"input_ids": row.tolist()} for row in (tokens(1, 7)[0], tokens(1, 9, seed=2)[0])]
+    batch = DataCollatorWithFlattening()(documents, return_tensors="pt")
+    packed = model(**batch, use_cache=False).logits
+    alone = torch.cat([model(torch.tensor([one["input_ids"]])).logits for one in documents], dim=1)
+    torch.testing.assert_close(packed, alone)
+    batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(documents, return_tensors="pt")
+    with pytest.raises(TypeError, match="got cu_seq_lens_q, which attn_implementation='sdpa' does not read"):
+        model(**batch)
 
 
 def test_inputs_with_a_wrong_number_of_dimensions_are_refused():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.tiny_models import cache_of, given, one_thread, padded, pair, tiny, tokens  # noqa: F401 - a fixture for all
+from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.cache_utils import DynamicCache
 from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
@@ -183,3 +184,17 @@ def test_left_padding_uses_no_positions():
     options = {"max_new_tokens": 10, "pad_token_id": 96, "do_sample": False, "eos_token_id": -1}
     padded_text = tiny().generate(input_ids, attention_mask=mask, **options)
     assert torch.equal(padded_text[:, 50:], tiny().generate(input_ids[:, 20:], **options)[:, 30:])
+
+
+@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+def test_continuous_batching_gives_the_tokens_of_generate(attn_implementation):
+    model = tiny(attn_implementation=attn_implementation)
+    prompts = [tokens(1, 5)[0].tolist(), tokens(1, 9, seed=2)[0].tolist()]
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1, "pad_token_id": 96}
+    memory = ContinuousBatchingConfig(num_blocks=16, max_batch_tokens=64)  # the default takes most of the free memory
+    found = model.generate_batch(
+        prompts, generation_config=GenerationConfig(**options), continuous_batching_config=memory
+    )
+    for prompt, result in zip(prompts, found.values(), strict=True):
+        expected = model.generate(torch.tensor([prompt]), generation_config=GenerationConfig(**options))
+        assert result.generated_tokens == expected[0, len(prompt) :].tolist()

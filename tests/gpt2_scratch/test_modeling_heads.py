@@ -102,3 +102,9 @@ def test_official_folder_loads_with_its_head(tmp_path, classes, labels, head):
     official.save_pretrained(tmp_path)
     loaded = classes[0].from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(loaded(tokens(3), **labels).loss, ours(tokens(3), **labels).loss)
+
+
+@each_head
+def test_count_of_targets_is_refused_because_the_losses_are_means(classes, labels, head):
+    with pytest.raises(TypeError, match="got an unexpected argument 'num_items_in_batch'"):
+        both(classes)[0](tokens(3), **labels, num_items_in_batch=7)

@@ -113,22 +113,32 @@ def test_folder_contains_exactly_the_code_it_imports(saved):
         assert (saved[0] / "model" / name).read_bytes() == (ROOT / "gpt2_scratch" / name).read_bytes()
 
 
-def test_tokenizer_loads_without_a_question_if_the_answer_or_the_class_is_given(saved):
-    """AutoTokenizer reads config.json first, which names code: it asks, unless the answer is given beforehand."""
+def test_tokenizer_needs_none_of_the_folders_code(saved):
+    """AutoTokenizer reads config.json first, which names code. It asks if nobody told it, and any answer will do."""
     script = f"""
 {NOT_INSTALLED}
 from transformers import AutoTokenizer, GPT2TokenizerFast
-for tokenizer in (
-    AutoTokenizer.from_pretrained("model", trust_remote_code=True),
-    GPT2TokenizerFast.from_pretrained("model"),
-):
+from transformers.utils import logging
+def check(tokenizer):
     assert type(tokenizer).__name__ == "GPT2Tokenizer", type(tokenizer)
     assert list(tokenizer("abc")) == ["input_ids", "attention_mask"]
     assert tokenizer("abc").input_ids == [0, 1, 2]
+check(GPT2TokenizerFast.from_pretrained("model"))
+check(AutoTokenizer.from_pretrained("model", trust_remote_code=False))  # with a warning
+logging.set_verbosity_error()
+check(AutoTokenizer.from_pretrained("model"))  # asks, and nobody answers
+assert not any(name.startswith("transformers_modules.model") for name in sys.modules)
+logging.set_verbosity_warning()
+check(AutoTokenizer.from_pretrained("model", trust_remote_code=True))
+assert any(name.startswith("transformers_modules.model") for name in sys.modules)
 """
     GPT2Tokenizer(vocab={"a": 0, "b": 1, "c": 2, "<|endoftext|>": 96}).save_pretrained(saved[0] / "model")
     result = run(saved[0], script)
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("Do you wish to run the custom code? [y/N] ")
+    assert result.stdout.count("[y/N]") == 1
+    assert "model of type `gpt2_scratch` to instantiate a model of type ``" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("version", ["4.57.6", "5.16.0"])

@@ -1,5 +1,6 @@
 """The model card: README.md of a model folder, generated from the run's records."""
 
+import importlib.metadata
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,7 +225,20 @@ def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, provenan
     hardware = f", on {', then '.join(facts.hardware)}" if facts.hardware else ""
     return f"""A GPT-2 with {size} parameters ({config.n_layer} layers, {config.n_head} heads,
 width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {corpus}:
-{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in total{hardware}."""
+{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in total{hardware},
+with {_kit()}."""
+
+
+def _kit() -> str:
+    """Return the name of this kit, with a link if the installed package's metadata state its source or homepage."""
+    name = "gpt2-scratch"
+    try:
+        metadata = importlib.metadata.metadata(name)
+    except importlib.metadata.PackageNotFoundError:
+        return name
+    urls = dict(url.split(", ", 1) for url in metadata.get_all("Project-URL") or ())
+    url = urls.get("Source") or urls.get("Homepage") or metadata.get("Home-page")
+    return f"[{name}]({url})" if url else name
 
 
 def _use(config: PreTrainedConfig) -> str:

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from email import message_from_string
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,27 @@ def test_the_card_has_a_widget_a_folded_recipe_and_how_to_get_other_formats() ->
     assert "--output model.gguf --format gguf`: a file for llama.cpp" in text
     native = card_for_repository(text, "me/x", branch="native", has_native=True)
     assert 'pipeline("text-generation", "me/x", revision="native")' in native
+
+
+@pytest.mark.parametrize(
+    ("urls", "kit"),
+    [
+        ([], "gpt2-scratch"),
+        (["Project-URL: Issues, https://a.test/issues"], "gpt2-scratch"),
+        (["Project-URL: Homepage, https://a.test"], "[gpt2-scratch](https://a.test)"),
+        (["Home-page: https://a.test"], "[gpt2-scratch](https://a.test)"),
+        (
+            ["Project-URL: Homepage, https://a.test", "Project-URL: Source, https://b.test"],
+            "[gpt2-scratch](https://b.test)",
+        ),
+    ],
+)
+def test_the_card_links_to_the_kit_if_the_package_states_an_address(
+    urls: list[str], kit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metadata = message_from_string("\n".join(["Name: gpt2-scratch", *urls, "", ""]))
+    monkeypatch.setattr("importlib.metadata.metadata", lambda _: metadata)
+    assert f"tokens in total, on 8 × NVIDIA A100-SXM4-80GB,\nwith {kit}.\n" in card()
 
 
 def test_the_card_shows_hardware_software_and_hours() -> None:
