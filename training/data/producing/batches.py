@@ -142,9 +142,9 @@ _COUNTS = {"replaced_characters": "replaced", "special_tokens_in_text": "special
 
 def summary(manifest: Manifest) -> Iterator[str]:
     """Yield what a user should know about the text in the shards, a line each."""
-    if manifest.replaced_documents:
+    if count := manifest.replaced_documents:
         yield (
-            f"{manifest.replaced_documents:,} documents held invalid {manifest.encoding or 'UTF-8'}, which was "
+            f"{count:,} document{'s' if count > 1 else ''} held invalid {manifest.encoding or 'UTF-8'}, which was "
             f"replaced by U+FFFD: {manifest.replaced_characters:,} characters, the first in {manifest.first_replaced}"
         )
     if manifest.special_tokens_in_text:

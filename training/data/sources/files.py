@@ -93,7 +93,8 @@ class FileCorpus(Corpus):
             return []
         count = len(self.unread)
         more = f" and {count - _NAMED_FILES:,} more" if count > _NAMED_FILES else ""
-        return [f"{count:,} files of {self._root} are not read: {', '.join(self.unread[:_NAMED_FILES])}{more}"]
+        files = f"{count:,} files of {self._root} are" if count > 1 else f"1 file of {self._root} is"
+        return [f"{files} not read: {', '.join(self.unread[:_NAMED_FILES])}{more}"]
 
     def min_tokens(self) -> int:
         """Return an eighth of the files' bytes; compressed files hold more."""

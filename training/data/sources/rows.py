@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 _ROWS_PER_BATCH = 1000
 _MAX_FIELD_CHARACTERS = 2**31 - 1
 _MAX_FIRST_LINE_CHARACTERS = 1 << 24
+_MAX_SHOWN_CHARACTERS = 200
+_DELIMITERS = (";", "\t", "|")  # also in .csv, such as spreadsheets write where the comma is in numbers
 
 
 class Row(NamedTuple):
@@ -79,7 +82,9 @@ def text_of(row: Any, text_field: str, where: str) -> str:
     for field in [text_field] if isinstance(row, dict) and text_field in row else text_field.split("."):
         if not isinstance(value, dict):
             if value is row:
-                raise InputError(f"{where} is not a JSON object but {type(value).__name__}")
+                raise InputError(
+                    f'{where} is not a JSON object but {type(value).__name__}; write rows as {{"text": …}}'
+                )
             raise missing_field(text_field, row, where)
         if field not in value:
             raise missing_field(text_field, row, where)
@@ -100,6 +105,8 @@ def missing_field(text_field: str, fields: Iterable[str], where: str) -> Missing
     """Return the error for a row without the field; it lists the fields that exist."""
     fields = list(fields)
     found = ", ".join(fields) or "no fields"
+    if len(found) > _MAX_SHOWN_CHARACTERS:  # such as a document, in CSV without a header
+        found = f"{found[:_MAX_SHOWN_CHARACTERS]}…"
     hint = did_you_mean(text_field, fields)
     return MissingFieldError(
         f"no field '{text_field}' in {where}, only {found}; name the field with --text_field{hint}"
@@ -151,7 +158,10 @@ def _holds_lines(file: Path | Member, format: Format, codec: str, text_field: st
 
 def _csv_rows(text: io.TextIOBase, file: Path | Member, text_field: str, number: int) -> Iterator[Row]:
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
-    rows = csv.reader(text, delimiter="\t" if ".tsv" in file.name.lower() else ",", strict=True)
+    first = text.readline()
+    usual = "\t" if ".tsv" in file.name.lower() else ","
+    fitting = (mark for mark in (usual, *_DELIMITERS) if text_field in next(csv.reader([first], delimiter=mark), []))
+    rows = csv.reader(itertools.chain([first], text), delimiter=next(fitting, usual), strict=True)
     try:
         header = next(rows, [])
         if text_field not in header:

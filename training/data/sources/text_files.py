@@ -22,6 +22,14 @@ _BYTE_ORDER_MARKS = {  # UTF-32's little-endian mark begins with UTF-16's
     codecs.BOM_UTF16_LE: "utf-16-le",
     codecs.BOM_UTF16_BE: "utf-16-be",
 }
+_NOT_TEXT = {
+    b"\x1f\x8b": "compressed with gzip",
+    b"\x28\xb5\x2f\xfd": "compressed with zstd",
+    b"\xfd7zXZ\0": "compressed with xz",
+    b"PK\3\4": "a zip archive or an office document",
+    b"%PDF-": "a PDF",
+    b"PAR1": "Parquet",
+}
 _SPACES_AFTER_A_MARK = 16
 
 INVALID = "training.invalid"
@@ -63,8 +71,11 @@ def find_encoding(stream: io.BufferedReader, encoding: str | None) -> tuple[str,
 
 
 def require_text(stream: io.BufferedReader, codec: str, file: Path | Member) -> None:
-    """Raise an `InputError` if a file in UTF-8 holds so many NUL bytes that it is not text; nothing is read yet."""
+    """Raise an `InputError` for NUL bytes in UTF-8, or the beginning of another kind of file; nothing is read yet."""
     head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
+    for start, kind in _NOT_TEXT.items():
+        if head.startswith(start):
+            raise InputError(f"{file} is {kind}, not text; rename it to its real ending, or remove it from the corpus")
     if codec == "utf-8" and head.count(0) > 0.01 * len(head):
         raise InputError(
             f"{file} holds NUL bytes, so it is not text in UTF-8; name its encoding with --encoding, such as "

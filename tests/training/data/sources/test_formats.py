@@ -135,7 +135,7 @@ def test_json_is_an_array_or_an_object_with_one_or_lines(tmp_path, content, docu
         ('[{"text": "a"}', "expected ,, found its end"),
         ('{"a": 1, "b": {}}', "holds no rows: expected an array of objects"),
         ("", "expected {, found its end"),
-        ('["a", "b"]', "row 1 is not a JSON object but str"),
+        ('["a", "b"]', 'row 1 is not a JSON object but str; write rows as {"text": …}'),
         ("just text", "expected {, found j"),
     ],
 )
@@ -153,12 +153,29 @@ def test_json_rows_do_not_depend_on_the_blocks_that_are_read(monkeypatch, size):
         assert list(json_items(io.StringIO(content), Path("c.json"))) == rows
 
 
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_csv_has_the_delimiter_that_gives_the_text_field(tmp_path, mark):
+    (tmp_path / "c.csv").write_text(f'id{mark}text\n1,5{mark}"a, b; c"\n'.replace("1,5", '"1,5"'))
+    assert list(open_corpus(str(tmp_path / "c.csv")).documents()) == ["a, b; c"]
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(gzip.compress(b"text"), "compressed with gzip"), (b"PK\3\4x", "a zip archive"), (b"%PDF-1.7 x", "a PDF")],
+)
+def test_another_kind_of_file_is_not_read_as_text(tmp_path, content, kind):
+    (tmp_path / "c.txt").write_bytes(content)
+    with pytest.raises(InputError, match=rf"c.txt is {kind}.*, not text; rename it to its real ending, or remove it"):
+        list(open_corpus(str(tmp_path / "c.txt")).documents())
+
+
 def test_csv_that_is_not_a_table_is_an_error_that_names_the_line(tmp_path):
     path = tmp_path / "c.csv"
     for content, message in (
         ("id,text\n1,a\n2,b,c\n", "c.csv line 3 has 3 fields, its header 2; quote the fields"),
         ('id,text\n1,"a\n', "c.csv line 2 is not valid CSV"),
         ("id,body\n1,a\n", r"no field 'text' in .*c.csv, only id, body"),
+        (f'"{"word " * 900}"\n', r"only (word ){40}…; name the field"),
     ):
         path.write_text(content)
         with pytest.raises(InputError, match=message):
