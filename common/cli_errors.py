@@ -98,7 +98,12 @@ def _check_environment() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while `gpt2_scratch` was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not os.environ.get("HF_TOKEN", "").isascii():
-        raise InputError("HF_TOKEN holds characters that no token has; copy it again from https://huggingface.co")
+        del os.environ["HF_TOKEN"]  # the Hub's client could not send it
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(
+                "HF_TOKEN holds characters that no token has, and is not used; copy it again from https://huggingface.co",
+                file=sys.stderr,
+            )
 
 
 def _exit_with(message: str) -> NoReturn:

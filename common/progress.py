@@ -20,7 +20,7 @@ class Progress:
         initial: units that were done before.
         enabled: False shows nothing, as on ranks other than 0.
         report: receives a line every `seconds_between_lines` where there is no terminal; None writes none.
-        status_below: show the status on a separate line, below the bar.
+        status_below: show the status on a separate line, below the bar; both disappear at the end.
         bar_format: as of `tqdm`.
     """
 
@@ -41,6 +41,7 @@ class Progress:
         stream = sys.stderr if stream is None else stream
         self.has_bar = enabled and is_terminal(stream)
         options: dict[str, Any] = {"file": stream, "disable": not self.has_bar, "dynamic_ncols": True}
+        options["leave"] = not status_below
         self._bar = tqdm(
             total=total,
             initial=initial,

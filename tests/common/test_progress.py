@@ -1,6 +1,7 @@
 """The display of progress: a bar on a terminal, lines in a log, nothing on other ranks."""
 
 import io
+import time
 
 import pytest
 
@@ -29,9 +30,19 @@ def test_terminal_shows_the_status_below_the_bar() -> None:
     stream = Terminal()
     with Progress(total=2, bar_format="step {n_fmt}/{total_fmt}{desc}", status_below=True, stream=stream) as progress:
         progress.describe("  5 s left")
+        time.sleep(0.15)  # tqdm draws at most every 0.1 s
         progress.update(2, status="loss 3.0000")
     assert "step 2/2  5 s left" in stream.getvalue()
     assert "\nloss 3.0000" in stream.getvalue().replace("\r", "")
+
+
+def test_two_lines_disappear_at_the_end_so_that_nothing_is_left_below_the_last_message() -> None:
+    stream = Terminal()
+    with Progress(total=2, bar_format="{n_fmt}/{total_fmt}", status_below=True, stream=stream) as progress:
+        progress.update(1, status="loss 3.0000")
+        progress.update(1, status="loss 2.0000")
+        stream.truncate(0)
+    assert not stream.getvalue().strip(" \r\n\0\x1b[A")
 
 
 def test_log_gets_a_line_at_most_every_interval_and_one_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 
 import pytest
@@ -135,3 +136,18 @@ def test_card_that_is_not_utf8_and_index_without_metadata_are_copied(tmp_path):
     assert (tmp_path / "native" / "README.md").read_bytes() == b"caf\xe9\n"
     index = json.loads((tmp_path / "native" / "model.safetensors.index.json").read_text())
     assert index["metadata"] == {"total_size": 21_432 * 2}
+
+
+@pytest.mark.parametrize("flags", [(), ("--dtype", "bfloat16")])
+def test_full_disk_leaves_nothing(scratch, tmp_path, capsys, flags):
+    # A limit on the size of files fails a write as a full disk does.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        message = refusal(capsys, scratch, tmp_path / "native", "gpt2", *flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert f"cannot write {tmp_path / 'native'}: " in message
+    assert "File too large" in message
+    assert message.endswith("free some space, or choose another --output\n")
+    assert list(tmp_path.iterdir()) == []

@@ -69,6 +69,7 @@ class RunHistory:
     starts: list[Start] = field(default_factory=list)
     task_results: Results | None = None  # the newest ones
     gzip_bits_per_byte: float | None = None  # of the validation text
+    unreadable: list[str] = field(default_factory=list)  # lines of metrics.jsonl that were skipped
 
     @classmethod
     def load(cls, output_dir: Path, last_step: float = math.inf) -> "RunHistory":
@@ -79,11 +80,13 @@ class RunHistory:
             for task in found.tasks:
                 task_named(task.task)
             results = found
+        metrics, unreadable = _read_metrics(output_dir)
         return cls(
-            metrics=[line for line in read_metrics(output_dir) if line["step"] <= last_step],
+            metrics=[line for line in metrics if line["step"] <= last_step],
             samples={step: texts for step, texts in _read_samples(output_dir).items() if step <= last_step},
             starts=_read_starts(output_dir),
             task_results=results,
+            unreadable=unreadable,
         )
 
     def add_start(self, output_dir: Path, start: Start) -> None:
@@ -143,19 +146,28 @@ def training_seconds(lines: list[dict[str, Any]]) -> float | None:
 
 def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
     """Return the lines of a run's metrics.jsonl, with NaN and infinities as floats; unreadable lines are skipped."""
-    return [line for text in _read(output_dir / METRICS).splitlines() if (line := _parsed(text))]
+    return _read_metrics(output_dir)[0]
 
 
-def set_aside_unreadable_metrics(output_dir: Path) -> str | None:
+def _read_metrics(output_dir: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the lines of metrics.jsonl, and those that cannot be read."""
+    lines, unreadable = [], []
+    for text in _read(output_dir / METRICS).splitlines():
+        if line := _parsed(text):
+            lines.append(line)
+        else:
+            unreadable.append(text)
+    return lines, unreadable
+
+
+def set_aside_unreadable_metrics(output_dir: Path, unreadable: Sequence[str]) -> str | None:
     """Keep a copy of a metrics.jsonl with unreadable lines, and return what to print; None if all can be read.
 
     A last line that a killed run truncated is not kept.
     """
-    text = _read(output_dir / METRICS)
-    unreadable = [line for line in text.splitlines() if not _parsed(line)]
     if not unreadable:
         return None
-    if len(unreadable) == 1 and text.endswith(unreadable[0]):
+    if len(unreadable) == 1 and _read(output_dir / METRICS).endswith(unreadable[0]):
         return f"{output_dir / METRICS}: dropped a truncated last line"
     kept = output_dir / f"{METRICS}.unreadable"
     shutil.copyfile(output_dir / METRICS, kept)

@@ -48,7 +48,7 @@ class RunLog:
         self._unwritten: set[str] = set()
         dropped = None
         if enabled:
-            dropped = set_aside_unreadable_metrics(output_dir)
+            dropped = set_aside_unreadable_metrics(output_dir, self.history.unreadable)
             contents = {
                 "metrics.jsonl": map(metrics_line, self.history.metrics),
                 "log.txt": map(_columns, self.history.metrics),

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -101,6 +102,8 @@ def test_progress_bar_on_a_terminal_has_the_values_of_the_log_line(
     log = open_log(tmp_path)
     log.advance()
     log.training({**training_line(1), "mfu": 0.4981, "memory_gib": 12.34}, seconds_left=240)
+    time.sleep(0.15)  # tqdm draws at most every 0.1 s
+    log.advance()
     log.close()
     drawn = capsys.readouterr().err
     values = "loss 3.0000 ~3.0000  lr 1.00e-03  norm 1.00  1.00k tok/s  MFU 49.8%  12.3 GiB"

@@ -175,8 +175,8 @@ class ShardWriter:
             return np.empty(tokens, dtype=np.dtype(self.manifest.dtype).newbyteorder("<"))
         except MemoryError:
             raise InputError(
-                f"not enough memory for a shard of {tokens:,} tokens; lower --shard_tokens and --val_tokens, "
-                "and choose another --output"
+                f"not enough memory for a shard of {tokens:,} tokens; lower shard_tokens and val_tokens, "
+                "and choose another folder"
             ) from None
 
     def _update(self, **changes: Any) -> None:
