@@ -7,7 +7,8 @@
 
 The two folder formats have the same weight names and layouts. Weight files are copied, so a round trip returns every
 byte; only config.json, the card, the code and the name of the tokenizer's class change. `--dtype` casts the weights,
-one file at a time. A checkpoint file of nanoGPT, build-nanogpt or llm.c becomes a model folder first.
+one file at a time. A checkpoint of nanoGPT, build-nanogpt, llm.c or OpenAI's TensorFlow code becomes a model folder
+first.
 """
 
 import json
@@ -26,7 +27,7 @@ from common.cli_errors import CommandParser, InputError, run_command
 from common.json_files import read_json_object
 
 from .configuration_gpt2_scratch import AUTO_MAP
-from .foreign_checkpoints import convert
+from .foreign_checkpoints import convert, is_foreign
 from .gguf_file import GGUF_DTYPES, write_gguf
 from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
 from .source_folder import (
@@ -52,11 +53,11 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
 
     Args:
         model: a folder or Hub repository of either folder format, with config.json and safetensors, or a checkpoint
-            file for `foreign_checkpoints.convert`.
+            for `foreign_checkpoints.convert`.
         output: the folder to create; with "gguf", the file.
         model_format: one of `FORMATS`.
         dtype: cast the weights to one of `DTYPES`, or with "gguf" to one of `GGUF_DTYPES`; None keeps their dtype.
-        tokenizer: for a checkpoint file; see `foreign_checkpoints.convert`.
+        tokenizer: for such a checkpoint; see `foreign_checkpoints.convert`.
 
     Returns:
         A sentence that says what was written.
@@ -75,10 +76,10 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
         raise InputError(f"--output {str(output)!r} contains a NUL character; choose another name")
     if output.exists() or output.is_symlink():
         raise InputError(f"--output {output} exists; choose another name")
-    is_file = Path(model).is_file()
-    if tokenizer is not None and not is_file:
-        raise InputError("--tokenizer is for checkpoint files; a model folder has its own tokenizer")
-    if not is_file:
+    is_of_another_program = is_foreign(Path(model))
+    if tokenizer is not None and not is_of_another_program:
+        raise InputError("--tokenizer is for checkpoints of other programs; a model folder has its own tokenizer")
+    if not is_of_another_program:
         source = find_source(model_in_run(model))
 
     # In the nearest folder that exists: a failed export creates no parents.
@@ -87,7 +88,7 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
     details = ""
     try:
         partial.mkdir()
-        if is_file:
+        if is_of_another_program:
             source = partial / f"{output.name}.source"
             source.mkdir()
             details = f", {convert(Path(model), source, tokenizer)}"
@@ -225,7 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--tokenizer",
-        help="of a checkpoint file: gpt2 (default, if the vocabulary has its size), a folder, a Hub repository or none",
+        help="for another program's checkpoint: gpt2 (default if the vocabulary has its size), folder, Hub id or none",
     )
     options = parser.parse_args(arguments)
     print(export(options.model, options.output, options.format, options.dtype, options.tokenizer))

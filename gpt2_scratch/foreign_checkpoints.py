@@ -1,4 +1,4 @@
-"""Checkpoint files of nanoGPT, build-nanogpt and llm.c, converted to a model folder of format gpt2_scratch.
+"""Checkpoints of nanoGPT, build-nanogpt, llm.c and OpenAI's TensorFlow code, converted to a model folder of ours.
 
 These programs compute GPT-2, so only names, layouts and paddings differ. Nothing in a file is executed: pickles are
 read with `weights_only`, and a config object in them becomes an object that only holds its fields. The weights are
@@ -21,11 +21,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, GPT2Tokenizer
 
 from common.cli_errors import InputError, one_line
+from common.json_files import read_json_object
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .modeling_gpt2_scratch import GPT2ScratchForCausalLM
-from .source_folder import WEIGHTS, compare_weights
+from .source_folder import LOADING_ERRORS, WEIGHTS, compare_weights
+from .tensorflow_checkpoint import read_tensors
 
+_HPARAMS = "hparams.json"
+_TENSORFLOW_NAME = re.compile(r"model/(?:h(\d+)/)?((?:attn/|mlp/)?\w+)(?:/([gwb]))?")
 _LLMC_MAGIC = 20240326
 _LLMC_DTYPES = {3: ("<f4", torch.float32), 5: ("<i2", torch.bfloat16)}  # by version; NumPy has no bfloat16
 _LLMC_HEADER = 256  # int32
@@ -39,9 +43,6 @@ _SHA256 = {
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
 }
 _END_OF_TEXT = "<|endoftext|>"
-
-# What torch.load raises for a file that is not, or not only, a checkpoint.
-_TORCH_ERRORS = (OSError, RuntimeError, ValueError, KeyError, IndexError, AttributeError, TypeError, EOFError)
 
 
 class _Checkpoint(NamedTuple):
@@ -58,11 +59,16 @@ class _Fields:
     """Stands for a config object of another program; unpickling fills its fields and runs no code."""
 
 
+def is_foreign(path: Path) -> bool:
+    """Return whether a path is a file, or a folder like that of OpenAI's TensorFlow release."""
+    return path.is_file() or ((path / _HPARAMS).is_file() and not (path / "config.json").exists())
+
+
 def convert(path: Path, folder: Path, tokenizer: str | None) -> str:
     """Write the model of a checkpoint file to `folder`, with a tokenizer, and return a phrase about it.
 
     Args:
-        path: nanoGPT's or build-nanogpt's `.pt`, or llm.c's `.bin`.
+        path: nanoGPT's or build-nanogpt's `.pt`, llm.c's `.bin`, TensorFlow's `.index`, or the folder of that.
         folder: an existing, empty folder.
         tokenizer: "gpt2", a folder or Hub repository with the model's tokenizer, or "none"; None is GPT-2's, if the
             vocabulary has its size.
@@ -107,6 +113,14 @@ def convert(path: Path, folder: Path, tokenizer: str | None) -> str:
 
 
 def _read(path: Path) -> _Checkpoint:
+    if path.is_dir():
+        indexes = sorted(path.glob("*.index"))
+        if len(indexes) != 1:
+            found = ", ".join(each.name for each in indexes) or "none"
+            raise InputError(f"{path} must hold one TensorFlow checkpoint (.index), found {found}; pass the file")
+        path = indexes[0]
+    if path.suffix == ".index":
+        return _read_tensorflow(path)
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -119,8 +133,8 @@ def _read(path: Path) -> _Checkpoint:
     if path.suffix == ".safetensors":
         raise InputError(f"--model {path} holds weights only; pass the folder that also has their config.json")
     raise InputError(
-        f"--model {path} is no checkpoint of nanoGPT or build-nanogpt (.pt) or llm.c (.bin); pass such a file, or the "
-        "folder of a model"
+        f"--model {path} is no checkpoint of nanoGPT or build-nanogpt (.pt), llm.c (.bin) or TensorFlow (.index); pass "
+        "such a file, or the folder of a model"
     )
 
 
@@ -138,7 +152,7 @@ def _read_torch(path: Path) -> _Checkpoint:
             f"{path} holds objects that could run code ({others or one_line(error, 120)}); save it again with tensors "
             'and plain values only: {"model": model.state_dict(), "model_args": {"n_head": …}}'
         ) from error
-    except _TORCH_ERRORS as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"{path} is corrupted ({one_line(error, 120)}); copy or save it again") from error
 
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
@@ -210,6 +224,28 @@ def _read_llmc(path: Path) -> _Checkpoint:
         weights[f"transformer.{name}"] = _official_layout(name, part.view(shape))
     weights["transformer.wte.weight"] = weights["transformer.wte.weight"][:vocab_size]
     return _Checkpoint("llm.c", weights, n_head, "gelu_new")
+
+
+def _read_tensorflow(index: Path) -> _Checkpoint:
+    """Return the content of OpenAI's release, or of a fine-tuned model that keeps its names."""
+    weights = {}
+    try:
+        settings = read_json_object(index.parent / _HPARAMS)
+        for name, weight in read_tensors(index):
+            parts = _TENSORFLOW_NAME.fullmatch(name)
+            if parts:  # the moments of an optimizer have other names
+                layer, module, kind = parts.groups()
+                block = "" if layer is None else f"h.{layer}."
+                official = f"transformer.{block}{module.replace('/', '.')}.{'bias' if kind == 'b' else 'weight'}"
+                weights[official] = weight[0] if kind == "w" else weight
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read the TensorFlow checkpoint {index}: {one_line(error, 120)}; copy it again, with {_HPARAMS} "
+            "and the file .data-00000-of-00001 next to it"
+        ) from error
+    if "n_head" not in settings:
+        raise InputError(f"{index.parent / _HPARAMS} has no n_head; copy it again")
+    return _Checkpoint("TensorFlow", weights, settings["n_head"], "gelu_new")
 
 
 def _official_layout(name: str, weight: Tensor) -> Tensor:
@@ -288,5 +324,5 @@ def _gpt2_tokenizer() -> GPT2Tokenizer:
 def _saved_tokenizer(spec: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(spec)
-    except (OSError, ValueError, KeyError, RuntimeError, AttributeError, ImportError, TypeError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(f"cannot load a tokenizer from --tokenizer {spec}: {one_line(error, 160)}") from error

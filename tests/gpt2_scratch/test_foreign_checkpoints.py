@@ -1,9 +1,12 @@
 """Checkpoint files of other programs: the model that is written computes what they compute, and the rest is refused."""
 
 import argparse
+import contextlib
 import json
 import os
+import shutil
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
@@ -15,6 +18,7 @@ from support.foreign_models import (
     save_build_nanogpt,
     save_llmc,
     save_nanogpt,
+    save_tensorflow,
     state_dict,
 )
 from support.model_folders import TRICKY, export, refusal
@@ -22,6 +26,7 @@ from support.paths import SHARED_DATA
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from gpt2_scratch import GPT2ScratchForCausalLM
+from gpt2_scratch.tensorflow_checkpoint import read_tensors
 
 IDS = torch.tensor([5, 0, 299, 17, 5, 131, 64, 8, 250, 3])
 
@@ -74,6 +79,51 @@ def test_llmc_file_keeps_its_logits(tmp_path, tokenizer_folder, version, dtype):
     assert {str(weight.dtype) for weight in load_file(tmp_path / "out" / "model.safetensors").values()} == {
         f"torch.{dtype}"
     }
+
+
+@pytest.mark.parametrize("name", ["", "model.ckpt.index"])
+def test_tensorflow_checkpoint_keeps_its_logits(tmp_path, tokenizer_folder, capsys, name):
+    state = state_dict(300)
+    save_tensorflow(tmp_path / "124M", state, more={"model/wte/Adam": np.ones((300, 16), "<f4")})
+    export(tmp_path / "124M" / name, tmp_path / "out", "gpt2", "--tokenizer", str(tokenizer_folder))
+    assert "from TensorFlow, activation_function gelu_new" in capsys.readouterr().out
+    expected = logits(state, IDS, "tanh")
+    torch.testing.assert_close(logits_of(tmp_path / "out", GPT2LMHeadModel), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "model.ckpt.index").unlink(), "must hold one TensorFlow checkpoint (.index), found"),
+        (lambda folder: (folder / "model.ckpt.data-00000-of-00001").unlink(), "No such file or directory"),
+        (
+            lambda folder: (folder / "model.ckpt.data-00000-of-00001").write_bytes(b"short"),
+            "cannot read the TensorFlow",
+        ),
+        (lambda folder: (folder / "model.ckpt.index").write_bytes(b"index"), "it is not a table of TensorFlow"),
+        (lambda folder: (folder / "hparams.json").write_text("{}"), "has no n_head"),
+        (lambda folder: (folder / "hparams.json").write_text("[1]"), "it holds no object"),
+        (
+            lambda folder: shutil.copy(folder / "model.ckpt.index", folder / "b.index"),
+            "found b.index, model.ckpt.index",
+        ),
+    ],
+)
+def test_incomplete_tensorflow_checkpoint_is_refused(tmp_path, tokenizer_folder, capsys, damage, message):
+    save_tensorflow(tmp_path / "124M", state_dict(300))
+    damage(tmp_path / "124M")
+    found = refusal(capsys, tmp_path / "124M", tmp_path / "out", "gpt2", "--tokenizer", str(tokenizer_folder))
+    assert message in found
+
+
+def test_flipped_byte_in_a_tensorflow_index_is_an_error_or_harmless(tmp_path):
+    save_tensorflow(tmp_path / "124M", state_dict(300))
+    path = tmp_path / "124M" / "model.ckpt.index"
+    intact = path.read_bytes()
+    for offset in range(0, len(intact), 3):
+        path.write_bytes(intact[:offset] + bytes([intact[offset] ^ 0x55]) + intact[offset + 1 :])
+        with contextlib.suppress(ValueError, OSError):
+            list(read_tensors(path))
 
 
 def test_vocabulary_of_gpt2s_size_brings_gpt2s_tokenizer(tmp_path, monkeypatch):
@@ -184,7 +234,7 @@ def llmc(**options):
         (llmc(header={6: -16}), "but its header describes"),
         (truncated(llmc(), -4), "it is truncated or corrupted"),
         (truncated(llmc(), 20), "it is truncated or corrupted"),
-        (lambda path: path.write_bytes(b""), "is no checkpoint of nanoGPT or build-nanogpt (.pt) or llm.c (.bin)"),
+        (lambda path: path.write_bytes(b""), "is no checkpoint of nanoGPT or build-nanogpt (.pt), llm.c (.bin) or"),
         (lambda path: path.write_text("GGUF, or a text"), "is no checkpoint of nanoGPT"),
         (lambda path: path.write_bytes(b"PK\x03\x04 a zip"), "is corrupted"),
     ],
@@ -204,7 +254,9 @@ def test_tokenizer_of_another_model_and_tokenizer_of_a_folder_are_refused(tmp_pa
     assert "the tokenizer has 300 tokens, but" in message
     message = refusal(capsys, tmp_path / "ckpt.pt", tmp_path / "out", "gpt2", "--tokenizer", str(tmp_path / "nowhere"))
     assert "cannot load a tokenizer from --tokenizer" in message
-    assert "--tokenizer is for checkpoint files" in refusal(capsys, tmp_path, tmp_path / "out", "gpt2", *flags)
+    assert "--tokenizer is for checkpoints of other programs" in refusal(
+        capsys, tmp_path, tmp_path / "out", "gpt2", *flags
+    )
 
 
 def test_safetensors_file_names_its_folder(tmp_path, capsys):

@@ -1,6 +1,7 @@
-"""Checkpoints as nanoGPT, build-nanogpt and llm.c write them, and the logits that these programs compute."""
+"""Checkpoints as nanoGPT, build-nanogpt, llm.c and TensorFlow write them, and the logits that they compute."""
 
 import dataclasses
+import json
 import math
 import sys
 from contextlib import contextmanager
@@ -141,3 +142,83 @@ def save_llmc(path, state, version, *, header=()):
                 weight = F.pad(weight, (0, 0, 0, padding))
             weight = weight if version == 3 else weight.bfloat16().view(torch.int16)
             file.write(weight.contiguous().numpy().tobytes())
+
+
+def save_tensorflow(folder, state, *, more=None):
+    """Write hparams.json, and the .index and .data files of a TensorFlow checkpoint of one shard."""
+    folder.mkdir()
+    vocab_size = state["transformer.wte.weight"].shape[0]
+    sizes = {"n_vocab": vocab_size, "n_ctx": BLOCK_SIZE, "n_embd": N_EMBD, "n_head": N_HEAD, "n_layer": N_LAYER}
+    (folder / "hparams.json").write_text(json.dumps(sizes))
+    (folder / "checkpoint").write_text('model_checkpoint_path: "model.ckpt"\n')
+    tensors = dict(more or {})
+    for name, weight in state.items():
+        parts = name.removeprefix("transformer.").replace("h.", "h", 1 if ".h." in name else 0).split(".")
+        if parts[0] == "lm_head":
+            continue
+        if parts[0] in ("wte", "wpe"):
+            parts.pop()
+        elif "ln_" in parts[-2]:
+            parts[-1] = {"weight": "g", "bias": "b"}[parts[-1]]
+        else:
+            weight = weight.T[None] if parts[-1] == "weight" else weight
+            parts[-1] = parts[-1][0]
+        tensors["/".join(["model", *parts])] = weight.numpy()
+    data, entries = b"", {b"": bytes.fromhex("08011a020801")}  # one shard, written by version 1
+    for name in sorted(tensors):
+        value = np.ascontiguousarray(tensors[name]).tobytes()
+        entries[name.encode()] = _bundle_entry(tensors[name].shape, len(data), len(value))
+        data += value
+    (folder / "model.ckpt.data-00000-of-00001").write_bytes(data)
+    (folder / "model.ckpt.index").write_bytes(_table(entries))
+
+
+def _varint(value):
+    parts = []
+    while value >= 0x80:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
+
+
+def _field(number, value):
+    return (
+        _varint(number << 3 | 2) + _varint(len(value)) + value
+        if isinstance(value, bytes)
+        else (_varint(number << 3) + _varint(value) if value else b"")
+    )
+
+
+def _bundle_entry(shape, offset, size):
+    dims = b"".join(_field(2, _field(1, length)) for length in shape)
+    checksum = _varint(6 << 3 | 5) + bytes(4)  # of the value; the reader does not check it
+    return _field(1, 1) + _field(2, dims) + _field(4, offset) + _field(5, size) + checksum
+
+
+def _block(entries):
+    """Return a block of LevelDB's table format; every sixteenth key is stored completely."""
+    content, restarts, last = b"", [], b""
+    for number, (key, value) in enumerate(entries.items()):
+        shared = 0
+        if number % 16 == 0:
+            restarts.append(len(content))
+        else:
+            while shared < min(len(key), len(last)) and key[shared] == last[shared]:
+                shared += 1
+        content += _varint(shared) + _varint(len(key) - shared) + _varint(len(value)) + key[shared:] + value
+        last = key
+    return content + b"".join(offset.to_bytes(4, "little") for offset in [*(restarts or [0]), len(restarts) or 1])
+
+
+def _table(entries):
+    """Return two blocks of entries, and an index of them."""
+    keys, table, index = list(entries), b"", {}
+    for half in (keys[: len(keys) // 2], keys[len(keys) // 2 :]):
+        block = _block({key: entries[key] for key in half})
+        index[half[-1] + b"~"] = _varint(len(table)) + _varint(len(block))
+        table += block + bytes(5)  # not compressed, and a checksum
+    handles = b""
+    for block in (_block({}), _block(index)):
+        handles += _varint(len(table)) + _varint(len(block))
+        table += block + bytes(5)
+    return table + handles.ljust(40, b"\0") + 0xDB4775248B80FB57.to_bytes(8, "little")
