@@ -8,6 +8,7 @@ import socket
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
+from transformers import PreTrainedModel
 
 from common.cli_errors import InputError
 from common.durations import format_duration
@@ -86,14 +88,9 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         device_type=accelerator.device.type,
     )
     free = available_memory(accelerator.device, batch.num_processes)
-    report(
-        f"model       {model.num_parameters() / 1e6:.1f}M parameters, {model.config.n_layer} layers, width "
-        f"{model.config.n_embd}, vocabulary {model.config.vocab_size:,}, in {precision_name(accelerator)}"
-    )
-    parts = ", ".join(f"{part} {_gib(count)}" for part, count in asdict(estimate).items())
-    report(
-        f"memory      estimated {_gib(estimate.total)} per device: {parts}" + (f"; {_gib(free)} free" if free else "")
-    )
+    report_model(report, model, precision_name(accelerator))
+    parts = ", ".join(f"{part} {gib(count)}" for part, count in asdict(estimate).items())
+    report(f"memory      estimated {gib(estimate.total)} per device: {parts}" + (f"; {gib(free)} free" if free else ""))
     report(f"data        {data.state}")
     steps = None if recipe.num_train_epochs is not None and order is None else total_steps(recipe, order)
     done = TrainerState.read(resume_from).step if resume_from else 0
@@ -109,17 +106,50 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     seconds, method = _seconds_per_step(accelerator, wrapped, optimizer, batch, recipe)
     report(f"speed       {batch.tokens_per_step / seconds:,.0f} tokens/s, {seconds:.3g} s per step: {method}")
     if accelerator.device.type == "cuda":
-        report(f"            peak memory {_gib(torch.cuda.max_memory_allocated(accelerator.device))}")
+        report(f"            peak memory {gib(torch.cuda.max_memory_allocated(accelerator.device))}")
     if steps is not None:
-        hours = _hours(recipe, batch, steps=steps, done=done, seconds=seconds)
-        spelled = f"{hours:,.1f} hours" if hours >= 1 else f"{hours:.4f} hours ({format_duration(3600 * hours)})"
-        report(f"time        {spelled} with validation, without samples, eval_tasks and checkpoints")
-        if price_per_gpu_hour is not None:
-            cost = hours * batch.num_processes * price_per_gpu_hour
-            report(f"cost        {cost:,.2f} at {price_per_gpu_hour:,.2f} per GPU hour on {batch.num_processes}")
+        report_time_and_cost(report, recipe, batch, steps=steps, done=done, seconds=seconds, price=price_per_gpu_hour)
     report("Nothing was started or written. Run the same command without --preflight to train.")
     del wrapped, optimizer
     shut_down(accelerator)
+
+
+def report_model(report: Callable[[str], None], model: PreTrainedModel, precision: str) -> None:
+    """Print the model's size."""
+    report(
+        f"model       {model.num_parameters() / 1e6:.1f}M parameters, {model.config.n_layer} layers, width "
+        f"{model.config.n_embd}, vocabulary {model.config.vocab_size:,}, in {precision}"
+    )
+
+
+def report_time_and_cost(
+    report: Callable[[str], None],
+    recipe: Recipe,
+    batch: BatchPlan,
+    *,
+    steps: int,
+    done: int,
+    seconds: float,
+    price: float | None,
+    note: str = "",
+) -> None:
+    """Print the time of the remaining steps, of `seconds` each, and its cost at a price per GPU hour."""
+    hours = _hours(recipe, batch, steps=steps, done=done, seconds=seconds)
+    spelled = f"{hours:,.1f} hours" if hours >= 1 else f"{hours:.4f} hours ({format_duration(3600 * hours)})"
+    report(f"time        {spelled} with validation, without samples, eval_tasks and checkpoints")
+    if price is not None:
+        cost = hours * batch.num_processes * price
+        report(f"cost        {cost:,.2f} at {price:,.2f} per GPU hour on {batch.num_processes}{note}")
+
+
+def known_vocabulary(recipe: Recipe) -> Tokenizer | Vocabulary:
+    """The size of the recipe's vocabulary, without a download or a training where possible."""
+    trained = parse_train_spec(recipe.tokenizer)
+    if trained is not None:
+        return Vocabulary(trained, trained - 1)
+    if recipe.tokenizer == "gpt2":  # no download, where the network may be out of reach
+        return Vocabulary(50_257, 50_256)
+    return load_tokenizer(recipe.tokenizer)
 
 
 def _inspect_data(recipe: Recipe, resume_from: Path | None) -> _Data:
@@ -127,18 +157,15 @@ def _inspect_data(recipe: Recipe, resume_from: Path | None) -> _Data:
     path = Path(recipe.data_dir)
     folder, spec = check_data(recipe, print)
     manifest = folder.manifest if folder else None
-    trained = parse_train_spec(recipe.tokenizer)
     tokenizer: Tokenizer | Vocabulary
     if folder is not None and manifest is not None:
         tokenizer = folder.load_tokenizer(recipe.tokenizer)
     elif spec is None:
         tokenizer = tokenizer_of_foreign_shards(recipe)
-    elif trained is not None:
-        tokenizer = Vocabulary(trained, trained - 1)
-    elif recipe.tokenizer == "gpt2" and not recipe.eval_tasks:  # no download, where the network may be out of reach
-        tokenizer = Vocabulary(50_257, 50_256)
-    else:
+    elif recipe.eval_tasks and parse_train_spec(recipe.tokenizer) is None:  # to check the tasks
         tokenizer = load_tokenizer(recipe.tokenizer)
+    else:
+        tokenizer = known_vocabulary(recipe)
     tasks = TaskSet(recipe, tokenizer) if recipe.eval_tasks and isinstance(tokenizer, Tokenizer) else None
     if folder is not None and folder.can_train(folder.complete) and isinstance(tokenizer, Tokenizer):
         shards = check_shards(recipe, folder, tokenizer)
@@ -241,5 +268,6 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _gib(count: int) -> str:
+def gib(count: int) -> str:
+    """Bytes as GiB, or MiB if they are few."""
     return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
