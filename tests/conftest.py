@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from support.loopback_hub import LoopbackHub
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=40, help="damaged folders per test of test_damaged_folders.py")
+    parser.addoption("--fuzz-seed", type=int, default=0)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Nothing may reach for the network by accident, unless the tests that need it were asked for.
     if "not network" in config.option.markexpr:

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 from common.atomic_files import PARTIAL_SUFFIX, fsync
 from common.cli_errors import InputError, one_line, os_error_message
 from common.json_files import instance_of, read_json_object
+from gpt2_scratch.source_folder import LOADING_ERRORS
 from training.checkpoints.checksums import find_corruption, write_checksums
 from training.checkpoints.state_snapshot import Snapshot, bare_model, restore_rng_state
 from training.data.tokenization.tokenizer import Tokenizer
@@ -202,7 +203,25 @@ def load_checkpoint(
 
     The tensors of `loop_state` are filled in place. With another number of processes, ranks without a saved generator
     keep a fresh one: dropout differs there, and the data stay the same.
+
+    Raises:
+        InputError: the state is not that of this model and optimizer.
     """
+    try:
+        _load(checkpoint, accelerator, model, optimizer, loop_state)
+    except LOADING_ERRORS as error:
+        raise InputError(
+            f"checkpoint {checkpoint} cannot be loaded ({one_line(error, 120)}); {_advice(checkpoint)}"
+        ) from error
+
+
+def _load(
+    checkpoint: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: Optimizer,
+    loop_state: Mapping[str, torch.Tensor],
+) -> None:
     folder = checkpoint / "training_state"
     bare = bare_model(accelerator, model)
     loop = load_file(folder / "loop_state.safetensors")

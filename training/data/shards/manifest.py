@@ -1,12 +1,13 @@
 """The manifest of a shard folder: where the shards came from, and a record of each."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from common.atomic_files import write_atomically
-from common.cli_errors import InputError, one_line
+from common.cli_errors import InputError, one_line, os_error_message
 from common.json_files import instance_of, read_json_object
 from common.token_files import Split
 from training.data.sources.text_files import END_OF_TEXT
@@ -111,7 +112,8 @@ class Manifest:
         }
         if self.resume is not None:
             resume = {"document": self.resume.document, "place": self.resume.position}
-            values["resume"] = resume if self.resume.tokens is None else {**resume, "tokens": self.resume.tokens}
+            resume = resume if self.resume.tokens is None else {**resume, "tokens": self.resume.tokens}
+            values["resume"] = {**resume, "sha256": _checksum(resume)}
         write_atomically(folder / MANIFEST_NAME, json.dumps(values, indent=2) + "\n")
 
     @classmethod
@@ -126,12 +128,14 @@ class Manifest:
             data = read_json_object(path)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        except (ValueError, OSError) as error:
+        except ValueError as error:
             raise _invalid(path, one_line(error)) from None
+        except OSError as error:  # such as its permissions, which are no reason to delete it
+            raise InputError(os_error_message(error) or f"cannot read {path} ({error})") from None
         version = data.get("format_version")
         if version != FORMAT_VERSION:
             raise InputError(
-                f"{path} has format_version {version}, this program reads {FORMAT_VERSION}; "
+                f"{path} has format_version {version!r:.40}, this program reads {FORMAT_VERSION}; "
                 "use the program that wrote the folder, or prepare it again in another one"
             )
         try:
@@ -146,6 +150,10 @@ def _parse(data: dict[str, Any]) -> Manifest:
     if not isinstance(records, list):
         raise ValueError("shards is not a list")
     shards = tuple(instance_of(ShardRecord, record) for record in records)
+    if isinstance(resume, dict) and "sha256" in resume:  # an earlier version wrote none
+        resume = dict(resume)
+        if resume.pop("sha256") != _checksum(resume):
+            raise ValueError("resume has another sha256")
     if isinstance(resume, dict) and "place" in resume:
         resume = {**{key: value for key, value in resume.items() if key != "place"}, "position": resume["place"]}
     resume = None if resume is None else instance_of(ResumePoint, resume)
@@ -173,6 +181,11 @@ def _parse(data: dict[str, Any]) -> Manifest:
         if found:
             raise ValueError(problem)
     return manifest
+
+
+def _checksum(resume: dict[str, Any]) -> str:
+    """Return a hash: nothing else would show that a position is wrong."""
+    return hashlib.sha256(json.dumps(resume, sort_keys=True).encode()).hexdigest()
 
 
 def _invalid(path: Path, reason: str) -> InputError:

@@ -7,7 +7,6 @@ merge its bytes: the merges inside a token do not depend on what surrounds it, s
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import tiktoken
 
 from common.byte_level import bytes_to_unicode, unicode_to_bytes
 from common.cli_errors import InputError, TemporaryError, one_line
+from common.json_files import read_json_object
 from training.data.sources.text_files import END_OF_TEXT
 from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding, Encoding
 from training.data.tokenization.tokenizer_files import (
@@ -130,28 +130,30 @@ class Tokenizer:
             with converted(Path(folder)) as name:
                 return cls.load(name)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = read_json_object(path)
         except OSError as error:
             raise InputError(
                 f"cannot read {path} ({error.strerror}); give 'gpt2', 'train:4096', or the folder of a saved tokenizer"
             ) from None
         except ValueError as error:
-            raise _unsupported(path, f"it is not JSON ({error})") from None
+            raise _unsupported(path, f"it is not JSON ({one_line(error, 120)})") from None
         config = read_tokenizer_config(Path(folder))
         end_of_text = config.get("eos_token") or END_OF_TEXT
         is_gpt2 = config.get("tokenizer_class") in (None, "GPT2Tokenizer", "GPT2TokenizerFast")
         try:
             ranks, special_tokens = _parse(data, path, end_of_text)
-        except InputError:
-            if is_gpt2:  # a class that takes vocabulary and merges, and ignores what else is there
-                raise
-            return _library_tokenizer(folder)
-        if needs_library(data, config, end_of_text):
-            return _library_tokenizer(folder)
-        template = Path(folder) / "chat_template.jinja"
-        files = {template.name: template.read_text(encoding="utf-8")} if template.exists() else {}
-        kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
-        return cls(ranks, special_tokens, end_of_text=end_of_text, config=kept, files=files)
+            if needs_library(data, config, end_of_text):
+                return _library_tokenizer(folder)
+            template = Path(folder) / "chat_template.jinja"
+            files = {template.name: template.read_text(encoding="utf-8")} if template.exists() else {}
+            kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
+            return cls(ranks, special_tokens, end_of_text=end_of_text, config=kept, files=files)
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            if not is_gpt2:
+                return _library_tokenizer(folder)
+            # a class that takes vocabulary and merges, and ignores what else is there
+            known = isinstance(error, InputError)
+            raise error if known else _unsupported(path, f"its content is not valid ({error!r:.80})") from None
 
 
 def _library_tokenizer(folder: str | Path) -> Tokenizer:
@@ -317,9 +319,9 @@ def _unsupported(path: Path, reason: str) -> InputError:
     )
 
 
-def _parse(data: Any, path: Path, end_of_text: str) -> tuple[dict[bytes, int], dict[str, int]]:
+def _parse(data: dict[str, Any], path: Path, end_of_text: str) -> tuple[dict[bytes, int], dict[str, int]]:
     """Return ranks and special tokens of a `tokenizer.json`."""
-    model = data.get("model") if isinstance(data, dict) else None
+    model = data.get("model")
     if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict) or "merges" not in model:
         raise _unsupported(path, "it has no BPE model")
     pre_tokenizer = data.get("pre_tokenizer") or {}

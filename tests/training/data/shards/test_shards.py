@@ -112,8 +112,16 @@ def test_too_small_corpus_is_refused_and_leaves_no_shard(tmp_path, tokens):
 def test_position_to_resume_from_has_its_key_of_the_file_format(tmp_path):
     manifest = replace(MANIFEST, resume=ResumePoint(0, [3, 7]))
     manifest.write(tmp_path)
-    assert json.loads((tmp_path / "manifest.json").read_text())["resume"] == {"document": 0, "place": [3, 7]}
+    path = tmp_path / "manifest.json"
+    resume = json.loads(path.read_text())["resume"]
+    checksum = resume.pop("sha256")
+    assert resume == {"document": 0, "place": [3, 7]}
     assert Manifest.read(tmp_path) == manifest
+    path.write_text(path.read_text().replace("7", "8", 1))
+    with pytest.raises(InputError, match="resume has another sha256"):
+        Manifest.read(tmp_path)
+    path.write_text(path.read_text().replace(f',\n    "sha256": "{checksum}"', ""))  # as an earlier version wrote it
+    assert Manifest.read(tmp_path) == replace(MANIFEST, resume=ResumePoint(0, [3, 8]))
 
 
 def test_partial_folder_has_its_complete_shards(tmp_path):
