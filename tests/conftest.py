@@ -1,5 +1,6 @@
 """What several tests need: the shared data where it is there, a small corpus, and a recipe that trains on it."""
 
+import gc
 import os
 import random
 import sys
@@ -128,19 +129,31 @@ def tiny_recipe(text_file: Path, shard_folder: Path, tmp_path: Path) -> Callable
     return make
 
 
+@pytest.fixture(scope="session")
+def _libraries_are_not_collected() -> None:
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture
-def fresh_accelerator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def drawn_curves() -> None:
+    """Runs draw their curves, which takes longer than training."""
+
+
+@pytest.fixture
+def fresh_accelerator(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _libraries_are_not_collected: None
+) -> Iterator[None]:
     """accelerate keeps its state in singletons; a test that trains in this process starts and leaves without them."""
-    import torch
     from accelerate.state import AcceleratorState, GradientState, PartialState
+    from support.fast_runs import speed_up
 
     def forget() -> None:
         AcceleratorState._reset_state(True)
         GradientState._reset_state()
         PartialState._reset_state()
 
-    # One thread: on shared cores two of them wait for each other longer than these models compute.
-    monkeypatch.setattr("training.setup.accelerator.use_all_cores", lambda: torch.set_num_threads(1))
+    speed_up(monkeypatch.setattr, curves="drawn_curves" in request.fixturenames)
     forget()
     yield
     forget()

@@ -1,23 +1,94 @@
-"""Runs under `accelerate launch`."""
+"""`accelerate launch` without its launcher: the processes are forked from one that has imported torch.
+
+A launcher and two processes that import torch and transformers cost ten seconds of CPU time; these cost one.
+"""
 
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
+import pytest
+
+from support.fast_runs import speed_up
 from support.paths import ROOT
+from support.processes import FORKED, free_port
 from training.recipe import Recipe
 
+TRAIN = ROOT / "training" / "train.py"
 
-def launched(recipe: Recipe, config: str) -> str:
-    """Train in two processes, and return their standard output."""
+
+def train_in_two(recipe: Recipe, config: str = "cpu_2_processes") -> str:
+    """Train in two processes, with a config of `accelerate_configs`, and return their standard output."""
     path = Path(recipe.output_dir).with_suffix(".yaml")
     recipe.save(path)
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "2"]
-    command += ["--mixed_precision", "no", "--main_process_port", "0"]
-    command += ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
-    command += [ROOT / "training" / "train.py", "--config", path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    done = launched(config, str(TRAIN), "--config", str(path))
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def launched(config: str, script: str, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script in two CPU processes with the environment of `accelerate launch`, in fp32."""
+    return forked([script, *flags], [_launch_environment(config) | ranks for ranks in _ranks(2)])
+
+
+def forked(command: list[str], environments: list[dict[str, str]]) -> "subprocess.CompletedProcess[str]":
+    """Run a script with its flags in a process per environment; when one fails, the others are stopped.
+
+    What they print is the result's, one process after another.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [(f"{folder}/out-{rank}", f"{folder}/err-{rank}") for rank in range(len(environments))]
+        processes = [
+            FORKED.Process(target=_run, args=(command, environment, *output))
+            for environment, output in zip(environments, outputs, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline = time.monotonic() + 240
+        while any(process.is_alive() for process in processes):
+            if time.monotonic() > deadline:
+                for process in processes:
+                    process.kill()
+            elif any(process.exitcode for process in processes):
+                for process in processes:
+                    process.terminate()
+            time.sleep(0.02)
+        out, err = ("".join(Path(path).read_text() for path in paths) for paths in zip(*outputs, strict=True))
+        code = next((process.exitcode for process in processes if process.exitcode), 0)
+        return subprocess.CompletedProcess(command, code, out, err)
+
+
+def _launch_environment(config: str) -> dict[str, str]:
+    """What `accelerate launch` sets for all processes."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = ROOT / "accelerate_configs" / f"{config}.yaml"
+    arguments = ["--config_file", str(path), "--num_processes", "2", "--mixed_precision", "no"]
+    parsed, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args([*arguments, "--main_process_port", "0", str(TRAIN)])
+    )
+    return {**prepare_multi_gpu_env(parsed), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def _ranks(number: int) -> list[dict[str, str]]:
+    """What `torchrun` sets for each process."""
+    port = str(free_port())
+    common = {"WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+
+
+def _run(command: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    os.environ.clear()
+    os.environ |= environment
+    sys.argv = command
+    speed_up(pytest.MonkeyPatch().setattr)
+    runpy.run_path(command[0], run_name="__main__")

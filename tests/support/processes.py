@@ -14,10 +14,13 @@ import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import pytest
+
+from support.fast_runs import speed_up
 from support.two_hosts import enter
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["training.loop", "gpt2_scratch", "matplotlib.pyplot", "training.monitoring.plots"])
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["training.loop", "gpt2_scratch", "matplotlib.pyplot", "training.monitoring.plots"])
 
 
 class ProcessesOfARun:
@@ -42,7 +45,7 @@ class ProcessesOfARun:
         address: str = "127.0.0.1",
     ) -> None:
         self.printed = printed
-        port = _free_port()
+        port = free_port()
         recipes = recipe if isinstance(recipe, list) else [recipe] * number
         self.processes: list[ForkServerProcess] = []
         for rank, path in enumerate(recipes):
@@ -56,7 +59,7 @@ class ProcessesOfARun:
             environment |= {"LOCAL_RANK": local[0], "LOCAL_WORLD_SIZE": local[1], "ACCELERATE_USE_CPU": "true"}
             host = hosts[rank] if hosts else None
             arguments = (str(path), environment if number > 1 else {}, str(printed), timeout_seconds, host)
-            self.processes.append(_CONTEXT.Process(target=_train, args=arguments))
+            self.processes.append(FORKED.Process(target=_train, args=arguments))
         for process in self.processes:
             process.start()
 
@@ -88,7 +91,7 @@ class ProcessesOfARun:
         return [process.exitcode for process in self.processes]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -104,8 +107,6 @@ def _train(
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ |= environment
-    import torch
-
     from common.cli_errors import run_command
     from training.loop import train
     from training.recipe import load_recipe
@@ -113,6 +114,5 @@ def _train(
 
     if timeout_seconds is not None:
         accelerator.PROCESS_TIMEOUT = datetime.timedelta(seconds=timeout_seconds)
-    # A fixed number, because rounding depends on it; one, because these models are tiny.
-    accelerator.use_all_cores = lambda: torch.set_num_threads(1)
+    speed_up(pytest.MonkeyPatch().setattr)
     run_command(lambda: train(load_recipe(Path(recipe))))

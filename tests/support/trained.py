@@ -1,28 +1,12 @@
 """What tests compare of trained runs."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from support.paths import ROOT
 from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
-
-
-def launched(recipe: Recipe, path: Path, *, processes: int = 1) -> "subprocess.CompletedProcess[str]":
-    """Train under `accelerate launch`."""
-    recipe.save(path)
-    config = "cpu.yaml" if processes == 1 else "cpu_2_processes.yaml"
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet"]
-    command += ["--config_file", ROOT / "accelerate_configs" / config, "--main_process_port", "0"]
-    command += [ROOT / "training" / "train.py", "--config", path]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

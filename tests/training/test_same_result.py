@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.trained import assert_same, launched, losses, optimizer_state, weights
+from support.launching import train_in_two
+from support.trained import assert_same, losses, optimizer_state, weights
 
 from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
@@ -55,9 +56,7 @@ def test_two_processes_equal_one(optimizer: str, tiny_recipe: Make, tmp_path: Pa
     one = tiny_recipe(output_dir=str(tmp_path / "one"), optimizer=optimizer, max_steps=6)
     two = dataclasses.replace(one, output_dir=str(tmp_path / "two"))
     train(one)
-    done = launched(two, tmp_path / "two.yaml", processes=2)
-    assert done.returncode == 0, done.stderr
-    assert "2 processes × 1 accumulated" in done.stdout
+    assert "2 processes × 1 accumulated" in train_in_two(two)
     for key, loss in losses(one).items():
         # The mean of two halves instead of one sum: fp32 rounding.
         assert losses(two)[key] == pytest.approx(loss, abs=1e-5), key
@@ -72,7 +71,7 @@ def test_a_run_of_two_processes_resumes_on_one_over_the_same_samples(tiny_recipe
     train(complete)
     resumed = dataclasses.replace(complete, output_dir=str(tmp_path / "resumed"))
     # The same schedule, killed after step 8: its later checkpoint is moved away.
-    assert launched(resumed, tmp_path / "resumed.yaml", processes=2).returncode == 0
+    train_in_two(resumed)
     run = Path(resumed.output_dir)
     newest = checkpoints(run)[-1]
     newest.rename(tmp_path / "moved")

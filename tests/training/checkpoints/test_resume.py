@@ -265,6 +265,7 @@ def test_reported_shape_is_that_of_the_loaded_model(
     assert "2 layers, 2 heads" in (run_of(other) / "model" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_printed_commands_work(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tiny_recipe(max_steps=2, sample_prompts=['I\'m "$HOME"'])
     train(recipe)

@@ -90,6 +90,7 @@ def test_programs_are_shown_as_they_are_found_from_here(monkeypatch: pytest.Monk
     assert module._shown(below) == "bin/accelerate"
 
 
+@pytest.mark.slow
 def test_printed_command_works_as_printed(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     tiny_recipe(max_steps=2).save(tmp_path / "r.yaml")
     command = [BIN / "accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu_2_processes.yaml"]

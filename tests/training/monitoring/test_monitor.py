@@ -29,6 +29,7 @@ def test_the_curves_are_plotted_after_every_validation(tiny_recipe: Make, monkey
     assert (run / "curves.png").read_bytes() == (run / "model" / "curves.png").read_bytes()
 
 
+@pytest.mark.usefixtures("drawn_curves")
 def test_curves_are_plotted_in_the_background_and_a_late_plot_is_stopped(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=2)
     train(recipe)

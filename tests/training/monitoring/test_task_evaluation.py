@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.launching import launched
+from support.launching import train_in_two
 from support.small_tasks import write_tasks
 
 from common.cli_errors import InputError
@@ -127,7 +127,7 @@ def test_ranks_with_sharded_weights_evaluate_together(tiny_recipe: Make, data: P
     one = with_tasks(tiny_recipe(output_dir=str(tmp_path / "one"), max_steps=4, per_device_train_batch_size=2), data)
     two = dataclasses.replace(one, output_dir=str(tmp_path / "two"), eval_task_steps=2)
     train(one)
-    launched(two, "fsdp2_8xa100")
+    train_in_two(two, "fsdp2_8xa100")
     expected, found = (RunHistory.load(Path(recipe.output_dir)).task_results for recipe in (one, two))
     assert expected is not None
     assert found is not None

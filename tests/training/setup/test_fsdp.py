@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.launching import launched
+from support.launching import train_in_two
 
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import checkpoints
@@ -48,8 +48,8 @@ def test_fsdp2_trains_like_ddp_and_resumes_from_its_checkpoints(
     output_dir = str(tmp_path / "ddp")
     ddp = tiny_recipe(output_dir=output_dir, optimizer=optimizer, per_device_train_batch_size=2, max_steps=8)
     fsdp2 = dataclasses.replace(ddp, output_dir=str(tmp_path / "fsdp2"))
-    launched(ddp, "cpu_2_processes")
-    output = launched(fsdp2, "fsdp2_8xa100")
+    train_in_two(ddp, "cpu_2_processes")
+    output = train_in_two(fsdp2, "fsdp2_8xa100")
     assert "To try next" in output
     assert output.count("  | ") >= 2  # samples, drawn by both ranks and printed by one
     expected = losses(tmp_path / "ddp")
@@ -58,7 +58,7 @@ def test_fsdp2_trains_like_ddp_and_resumes_from_its_checkpoints(
     assert losses(tmp_path / "fsdp2") == pytest.approx(expected, abs=1e-5)
 
     from_ddp = killed_after(tmp_path / "ddp", fsdp2, 4)
-    assert "resumed from" in launched(from_ddp, "fsdp2_8xa100")
+    assert "resumed from" in train_in_two(from_ddp, "fsdp2_8xa100")
     assert losses(Path(from_ddp.output_dir)) == pytest.approx(expected, abs=1e-5)
     from_fsdp2 = killed_after(tmp_path / "fsdp2", ddp, 4)
     train(from_fsdp2)  # with one process: what DDP saves does not depend on the number
@@ -71,8 +71,8 @@ def test_fsdp2_trains_like_ddp_and_resumes_from_its_checkpoints(
 def test_sharded_and_compiled_blocks_train_like_uncompiled_ones(tiny_recipe: Make, tmp_path: Path) -> None:
     plain = tiny_recipe(output_dir=str(tmp_path / "plain"), max_steps=6, save_steps=3)
     compiled = dataclasses.replace(plain, output_dir=str(tmp_path / "compiled"), compile=True)
-    launched(plain, "fsdp2_8xa100")
-    launched(compiled, "fsdp2_8xa100")
+    train_in_two(plain, "fsdp2_8xa100")
+    train_in_two(compiled, "fsdp2_8xa100")
     # Sums are in another order: fp32 rounding.
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-5)
     assert_ordinary_folders(tmp_path / "compiled", like=tmp_path / "plain")

@@ -1,10 +1,7 @@
 """Preflight: measures a run before it starts, and writes nothing."""
 
 import dataclasses
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.paths import ROOT
+from support.launching import TRAIN, launched
 from support.tiny_models import one_thread  # noqa: F401
 
 from common.cli_errors import InputError
@@ -86,11 +83,8 @@ def test_length_in_epochs_of_a_missing_corpus_is_unknown(
 def test_all_reduce_of_two_processes_is_checked(tiny_recipe: Make, tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     tiny_recipe(per_device_train_batch_size="auto", data_dir=str(tmp_path / "absent")).save(path)
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--main_process_port", "0"]
-    command += ["--config_file", ROOT / "accelerate_configs" / "cpu_2_processes.yaml", ROOT / "training" / "train.py"]
-    command += ["--config", path, "--preflight", "--price_per_gpu_hour", "1.79"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment)
+    flags = ["--config", str(path), "--preflight", "--price_per_gpu_hour", "1.79"]
+    done = launched("cpu_2_processes", str(TRAIN), *flags)
     assert done.returncode == 0, done.stderr
     report = lines_of(done.stdout)
     assert report["processes"].startswith("2 on 1 node: 2 × ")

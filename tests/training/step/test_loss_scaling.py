@@ -1,13 +1,11 @@
 """Every split of a batch into ranks and micro-steps gives the same step, under DDP and FSDP2."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.launching import launched
 from support.one_step import SEQUENCES, VALIDATION_SEQUENCES, one_step, recipe
 from support.paths import ROOT
 from support.tiny_models import one_thread  # noqa: F401
@@ -66,12 +64,7 @@ def test_accumulation_makes_no_difference(per_device: int, one_pass: dict[str, T
 def test_two_processes_make_no_difference(
     config: str, one_pass: dict[str, Tensor], one_pass_of_muon: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    command = [Path(sys.executable).parent / "accelerate", "launch", "--quiet", "--num_processes", "2"]
-    command += ["--mixed_precision", "no", "--main_process_port", "0"]
-    command += ["--config_file", ROOT / "accelerate_configs" / f"{config}.yaml"]
-    command += [ROOT / "tests" / "support" / "one_step.py", tmp_path, "4", "2", "1"]
-    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env={**os.environ, **hidden})
+    done = launched(config, str(ROOT / "tests" / "support" / "one_step.py"), str(tmp_path), "4", "2", "1")
     assert done.returncode == 0, done.stderr
     # Orthogonalisation divides by the singular values, and with them the rounding of the small ones.
     for optimizer, expected, atol in (("adamw", one_pass, 1e-6), ("muon", one_pass_of_muon, 2e-5)):
