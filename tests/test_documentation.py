@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.launching import run_python
 from support.paths import ROOT
 from support.small_corpora import write_corpus
 
@@ -77,7 +78,7 @@ def commands() -> list[Command]:
 
 @functools.cache
 def help_of(program: tuple[str, ...]) -> str:
-    done = subprocess.run([sys.executable, *program, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = run_python(*program, "--help")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.launching import launched
 from support.paths import ROOT
 from support.small_tasks import save_model, write_tasks
 from support.tiny_models import one_thread, tiny  # noqa: F401 - one_thread is a fixture
@@ -376,17 +377,10 @@ def test_error_on_one_process_is_raised_on_every_process(here, monkeypatch):
 
 def test_two_processes_give_the_results_of_one(model, data, tmp_path):
     evaluate(model, data, "--output", tmp_path / "one.json", "--save_items")
-    launch = [sys.executable, "-m", "accelerate.commands.launch"]
-    config = ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
     flags = ["--model", str(model), "--data_dir", str(data), "--tasks", *TASKS, "--save_items"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    subprocess.run(
-        [*launch, *config, "-m", "evaluation.run", *flags, "--output", str(tmp_path / "two.json")],
-        check=True,
-        capture_output=True,
-        env=environment,
-        cwd=tmp_path,
-    )
+    output = ["--output", str(tmp_path / "two.json")]
+    done = launched("cpu_2_processes", str(ROOT / "evaluation" / "run.py"), *flags, *output)
+    assert done.returncode == 0, done.stderr
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
     for name, task in one["tasks"].items():

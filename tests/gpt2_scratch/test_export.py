@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.launching import run_python
 from support.model_folders import (  # noqa: F401 - a fixture
     SIZES,
     TRICKY,
@@ -19,7 +20,6 @@ from support.model_folders import (  # noqa: F401 - a fixture
     save,
     scratch,
 )
-from support.paths import ROOT
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -123,6 +123,7 @@ assert "gpt2_scratch" not in sys.modules
 
 
 @pytest.mark.parity
+@pytest.mark.slow
 def test_native_folder_loads_in_a_process_without_our_package(scratch, tmp_path):
     export(scratch, tmp_path / "native", "gpt2")
     environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
@@ -309,16 +310,12 @@ def test_folder_that_cannot_be_written_is_refused(scratch, tmp_path, capsys):
 
 
 def test_command_line_prints_one_line(scratch, tmp_path):
-    result = subprocess.run(
-        [sys.executable, "-m", "gpt2_scratch.export", "--model", scratch, "--output", "native", "--format", "gpt2"],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
+    output = tmp_path / "native"
+    result = run_python(
+        *("-m", "gpt2_scratch.export", "--model", str(scratch), "--output", str(output), "--format", "gpt2")
     )
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout == "wrote native: model_type gpt2, GPT2LMHeadModel, 21,432 parameters\n"
+    assert result.stdout == f"wrote {output}: model_type gpt2, GPT2LMHeadModel, 21,432 parameters\n"
 
 
 def test_run_folder_stands_for_its_model(scratch, tmp_path):

@@ -347,6 +347,7 @@ def test_closed_standard_input_is_refused(monkeypatch, capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full exists on Linux only")
+@pytest.mark.slow
 def test_full_standard_output_gives_a_one_line_error(folder):
     command = [
         sys.executable,
@@ -366,6 +367,7 @@ def test_full_standard_output_gives_a_one_line_error(folder):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_closed_pipe_ends_the_command_silently(folder):
     command = [sys.executable, "-m", "gpt2_scratch.generate", "--model", folder, "--prompt", "Once upon a time"]
     process = subprocess.Popen(

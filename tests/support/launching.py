@@ -1,4 +1,4 @@
-"""`accelerate launch` without its launcher: the processes are forked from one that has imported torch.
+"""Commands, and `accelerate launch` without its launcher, in processes forked from one that has imported torch.
 
 A launcher and two processes that import torch and transformers cost ten seconds of CPU time; these cost one.
 """
@@ -32,13 +32,18 @@ def train_in_two(recipe: Recipe, config: str = "cpu_2_processes") -> str:
 
 def launched(config: str, script: str, *flags: str) -> "subprocess.CompletedProcess[str]":
     """Run a script in two CPU processes with the environment of `accelerate launch`, in fp32."""
-    return forked([script, *flags], [_launch_environment(config) | ranks for ranks in _ranks(2)])
+    return _forked([script, *flags], [_launch_environment(config) | ranks for ranks in _ranks(2)])
 
 
-def forked(command: list[str], environments: list[dict[str, str]]) -> "subprocess.CompletedProcess[str]":
-    """Run a script with its flags in a process per environment; when one fails, the others are stopped.
+def run_python(*command: str) -> "subprocess.CompletedProcess[str]":
+    """Run a script, or `-m` and a module, with its flags."""
+    return _forked([*command], [{**os.environ}])
 
-    What they print is the result's, one process after another.
+
+def _forked(command: list[str], environments: list[dict[str, str]]) -> "subprocess.CompletedProcess[str]":
+    """Run a command in a process per environment; when one fails, the others are stopped.
+
+    The output is that of all processes, one after another.
     """
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(f"{folder}/out-{rank}", f"{folder}/err-{rank}") for rank in range(len(environments))]
@@ -89,6 +94,11 @@ def _run(command: list[str], environment: dict[str, str], out: str, err: str) ->
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     os.environ.clear()
     os.environ |= environment
-    sys.argv = command
     speed_up(pytest.MonkeyPatch().setattr)
-    runpy.run_path(command[0], run_name="__main__")
+    if command[0] == "-m":
+        sys.argv = command[1:]
+        runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = command
+        sys.path.insert(0, str(Path(command[0]).parent))  # as Python does
+        runpy.run_path(command[0], run_name="__main__")

@@ -197,6 +197,7 @@ def test_producer_killed_during_a_run_is_restarted_and_the_run_continues(
 
 
 @on_linux
+@pytest.mark.slow
 def test_two_processes_of_a_node_start_one_producer(tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(output_dir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"), max_steps=3, eval_steps=0)
     recipe.save(tmp_path / "recipe.yaml")

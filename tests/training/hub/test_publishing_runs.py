@@ -273,10 +273,8 @@ def test_ctrl_c_in_the_last_push_prints_the_command_to_finish_it(
     assert lines[-1].endswith(f"training.hub push {recipe.output_dir} --repo_id me/tiny --checkpoint")
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    ["checkpoint", pytest.param("every_save", marks=pytest.mark.slow), pytest.param("end", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["checkpoint", "end"])
 def test_rank_0_pushes_while_two_processes_train(
     hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path, strategy: str
 ) -> None:
@@ -299,6 +297,7 @@ def test_rank_0_pushes_while_two_processes_train(
             assert secret.encode() not in content, (name, secret)
 
 
+@pytest.mark.slow
 def test_two_processes_without_write_access_do_not_start_and_print_one_error(
     hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path
 ) -> None:
@@ -310,6 +309,7 @@ def test_two_processes_without_write_access_do_not_start_and_print_one_error(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_sigterm_during_a_hanging_upload_ends_the_process(hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", max_steps=100_000, eval_steps=0, sample_steps=0)
     recipe.save(tmp_path / "recipe.yaml")
