@@ -1,6 +1,5 @@
 """What several tests need: the shared data where it is there, a small corpus, and a recipe that trains on it."""
 
-import gc
 import os
 import random
 import sys
@@ -129,24 +128,16 @@ def tiny_recipe(text_file: Path, shard_folder: Path, tmp_path: Path) -> Callable
     return make
 
 
-@pytest.fixture(scope="session")
-def _libraries_are_not_collected() -> None:
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture
 def drawn_curves() -> None:
     """Runs draw their curves, which takes longer than training."""
 
 
 @pytest.fixture
-def fresh_accelerator(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _libraries_are_not_collected: None
-) -> Iterator[None]:
+def fresh_accelerator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """accelerate keeps its state in singletons; a test that trains in this process starts and leaves without them."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
-    from support.fast_runs import speed_up
+    from support.fast_runs import collect_nothing, speed_up
 
     def forget() -> None:
         AcceleratorState._reset_state(True)
@@ -154,6 +145,7 @@ def fresh_accelerator(
         PartialState._reset_state()
 
     speed_up(monkeypatch.setattr, curves="drawn_curves" in request.fixturenames)
+    collect_nothing(monkeypatch.setattr)
     forget()
     yield
     forget()
