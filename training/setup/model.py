@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import nn
+from torch.nn import functional
 from torch.optim import Optimizer
 from torch.utils._triton import has_triton
 from transformers import PreTrainedModel
@@ -140,18 +141,18 @@ def _check_source(recipe: Recipe, vocab_size: int) -> None:
 
 @torch.no_grad()
 def grow_positions(model: GPT2ScratchForCausalLM, n_positions: int) -> str:
-    """Give the model `n_positions` position embeddings, and return a line about it.
+    """Give the model `n_positions` position embeddings, interpolated linearly, and return a line about it.
 
-    New rows repeat the learned ones in their order, so neighbors stay neighbors except where a copy begins (Longformer,
-    Beltagy et al. 2020, section 5). Texts that fit the old table have the same logits as before.
+    The first and the last row keep their place at the ends, as in vision transformers for larger images (Dosovitskiy et
+    al. 2021, section 3.2). Every position stays between its old neighbors, which trains faster than new rows.
     """
-    old, table = model.config.n_positions, model.transformer.wpe
-    rows = torch.arange(n_positions, device=table.weight.device) % old
-    table.weight = nn.Parameter(table.weight[rows])
+    table, old = model.transformer.wpe, model.config.n_positions
+    rows = functional.interpolate(table.weight.T[None], size=n_positions, mode="linear", align_corners=True)
+    table.weight = nn.Parameter(rows[0].T.contiguous())
     table.num_embeddings = model.config.n_positions = n_positions
     return (
-        f"positions: init_from has {old:,}, the recipe {n_positions:,}; the new rows {old:,} to {n_positions - 1:,} of "
-        "transformer.wpe repeat the learned ones in their order"
+        f"positions: init_from has {old:,}, the recipe {n_positions:,}; the table transformer.wpe was interpolated "
+        "linearly"
     )
 
 
