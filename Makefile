@@ -34,7 +34,7 @@ canary oldest:
 		| grep -Ev '^(torch|lm_eval|mypy|ruff|tensorboard|wandb|gradio|selenium)[>=]' > .venv-$@/requirements.txt
 	grep '^torch==' constraints.txt >> .venv-$@/requirements.txt
 	.venv-$@/bin/python -m pip install --quiet --retries 1 --upgrade --requirement .venv-$@/requirements.txt
-	.venv-$@/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface_hub|peft) '
+	.venv-$@/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface_hub|peft|tokenizers|safetensors|gguf) '
 	.venv-$@/bin/python -m pytest -n auto --dist loadfile -m "parity and not network and not gpu and not slow" \
 		$$(grep -rl 'pytest.mark.parity' --include '*.py' tests)
 

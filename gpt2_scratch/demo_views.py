@@ -305,4 +305,5 @@ figcaption { padding-top: .4em; }
 .g-lens td.g-actual { box-shadow: inset 0 0 0 2px var(--color-accent); }
 .g-layers th { color: var(--body-text-color-subdued); }
 .g-likely { margin-right: 1em; }
+footer .divider { display: none !important; }
 """

@@ -64,6 +64,21 @@ class TestWithGradio:
         monkeypatch.setattr("gpt2_scratch.demo.load", lambda *_: (model, tokenizer))
         assert "the demo shows GPT-2 language models" in refusal(capsys, "--model", scratch)
 
+    def test_page_answers_without_a_browser(self, gradio, scratch):
+        from gpt2_scratch.demo_page import build_page
+
+        page = build_page(*load(str(scratch), "cpu"), "tiny")
+        answers = {function.name: function.fn for function in page.fns.values()}
+        texts = list(answers["complete"]("one two", 4, 0.8, 50, 1.0, 0))
+        assert len(texts) == 5
+        text, shown, *panels = answers["finish"](texts[-1][0], 1, 1)
+        assert shown.count("data-index") == 11
+        assert answers["select"](text, 2, 3, 5)[1:] != tuple(panels)
+        with pytest.raises(gradio.Error, match="select a token"):
+            answers["select"](text, 2, 3, 11)
+        with pytest.raises(gradio.Error, match="shorten it"):
+            next(answers["complete"]("a" * 40, 4, 0.8, 50, 1.0, 0))
+
 
 @pytest.fixture(scope="module")
 def url(scratch):
@@ -279,3 +294,4 @@ def test_page_has_no_errors_and_needs_no_other_host(page, url):
         "return performance.getEntriesByType('resource').map(entry => new URL(entry.name).origin)"
     )
     assert set(hosts) <= {url.rstrip("/")}
+    assert page.one("footer").text == "Settings"
