@@ -286,7 +286,7 @@ def lose_a_shard(folder):
         (remove_weights, "no model.safetensors in"),
         (pickle_weights, "only pytorch_model.bin; if you trust it, load the model with use_safetensors=False"),
         (cut_weights, "model.safetensors is corrupted"),
-        (lose_a_shard, "lists the shard model-00001-of-00002.safetensors, which is missing"),
+        (lose_a_shard, "lists the shard 'model-00001-of-00002.safetensors', which is missing"),
     ],
 )
 def test_incomplete_or_corrupted_folder_is_refused(scratch, tmp_path, capsys, damage, message):
