@@ -25,7 +25,7 @@ from common.json_files import read_json_object
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .modeling_gpt2_scratch import GPT2ScratchForCausalLM
-from .source_folder import LOADING_ERRORS, WEIGHTS, compare_weights
+from .source_folder import LOADING_ERRORS, WEIGHTS, compare_weights, looks_like_path
 from .tensorflow_checkpoint import read_tensors
 
 _HPARAMS = "hparams.json"
@@ -153,7 +153,9 @@ def _read_torch(path: Path) -> _Checkpoint:
             'and plain values only: {"model": model.state_dict(), "model_args": {"n_head": …}}'
         ) from error
     except LOADING_ERRORS as error:
-        raise InputError(f"{path} is corrupted ({one_line(error, 120)}); copy or save it again") from error
+        raise InputError(
+            f"cannot read {path} as a checkpoint of torch.save ({one_line(error, 120)}); copy or save it again"
+        ) from error
 
     state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
     names_program = isinstance(checkpoint, dict) and ("model_args" in checkpoint or "config" in checkpoint)
@@ -322,6 +324,8 @@ def _gpt2_tokenizer() -> GPT2Tokenizer:
 
 
 def _saved_tokenizer(spec: str) -> Any:
+    if looks_like_path(spec) and not Path(spec).is_dir():
+        raise InputError(f"--tokenizer {spec} is not a folder; pass the folder of a tokenizer, or a Hub repository")
     try:
         return AutoTokenizer.from_pretrained(spec)
     except LOADING_ERRORS as error:

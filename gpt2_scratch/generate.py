@@ -29,7 +29,7 @@ import gpt2_scratch  # noqa: F401 - registers model_type gpt2_scratch
 from common.cli_errors import CommandParser, InputError, run_command
 
 from .inspection import prompt_ids
-from .source_folder import LOADING_ERRORS, check_index, model_in_run
+from .source_folder import LOADING_ERRORS, check_index, looks_like_path, model_in_run
 
 
 class CountingStreamer(TextStreamer):
@@ -79,7 +79,7 @@ def load(
             f"{model_id!r} is a file; convert it with python -m gpt2_scratch.export --model {model_id} --output DIR "
             "--format gpt2_scratch, and pass that folder"
         )
-    if (model_id.startswith((".", "/", "~")) or model_id.count("/") > 1) and not Path(model_id).is_dir():
+    if looks_like_path(model_id) and not Path(model_id).is_dir():
         raise InputError(f"there is no folder {model_id!r}; check --model")
     model_id = model_in_run(model_id)
     check_index(model_id)
@@ -128,14 +128,13 @@ def check_model(model: Any, tokenizer: Any) -> None:
 
 
 def _from_pretrained(auto_class: Any, kind: str, model_id: str, options: dict[str, Any]) -> Any:
+    # Without files, transformers makes an empty tokenizer for some types of models.
+    files = (file for pattern in ("*token*", "vocab*", "*.model") for file in Path(model_id).glob(pattern))
+    if kind == "tokenizer" and Path(model_id).is_dir() and not any(files):
+        raise InputError(f"cannot load a tokenizer from {model_id!r}: tokenizer.json is missing; copy it there")
     try:
         return auto_class.from_pretrained(model_id, **options)
     except LOADING_ERRORS as error:
-        missing = kind == "tokenizer" and Path(model_id).is_dir() and not any(Path(model_id).glob("*token*"))
-        if missing:
-            raise InputError(
-                f"cannot load a tokenizer from {model_id!r}: tokenizer.json is missing; copy it there"
-            ) from error
         lines = [line.strip(" :") for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         # The first line of most messages is enough. For a config error, it only names the field.
         reason = ": ".join(lines) if isinstance(error, StrictDataclassError) else lines[0]

@@ -59,10 +59,17 @@ def model_in_run(model_id: str) -> str:
     return str(found[-1])
 
 
+def looks_like_path(name: str) -> bool:
+    """Return whether a name can only be that of a folder or file, not of a repository on the Hub."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def find_source(model: str) -> Path:
     """Return the model's folder, after downloading it if `model` is a Hub repository."""
     if Path(model).is_dir():
         return Path(model)
+    if looks_like_path(model):
+        raise InputError(f"there is no folder or file {model!r}; check --model")
     try:
         return Path(snapshot_download(model, allow_patterns=[*COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
     except (OSError, ValueError, HfHubHTTPError) as error:

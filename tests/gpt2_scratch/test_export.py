@@ -296,7 +296,9 @@ def test_incomplete_or_corrupted_folder_is_refused(scratch, tmp_path, capsys, da
 
 
 def test_model_that_does_not_exist_is_refused(tmp_path, capsys):
-    for name in (str(tmp_path / "nothing"), "nobody/nothing", "a bad name"):
+    path = str(tmp_path / "nothing")
+    assert f"there is no folder or file '{path}'; check --model" in refusal(capsys, path, tmp_path / "native")
+    for name in ("nobody/nothing", "a bad name"):
         assert f"--model '{name}' is neither a folder nor a repository on the Hub" in refusal(
             capsys, name, tmp_path / "native"
         )

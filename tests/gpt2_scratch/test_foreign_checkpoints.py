@@ -215,7 +215,7 @@ def llmc(**options):
     [
         (save_with(Malicious()), "holds objects that could run code (posix.mkdir); save it again"),
         (save_with(argparse.Namespace(n_head=2)), "could run code (argparse.Namespace)"),
-        (save_in_main, "is corrupted"),  # an object that is made by a call
+        (save_in_main, "cannot read"),  # an object that is made by a call
         (save_with({"n_layer": 2}), "does not say how many heads the model has"),
         (save_with({"n_head": 3}), "n_embd must be a multiple of n_head"),
         (save_with({"n_head": "two"}), "describes an unsupported model"),
@@ -226,8 +226,8 @@ def llmc(**options):
         (save_changed(**{"transformer.h.0.attn.q_norm.weight": torch.ones(8)}), "adds h.0.attn.q_norm.weight"),
         (save_changed(**{"transformer.ln_f.weight": torch.ones(3)}), "ln_f.weight in"),
         (save_changed(**{"transformer.ln_f.weight": torch.ones(16).int()}), "is not a tensor of floats"),
-        (truncated(save_changed(), -5000), "is corrupted"),
-        (truncated(save_changed(), 100), "is corrupted"),
+        (truncated(save_changed(), -5000), "as a checkpoint of torch.save"),
+        (truncated(save_changed(), 100), "as a checkpoint of torch.save"),
         (llmc(version=3, header={1: 2}), "is of version 2 of llm.c's format; supported are 3 (fp32) and 5 (bf16)"),
         (llmc(header={1: 5}), "but its header describes"),
         (llmc(header={4: 2**31 - 1}), "but its header describes"),
@@ -236,7 +236,7 @@ def llmc(**options):
         (truncated(llmc(), 20), "it is truncated or corrupted"),
         (lambda path: path.write_bytes(b""), "is no checkpoint of nanoGPT or build-nanogpt (.pt), llm.c (.bin) or"),
         (lambda path: path.write_text("GGUF, or a text"), "is no checkpoint of nanoGPT"),
-        (lambda path: path.write_bytes(b"PK\x03\x04 a zip"), "is corrupted"),
+        (lambda path: path.write_bytes(b"PK\x03\x04 a zip"), "as a checkpoint of torch.save"),
     ],
 )
 def test_other_file_is_refused_in_one_line(tmp_path, tokenizer_folder, capsys, monkeypatch, save, message):
@@ -253,7 +253,7 @@ def test_tokenizer_of_another_model_and_tokenizer_of_a_folder_are_refused(tmp_pa
     message = refusal(capsys, tmp_path / "ckpt.pt", tmp_path / "out", "gpt2", *flags)
     assert "the tokenizer has 300 tokens, but" in message
     message = refusal(capsys, tmp_path / "ckpt.pt", tmp_path / "out", "gpt2", "--tokenizer", str(tmp_path / "nowhere"))
-    assert "cannot load a tokenizer from --tokenizer" in message
+    assert "nowhere is not a folder; pass the folder of a tokenizer" in message
     assert "--tokenizer is for checkpoints of other programs" in refusal(
         capsys, tmp_path, tmp_path / "out", "gpt2", *flags
     )

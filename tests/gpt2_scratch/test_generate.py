@@ -210,11 +210,14 @@ def test_folder_without_a_model_is_refused(tmp_path, capsys):
     assert len(message.splitlines()) == 1
 
 
-def test_folder_without_a_tokenizer_is_refused(folder, tmp_path, capsys):
+@pytest.mark.parametrize("model_type", ["gpt2_scratch", "gpt2"])  # transformers makes an empty tokenizer for gpt2
+def test_folder_without_a_tokenizer_is_refused(folder, tmp_path, capsys, model_type):
     GPT2ScratchForCausalLM.from_pretrained(folder).save_pretrained(tmp_path)
+    change_json(tmp_path / "config.json", model_type=model_type)
     capsys.readouterr()
     message = refusal(capsys, "--model", tmp_path, "--prompt", "a")
     assert "cannot load a tokenizer from" in message
+    assert "tokenizer.json is missing" in message
     assert len(message.splitlines()) == 1
 
 
