@@ -237,7 +237,7 @@ def _kit() -> str:
     except importlib.metadata.PackageNotFoundError:
         return name
     urls = dict(url.split(", ", 1) for url in metadata.get_all("Project-URL") or ())
-    url = urls.get("Source") or urls.get("Homepage") or metadata.get("Home-page")
+    url = urls.get("Source") or urls.get("Homepage") or next(iter(metadata.get_all("Home-page") or ()), None)
     return f"[{name}]({url})" if url else name
 
 
