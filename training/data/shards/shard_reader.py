@@ -203,6 +203,12 @@ class ShardFolder:
                 f"the shards in {self.path} were made with the tokenizer {self.manifest.tokenizer}, not with "
                 f"{tokenizer.name}; restore its tokenizer.json in the folder, or prepare the corpus again"
             )
+        sizes = (tokenizer.vocab_size, tokenizer.end_of_text_id)
+        if self.manifest is not None and sizes != (self.manifest.vocab_size, self.manifest.end_of_text_id):
+            raise InputError(
+                f"{self.path / MANIFEST_NAME} is not a valid manifest: its vocab_size and end_of_text_id are not those "
+                "of the tokenizer; delete the folder and prepare it again"
+            )
         return tokenizer
 
 

@@ -80,7 +80,8 @@ class FileCorpus(Corpus):
         digest = hashlib.sha256()
         stride = _HASHED_CHUNK_BYTES * max(1, -(-sum(self._sizes) // (_HASHED_CHUNK_BYTES * _HASHED_CHUNKS)))
         for file, size in zip(self._files, self._sizes, strict=True):
-            digest.update(f"{file.relative_to(self._root).as_posix()}\0{size}\0".encode())
+            name = file.relative_to(self._root).as_posix()
+            digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))  # a name need not be UTF-8
             with open_plain(file) as stream:
                 for offset in range(0, size, stride):
                     stream.seek(offset)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,16 @@ def test_folder_whose_tokenizer_was_replaced_is_refused(
 
     train_bpe(["another text, another tokenizer"] * 9, 270).save(folder)
     assert "were made with the tokenizer bpe-300, not with bpe-270" in run_prepare("--inspect", folder, exit_code=2)
+
+
+@pytest.mark.parametrize("change", [{"vocab_size": 301}, {"end_of_text_id": 5}])
+def test_manifest_that_contradicts_its_tokenizer_is_refused(
+    folder: Path, change: dict[str, Any], run_prepare: Callable[..., str]
+) -> None:
+    manifest = Manifest.read(folder)
+    assert manifest is not None
+    dataclasses.replace(manifest, **change).write(folder)
+    assert "its vocab_size and end_of_text_id are not those of the tok" in run_prepare("--inspect", folder, exit_code=2)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Files below a folder: links are followed once, and what cannot be read is an error."""
 
 import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,13 @@ def test_a_link_to_a_folder_that_contains_the_corpus_is_refused(root: Path) -> N
     (root / "a" / "everything").symlink_to(root.parent)
     with pytest.raises(InputError, match=r"a/everything is a link to a folder that contains .*corpus; remove it"):
         files_below(root)
+
+
+def test_a_name_that_is_not_utf8_is_read(root: Path) -> None:
+    (root / os.fsdecode(b"\xff.txt")).write_text("text")
+    corpus = FileCorpus(root)
+    assert len(corpus.revision) == 64
+    assert "text" in set(corpus.documents())
 
 
 @pytest.mark.parametrize("target", ["nowhere", "2.txt"])
