@@ -68,9 +68,10 @@ class TrainerState:
         try:
             values = read_json_object(path)
         except (FileNotFoundError, NotADirectoryError):
+            advice = "pass a folder such as runs/quickstart/checkpoints/step-000500"
             raise InputError(
                 f"{checkpoint} is not a checkpoint: it has no {path.relative_to(checkpoint)}; "
-                "pass a folder such as runs/quickstart/checkpoints/step-000500"
+                + _advice(checkpoint, otherwise=advice)
             ) from None
         except ValueError as error:
             raise _unreadable(checkpoint, error) from None
@@ -105,13 +106,21 @@ def check_intact(checkpoint: Path, *, read_files: bool) -> None:
         raise InputError(f"checkpoint {checkpoint} is corrupted: {corruption}; {_advice(checkpoint)}")
 
 
-def _advice(checkpoint: Path) -> str:
+def check_name(checkpoint: Path, step: int) -> None:
+    """Raise an `InputError` if a checkpoint has the name of another step: it was renamed, or two were exchanged."""
+    if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != step:
+        raise InputError(f"checkpoint {checkpoint} holds step {step:,}; rename it to step-{step:06d}")
+
+
+def _advice(
+    checkpoint: Path, otherwise: str = "no older checkpoint is intact: start again in another output_dir"
+) -> str:
     """Return what to do instead of resuming from a corrupted checkpoint."""
     siblings = checkpoints(checkpoint.parent.parent)
     older = siblings[: siblings.index(checkpoint)] if checkpoint in siblings else []
     intact = next((path for path in reversed(older) if find_corruption(path) is None), None)
     if intact is None:
-        return "no older checkpoint is intact: start again in another output_dir"
+        return otherwise
     return f"resume from the newest intact one: --resume_from_checkpoint {intact}"
 
 

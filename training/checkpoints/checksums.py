@@ -53,7 +53,7 @@ def find_corruption(folder: Path, *, read_files: bool = True) -> str | None:
         return f"{_NAME} {error}"
     except OSError as error:
         return f"{error.filename} cannot be read ({error.strerror})"
-    return None if unlisted is None else f"{_NAME} has no line for {unlisted}"
+    return None if unlisted is None else f"{_NAME} has no line for {unlisted} (remove it if it is your own file)"
 
 
 def _read(folder: Path) -> dict[str, str]:

@@ -74,6 +74,7 @@ DAMAGE: list[tuple[Callable[[Path], object], str]] = [
     (lambda c: (state_of(c) / "rng_state_0.safetensors").unlink(), "state/rng_state_0.safetensors is missing"),
     (lambda c: (state_of(c) / "loop_state.safetensors").unlink(), "state/loop_state.safetensors is missing"),
     (lambda c: (state_of(c) / "SHA256SUMS").unlink(), "state/SHA256SUMS is missing"),
+    (lambda c: shutil.rmtree(state_of(c)), "is not a checkpoint: it has no training_state/trainer_state.json"),
     (lambda c: (state_of(c) / "SHA256SUMS").write_text(""), "state/SHA256SUMS has a line that is not a checksum"),
     (lambda c: (state_of(c) / "SHA256SUMS").write_text("x\n"), "state/SHA256SUMS has a line that is not a checksum"),
     (lambda c: truncate(state_of(c) / "SHA256SUMS"), "state/SHA256SUMS has a line that is not a checksum"),
@@ -134,6 +135,13 @@ def test_corruption_is_reported_with_the_checkpoint_to_resume_from(tiny_recipe: 
         state_of(run_of(recipe) / "checkpoints" / "step-000008") / "trainer_state.json", "{}", '{"format_version": 1}'
     )
     with pytest.raises(InputError, match="no older checkpoint is intact: start again in another output_dir"):
+        find_resume_point(recipe)
+    shutil.rmtree(older.parent)
+    shutil.copytree(tmp_path / "good", older.parent)
+    older.rename(older.with_name("exchanged"))
+    (older.parent / "step-000008").rename(older)
+    (older.parent / "exchanged").rename(older.parent / "step-000008")
+    with pytest.raises(InputError, match=r"step-000008 holds step 4; rename it to step-000004"):
         find_resume_point(recipe)
 
 
