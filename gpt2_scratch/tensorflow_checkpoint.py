@@ -41,9 +41,8 @@ def read_tensors(index: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensor(data: Path, entry: bytes) -> Tensor:
-    fields = list(_fields(entry))
-    values = {number: value for number, value in fields if isinstance(value, int)}
-    dims = [dict(_fields(dim)) for shape in (v for n, v in fields if n == 2) for n, dim in _fields(shape) if n == 2]
+    values = {number: value for number, value in _fields(entry) if isinstance(value, int)}
+    dims = [dict(_fields(dim)) for shape in _messages(entry, 2) for dim in _messages(shape, 2)]
     shape = tuple(int(dim.get(1, 0)) for dim in dims)
     dtype = np.dtype(_DTYPES.get(values.get(1, 0), "V1"))
     if dtype.kind == "V" or values.get(3, 0) or values.get(5, 0) != int(np.prod(shape, dtype=object)) * dtype.itemsize:
@@ -78,6 +77,11 @@ def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         size, position = _varint(message, position) if kind == 2 else ({1: 8, 5: 4}[kind], position)
         yield tag >> 3, message[position : position + size]
         position += size
+
+
+def _messages(message: bytes, number: int) -> list[bytes]:
+    """Return the messages in a field of a message."""
+    return [value for found, value in _fields(message) if found == number and isinstance(value, bytes)]
 
 
 def _block_handle(content: bytes, position: int) -> tuple[tuple[int, int], int]:
