@@ -86,6 +86,8 @@ def help_of(program: tuple[str, ...]) -> str:
 def program_of(words: list[str]) -> tuple[str, ...] | None:
     """The program of ours that a command starts: a path, or -m and a module with its sub-command."""
     for number, word in enumerate(words):
+        if word == "pytest":
+            return None
         if word.endswith(".py"):
             return (word,)
         if word == "-m" and words[number + 1].split(".")[0] in {"training", "evaluation", "gpt2_scratch"}:

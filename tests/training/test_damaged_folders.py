@@ -96,8 +96,8 @@ def resumed(recipe: Recipe) -> tuple[int, list[bytes]]:
     recipe.save(run.output_dir / "recipe.yaml")
     remove_leftovers(run.output_dir)
     set_aside_later_checkpoints(run.output_dir, run.first_step)
-    RunHistory.load(run.output_dir, run.first_step)
-    set_aside_unreadable_metrics(run.output_dir)
+    history = RunHistory.load(run.output_dir, run.first_step)
+    set_aside_unreadable_metrics(run.output_dir, history.unreadable)
     last_push(run.output_dir)
     state = [value for values in run.optimizer.state.values() for value in values.values()]
     found = [*model.state_dict().values(), *state, *run.guard.state.values(), *rng_state(accelerator.device).values()]
