@@ -23,9 +23,11 @@ def write_atomically(path: Path, content: str | Callable[[BinaryIO], object]) ->
             os.fsync(file.fileno())
         digest = file_sha256(partial)
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError) and error.filename is None:  # a write does not know its file
+            error.filename = str(path)
         raise
     fsync(path.parent)
     return digest

@@ -52,9 +52,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {closest[0]}?" if closest else ""
 
 
+def advice_on(error: OSError) -> str | None:
+    """Return what to do about a file that cannot be used; None if the error is not about a file."""
+    return next((advice for numbers, advice in _ADVICE if error.errno in numbers), None)
+
+
 def os_error_message(error: OSError) -> str | None:
     """Return one line about a file that cannot be used, and what to do; None if the error is not about a file."""
-    advice = next((advice for numbers, advice in _ADVICE if error.errno in numbers), None)
+    advice = advice_on(error)
     if advice is None or error.strerror is None:
         return None
     names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
-from common.cli_errors import CommandParser, InputError, run_command
+from common.cli_errors import CommandParser, InputError, advice_on, run_command
 from common.json_files import read_json_object
 
 from .configuration_gpt2_scratch import AUTO_MAP
@@ -106,8 +106,11 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
                 custom_object_save(skeleton, written)
         output.parent.mkdir(parents=True, exist_ok=True)
         written.rename(output)
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise InputError(f"cannot write {output}: {error}; free some space, or choose another --output") from error
+    except OSError as error:
+        advice = advice_on(error) or "choose another --output"
+        raise InputError(f"cannot write {output}: {error.strerror or error}; {advice}") from error
+    except SafetensorError as error:  # its error for a full disk
+        raise InputError(f"cannot write {output}: {error}; free some space, and run the command again") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     name = type(skeleton).__name__ if model_format == "gpt2_scratch" else OFFICIAL_NAMES[type(skeleton)]

@@ -12,6 +12,7 @@ from common.cli_errors import InputError
 
 _SURPRISING = re.compile(r"[-+]?(0[\d_]+|[^.]*:.*)")  # octal and base 60
 _MAX_DIGITS = 1000
+_LARGEST_BYTES = 1 << 20
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -49,9 +50,15 @@ def read_yaml(path: Path, what: str) -> dict[Any, Any]:
         OSError: it cannot be read.
     """
     try:
-        keys = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)
+        with path.open("rb") as file:
+            content = file.read(_LARGEST_BYTES + 1)
+        if len(content) > _LARGEST_BYTES:  # such as /dev/zero, or a corpus
+            raise InputError(f"{what} {path} is larger than {_LARGEST_BYTES:,} bytes; check the path")
+        keys = yaml.load(content.decode("utf-8"), _StrictLoader)
     except UnicodeDecodeError as error:
         raise InputError(f"{what} {path} is not UTF-8 ({error.reason}); save it again as UTF-8") from None
+    except InputError:
+        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), None
         if isinstance(error, yaml.constructor.ConstructorError):

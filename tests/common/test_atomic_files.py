@@ -20,9 +20,10 @@ def test_failed_write_leaves_the_old_file_alone(tmp_path: Path) -> None:
     write_atomically(path, "old")
 
     def fail(stream: object) -> None:
-        raise OSError("disk full")
+        raise OSError(28, "disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match="disk full") as caught:
         write_atomically(path, fail)
+    assert caught.value.filename == str(path)  # a write does not know its file
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

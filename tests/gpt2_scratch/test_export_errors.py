@@ -149,5 +149,14 @@ def test_full_disk_leaves_nothing(scratch, tmp_path, capsys, flags):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert f"cannot write {tmp_path / 'native'}: " in message
     assert "File too large" in message
-    assert message.endswith("free some space, or choose another --output\n")
+    assert message.endswith("; free some space, and run the command again\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_permission_error_says_nothing_of_space(scratch, tmp_path, capsys, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise PermissionError(13, "Permission denied", "a file")
+
+    monkeypatch.setattr(shutil, "copyfile", refuse)
+    message = refusal(capsys, scratch, tmp_path / "native")
+    assert message.endswith("native: Permission denied; change its permissions, or choose another path\n")

@@ -167,6 +167,7 @@ def test_missing_key_is_an_error(tmp_path: Path) -> None:
     [
         ("a: [1, 2", r"is not valid YAML \(line \d\)"),
         ("- a\n- b\n", "holds no keys"),
+        ("# " + "x" * (1 << 20), "is larger than 1,048,576 bytes"),
         ("", "holds no keys"),
         ("\xff\xfe", None),
     ],
