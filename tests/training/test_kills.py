@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 from support.killing import KillFuzz
 
 from training.recipe import Recipe
@@ -13,9 +14,12 @@ Make = Callable[..., Recipe]
 OFTEN = {"max_steps": 120, "save_steps": 3, "eval_steps": 60, "sample_steps": 0, "dropout": 0.1, "logging_steps": 1}
 
 
-def test_two_processes_killed_at_20_random_moments_end_bit_identical(tiny_recipe: Make, tmp_path: Path) -> None:
-    fuzz = KillFuzz(tiny_recipe(output_dir=str(tmp_path / "runs"), **OFTEN), number=2, seed=5)
-    fuzz.run(20)
-    assert fuzz.kills == 20
+@pytest.mark.parametrize(("processes", "kills"), [(1, 5), (2, 10)])
+def test_runs_killed_at_random_moments_end_bit_identical(
+    processes: int, kills: int, tiny_recipe: Make, tmp_path: Path
+) -> None:
+    fuzz = KillFuzz(tiny_recipe(output_dir=str(tmp_path / "runs"), **OFTEN), number=processes, seed=5)
+    fuzz.run(kills)
+    assert fuzz.kills == kills
     # Only a kill during a save could do harm.
     assert fuzz.moments["during a save"]

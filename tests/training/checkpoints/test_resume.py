@@ -4,16 +4,12 @@ import dataclasses
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from support.paths import ROOT
 from support.trained import everything_in, run_of
 
@@ -28,44 +24,6 @@ from training.train import parse_command
 Make = Callable[..., Recipe]
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
-
-
-def started(recipe: Recipe) -> "subprocess.Popen[bytes]":
-    """Train in a separate process, which can be killed; its threads, and so its rounding, are always the same."""
-    path = run_of(recipe).with_suffix(".yaml")
-    recipe.save(path)
-    command = [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(path)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-
-
-@pytest.mark.slow
-def test_repeatedly_killed_run_ends_bit_identical_to_an_uninterrupted_one(tiny_recipe: Make, tmp_path: Path) -> None:
-    complete = tiny_recipe(
-        output_dir=str(tmp_path / "complete"), max_steps=60, save_steps=3, eval_steps=20, dropout=0.1
-    )
-    interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
-    kills = 0
-    for steps in (7, 20, 41):
-        with started(interrupted) as process:
-            deadline = time.monotonic() + 60
-            while not any(line["step"] >= steps for line in read_metrics(run_of(interrupted))):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.002)
-            process.kill()
-        kills += process.returncode == -signal.SIGKILL
-    assert kills == 3
-    for recipe in (complete, interrupted):
-        with started(recipe) as process:
-            _, stderr = process.communicate(timeout=120)
-        assert process.returncode == 0, stderr
-    ours, theirs = (load_file(run_of(recipe) / "model" / "model.safetensors") for recipe in (interrupted, complete))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    logged = [
-        [(line["step"], line.get("train_loss"), line.get("val_loss")) for line in read_metrics(run_of(recipe))]
-        for recipe in (interrupted, complete)
-    ]
-    assert logged[0] == logged[1]
 
 
 def test_resuming_from_an_older_checkpoint_renames_the_later_ones(tiny_recipe: Make) -> None:
