@@ -145,6 +145,8 @@ def shortened(line: str) -> str:
         tiny = {flag: value for flag, value in TINY_RUN.items() if flag not in given}
         if "runs/stable/recipe.yaml" in ours:  # a recipe that is tiny already
             tiny = {}
+        if "--gpus 8" in ours:
+            tiny["--tokens_per_step"] = "1024"
         line += "".join(f" {flag} {value}" for flag, value in tiny.items())
     return line
 
