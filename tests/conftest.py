@@ -123,6 +123,8 @@ def tiny_recipe(text_file: Path, shard_folder: Path, tmp_path: Path) -> Callable
             "save_steps": 4,
             "mixed_precision": "no",
         }
+        if changes.get("init_from"):  # which has its own sizes
+            values |= {"n_layer": None, "n_head": None, "n_embd": None}
         return Recipe(**{**values, **changes})
 
     return make

@@ -29,6 +29,7 @@ from training.strict_yaml import read_yaml
 RECIPES = Path(__file__).parent / "recipes"
 QUICKSTART = RECIPES / "quickstart.yaml"
 LENGTHS = ("max_steps", "num_train_epochs", "max_tokens")
+SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768}  # of a model without init_from, by default
 Schedule = Literal["cosine", "linear", "constant", "warmup_stable_decay"]
 OptimizerName = Literal["adamw", "muon"]
 
@@ -70,9 +71,11 @@ class Recipe:
     )
 
     # model
-    n_layer: int = setting("number of transformer blocks", 12, group="model", at_least=1, at_most=10_000)
-    n_head: int = setting("number of attention heads", 12, group="model", at_least=1)
-    n_embd: int = setting("hidden size", 768, group="model", at_least=1)
+    n_layer: int | None = setting(
+        "number of transformer blocks (default: 12, or init_from's)", None, group="model", at_least=1, at_most=10_000
+    )
+    n_head: int | None = setting("attention heads (default: 12, or init_from's)", None, group="model", at_least=1)
+    n_embd: int | None = setting("hidden size (default: 768, or init_from's)", None, group="model", at_least=1)
     n_positions: int | None = setting("maximum sequence length (default: seq_len)", None, group="model", more_than=0)
     init_from: str | None = local("model folder or Hub id to start from instead of random weights", None, group="model")
     dropout: float = setting("dropout of embeddings, attention and residuals", 0.0, at_least=0, less_than=1)
@@ -191,6 +194,9 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
+        for name, size in SIZES.items():
+            if getattr(self, name) is None and self.init_from is None:
+                object.__setattr__(self, name, size)
         for name, defaults in _by_optimizer().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, defaults.get(self.optimizer))
@@ -227,13 +233,18 @@ class Recipe:
         if len(lengths) != 1:
             found = " and ".join(lengths) or "none of them"
             raise InputError(f"the recipe needs exactly one of {', '.join(LENGTHS)}; found {found}")
-        if self.n_embd % self.n_head:
+        if self.n_embd is not None and self.n_head is not None and self.n_embd % self.n_head:
             raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them")
         if self.seq_len > self.positions:
             raise InputError(
                 f"seq_len={self.seq_len:,} exceeds n_positions={self.positions:,}; "
                 "shorten seq_len, or train with more positions"
             )
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The sizes of the model that the recipe names; with `init_from`, it may leave them to that model."""
+        return {name: size for name in SIZES if (size := getattr(self, name)) is not None}
 
     @property
     def positions(self) -> int:
@@ -260,10 +271,12 @@ class Recipe:
 
     def differences_from(self, earlier: Mapping[str, Any]) -> list[str]:
         """`key: then → now` for each difference from the keys of an earlier run that makes this another run."""
+        left_to_model = SIZES.keys() - self.sizes.keys()  # earlier versions wrote sizes that had no effect
         return [
             f"{key.name}: {earlier[key.name]} → {getattr(self, key.name)}"
             for key in dataclasses.fields(self)
-            if key.metadata["group"] and key.name in earlier and earlier[key.name] != getattr(self, key.name)
+            if key.metadata["group"] and key.name in earlier and key.name not in left_to_model
+            if earlier[key.name] != getattr(self, key.name)
         ]
 
 
@@ -302,8 +315,11 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> Recip
     if overrides.get("optimizer", loaded.get("optimizer", "adamw")) != loaded.get("optimizer", "adamw"):
         # An optimizer from a flag brings its own defaults: the file's values are for the other one.
         loaded = {key: value for key, value in loaded.items() if key not in _by_optimizer()}
-    values = {**loaded, **overrides}
     kinds = field_types()
+    if convert("recipe key init_from", kinds["init_from"], overrides.get("init_from")) is not None:
+        # A model from a flag brings its own sizes: the file's are for another one.
+        loaded = {key: value for key, value in loaded.items() if key not in SIZES}
+    values = {**loaded, **overrides}
     for key in values:
         if key not in kinds:
             raise InputError(f"unknown recipe key {key!r} in {path}{did_you_mean(str(key), kinds)}")

@@ -156,6 +156,26 @@ def test_an_optimizer_from_a_flag_replaces_the_files_and_its_settings(tmp_path: 
     assert (adamw.learning_rate, adamw.muon_momentum) == (6e-4, None)
 
 
+def test_a_model_to_start_from_has_its_own_sizes_unless_the_recipe_names_them(tmp_path: Path) -> None:
+    path = write(tmp_path / "recipe.yaml", **MINIMAL, n_layer=4, n_embd=96)
+    assert load_recipe(path).sizes == {"n_layer": 4, "n_head": 12, "n_embd": 96}
+    started = load_recipe(path, {"init_from": "openai-community/gpt2"})
+    assert started.sizes == {}
+    started.save(tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml") == started
+    assert load_recipe(path, {"init_from": "openai-community/gpt2", "n_layer": "24"}).sizes == {"n_layer": 24}
+    assert load_recipe(path, {"init_from": "none"}) == load_recipe(path)
+    path = write(tmp_path / "recipe.yaml", **MINIMAL, n_layer=4, init_from="openai-community/gpt2")
+    assert load_recipe(path).sizes == {"n_layer": 4}
+
+
+def test_sizes_that_earlier_versions_wrote_beside_init_from_make_no_other_run(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path / "recipe.yaml", **MINIMAL, init_from="openai-community/gpt2"))
+    earlier = {**recipe.to_dict(), "n_layer": 12, "n_head": 12, "n_embd": 768}
+    assert recipe.differences_from(earlier) == []
+    assert dataclasses.replace(recipe, n_layer=24).differences_from(earlier) == ["n_layer: 12 → 24"]
+
+
 def test_missing_key_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "r.yaml", max_steps=10, corpus="fineweb")
     with pytest.raises(InputError, match="lacks output_dir, data_dir; add the key, or give it as a flag"):

@@ -109,14 +109,13 @@ def _precision(recipe: Recipe, name: str) -> str:
 def _model_without_weights(recipe: Recipe) -> GPT2ScratchForCausalLM:
     if recipe.init_from is not None:
         config = GPT2ScratchConfig.from_pretrained(recipe.init_from)
+        config.n_positions = max(config.n_positions, recipe.positions)  # see `grow_positions`
     else:
         vocabulary = known_vocabulary(recipe)
         config = GPT2ScratchConfig(
             vocab_size=vocabulary.vocab_size,
             n_positions=recipe.positions,
-            n_embd=recipe.n_embd,
-            n_layer=recipe.n_layer,
-            n_head=recipe.n_head,
+            **recipe.sizes,
             **vocabulary.token_ids,
         )
     with torch.device("meta"):

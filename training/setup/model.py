@@ -76,9 +76,7 @@ def build_model(
             config = GPT2ScratchConfig(
                 vocab_size=tokenizer.vocab_size,
                 n_positions=recipe.positions,
-                n_embd=recipe.n_embd,
-                n_layer=recipe.n_layer,
-                n_head=recipe.n_head,
+                **recipe.sizes,
                 # The same function as the official "gelu_new", in one kernel instead of eight.
                 activation_function="gelu_pytorch_tanh",
                 **tokenizer.token_ids,
@@ -99,6 +97,8 @@ def build_model(
             f"{source} has a vocabulary of {model.config.vocab_size:,} ids, but tokenizer {recipe.tokenizer} has "
             f"{tokenizer.vocab_size:,}; set tokenizer to the model's, such as {source}, with a data_dir of its own"
         )
+    if weights is None:
+        _check_sizes(recipe, model.config)
     if weights is None and recipe.positions > model.config.n_positions:
         report(grow_positions(model, recipe.positions))
     if recipe.seq_len > model.config.n_positions:
@@ -130,12 +130,28 @@ def _check_source(recipe: Recipe, vocab_size: int) -> None:
         if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
             raise InputError(f"cannot build the model: init_from {source} is no folder; check the path")
         return
-    parameters = (vocab_size + recipe.positions + 12 * recipe.n_layer * recipe.n_embd) * recipe.n_embd
+    n_layer, n_embd = recipe.sizes["n_layer"], recipe.sizes["n_embd"]
+    parameters = (vocab_size + recipe.positions + 12 * n_layer * n_embd) * n_embd
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if parameters * _FLOAT > memory:
         raise InputError(
             f"a model of {parameters / 1e9:,.1f}B parameters needs {parameters * _FLOAT / 2**30:,.0f} GiB, but this "
             f"machine has {memory / 2**30:,.0f} GiB of memory; lower n_layer, n_embd or n_positions"
+        )
+
+
+def _check_sizes(recipe: Recipe, config: GPT2ScratchConfig) -> None:
+    """Raise an `InputError` if the recipe names a size that the model of `init_from` does not have."""
+    for name, size in recipe.sizes.items():
+        if size != getattr(config, name):
+            raise InputError(
+                f"the recipe has {name}={size:,}, but init_from {recipe.init_from} has {getattr(config, name):,}; "
+                f"remove {name}, or start from another model"
+            )
+    if recipe.n_positions is not None and recipe.n_positions < config.n_positions:
+        raise InputError(
+            f"the recipe has n_positions={recipe.n_positions:,}, but init_from {recipe.init_from} has "
+            f"{config.n_positions:,}, which only can grow; remove n_positions: seq_len shortens the training windows"
         )
 
 
@@ -150,6 +166,8 @@ def grow_positions(model: GPT2ScratchForCausalLM, n_positions: int) -> str:
     rows = functional.interpolate(table.weight.T[None], size=n_positions, mode="linear", align_corners=True)
     table.weight = nn.Parameter(rows[0].T.contiguous())
     table.num_embeddings = model.config.n_positions = n_positions
+    if hasattr(model.config, "n_ctx"):  # the same number in old config files
+        model.config.n_ctx = n_positions
     return (
         f"positions: init_from has {old:,}, the recipe {n_positions:,}; the table transformer.wpe was interpolated "
         "linearly"

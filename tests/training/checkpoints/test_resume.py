@@ -215,9 +215,7 @@ def test_reported_shape_is_that_of_the_loaded_model(
 ) -> None:
     train(tiny_recipe(max_steps=1))
     capsys.readouterr()
-    other = tiny_recipe(
-        output_dir=str(tmp_path / "other"), init_from=str(tmp_path / "run" / "model"), n_layer=7, max_steps=1
-    )
+    other = tiny_recipe(output_dir=str(tmp_path / "other"), init_from=str(tmp_path / "run" / "model"), max_steps=1)
     train(other)
     assert "2 layers, width 32" in capsys.readouterr().out
     assert "2 layers, 2 heads" in (run_of(other) / "model" / "README.md").read_text()

@@ -1,5 +1,6 @@
 """The model to train agrees with its tokenizer."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ def test_model_to_start_from_gets_the_ids_of_the_tokenizer(tmp_path, tiny_recipe
 @pytest.mark.parametrize("changes", [{"seq_len": 48}, {"n_positions": 48}])
 def test_more_positions_than_the_model_to_start_from_are_interpolated(tmp_path, tiny_recipe, changes):
     config = GPT2ScratchConfig(
-        vocab_size=300, n_positions=20, n_embd=32, n_layer=1, n_head=2, bos_token_id=299, eos_token_id=299
+        vocab_size=300, n_positions=20, n_embd=32, n_layer=1, n_head=2, bos_token_id=299, eos_token_id=299, n_ctx=20
     )
     first = GPT2ScratchForCausalLM(config).eval()
     first.save_pretrained(tmp_path / "model")
@@ -52,7 +53,7 @@ def test_more_positions_than_the_model_to_start_from_are_interpolated(tmp_path, 
         expected = learned[below] * (below + 1 - place) + learned[below + 1] * (place - below)
         torch.testing.assert_close(table[row], expected, rtol=1e-4, atol=1e-6)
     assert table.requires_grad
-    assert grown.config.n_positions == 48
+    assert grown.config.n_positions == grown.config.n_ctx == 48
     assert grown(torch.arange(48)[None]).logits.isfinite().all()
     assert lines == ["positions: init_from has 20, the recipe 48; the table transformer.wpe was interpolated linearly"]
     grown.save_pretrained(tmp_path / "checkpoint")
@@ -61,6 +62,27 @@ def test_more_positions_than_the_model_to_start_from_are_interpolated(tmp_path, 
     )
     assert torch.equal(resumed.transformer.wpe.weight, table)
     assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_layer": 12}, "the recipe has n_layer=12, but init_from .* has 1; remove n_layer"),
+        ({"n_embd": 64}, "the recipe has n_embd=64, but init_from .* has 32; remove n_embd"),
+        ({"n_head": 4}, "the recipe has n_head=4, but init_from .* has 2; remove n_head"),
+        ({"seq_len": 12, "n_positions": 16}, "the recipe has n_positions=16, but init_from .* has 20, which only can"),
+        ({"seq_len": 12, "n_layer": 1, "n_embd": 32, "n_head": 2, "n_positions": 20}, None),
+        ({"seq_len": 12}, None),
+    ],
+)
+def test_sizes_other_than_those_of_the_model_to_start_from_are_refused(tmp_path, tiny_recipe, changes, message):
+    config = GPT2ScratchConfig(
+        vocab_size=300, n_positions=20, n_embd=32, n_layer=1, n_head=2, bos_token_id=299, eos_token_id=299
+    )
+    GPT2ScratchForCausalLM(config).save_pretrained(tmp_path / "model")
+    recipe = tiny_recipe(**{"init_from": str(tmp_path / "model"), "tokens_per_step": 96, **changes})
+    with contextlib.nullcontext() if message is None else pytest.raises(InputError, match=message):
+        assert build_model(recipe, Vocabulary(300, 299), device_type="cpu").config.n_positions == 20
 
 
 def test_checkpoint_file_to_start_from_is_refused_with_the_command_that_converts_it(tmp_path, tiny_recipe):
