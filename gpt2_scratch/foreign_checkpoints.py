@@ -172,8 +172,9 @@ def _read_torch(path: Path) -> _Checkpoint:
     weights = {}
     for name, weight in state.items():
         name = re.sub(r"^(_orig_mod\.|module\.)+", "", str(name))
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            raise InputError(f"{name} in {path} is not a tensor of floats; save the model's own state_dict")
+        is_dense = isinstance(weight, Tensor) and weight.layout == torch.strided and not weight.is_meta
+        if not is_dense or not weight.is_floating_point() or not weight.dim():
+            raise InputError(f"{name} in {path} is not a dense tensor of floats; save the model's own state_dict")
         if not name.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask
             weights[name] = _official_layout(name, weight)
     # nanoGPT computes nn.GELU(), build-nanogpt its tanh approximation.

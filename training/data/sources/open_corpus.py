@@ -18,7 +18,7 @@ from training.data.sources.hub_corpus import HubCorpus
 from training.data.sources.installed_docs import InstalledDocs
 from training.data.sources.text_files import END_OF_TEXT
 
-_REPOSITORY_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_REPOSITORY_ID = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)
 
 
 def open_corpus(
@@ -77,4 +77,4 @@ def check_outside_corpus(folder: Path, corpus: str, name: str) -> None:
 
 def is_repository_id(corpus: str) -> bool:
     """Return whether `corpus` reads as owner/name on the Hub rather than as a file path."""
-    return bool(_REPOSITORY_ID.fullmatch(corpus)) and not corpus.lower().endswith(FILE_ENDINGS) and corpus[0] != "."
+    return bool(_REPOSITORY_ID.fullmatch(corpus)) and not corpus.lower().endswith(FILE_ENDINGS)

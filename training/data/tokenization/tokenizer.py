@@ -133,7 +133,8 @@ class Tokenizer:
             data = read_json_object(path)
         except OSError as error:
             raise InputError(
-                f"cannot read {path} ({error.strerror}); give 'gpt2', 'train:4096', or the folder of a saved tokenizer"
+                f"cannot read {path} ({error.strerror}); give 'gpt2', 'train:4096', the folder of a saved tokenizer, "
+                "or a Hub id as owner/name"
             ) from None
         except ValueError as error:
             raise _unsupported(path, f"it is not JSON ({one_line(error, 120)})") from None
@@ -181,7 +182,7 @@ def load_tokenizer(spec: str) -> Tokenizer:
 def _load_from_hub(repo_id: str) -> Tokenizer:
     """Return the tokenizer of a dataset, which holds one next to its shards, or of a model."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     from common.hub_retry import hub_cache_error, network_errors
 
@@ -191,7 +192,8 @@ def _load_from_hub(repo_id: str) -> Tokenizer:
             # Which tokenizer vocab.json and merges.txt are may stand in the model's config.json only.
             files = [*TOKENIZER_FILES, "config.json"]
             folder = Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=files))
-        except RepositoryNotFoundError:  # also for private and gated ones
+        except (RepositoryNotFoundError, HFValidationError) as error:  # also for private and gated ones
+            reason = type(error).__name__
             continue
         except network_errors() as error:
             if (cache_error := hub_cache_error(error)) is not None:

@@ -227,7 +227,7 @@ def test_path_without_documents_is_an_error(tmp_path):
         list(open_corpus(str(tmp_path)).documents())
 
 
-@pytest.mark.parametrize("corpus", ["installed-doc", "no/such/file.txt", ""])
+@pytest.mark.parametrize("corpus", ["installed-doc", "no/such/file.txt", "", "a/b..c", "x/"])
 def test_unknown_corpus_is_an_error_that_lists_the_known_ones(corpus):
     with pytest.raises(InputError, match="installed-docs, fineweb, fineweb-edu, a path, or a Hub dataset"):
         open_corpus(corpus)

@@ -119,6 +119,12 @@ def test_a_run_keeps_the_tokenizer_of_a_model_on_the_hub(
         assert ids.items() <= json.loads((model / name).read_text()).items()
 
 
+@pytest.mark.parametrize("name", ["a/b..c", "my tok/x", "owner/name@main", "x/"])
+def test_a_name_that_no_repository_can_have_is_an_error(name: str) -> None:
+    with pytest.raises(InputError, match=r"no tokenizer .*HFValidationError.*check the name"):
+        load_tokenizer(name)
+
+
 def test_a_hub_model_without_a_tokenizer_is_an_error(hub: LoopbackHub) -> None:
     hub.repositories["model", "them/bare"] = Repository({"config.json": b"{}", "model.safetensors": b"x"})
     with pytest.raises(InputError, match=r"no tokenizer them/bare: .*no model or dataset on the Hub that has one"):
