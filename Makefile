@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Further flags for training/train.py: make train TRAIN_FLAGS="--max_steps 50"
 TRAIN_FLAGS ?=
+# Python compiles what it imports; compiling all of torch and transformers takes pip longer.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: train test lint format canary oldest clean
 
@@ -33,7 +35,7 @@ canary oldest:
 	sed -En '/^    [A-Za-z_-]+>=/{ s/ +//; $(BOUNDS); p; }' setup.cfg \
 		| grep -Ev '^(torch|lm_eval|mypy|ruff|tensorboard|wandb|gradio|selenium)[>=]' > .venv-$@/requirements.txt
 	grep '^torch==' constraints.txt >> .venv-$@/requirements.txt
-	.venv-$@/bin/python -m pip install --quiet --retries 1 --upgrade --requirement .venv-$@/requirements.txt
+	.venv-$@/bin/python -m pip install --quiet --no-compile --retries 1 --upgrade --requirement .venv-$@/requirements.txt
 	.venv-$@/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface_hub|peft|tokenizers|safetensors|gguf) '
 	.venv-$@/bin/python -m pytest -n auto --dist loadfile -m "parity and not network and not gpu and not slow" \
 		$$(grep -rl 'pytest.mark.parity' --include '*.py' tests)
@@ -45,11 +47,11 @@ $(VENV)/.made:
 	@touch $@
 
 $(VENV)/.installed: $(VENV)/.made setup.cfg setup.py pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(PIP_INSTALL) --constraint constraints.txt --editable .
 	@touch $@
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,harness]'
+	$(PIP_INSTALL) --constraint constraints.txt --editable '.[test,harness]'
 	@touch $@
 
 clean:
