@@ -18,6 +18,7 @@ from training.monitoring.throughput import PEAKS, flops_per_token
 from training.recipe import Recipe
 from training.setup.batch_size_finder import divisors
 from training.setup.memory_estimate import MemoryEstimate, estimate_memory
+from training.setup.model import config_to_start_from
 from training.setup.plan import total_steps
 from training.setup.preflight import gib, known_vocabulary, report_model, report_time_and_cost
 from training.step.batch_plan import BatchPlan, plan_batch
@@ -108,8 +109,7 @@ def _precision(recipe: Recipe, name: str) -> str:
 
 def _model_without_weights(recipe: Recipe) -> GPT2ScratchForCausalLM:
     if recipe.init_from is not None:
-        config = GPT2ScratchConfig.from_pretrained(recipe.init_from)
-        config.n_positions = max(config.n_positions, recipe.positions)  # see `grow_positions`
+        config = config_to_start_from(recipe, recipe.init_from)
     else:
         vocabulary = known_vocabulary(recipe)
         config = GPT2ScratchConfig(

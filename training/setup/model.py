@@ -87,9 +87,7 @@ def build_model(
     except InputError:
         raise
     except LOADING_ERRORS as error:
-        # The first line of a from_pretrained error says what is wrong; the rest is advice on other models.
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise hub_cache_error(error) or InputError(f"cannot build the model: {first_line}") from error
+        raise hub_cache_error(error) or _cannot_build(error) from error
     if weights is None and source is not None and not all(weight.isfinite().all() for weight in model.parameters()):
         raise InputError(f"the weights in init_from {source} hold NaN or infinity; start from other weights")
     if model.config.vocab_size != tokenizer.vocab_size:
@@ -138,6 +136,30 @@ def _check_source(recipe: Recipe, vocab_size: int) -> None:
             f"a model of {parameters / 1e9:,.1f}B parameters needs {parameters * _FLOAT / 2**30:,.0f} GiB, but this "
             f"machine has {memory / 2**30:,.0f} GiB of memory; lower n_layer, n_embd or n_positions"
         )
+
+
+def config_to_start_from(recipe: Recipe, source: str) -> GPT2ScratchConfig:
+    """The config of the model in `source`, with the recipe's positions; no weights are read.
+
+    Raises:
+        InputError: there is no such model, or it has other sizes than the recipe.
+    """
+    _check_source(recipe, 0)
+    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():  # transformers would assume a GPT-2
+        raise InputError(f"cannot build the model: init_from {source} has no config.json; pass the folder of a model")
+    try:
+        config = GPT2ScratchConfig.from_pretrained(source)
+    except LOADING_ERRORS as error:
+        raise hub_cache_error(error) or _cannot_build(error) from error
+    _check_sizes(recipe, config)
+    config.n_positions = max(config.n_positions, recipe.positions)  # see `grow_positions`
+    return config
+
+
+def _cannot_build(error: BaseException) -> InputError:
+    # The first line of a from_pretrained error says what is wrong; the rest is advice on other models.
+    first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return InputError(f"cannot build the model: {first_line}")
 
 
 def _check_sizes(recipe: Recipe, config: GPT2ScratchConfig) -> None:

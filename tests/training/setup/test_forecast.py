@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from common.cli_errors import InputError
+from gpt2_scratch import GPT2ScratchConfig
 from training.recipe import RECIPES, load_recipe
 from training.setup.forecast import GPUS, forecast
 from training.train import parse_command
@@ -84,6 +85,38 @@ def test_unknown_length_is_said_and_costs_nothing(capsys: pytest.CaptureFixture[
 def test_flags_that_make_no_sense_are_errors(flags: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         parse_command(flags.split())
+
+
+@pytest.mark.parametrize(
+    ("source", "sizes", "message"),
+    [
+        ("model", {"n_layer": 5}, "the recipe has n_layer=5, but init_from .* has 1; remove n_layer"),
+        ("no-such-model", {}, "init_from .* is no folder; check the path"),
+        ("empty", {}, "cannot build the model: init_from .* has no config.json"),
+        ("broken", {}, "cannot build the model: "),
+    ],
+)
+def test_model_to_start_from_is_checked_as_in_training(
+    tmp_path: Path, source: str, sizes: dict[str, int], message: str
+) -> None:
+    GPT2ScratchConfig(n_positions=16, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "model")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    unset = {"n_layer": None, "n_head": None, "n_embd": None}
+    recipe = dataclasses.replace(OFFICIAL, **{**unset, **sizes, "init_from": str(tmp_path / source)})
+    with pytest.raises(InputError, match=message):
+        forecast(recipe, "a100")
+
+
+def test_more_positions_than_the_model_to_start_from_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    GPT2ScratchConfig(n_positions=16, n_embd=32, n_layer=1, n_head=2).save_pretrained(tmp_path / "model")
+    unset = {"n_layer": None, "n_head": None, "n_embd": None}
+    forecast(dataclasses.replace(OFFICIAL, **unset, init_from=str(tmp_path / "model")), "a100")
+    parameters = 50_257 * 32 + 1024 * 32 + 12 * 32 * 32 + 13 * 32 + 2 * 32
+    assert f"{parameters / 1e6:.1f}M parameters, 1 layers" in lines_of(capsys)["model"]
 
 
 def test_unknown_gpus_are_errors_that_name_the_known_ones() -> None:

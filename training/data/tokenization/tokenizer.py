@@ -133,8 +133,7 @@ class Tokenizer:
             data = read_json_object(path)
         except OSError as error:
             raise InputError(
-                f"cannot read {path} ({error.strerror}); give 'gpt2', 'train:4096', the folder of a saved tokenizer, "
-                "or a Hub id as owner/name"
+                f"cannot read {path} ({error.strerror}); give 'gpt2', 'train:4096', a folder, or owner/name on the Hub"
             ) from None
         except ValueError as error:
             raise _unsupported(path, f"it is not JSON ({one_line(error, 120)})") from None
@@ -192,8 +191,7 @@ def _load_from_hub(repo_id: str) -> Tokenizer:
             # Which tokenizer vocab.json and merges.txt are may stand in the model's config.json only.
             files = [*TOKENIZER_FILES, "config.json"]
             folder = Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=files))
-        except (RepositoryNotFoundError, HFValidationError) as error:  # also for private and gated ones
-            reason = type(error).__name__
+        except (RepositoryNotFoundError, HFValidationError):  # also for private and gated ones
             continue
         except network_errors() as error:
             if (cache_error := hub_cache_error(error)) is not None:
