@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Further flags for training/train.py: make train TRAIN_FLAGS="--max_steps 50"
 TRAIN_FLAGS ?=
-# Python compiles what it imports; compiling all of torch and transformers takes pip longer.
+# Python compiles what it imports; compiling all of torch and transformers first takes pip longer.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: train test lint format canary oldest clean
