@@ -208,7 +208,6 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             ValueError: inputs that do not fit the model, see `check_inputs`.
         """
         cache = single_cache(cache, past_key_values)
-        attention_kwargs = check_arguments(self, kwargs, cache)
         check_inputs(self, input_ids, inputs_embeds, attention_mask, position_ids, cache)
         if inputs_embeds is None:
             inputs_embeds = self.wte(input_ids)  # (batch, seq, n_embd)
@@ -218,6 +217,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             use_cache, cache = False, None  # the backward pass runs the blocks again, which would add their keys twice
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
+        attention_kwargs = check_arguments(self, kwargs, cache, position_ids)
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, cache)
 
         if position_ids is None:

@@ -26,10 +26,12 @@ CACHE_NAME = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
 )
 
+# Where packed documents begin: for flash attention, and for state-space models, whose collators pass it to all.
+_PACKED_DOCUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
 # Arguments that attention implementations of transformers and vLLM read.
-ATTENTION_ARGUMENTS = frozenset(
+ATTENTION_ARGUMENTS = _PACKED_DOCUMENTS | frozenset(
     {
-        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "is_causal"),  # flash attention
+        "is_causal",  # flash attention
         "kernel_options",  # flex attention
         *("read_index", "write_index", "block_table"),  # paged attention
         *("max_seqlen_q", "max_seqlen_k"),  # of paged attention in transformers 5.17
@@ -48,9 +50,11 @@ _OFFICIAL_ONLY = frozenset(
 
 
 def check_arguments(
-    model: "GPT2ScratchPreTrainedModel", arguments: dict[str, Any], cache: Cache | None
+    model: "GPT2ScratchPreTrainedModel", arguments: dict[str, Any], cache: Cache | None, position_ids: Tensor | None
 ) -> dict[str, Any]:
     """Return the arguments for the attention implementation.
+
+    Without a cache, `position_ids` separate packed documents, so the implementation need not read where they begin.
 
     Raises:
         TypeError: an argument that is unknown, not implemented here, or not read by the attention implementation.
@@ -63,6 +67,8 @@ def check_arguments(
         if name not in ATTENTION_ARGUMENTS and name not in _OFFICIAL_ONLY:
             raise TypeError(f"{name_of_model}.forward() got an unexpected argument {name!r}")
         if value is None:  # libraries pass arguments that they do not use
+            continue
+        if name in _PACKED_DOCUMENTS and cache is None and position_ids is not None:
             continue
         if name in _OFFICIAL_ONLY:
             raise TypeError(f"{name_of_model} does not implement {name}; use transformers.GPT2LMHeadModel")

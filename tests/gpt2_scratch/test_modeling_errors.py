@@ -133,8 +133,9 @@ def test_flattened_documents_are_separated_by_their_positions_and_lengths_that_n
     alone = torch.cat([model(torch.tensor([one["input_ids"]])).logits for one in documents], dim=1)
     torch.testing.assert_close(packed, alone)
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(documents, return_tensors="pt")
+    assert torch.equal(model(**batch, use_cache=False).logits, packed)
     with pytest.raises(TypeError, match="got cu_seq_lens_q, which attn_implementation='sdpa' does not read"):
-        model(**batch)
+        model(**batch, use_cache=True)
 
 
 def test_inputs_with_a_wrong_number_of_dimensions_are_refused():
