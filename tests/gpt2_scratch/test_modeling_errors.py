@@ -50,7 +50,7 @@ def test_exactly_one_kind_of_input_is_accepted():
 
 @pytest.mark.parametrize(
     "argument",
-    ["labelz", "past_key_value", "cache_params", "flubber", "sliding_window", "seq_idx", "pixel_values"],
+    ["labelz", "past_key_value", "cache_params", "flubber", "sliding_window", "pixel_values"],
 )
 @pytest.mark.parametrize("value", [torch.ones(2, 20), True, None], ids=["tensor", "flag", "None"])
 def test_unknown_arguments_are_refused_by_name(argument, value):
