@@ -84,10 +84,14 @@ def single_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | 
 
     Raises:
         ValueError: both are given.
+        TypeError: it is neither a `Cache` nor the cache of continuous batching.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of the same argument; pass only one of them")
-    return past_key_values if cache is None else cache
+    found = past_key_values if cache is None else cache
+    if found is not None and not isinstance(found, Cache) and not hasattr(found, "extend_read_and_write_indices"):
+        raise TypeError(f"expected a cache of transformers, such as DynamicCache, found {type(found).__name__}")
+    return found
 
 
 def update_cache(

@@ -104,6 +104,14 @@ def test_arguments_that_the_attention_implementation_ignores_are_refused_by_name
         assert torch.equal(model(tokens(), **{name: None}).logits, model(tokens()).logits)
 
 
+@pytest.mark.parametrize("value", [((torch.zeros(1), torch.zeros(1)),), torch.zeros(2), "a cache", False])
+def test_what_is_not_a_cache_is_refused_as_one(value):
+    ids = tokens()
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    with pytest.raises(TypeError, match=f"expected a cache of transformers, .* found {type(value).__name__}"):
+        tiny()(ids, past_key_values=value, position_ids=positions)
+
+
 def test_sdpa_reads_is_causal():
     model = tiny(attn_implementation="sdpa")
     causal, other = (model(tokens(), is_causal=value, use_cache=False).logits for value in (True, False))
