@@ -85,8 +85,8 @@ class Report:
             try:
                 result, state = action(), "measured"
             except Exception as error:  # one failure must not cost the other results
-                text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else str(error).strip()
-                result, state = f"failed: {type(error).__name__}: {text.splitlines()[0] if text else ''}", "failed"
+                text = "out of memory" if isinstance(error, torch.OutOfMemoryError) else " ".join(str(error).split())
+                result, state = f"failed: {type(error).__name__}: {text[:300]}", "failed"
             finally:
                 if torch.cuda.is_available():
                     torch.cuda.empty_cache()

@@ -216,38 +216,31 @@ def load_checkpoint(
     Raises:
         InputError: the state is not that of this model and optimizer.
     """
+    folder = checkpoint / "training_state"
+    generators = folder / f"rng_state_{accelerator.process_index}.safetensors"
     try:
-        _load(checkpoint, accelerator, model, optimizer, loop_state)
+        loop = load_file(folder / "loop_state.safetensors")
+        _load_moments(folder / "optimizer.safetensors", bare_model(accelerator, model), optimizer)
+        for name in loop_state.keys() & loop.keys():
+            loop_state[name].copy_(loop[name])
+        if generators.exists():
+            restore_rng_state(load_file(generators), accelerator.device)
     except LOADING_ERRORS as error:
         raise InputError(
             f"checkpoint {checkpoint} cannot be loaded ({one_line(error, 120)}); {_advice(checkpoint)}"
         ) from error
 
 
-def _load(
-    checkpoint: Path,
-    accelerator: Accelerator,
-    model: nn.Module,
-    optimizer: Optimizer,
-    loop_state: Mapping[str, torch.Tensor],
-) -> None:
-    folder = checkpoint / "training_state"
-    bare = bare_model(accelerator, model)
-    loop = load_file(folder / "loop_state.safetensors")
-    # The parameter groups come from the recipe; only the moments come from the checkpoint.
-    names = {parameter: name for name, parameter in bare.named_parameters()}
+def _load_moments(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Load the optimizer's state of every parameter. The parameter groups come from the recipe."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
     moments: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, tensor in load_file(folder / "optimizer.safetensors").items():
+    for key, tensor in load_file(path).items():
         name, moment = key.rsplit("/", 1)
         moments[name][moment] = tensor
     state: dict[str, Any] = {"state": dict(moments), "param_groups": groups}
-    set_optimizer_state_dict(bare, optimizer, state, options=StateDictOptions(full_state_dict=True))
-    for name in loop_state.keys() & loop.keys():
-        loop_state[name].copy_(loop[name])
-    generators = folder / f"rng_state_{accelerator.process_index}.safetensors"
-    if generators.exists():
-        restore_rng_state(load_file(generators), accelerator.device)
+    set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
 
 
 def publish(partial: Path, target: Path) -> None:

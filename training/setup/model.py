@@ -19,7 +19,7 @@ from transformers.utils import logging
 from common.cli_errors import InputError
 from common.hub_retry import hub_cache_error
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
-from gpt2_scratch.source_folder import LOADING_ERRORS, check_index
+from gpt2_scratch.source_folder import LOADING_ERRORS, check_index, looks_like_path
 from training.data.tokenization.tokenizer import Tokenizer
 from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
@@ -125,7 +125,7 @@ def _check_source(recipe: Recipe, vocab_size: int) -> None:
                 f"cannot build the model: init_from {source} is a file; convert it with python -m gpt2_scratch.export "
                 f"--model {source} --output DIR --format gpt2_scratch, and set init_from to that folder"
             )
-        if (source.startswith((".", "/", "~")) or source.count("/") > 1) and not Path(source).is_dir():
+        if looks_like_path(source) and not Path(source).is_dir():
             raise InputError(f"cannot build the model: init_from {source} is no folder; check the path")
         return
     n_layer, n_embd = recipe.sizes["n_layer"], recipe.sizes["n_embd"]

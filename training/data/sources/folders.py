@@ -1,4 +1,4 @@
-"""The files below a folder. None is left out silently: links are followed, and what cannot be read is an error."""
+"""The files below a folder. None is skipped silently: links are followed, and what cannot be read is an error."""
 
 import stat
 from pathlib import Path

@@ -5,7 +5,7 @@ import random
 
 import numpy as np
 import pytest
-from support.interrupted import KilledError, interrupt_after
+from support.interrupted import make_interrupted_shards
 from support.small_corpora import WORDS, folder_bytes, make_shards, write_corpus
 
 from common.cli_errors import InputError
@@ -118,10 +118,7 @@ def test_documents_with_invalid_utf8_are_counted_once(tmp_path, settings, monkey
     for number, characters in enumerate((3_000, 1_000_000)):
         monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", characters)
         make_shards(tmp_path / str(number), **{**settings, "num_workers": number, "report": lines.append})
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        with pytest.raises(KilledError):
-            make_shards(tmp_path / "out", **settings)
+    make_interrupted_shards(tmp_path / "out", 3, **settings)
     folder = make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "0") == folder_bytes(tmp_path / "1")
     documents = folder.manifest.documents

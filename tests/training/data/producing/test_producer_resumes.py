@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from support.interrupted import KilledError, interrupt_after
+from support.interrupted import make_interrupted_shards
 from support.paths import ROOT
 from support.small_corpora import WORDS, folder_bytes, make_shards, write_corpus
 
@@ -35,26 +35,20 @@ def _is_alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
-def test_interrupted_producer_resumes_to_the_same_bytes(tmp_path, settings, monkeypatch, shards):
+def test_interrupted_producer_resumes_to_the_same_bytes(tmp_path, settings, shards):
     make_shards(tmp_path / "complete", **settings)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, shards)
-        with pytest.raises(KilledError):
-            make_shards(tmp_path / "out", **settings)
+    make_interrupted_shards(tmp_path / "out", shards, **settings)
     assert len(ShardFolder.open(tmp_path / "out").shards) == shards
     make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
 
 
-def test_producer_resumes_in_the_middle_of_a_document(tmp_path, settings, monkeypatch):
+def test_producer_resumes_in_the_middle_of_a_document(tmp_path, settings):
     path = tmp_path / "c.txt"
     path.write_text(" ".join(random.Random(0).choices(WORDS, k=20_000)))
     settings = {**settings, "corpus": str(path)}
     make_shards(tmp_path / "complete", **settings)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        with pytest.raises(KilledError):
-            make_shards(tmp_path / "out", **settings)
+    make_interrupted_shards(tmp_path / "out", 3, **settings)
     make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
 
@@ -66,10 +60,7 @@ def test_resuming_inside_a_document_reads_only_its_rest(tmp_path, settings, monk
     monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", 4_000)
     settings = {**settings, "corpus": str(path)}
     make_shards(tmp_path / "complete", **settings)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 6)
-        with pytest.raises(KilledError):
-            make_shards(tmp_path / "out", **settings)
+    make_interrupted_shards(tmp_path / "out", 6, **settings)
     resume = Manifest.read(tmp_path / "out").resume
     assert (resume.document, resume.position[3]) == (0, 1)
     read, real = [], FileCorpus._read
@@ -95,10 +86,7 @@ def test_folder_that_an_earlier_version_began_is_resumed(tmp_path, settings, mon
     settings = {**settings, "corpus": str(path)}
     monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", 4_000)
     make_shards(tmp_path / "complete", **settings)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 3)
-        with pytest.raises(KilledError):
-            make_shards(tmp_path / "out", **settings)
+    make_interrupted_shards(tmp_path / "out", 3, **settings)
     file = tmp_path / "out" / "manifest.json"
     data = json.loads(file.read_text())
     if name == "c.txt":  # it kept the document's beginning
@@ -114,10 +102,7 @@ def test_folder_that_an_earlier_version_began_is_resumed(tmp_path, settings, mon
 def test_partial_folder_is_not_resumed_with_a_changed_corpus(tmp_path, settings, monkeypatch):
     path = write_corpus(tmp_path / "c.jsonl", 200)
     settings = {**settings, "corpus": str(path)}
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(KilledError):
-            make_shards(tmp_path / "out", **settings)
+    make_interrupted_shards(tmp_path / "out", 2, **settings)
     write_corpus(path, 200, seed=1)
     with pytest.raises(InputError, match=r"'c' has changed since .* delete the folder"):
         make_shards(tmp_path / "out", **settings)
@@ -142,10 +127,7 @@ def test_producer_resumes_without_reading_earlier_documents(tmp_path, settings, 
     monkeypatch.setattr(batches, "CHARACTERS_PER_BATCH", 2_000)
     settings = {**settings, "corpus": str(path)}
     complete = make_shards(tmp_path / "complete", **settings)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 4)
-        with pytest.raises(KilledError):
-            make_shards(tmp_path / "out", **settings)
+    make_interrupted_shards(tmp_path / "out", 4, **settings)
     manifest = Manifest.read(tmp_path / "out")
     assert manifest.resume.document < manifest.documents <= manifest.resume.document + 30
 
@@ -198,10 +180,7 @@ def test_killed_producer_leaves_no_process_and_resumes_to_the_same_bytes(tmp_pat
 def test_resumed_producer_keeps_the_trained_tokenizer(tmp_path, settings, monkeypatch):
     settings = {**settings, "tokenizer": "train:300"}
     make_shards(tmp_path / "complete", **settings)
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 2)
-        with pytest.raises(KilledError):
-            make_shards(tmp_path / "out", **settings)
+    make_interrupted_shards(tmp_path / "out", 2, **settings)
     monkeypatch.setattr(producer, "train_tokenizer", None)  # training again would fail
     make_shards(tmp_path / "out", **settings)
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
