@@ -72,12 +72,13 @@ def is_transient(error: BaseException) -> bool:
 class HubRetry:
     """Retries with exponential backoff, at most a minute between attempts and a day in all.
 
-    `log` receives a line a minute during an outage; `advice` is what to do when retrying is pointless.
+    `log` receives a line a minute during an outage, which ends with `note`; `advice` is what to do when retrying is
+    pointless.
     """
 
-    def __init__(self, repository: str, log: Callable[[str], None], *, advice: str) -> None:
+    def __init__(self, repository: str, log: Callable[[str], None], *, advice: str, note: str = "") -> None:
         self._repository = repository
-        self._advice = advice
+        self._advice, self._note = advice, note
         self._log = RateLimitedLog(_SECONDS_BETWEEN_LINES, log)
         self.reset()
 
@@ -105,7 +106,7 @@ class HubRetry:
             raise kind(f"cannot read {self._repository} from the Hub ({reason}); {self._advice}")
         self._log(
             f"the Hub has not answered for {format_duration(outage_seconds)} while reading {self._repository} "
-            f"({reason}); retrying in {self._delay:.0f} s"
+            f"({reason}); retrying in {self._delay:.0f} s{self._note}"
         )
         time.sleep(self._delay)
         self._delay = min(2 * self._delay, _LONGEST_DELAY_SECONDS)

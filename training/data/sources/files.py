@@ -13,7 +13,7 @@ from typing import TypeVar
 from common.cli_errors import InputError
 from training.data.sources.archives import ARCHIVE_ENDINGS, Member, members_of
 from training.data.sources.base import Corpus, Piece, Position, corpus_name
-from training.data.sources.folders import files_below
+from training.data.sources.folders import files_below, require_file
 from training.data.sources.formats import ENDINGS_IN_WORDS, FILE_ENDINGS, advance, format_of, open_plain, opened
 from training.data.sources.rows import MissingFieldError, read_rows
 from training.data.sources.text_files import END_OF_TEXT, Separator, find_encoding, read_pieces, require_text
@@ -58,6 +58,7 @@ class FileCorpus(Corpus):
             self._files = [path]
             if not path.name.lower().endswith(FILE_ENDINGS):
                 raise InputError(f"{path} does not end in {ENDINGS_IN_WORDS}; rename it")
+            require_file(path, path.stat().st_mode)
         self._sources: list[Path | Member] = []
         for file in self._files:
             if not _is_archive(file):

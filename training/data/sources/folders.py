@@ -12,7 +12,8 @@ def files_below(root: Path) -> list[Path]:
     Links to folders are followed, unless they lead to a folder that is read already under its own path.
 
     Raises:
-        InputError: a folder cannot be read, or a link leads nowhere or to a folder that contains `root`.
+        InputError: a folder cannot be read, a link leads nowhere or to a folder that contains `root`, or an entry is
+            neither a file nor a folder.
     """
     found: list[Path] = []
     linked: set[Path] = set()
@@ -22,18 +23,24 @@ def files_below(root: Path) -> list[Path]:
         for path in sorted(_entries(folder)):
             mode = _mode(path)
             if not stat.S_ISDIR(mode):
-                if stat.S_ISREG(mode):
-                    found.append(path)
+                require_file(path, mode)
+                found.append(path)
                 continue
             if path.is_symlink():
                 target = path.resolve()
                 if root.is_relative_to(target) and root != target:
                     raise InputError(f"{path} is a link to a folder that contains {root}; remove it")
-                if _is_read(target, root) or any(target.is_relative_to(other) for other in linked):
+                if any(_is_read(target, other) for other in (root, *linked)):
                     continue
                 linked.add(target)
             remaining.append(path)
     return sorted(found, key=lambda file: file.relative_to(root).parts)
+
+
+def require_file(path: Path, mode: int) -> None:
+    """Raise an `InputError` for a pipe, from which a read would wait without end, a socket or a device."""
+    if not stat.S_ISREG(mode):
+        raise InputError(f"{path} is a pipe, a socket or a device, not a file; save its content to a file, or remove it")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -58,5 +65,5 @@ def _mode(path: Path) -> int:
 
 
 def _is_read(folder: Path, root: Path) -> bool:
-    """Return whether a folder is read as a part of `root` without links."""
+    """Return whether a folder is read as a part of `root` without further links."""
     return folder.is_relative_to(root) and not any(map(_is_hidden, folder.relative_to(root).parts))

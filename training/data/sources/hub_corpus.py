@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.cli_errors import InputError, one_line
 from common.hub_retry import HubRetry, network_errors
-from training.data.sources.base import Corpus, Piece, Position
+from training.data.sources.base import HUB_CORPORA, Corpus, Piece, Position
 from training.data.sources.rows import column_values, missing_field, text_of
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class HubCorpus(Corpus):
             report,
             advice="fix this and run the same command again (complete shards are kept), or give --corpus "
             "installed-docs or a path, which need no network",
+            # It may be a path with a typing error.
+            note="" if repository in HUB_CORPORA.values() else f"; no local file or folder is called {repository}",
         )
         self._text_field = text_field
         self._num_rows: int | None = None

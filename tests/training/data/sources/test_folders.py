@@ -48,7 +48,10 @@ def test_folders_that_are_read_already_are_not_read_through_a_link(root: Path) -
     (root.parent / "other" / "c" / "loop").symlink_to(root.parent / "other")
     assert names(root) == ["a/1.txt", "b.txt", "z/c/2.txt"]
     (root / "from-hidden").symlink_to(root / ".hidden")  # the only way to read it
-    assert names(root) == ["a/1.txt", "b.txt", "from-hidden/no.txt", "z/c/2.txt"]
+    (root.parent / "other" / ".hidden").mkdir()
+    (root.parent / "other" / ".hidden" / "3.txt").write_text("text")
+    (root / "z-hidden").symlink_to(root.parent / "other" / ".hidden")
+    assert names(root) == ["a/1.txt", "b.txt", "from-hidden/no.txt", "z/c/2.txt", "z-hidden/3.txt"]
 
 
 def test_a_link_to_a_folder_that_contains_the_corpus_is_refused(root: Path) -> None:
@@ -82,3 +85,10 @@ def test_a_folder_that_may_not_be_entered_is_refused(root: Path, monkeypatch: py
     monkeypatch.setattr(Path, "iterdir", refusing)
     with pytest.raises(InputError, match=r"cannot read the folder .*/a: Permission denied; change its permissions"):
         FileCorpus(root)
+
+
+def test_a_pipe_is_refused_instead_of_waiting_for_its_writer(root: Path) -> None:
+    os.mkfifo(root / "pipe.txt")
+    for corpus in (root, root / "pipe.txt"):
+        with pytest.raises(InputError, match=r"pipe.txt is a pipe, a socket or a device, not a file; save its content"):
+            FileCorpus(corpus)

@@ -149,6 +149,16 @@ def test_offline_mode_is_an_error_without_retries(monkeypatch: pytest.MonkeyPatc
         list(open_corpus("fineweb-edu").documents())
 
 
+def test_mistyped_path_is_recognizable_while_the_hub_cannot_be_reached() -> None:
+    lines: list[str] = []
+    for corpus in ("data/books", "fineweb"):
+        opened = open_corpus(corpus, report=lines.append)
+        assert isinstance(opened, HubCorpus)
+        opened.retry.wait(ConnectionError("Name or service not known"))
+    assert lines[0].endswith("retrying in 1 s; no local file or folder is called data/books")
+    assert lines[1].endswith("retrying in 1 s")
+
+
 @pytest.mark.network
 def test_fineweb_edu_streams_from_the_hub() -> None:
     corpus = open_corpus("fineweb-edu")
