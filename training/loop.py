@@ -5,6 +5,7 @@ import functools
 import gc
 import os
 import signal
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,7 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
             save_minutes=run.recipe.save_minutes, num_processes=accelerator.num_processes, timeout=PROCESS_TIMEOUT
         )
         checkpoints = _add_hooks(plan, coordinator, skeleton, user_hooks)
-        stack.callback(_close, run, producer)
+        stack.push(lambda kind, error, _: _close(run, producer, error))
         if unreadable:
             run.report(f"recipe.yaml could not be read; it was renamed to {unreadable}")
         if set_aside:
@@ -230,11 +231,14 @@ def _add_hooks(
     return checkpoints
 
 
-def _close(run: Run, producer: BackgroundProducer) -> None:
+def _close(run: Run, producer: BackgroundProducer, error: BaseException | None) -> None:
     if run.accelerator.is_main_process:
         producer.stop()  # before the log that it writes to is closed
     # Release the model before the process group: gloo can hang if DDP and the group are destroyed together.
     del run.model, run.optimizer
+    while error is not None:  # the variables of the functions that failed refer to the model too
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
     for hook in reversed(run.hooks):
         hook.close()
     shut_down(run.accelerator)

@@ -5,6 +5,7 @@ Importing torch and transformers takes seconds. Here one process imports them, a
 """
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import signal
@@ -86,6 +87,9 @@ class ProcessesOfARun:
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         if self.alive:
+            self.send(signal.SIGABRT)  # prints where they wait
+            for process in self.processes:
+                process.join(5.0)
             self.send(signal.SIGKILL)
             raise TimeoutError(f"the run did not end in {timeout} s; it printed:\n{self.printed.read_text()}")
         return [process.exitcode for process in self.processes]
@@ -106,6 +110,7 @@ def _train(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    faulthandler.enable()
     os.environ |= environment
     from common.cli_errors import run_command
     from training.loop import train

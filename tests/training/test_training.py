@@ -1,10 +1,12 @@
 """Complete runs of a tiny model: the files they write, and how they start and end."""
 
 import dataclasses
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from support.command_lines import refused
 from support.trained import assert_same, losses, weights
 
+from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
 from training.loop import train
 from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
 from training.setup.accelerator import resolve_mixed_precision
+from training.step.hooks import Hook, Run
 
 Make = Callable[..., Recipe]
 
@@ -235,3 +240,29 @@ def test_the_card_contains_no_local_path(tiny_recipe: Make, tmp_path: Path) -> N
     for secret in (str(tmp_path), str(Path(recipe.data_dir).parent), str(Path(recipe.corpus).parent)):
         assert secret not in card
     assert json.dumps(str(tmp_path)) not in (Path(recipe.output_dir) / "model" / "config.json").read_text()
+
+
+def test_a_failed_step_releases_model_and_optimizer_before_the_process_group(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise gloo can hang when they are released together, after the error was printed."""
+    kept: list[weakref.ref[object]] = []
+
+    class Watch(Hook):
+        def before_training(self, run: Run) -> None:
+            kept.append(weakref.ref(run.optimizer))
+
+    def lose_connection(*_: object) -> None:
+        raise RuntimeError("[/x/gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1")
+
+    def shut_down(accelerator: Accelerator) -> None:
+        accelerator.free_memory()
+        gc.collect()
+        assert kept[0]() is None
+        kept.clear()
+
+    monkeypatch.setattr("training.step.train_step.skip_update_if", lose_connection)
+    monkeypatch.setattr("training.loop.shut_down", shut_down)
+    with pytest.raises(InputError, match="the connection to another process was lost"):
+        train(tiny_recipe(max_steps=2, eval_steps=0), hooks=[Watch()])
+    assert not kept
