@@ -31,13 +31,16 @@ def hub_cache_error(error: BaseException) -> InputError | None:
     """Return an `InputError` if `error` is about writing to the Hub's local cache, else None."""
     if not (isinstance(error, OSError) and is_disk_error(error) and isinstance(error.filename, str)):
         return None
-    cache = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    if not Path(error.filename).is_relative_to(cache):
-        return None
-    return TemporaryError(
-        f"cannot write to the Hugging Face cache ({error.filename}: {error.strerror}); free space, or set HF_HOME to a "
-        "writable folder"
-    )
+    default = f"{os.environ.get('XDG_CACHE_HOME', '~/.cache')}/huggingface"
+    folders = {name: os.environ.get(name, "") for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_XET_CACHE")}
+    for variable, folder in {**folders, "HF_HOME": os.environ.get("HF_HOME", default)}.items():
+        # `Path.expanduser` fails for a user without a home.
+        if folder and Path(error.filename).is_relative_to(os.path.expanduser(folder)):  # noqa: PTH111
+            return TemporaryError(
+                f"cannot write to the Hugging Face cache ({error.filename}: {error.strerror}); free space, or set "
+                f"{variable} to a writable folder"
+            )
+    return None
 
 
 def network_errors() -> tuple[type[BaseException], ...]:

@@ -231,6 +231,14 @@ def test_error_of_the_hub_cache_is_distinguished_from_one_of_the_run_folder(
     assert "No space left on device); free space, or set HF_HOME" in str(hub_cache_error(full))
     assert hub_cache_error(OSError(28, "No space left on device", str(tmp_path / "data" / "x"))) is None
     assert hub_cache_error(ValueError()) is None
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "data"))
+    found = hub_cache_error(OSError(28, "No space left on device", str(tmp_path / "data" / "x")))
+    assert "set HF_HUB_CACHE to a writable folder" in str(found)
+    for variable in ("HF_HOME", "HF_HUB_CACHE", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # a user without a home, as in containers
+    assert hub_cache_error(full) is None
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
 
     from gpt2_scratch import GPT2ScratchForCausalLM
 

@@ -40,7 +40,9 @@ def files_below(root: Path) -> list[Path]:
 def require_file(path: Path, mode: int) -> None:
     """Raise an `InputError` for a pipe, from which a read would wait without end, a socket or a device."""
     if not stat.S_ISREG(mode):
-        raise InputError(f"{path} is a pipe, a socket or a device, not a file; save its content to a file, or remove it")
+        raise InputError(
+            f"{path} is a pipe, a socket or a device, not a file; save its content to a file, or remove it"
+        )
 
 
 def _entries(folder: Path) -> list[Path]:
