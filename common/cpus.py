@@ -13,9 +13,10 @@ def usable_cpus() -> int:
 def use_all_cores() -> None:
     """Give torch this process's share of the machine's cores.
 
-    Launchers set OMP_NUM_THREADS=1, which leaves cores idle. A larger number is the user's choice and is kept.
+    Launchers set OMP_NUM_THREADS=1, which leaves cores idle. Another value is the user's choice and is kept; OpenMP also
+    allows lists such as 4,2.
     """
-    if int(os.environ.get("OMP_NUM_THREADS", "1")) == 1:
+    if os.environ.get("OMP_NUM_THREADS", "").strip() in ("", "1"):
         import torch
 
         torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
