@@ -13,8 +13,8 @@ def usable_cpus() -> int:
 def use_all_cores() -> None:
     """Give torch this process's share of the machine's cores.
 
-    Launchers set OMP_NUM_THREADS=1, which leaves cores idle. Another value is the user's choice and is kept; OpenMP also
-    allows lists such as 4,2.
+    Launchers set OMP_NUM_THREADS=1, which leaves cores idle. Another value is the user's choice and is kept; OpenMP
+    also allows lists such as 4,2.
     """
     if os.environ.get("OMP_NUM_THREADS", "").strip() in ("", "1"):
         import torch

@@ -29,7 +29,7 @@ from training.data.tokenization.tokenizer_files import (
 
 _GPT2_FINGERPRINT = "51d32a77888dd9f57aec65782b437014a7f0bc1afbc94624d0fe3e27b5002601"
 
-_MIN_VOCAB_SIZE = 257  # 256 bytes and the end of text
+_MIN_VOCAB_SIZE, _MAX_VOCAB_SIZE = 257, 1_000_000  # bytes and end of text; more than memory holds aborts the process
 
 
 class Tokenizer:
@@ -212,11 +212,11 @@ def parse_train_spec(spec: str) -> int | None:
     if kind != "train":
         return None
     if not (size.isascii() and size.isdigit()):
-        raise InputError(f"'{spec}' has no vocabulary size; write it as in train:4096")
-    if int(size) < _MIN_VOCAB_SIZE:
+        raise InputError(f"'{spec:.40}' has no vocabulary size; write it as in train:4096")
+    if not _MIN_VOCAB_SIZE <= int(size[:9]) <= _MAX_VOCAB_SIZE:  # Python converts no thousands of digits
         raise InputError(
-            f"a vocabulary needs at least {_MIN_VOCAB_SIZE} tokens (256 bytes and the end of text), found "
-            f"{int(size):,}; 4096 is a good size for a small corpus"
+            f"a vocabulary needs at least {_MIN_VOCAB_SIZE} tokens (256 bytes and the end of text) and at most "
+            f"{_MAX_VOCAB_SIZE:,}, found {size:.40}; 4096 is a good size for a small corpus"
         )
     return int(size)
 

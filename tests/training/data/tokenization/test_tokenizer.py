@@ -216,6 +216,12 @@ def test_vocabulary_without_room_for_the_bytes_is_an_error():
         parse_train_spec("train:256")
 
 
+@pytest.mark.parametrize("size", ["1000001", "9" * 30, "9" * 5000])
+def test_vocabulary_that_no_memory_holds_is_an_error(size):
+    with pytest.raises(InputError, match=r"at most 1,000,000, found [19]\d{6,39}; 4096"):
+        parse_train_spec(f"train:{size}")
+
+
 def test_corpus_too_small_for_the_vocabulary_is_an_error_with_the_possible_size():
     with pytest.raises(InputError, match=r"4,096 tokens: it gives 259\b"):
         train_bpe(["abc abc"], 4096)
