@@ -68,7 +68,7 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
     facts = " · ".join(
         (
             f"{model.num_parameters():,} parameters",
-            f"{config.num_hidden_layers} layers × {config.num_attention_heads} heads",
+            f"{views.counted(config.num_hidden_layers, 'layer')} × {views.counted(config.num_attention_heads, 'head')}",
             f"{config.hidden_size} wide",
             f"{demo.n_positions:,} positions",
             f"{config.vocab_size:,} tokens",

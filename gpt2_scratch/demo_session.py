@@ -6,6 +6,7 @@ This file imports only the other files of the demo, because a Space carries them
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ class Demo:
         def view(index: int) -> str:
             assert text.predicted is not None
             best = self.texts(text.predicted.top_ids[index - 1].tolist())
-            return views.alternatives_view(texts, best, text.predicted, index)
+            return views.alternatives_view(text.ids, texts, best, text.predicted, index)
 
         own = view(text.selected) if text.selected else '<p class="g-note">Nothing comes before the first token.</p>'
         return f'<div class="g-columns"><div>{own}</div><div>{view(len(texts))}</div></div>'
@@ -101,10 +102,12 @@ class Demo:
         following = text.ids[columns.start + 1 : columns.stop + 1]
         grid = []
         for layer, top in enumerate(best.indices[..., 0]):
-            likeliest = self.texts(top.tolist())
+            likeliest = top.tolist()
             own = [float(probabilities[layer, column, token]) for column, token in enumerate(following)]
             own += [math.nan] * (len(likeliest) - len(own))
-            grid.append(list(zip(likeliest, best.values[layer, :, 0].tolist(), own, strict=True)))
+            is_actual = [token == actual for token, actual in zip_longest(likeliest, following)]
+            cells = zip(self.texts(likeliest), best.values[layer, :, 0].tolist(), own, is_actual, strict=True)
+            grid.append(list(cells))
         texts = self.texts(text.ids)
         column, token = position - start, position + 1
         rows = []

@@ -38,6 +38,11 @@ def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     return texts
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, such as "1 layer" or "12 layers"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def escape(text: str) -> str:
     """Return text for HTML that is inserted into a template with ${…} and {{…}}."""
     return html.escape(text).replace("{", "&#123;").replace("$", "&#36;")
@@ -68,10 +73,17 @@ def text_view(
     return f'<div class="g-text" tabindex="0" role="group" aria-label="Tokens">{"".join(spans)}</div>'
 
 
-def alternatives_view(texts: Sequence[str], top_texts: Sequence[str], predicted: Predictions, selected: int) -> str:
-    """Return the prediction for token `selected` (1 … seq): its probability, and the likeliest tokens `top_texts`.
+def alternatives_view(
+    ids: Sequence[int], texts: Sequence[str], top_texts: Sequence[str], predicted: Predictions, selected: int
+) -> str:
+    """Return the prediction for token `selected` (1 … seq): its probability, and the likeliest tokens.
 
-    `selected` = seq is the token after the text.
+    Args:
+        ids: of each token.
+        texts: of each token.
+        top_texts: of the likeliest tokens.
+        predicted: of the text.
+        selected: index of the token; seq for the one after the text.
     """
     row = selected - 1
     if selected < len(texts):
@@ -81,11 +93,12 @@ def alternatives_view(texts: Sequence[str], top_texts: Sequence[str], predicted:
             f"surprisal <b>{_bits(probability):.1f} bits</b>"
         )
     else:
-        facts, rank = "The token after the text", 0
+        facts = "The token after the text"
+    actual = ids[selected] if selected < len(ids) else None
     bars = [
-        _bar(text, float(probability), is_actual=number == rank)
-        for number, (text, probability) in enumerate(
-            zip(top_texts, predicted.top_probabilities[row], strict=True), start=1
+        _bar(text, float(probability), is_actual=int(token) == actual)  # tokens may have the same text or rank
+        for token, text, probability in zip(
+            predicted.top_ids[row], top_texts, predicted.top_probabilities[row], strict=True
         )
     ]
     return (
@@ -146,13 +159,14 @@ def attention_view(texts: Sequence[str], weights: Tensor, head: int, selected: i
     )
 
 
-def lens_view(texts: Sequence[str], grid: Sequence[Sequence[tuple[str, float, float]]], start: int) -> str:
+def lens_view(texts: Sequence[str], grid: Sequence[Sequence[tuple[str, float, float, bool]]], start: int) -> str:
     """Return the table of what each layer predicts at each position.
 
     Args:
         texts: of each token.
-        grid: (n_layer + 1, positions) of the likeliest token, its probability, and the probability of the token that
-            follows in the text (NaN after the last token). The first row is the embedding.
+        grid: (n_layer + 1, positions) of the likeliest token, its probability, the probability of the token that
+            follows in the text (NaN after the last token), and whether they are the same token. The first row is the
+            embedding.
         start: index of the first position.
     """
     columns = range(start, start + len(grid[0]))
@@ -163,8 +177,7 @@ def lens_view(texts: Sequence[str], grid: Sequence[Sequence[tuple[str, float, fl
     rows = []
     for layer in reversed(range(len(grid))):
         cells = []
-        for index, (text, probability, following) in zip(columns, grid[layer], strict=True):
-            is_actual = index + 1 < len(texts) and text == texts[index + 1]
+        for index, (text, probability, following, is_actual) in zip(columns, grid[layer], strict=True):
             title = f"{_percent(probability)}"
             if not math.isnan(following):
                 title += f"; {texts[index + 1]!r} has {_percent(following)}"

@@ -12,6 +12,7 @@ first.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,13 @@ from .source_folder import (
 FORMATS = ("gpt2", "gpt2_scratch", "gguf")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+# In lines of a model card.
+_ABOUT_OUR_CODE = (
+    "`import gpt2_scratch`",
+    "`python -m gpt2_scratch.export",
+    "but not this code load the same weights",
+    "- gpt2_scratch\n",
+)
 _NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json"}
 
 
@@ -178,7 +186,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def copy_other_files(source: Path, target: Path, model_format: str) -> None:
     """Copy tokenizer, generation config and model card.
 
-    In format gpt2, the card no longer asks to trust our code, and the tokenizer's class is one that all versions know.
+    In format gpt2, the card is that of a native folder, and the tokenizer's class is one that all versions know.
     """
     for path in sorted({path for pattern in COPIED for path in source.glob(pattern)}):
         if path.is_file() and path.name not in _NOT_COPIED:
@@ -187,11 +195,25 @@ def copy_other_files(source: Path, target: Path, model_format: str) -> None:
         _name_tokenizer_class(target)
     card = target / "README.md"
     if model_format == "gpt2" and card.exists():
-        lines = card.read_text(encoding="utf-8", errors="surrogateescape").splitlines(keepends=True)
-        ours = ("`import gpt2_scratch`", "`python -m gpt2_scratch.export", "- gpt2_scratch\n")
-        kept = [line for line in lines if not any(part in line for part in ours)]
-        text = "".join(kept).replace(", trust_remote_code=True", "")
+        text = native_card(card.read_text(encoding="utf-8", errors="surrogateescape"))
         card.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def native_card(card: str) -> str:
+    """Return the card without what it says about our code.
+
+    Its examples load the folder: the repository that a downloaded card names has our form.
+    """
+    kept: list[str] = []
+    removed = False
+    for line in card.splitlines(keepends=True):
+        if any(part in line for part in _ABOUT_OUR_CODE):
+            removed = True
+        elif line.strip() or not removed or (kept and kept[-1].strip()):  # no second blank line around what is removed
+            kept.append(line)
+            removed = removed and not line.strip()
+    text = re.sub(r'"[^"\n]*", trust_remote_code=True', '"path/to/this/folder"', "".join(kept))
+    return text.replace(", trust_remote_code=True", "")
 
 
 def _name_tokenizer_class(folder: Path) -> None:

@@ -39,6 +39,7 @@ from .pretrained_gpt2_scratch import (
     check_arguments,
     check_inputs,
     check_labels,
+    check_mask,
     mask_cache,
     sequence_too_long,
     single_cache,
@@ -204,7 +205,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, and the `ATTENTION_ARGUMENTS`.
 
         Raises:
-            TypeError: an argument that nothing reads, see `check_arguments`.
+            TypeError: an argument that nothing reads, see `check_arguments` and `check_mask`.
             ValueError: inputs that do not fit the model, see `check_inputs`.
         """
         cache = single_cache(cache, past_key_values)
@@ -219,6 +220,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             cache = DynamicCache(config=self.config)
         attention_kwargs = check_arguments(self, kwargs, cache, position_ids)
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, cache)
+        check_mask(self, attention_kwargs, causal_mask, cache)
 
         if position_ids is None:
             past_seq = 0 if cache is None else cache.get_seq_length()
@@ -334,7 +336,14 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
                 loss = loss / num_items_in_batch
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden_states[:, kept, :])  # (batch, kept, vocab_size)
+            hidden_states = hidden_states[:, kept, :]
+            targets = labels if shift_labels is None else shift_labels
+            if targets is not None and targets.shape != hidden_states.shape[:2]:
+                raise ValueError(
+                    f"expected labels of shape {tuple(hidden_states.shape[:2])}, found {tuple(targets.shape)}; give "
+                    "one label per position, and leave logits_to_keep out"
+                )
+            logits = self.lm_head(hidden_states)  # (batch, kept, vocab_size)
             if labels is not None:
                 loss = self.loss_function(
                     logits,

@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig
 
@@ -27,11 +29,12 @@ CACHE_NAME = (
 )
 
 # Where packed documents begin: for flash attention, and for state-space models, whose collators pass it to all.
-_PACKED_DOCUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"})
+_FLASH_DOCUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+_PACKED_DOCUMENTS = _FLASH_DOCUMENTS | {"seq_idx"}
 # Arguments that attention implementations of transformers and vLLM read.
 ATTENTION_ARGUMENTS = _PACKED_DOCUMENTS | frozenset(
     {
-        "is_causal",  # flash attention
+        "is_causal",  # flash attention, sdpa
         "kernel_options",  # flex attention
         *("read_index", "write_index", "block_table"),  # paged attention
         *("max_seqlen_q", "max_seqlen_k"),  # of paged attention in transformers 5.17
@@ -39,8 +42,8 @@ ATTENTION_ARGUMENTS = _PACKED_DOCUMENTS | frozenset(
         "attention_instances",  # vLLM
     }
 )
-# Implementations that ignore all of these but a few.
-_READ_BY = {"eager": (), "sdpa": ("is_causal",), "flex_attention": ("kernel_options",)}
+# What implementations of transformers read of these. Others, such as vLLM's, get all.
+_READ_BY: dict[str, Collection[str]] = {"eager": (), "sdpa": ("is_causal",), "flex_attention": ("kernel_options",)}
 # Read by decorators.
 _READ_ELSEWHERE = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
 # Arguments of the official class that are not implemented here. Libraries pass them as None.
@@ -60,7 +63,7 @@ def check_arguments(
         TypeError: an argument that is unknown, not implemented here, or not read by the attention implementation.
     """
     name_of_model, implementation = type(model).__name__, model.config._attn_implementation
-    read = ATTENTION_ARGUMENTS if _is_paged(cache) else _READ_BY.get(implementation, ATTENTION_ARGUMENTS)
+    read = ATTENTION_ARGUMENTS if _is_paged(cache) else _read_by(implementation, arguments)
     for name, value in arguments.items():
         if name in _READ_ELSEWHERE or (name in read and not isinstance(value, Cache)):
             continue
@@ -77,6 +80,30 @@ def check_arguments(
             "it out (without a cache, position_ids separate packed documents), or choose another implementation"
         )
     return {name: value for name, value in arguments.items() if name in read}
+
+
+def _read_by(implementation: str, arguments: dict[str, Any]) -> Collection[str]:
+    """Return those of the `ATTENTION_ARGUMENTS` that an attention implementation reads."""
+    if not is_flash_attention_requested(requested_attention_implementation=implementation):
+        return _READ_BY.get(implementation, ATTENTION_ARGUMENTS)
+    are_complete = all(arguments.get(name) is not None for name in _FLASH_DOCUMENTS)
+    return {"is_causal", *(_FLASH_DOCUMENTS if are_complete else ())}
+
+
+def check_mask(
+    model: "GPT2ScratchPreTrainedModel", arguments: dict[str, Any], mask: Tensor | None, cache: Cache | None
+) -> None:
+    """Raise a TypeError for arguments that the attention implementation ignores if it gets a mask."""
+    if mask is None or _is_paged(cache):
+        return
+    implementation = model.config._attn_implementation
+    is_flash = is_flash_attention_requested(requested_attention_implementation=implementation)
+    for name in _FLASH_DOCUMENTS if is_flash else {"is_causal"} if implementation == "sdpa" else ():
+        if arguments.get(name) is not None and arguments[name] is not True:
+            raise TypeError(
+                f"{type(model).__name__}.forward() got {name}, which attn_implementation={implementation!r} does not "
+                "read with padding, packed documents or a cache; leave it out, or pass a mask (batch, 1, seq, seq)"
+            )
 
 
 def single_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

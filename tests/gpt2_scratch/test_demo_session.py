@@ -10,6 +10,7 @@ from support.model_folders import scratch  # noqa: F401 - a fixture
 from gpt2_scratch import demo_views as views
 from gpt2_scratch.demo_session import Demo, Text, check_settings
 from gpt2_scratch.generate import load
+from gpt2_scratch.inspection import Predictions, logit_lens
 
 SETTINGS = {"max_new_tokens": 6, "temperature": 0.8, "top_k": 50, "top_p": 0.95, "seed": 3}
 
@@ -88,6 +89,31 @@ def test_the_logit_lens_ends_with_the_models_prediction(demo):
     first_row = html[html.index("layer 2") :]
     assert percentages(first_row)[0] == pytest.approx(probability, abs=6e-5)
     assert html.index("layer 2") < html.index("layer 1") < html.index("embedding")
+
+
+def test_the_actual_token_is_marked_and_not_another_of_the_same_text_or_rank():
+    predicted = Predictions(
+        probabilities=torch.tensor([0.4]),
+        ranks=torch.tensor([1]),
+        top_ids=torch.tensor([[5, 7, 9], [1, 2, 3]]),
+        top_probabilities=torch.tensor([[0.4, 0.4, 0.2], [0.4, 0.4, 0.2]]),
+    )
+    ids, texts = (4, 7), ["a", "b"]
+    for html, marked in (
+        (views.alternatives_view(ids, texts, ["b", "b", "c"], predicted, 1), [False, True, False]),
+        (views.alternatives_view(ids, texts, ["x", "y", "z"], predicted, 2), [False, False, False]),
+    ):
+        assert ["g-actual" in row for row in re.findall(r"<tr.*?</tr>", html)] == marked
+
+
+def test_the_lens_outlines_the_token_that_follows_by_its_id(demo, monkeypatch):
+    text = completed(demo)
+    monkeypatch.setattr(demo, "texts", lambda ids: ["same"] * len(ids))
+    grid = demo.show_lens(text).split("g-lens")[1].split("<tbody>")[1]
+    computed = demo._layers(text)
+    likeliest = logit_lens(demo.model, computed, slice(0, text.selected)).argmax(-1)
+    following = torch.tensor(text.ids[1 : text.selected + 1])
+    assert grid.count("g-actual") == int((likeliest == following).sum())
 
 
 def test_a_selected_token_costs_one_forward_pass(demo):

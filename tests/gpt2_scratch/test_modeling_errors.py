@@ -11,7 +11,7 @@ from transformers.cache_utils import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
-from gpt2_scratch.pretrained_gpt2_scratch import ATTENTION_ARGUMENTS
+from gpt2_scratch.pretrained_gpt2_scratch import ATTENTION_ARGUMENTS, check_arguments, check_mask
 
 pytestmark = pytest.mark.parity
 
@@ -117,6 +117,55 @@ def test_sdpa_reads_is_causal():
     causal, other = (model(tokens(), is_causal=value, use_cache=False).logits for value in (True, False))
     assert torch.equal(causal, model(tokens()).logits)
     assert not torch.allclose(causal, other)
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_sdpa_cannot_read_is_causal_with_a_mask(use_cache):
+    model = tiny(attn_implementation="sdpa")
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[0, 15:] = 0
+    with pytest.raises(TypeError, match="got is_causal, which attn_implementation='sdpa' does not read with padding"):
+        model(tokens(), attention_mask=mask, is_causal=False, use_cache=use_cache)
+    causal = model(tokens(), attention_mask=mask, is_causal=True, use_cache=use_cache).logits
+    assert torch.equal(causal, model(tokens(), attention_mask=mask, use_cache=use_cache).logits)
+
+
+FLASH_DOCUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_flash_attention_reads_where_documents_begin_if_that_is_complete(name):
+    model = tiny()
+    model.config._attn_implementation = name
+    complete = dict.fromkeys(FLASH_DOCUMENTS, 7)
+    assert check_arguments(model, {**complete, "is_causal": False}, None, None) == {**complete, "is_causal": False}
+    for missing in FLASH_DOCUMENTS:
+        partial = {**complete, missing: None}
+        with pytest.raises(TypeError, match="does not read; leave it out"):
+            check_arguments(model, partial, None, None)
+    with pytest.raises(TypeError, match="does not read with padding"):
+        check_mask(model, complete, torch.ones(2, 20), None)
+    check_mask(model, complete, None, None)
+
+
+@pytest.mark.parametrize("argument", sorted(ATTENTION_ARGUMENTS - {*FLASH_DOCUMENTS, "is_causal"}))
+def test_flash_attention_refuses_the_arguments_of_others(argument):
+    model = tiny()
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(TypeError, match=f"got {argument}, which attn_implementation='flash_attention_2' does not read"):
+        check_arguments(model, {argument: 7}, None, None)
+
+
+@pytest.mark.parametrize("also", [{}, {"shift_labels": tokens()}])
+def test_labels_of_positions_without_logits_are_refused(also):
+    model = tiny()
+    with pytest.raises(
+        ValueError, match=r"expected labels of shape \(2, 3\), found \(2, 20\); .* leave logits_to_keep"
+    ):
+        model(tokens(), labels=tokens(), logits_to_keep=3, **also)
+    with pytest.raises(ValueError, match=r"expected labels of shape \(2, 20\), found \(20, 2\)"):
+        model(tokens(), labels=tokens().T)
+    assert model(tokens(), labels=tokens(), logits_to_keep=20).loss == model(tokens(), labels=tokens()).loss
 
 
 def test_a_cache_under_the_name_of_another_argument_is_refused():

@@ -75,7 +75,7 @@ def write_model_card(
 def card_for_repository(card: str, repo_id: str, *, branch: str, has_native: bool) -> str:
     """Return a model folder's card for the Hub: with the model's id, and with how to load its native branch."""
     if branch != "main":  # plain GPT-2, without our code
-        card = card.replace(_PACKAGE, "").replace(", trust_remote_code=True", "")
+        card = card.replace(f"\n\n{_PACKAGE}", "").replace(", trust_remote_code=True", "")
         return card.replace(_FOLDER, f'"{repo_id}", revision="{branch}"')
     return card.replace(_PACKAGE, f"{_PACKAGE}\n\n{_NATIVE}" if has_native else _PACKAGE).replace(
         _FOLDER, f'"{repo_id}"'
@@ -223,10 +223,14 @@ def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, provenan
         corpus += f" ({recipe.corpus_config})" if recipe.corpus_config else ""
     size = f"{facts.parameters / 1e6:.1f}M" if facts.parameters >= 1_000_000 else f"{facts.parameters:,}"
     hardware = f", on {', then '.join(facts.hardware)}" if facts.hardware else ""
-    return f"""A GPT-2 with {size} parameters ({config.n_layer} layers, {config.n_head} heads,
+    return f"""A GPT-2 with {size} parameters ({_count(config.n_layer, "layer")}, {_count(config.n_head, "head")},
 width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {corpus}:
-{facts.steps:,} steps of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in total{hardware},
+{_count(facts.steps, "step")} of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in total{hardware},
 with {_kit()}."""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _kit() -> str:
@@ -310,7 +314,7 @@ def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
     elif recipe.tokenizer.startswith("train:"):
         tokenizer = f"a byte-level BPE trained on this corpus, {config.vocab_size:,} tokens"
     lines = [f"- Hardware: {', then '.join(facts.hardware)}"] if facts.hardware else []
-    lines += [f"- Tokens: {facts.tokens:,} in {facts.steps:,} steps", f"- Tokenizer: {tokenizer}"]
+    lines += [f"- Tokens: {facts.tokens:,} in {_count(facts.steps, 'step')}", f"- Tokenizer: {tokenizer}"]
     if facts.software:
         lines.append(f"- Software: gpt2-scratch with {facts.software}")
     if facts.seconds is not None:

@@ -13,6 +13,8 @@ from support.loopback_writing import metadata_errors
 from support.paths import ROOT
 
 from evaluation.results.references import VALIDATION_LOSS
+from gpt2_scratch import GPT2ScratchConfig
+from gpt2_scratch.export import native_card
 from training.data.shards.manifest import Manifest
 from training.data.sources.base import corpus_name
 from training.hub.card import card_for_repository, model_card, write_model_card
@@ -253,6 +255,35 @@ def test_the_card_on_the_hub_has_the_models_id_and_mentions_the_native_branch() 
     native = card_for_repository(card(), "me/x", branch="native", has_native=True)
     assert 'AutoModelForCausalLM.from_pretrained("me/x", revision="native")' in native
     assert "trust_remote_code" not in native
+
+
+@pytest.mark.parametrize("has_native", [True, False])
+def test_the_card_of_an_exported_native_folder_says_nothing_of_our_code(has_native: bool) -> None:
+    local = native_card(card())
+    downloaded = native_card(card_for_repository(card(), "me/x", branch="main", has_native=has_native))
+    assert downloaded == local
+    published = card_for_repository(card(), "me/x", branch="native", has_native=True)
+    assert published.replace('"me/x", revision="native"', '"path/to/this/folder"') == local.replace(
+        "- gpt2\n", "- gpt2\n- gpt2_scratch\n", 1
+    )
+    assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")' in local
+    for text in ("trust_remote_code", "import gpt2_scratch", "this code", "native", "\n\n\n"):
+        assert text not in local
+
+
+def test_other_cards_keep_their_blank_lines_in_an_export() -> None:
+    text = "# Mine\n\n\nload(path, trust_remote_code=True)\n\n\nEnd\n"
+    assert native_card(text) == "# Mine\n\n\nload(path)\n\n\nEnd\n"
+
+
+def test_one_layer_is_no_layers() -> None:
+    config = GPT2ScratchConfig(n_layer=1, n_head=1)
+    recipe = Recipe(output_dir="runs/x", data_dir="data/x", corpus="fineweb-edu", max_steps=1)
+    text = model_card(recipe, replace(FACTS, steps=1), config, Provenance("fineweb-edu"))
+    assert "(1 layer, 1 head,\n" in text
+    assert "\n1 step of " in text
+    assert " in 1 step\n" in text
+    assert "(12 layers, 12 heads,\n" in card()
 
 
 def test_card_names_the_versions_of_transformers_that_setup_cfg_allows() -> None:
