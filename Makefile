@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Further flags for training/train.py: make train TRAIN_FLAGS="--max_steps 50"
 TRAIN_FLAGS ?=
-# Python compiles what it imports; compiling all of torch and transformers first takes pip longer.
+# Python compiles what it imports, once; compiling all of torch and transformers first takes pip longer.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 .PHONY: train test lint format canary oldest clean
