@@ -3,9 +3,10 @@
     python benchmarks/gpu.py [--minutes 7] [--output gpu-results] [--nanogpt CHECKOUT]
 
 Correctness comes first: parity with GPT2LMHeadModel in fp32 and bf16, compiled and not, the chunked loss, document
-masks, the guard, a resumed run. Then the speed of complete optimizer steps of 0.5M tokens at 124M (and 355M) in all
-combinations worth knowing, and of the loop, checkpoints, HellaSwag and generation. `results.md` and `results.json` are
-written after every line, so an interrupted run loses nothing; what does not fit into the minutes is listed as skipped.
+masks, the guard, a resumed run. Beside these checks, other processes compile what is measured after them: complete
+optimizer steps of 0.5M tokens at 124M (and 355M) in all combinations worth knowing. Then follow HellaSwag, generation,
+the loop and checkpoints. `results.md` and `results.json` are written after every line, so an interrupted run loses
+nothing; what does not fit into the minutes is listed as skipped.
 Needs torch, transformers, accelerate, safetensors and tiktoken, no network, and no data.
 """
 
@@ -14,10 +15,12 @@ import contextlib
 import dataclasses
 import io
 import json
+import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +48,15 @@ from step_timing import (
 
 from evaluation.scoring.scorer import score
 from evaluation.tasks.task_types import Item, Request
+from training.optim.optimizer import build_optimizer
+from training.recipe import Recipe
 
 GPT2 = Geometry(12, 12, 768, 50_257, 1024, 32)
 MEDIUM = Geometry(24, 16, 1024, 50_257, 1024, 16)
 TOY = Geometry(1, 2, 32, 300, 32, 2)
 HELLASWAG_ITEMS = 10_042
 TOKENS_PER_STEP = 2**19
+COMPILERS = 4  # processes; the settings they compile must fit in memory together
 
 
 class Report:
@@ -109,60 +115,114 @@ class Report:
         (self._folder / "results.json").write_text(text, encoding="utf-8")
 
 
-def full_step(side: Side, geometry: Geometry, device: str, *, bf16: bool, tokens_per_step: int) -> str:
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One way to take steps.
+
+    Attributes:
+        side: a key of `SIDES`.
+        micro_batch: sequences of a forward pass.
+        needs: seconds that the measurement is expected to take.
+        geometry: the model; its batch size does not count.
+        compiled: whether the forward pass is compiled.
+        mode: of `torch.compile`.
+        attention: a key of `BACKENDS`; otherwise torch chooses.
+        muon: the optimizer is Muon instead of AdamW.
+    """
+
+    side: str
+    micro_batch: int
+    needs: float = 20
+    geometry: Geometry = GPT2
+    compiled: bool = True
+    mode: str | None = None
+    attention: str | None = None
+    muon: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of the measurement."""
+        size = f"{self.geometry.parameters / 1e6:.0f}M" if self.geometry.parameters > 1e6 else "toy"
+        words = [size, self.side, "compiled" if self.compiled else "eager", self.mode, self.attention]
+        words.append("Muon" if self.muon else None)
+        return " ".join(filter(None, words)) + f", micro-batch {self.micro_batch}"
+
+    def step(self, device: str, checkout: Path | None) -> Step:
+        """The step, with the model on its device."""
+        geometry = dataclasses.replace(self.geometry, batch_size=self.micro_batch)
+        side = SIDES[self.side](geometry, device, *[checkout] if self.side == "nanoGPT" else [])
+        side = side.compiled(mode=self.mode) if self.compiled else side
+        bf16 = device == "cuda"
+        if not self.muon:
+            return Step(side, geometry, device, bf16=bf16)
+        recipe = Recipe(output_dir="", data_dir="", corpus="", optimizer="muon", max_steps=1)
+        optimizer = build_optimizer(side.model, recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
+        return Step(side, geometry, device, bf16=bf16, optimizer=optimizer)
+
+    @contextlib.contextmanager
+    def backend(self) -> Iterator[None]:
+        """Attention with this backend only."""
+        with sdpa_kernel(BACKENDS[self.attention]) if self.attention else contextlib.nullcontext():
+            yield
+
+
+SIDES: dict[str, Callable[..., Side]] = {
+    "ours": ours,
+    "ours, all logits,": ours_with_logits,
+    "GPT2LMHeadModel": official,
+    "nanoGPT": nanogpt,
+}
+BACKENDS = {"cuDNN attention": SDPBackend.CUDNN_ATTENTION, "flash attention": SDPBackend.FLASH_ATTENTION}
+# The most important first.
+SETTINGS = [
+    Setting("ours", 32),
+    Setting("GPT2LMHeadModel", 16),
+    Setting("nanoGPT", 32),
+    Setting("ours", 64),
+    Setting("ours", 128),
+    Setting("ours", 16),
+    Setting("ours", 32, muon=True),
+    Setting("ours, all logits,", 32),
+    Setting("ours", 32, attention="cuDNN attention"),
+    Setting("ours", 32, attention="flash attention"),
+    Setting("GPT2LMHeadModel", 32),
+    Setting("ours", 16, geometry=MEDIUM),
+    Setting("GPT2LMHeadModel", 8, geometry=MEDIUM),
+    Setting("ours", 32, compiled=False),
+    Setting("GPT2LMHeadModel", 16, compiled=False),
+    Setting("ours", 32, needs=120, mode="max-autotune-no-cudagraphs"),
+]
+
+
+def compile_once(setting: Setting, checkout: Path | None) -> None:
+    """Fill the compiler's cache on disk for a setting; in a process of its own."""
+    torch.set_float32_matmul_precision("high")
+    with setting.backend():
+        setting.step("cuda", checkout).take()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+
+
+def full_step(setting: Setting, device: str, checkout: Path | None, tokens_per_step: int) -> str:
     """Tokens per second of complete optimizer steps, TFLOP/s, and peak memory."""
-    accumulation_steps = max(1, tokens_per_step // geometry.tokens)
-    step = Step(side, geometry, device, bf16=bf16, accumulation_steps=2)
-    step.seconds()  # compiles
-    step.accumulation_steps = accumulation_steps
-    times = [step.seconds() for _ in range(3)]
-    rate = accumulation_steps * geometry.tokens / min(times)
+    torch._dynamo.reset()
+    tokens = setting.micro_batch * setting.geometry.seq_len
+    with setting.backend():
+        step = setting.step(device, checkout)
+        step.accumulation_steps = 2
+        step.seconds()  # compiles
+        step.accumulation_steps = max(1, tokens_per_step // tokens)
+        times = [step.seconds() for _ in range(3)]
+    rate = step.accumulation_steps * tokens / min(times)
     memory = f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if device == "cuda" else ""
-    return f"{rate:,.0f} tokens/s, {rate * geometry.flops_per_token / 1e12:.3g} TFLOP/s{memory}"
+    return f"{rate:,.0f} tokens/s, {rate * setting.geometry.flops_per_token / 1e12:.3g} TFLOP/s{memory}"
 
 
-def steps(report: Report, device: str, bf16: bool, checkout: Path | None, *, toy: bool) -> None:
-    """Measure steps in all combinations, the most important first."""
-
-    def measure(
-        name: str,
-        build: Callable[[Geometry], Side],
-        batch_size: int,
-        *,
-        base: Geometry = TOY if toy else GPT2,
-        attention: SDPBackend | None = None,
-        needs: float = 30,
-    ) -> None:
-        geometry = dataclasses.replace(base, batch_size=batch_size // 16 if toy else batch_size)
-
-        def action() -> str:
-            torch._dynamo.reset()
-            with sdpa_kernel(attention) if attention else contextlib.nullcontext():
-                tokens = 4 * geometry.tokens if toy else TOKENS_PER_STEP
-                return full_step(build(geometry), geometry, device, bf16=bf16, tokens_per_step=tokens)
-
-        report.measure(f"{name}, micro-batch {geometry.batch_size}", action, needs=0 if toy else needs)
-
-    measure("124M ours compiled", lambda g: ours(g, device).compiled(), 32, needs=60)
-    measure("124M GPT2LMHeadModel compiled", lambda g: official(g, device).compiled(), 16, needs=60)
-    measure("124M ours", lambda g: ours(g, device), 32)
-    measure("124M GPT2LMHeadModel", lambda g: official(g, device), 16)
-    if checkout is not None:
-        measure("124M nanoGPT compiled", lambda g: nanogpt(g, device, checkout).compiled(), 32, needs=60)
-    measure("124M ours compiled", lambda g: ours(g, device).compiled(), 64, needs=45)
-    measure("124M ours compiled, all logits", lambda g: ours_with_logits(g, device).compiled(), 32, needs=45)
-    if toy:
-        return
-    measure("124M ours compiled", lambda g: ours(g, device).compiled(), 128, needs=45)
-    measure("124M ours compiled", lambda g: ours(g, device).compiled(), 16, needs=45)
-    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("flash", SDPBackend.FLASH_ATTENTION)):
-        measure(f"124M ours compiled, {name}", lambda g: ours(g, device).compiled(), 32, attention=backend, needs=45)
-    measure(
-        "124M ours max-autotune", lambda g: ours(g, device).compiled(mode="max-autotune-no-cudagraphs"), 32, needs=120
-    )
-    measure("124M GPT2LMHeadModel compiled", lambda g: official(g, device).compiled(), 32, needs=60)
-    measure("355M ours compiled", lambda g: ours(g, device).compiled(), 16, base=MEDIUM, needs=90)
-    measure("355M GPT2LMHeadModel compiled", lambda g: official(g, device).compiled(), 8, base=MEDIUM, needs=90)
+def toy_settings() -> list[Setting]:
+    """One tiny setting of every side."""
+    sides = [setting.side for setting in SETTINGS if setting.micro_batch == 32 or setting.side == "GPT2LMHeadModel"]
+    muon = Setting("ours", 2, needs=0, geometry=TOY, muon=True)
+    return [*(Setting(side, 2, needs=0, geometry=TOY) for side in dict.fromkeys(sides)), muon]
 
 
 def hellaswag(geometry: Geometry, device: str, bf16: bool, items: int) -> str:
@@ -237,24 +297,37 @@ def main() -> None:
     arguments = parser.parse_args()
     if not torch.cuda.is_available() and not arguments.toy:
         raise SystemExit("no GPU found; add --toy to try the program on the CPU")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bf16, toy = device == "cuda", arguments.toy
+    device, toy, checkout = "cuda" if torch.cuda.is_available() else "cpu", arguments.toy, arguments.nanogpt
+    bf16 = device == "cuda"
     if bf16:
         torch.set_float32_matmul_precision("high")
-    geometry = TOY if toy else GPT2
+    settings = toy_settings() if toy else SETTINGS
+    settings = [setting for setting in settings if checkout or setting.side != "nanoGPT"]
+    geometry = settings[0].geometry
     report = Report(arguments.output, machine(device), arguments.minutes)
-    for name, check in CHECKS.items():
-        report.measure(name, lambda check=check: check(device, toy=toy), needs=0 if toy else 20)
+    with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as executor:
+        # Settings that search for the fastest kernels must be alone on the GPU.
+        early = [setting for setting in settings if bf16 and setting.compiled and not setting.mode and not setting.muon]
+        futures = [executor.submit(compile_once, setting, checkout) for setting in early]
+        for name, check in CHECKS.items():
+            report.measure(name, lambda check=check: check(device, toy=toy), needs=0 if toy else 20)
+        wait(futures)
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     def bound() -> str:
-        products, flops = bare_products(geometry, device, dtype)
+        products, flops = bare_products(dataclasses.replace(geometry, batch_size=32), device, dtype)
         elapsed = min(seconds(products, device) for _ in range(3))
-        rate = geometry.tokens / elapsed
+        rate = 32 * geometry.seq_len / elapsed
         return f"{rate:,.0f} tokens/s, {flops / elapsed / 1e12:.3g} of {matmul_peak(device, dtype) / 1e12:.3g} TFLOP/s"
 
     report.measure("bare matrix products", bound, needs=5)
-    steps(report, device, bf16, arguments.nanogpt, toy=toy)
+    tokens_per_step = 4 * 2 * TOY.seq_len if toy else TOKENS_PER_STEP
+    for setting in settings:
+        report.measure(
+            setting.name,
+            lambda setting=setting: full_step(setting, device, checkout, tokens_per_step),
+            needs=setting.needs,
+        )
     short = {"items": 40} if toy else {"items": 2000}
     report.measure("HellaSwag", lambda: hellaswag(geometry, device, bf16, **short), needs=0 if toy else 25)
     report.measure("generation", lambda: generation(geometry, device, bf16, 12 if toy else 256), needs=0 if toy else 20)

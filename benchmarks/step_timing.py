@@ -140,6 +140,7 @@ class Step:
         bf16: autocast to bf16; otherwise fp32.
         accumulation_steps: forward and backward passes per step; may be changed later.
         fused: fused AdamW; otherwise a loop over the weights.
+        optimizer: instead of AdamW.
     """
 
     def __init__(
@@ -151,11 +152,12 @@ class Step:
         bf16: bool,
         accumulation_steps: int = 1,
         fused: bool = True,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.name, self._side, self._device, self._bf16 = side.name, side, device, bf16
         self.accumulation_steps = accumulation_steps
         self._parameters = list(side.model.parameters())
-        self._optimizer = torch.optim.AdamW(
+        self._optimizer = optimizer or torch.optim.AdamW(
             decay_groups(side.model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=fused, foreach=False
         )
         ids = torch.randint(geometry.vocab_size, (geometry.batch_size, geometry.seq_len + 1), device=device)
