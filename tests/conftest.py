@@ -42,6 +42,15 @@ def _transformers_as_loud_as_before() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
+def programs() -> Iterator[Path]:
+    """The folder of a `python` and an `accelerate` that start without importing torch."""
+    from support.forked_python import forked_python
+
+    with forked_python() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSON-lines file of 400 documents that a small model can learn something from."""
     rng = random.Random(0)

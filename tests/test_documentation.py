@@ -9,7 +9,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,13 +115,13 @@ def test_a_documented_command_names_flags_and_files_that_exist(command: Command)
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkout(programs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a checkout, with small texts in place of a user's."""
     folder = tmp_path_factory.mktemp("checkout")
+    (folder / ".venv").mkdir()
+    (folder / ".venv" / "bin").symlink_to(programs)
     for name in ("gpt2_scratch", "training", "evaluation", "common", "accelerate_configs", "benchmarks", "tests"):
         (folder / name).symlink_to(ROOT / name)
-    (folder / ".venv" / "bin").mkdir(parents=True)
-    (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
     write_corpus(folder / "corpus.jsonl", 400)
     text = (folder / "corpus.jsonl").read_text()
     (folder / "my-texts").mkdir()
@@ -153,12 +152,12 @@ def shortened(line: str) -> str:
 
 def run(folder: Path, line: str) -> str:
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": f"{folder / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(folder),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }
-    line = shortened(line).replace(".venv/bin/python", "python")
+    line = shortened(line)
     if exported := re.search(r"gpt2_scratch.export .*--output (\S+)", line):  # several pages show the same command
         shutil.rmtree(folder / exported[1], ignore_errors=True)
         (folder / exported[1]).unlink(missing_ok=True)  # a GGUF file

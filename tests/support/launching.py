@@ -3,6 +3,7 @@
 A launcher and two processes that import torch and transformers cost ten seconds of CPU time; these cost one.
 """
 
+import importlib
 import os
 import runpy
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 
 from support.fast_runs import speed_up
@@ -89,15 +91,27 @@ def _ranks(number: int) -> list[dict[str, str]]:
 
 
 def _run(command: list[str], environment: dict[str, str], out: str, err: str) -> None:
-    for descriptor, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+    outputs = [os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND) for path in (out, err)]
+    run_here(command, environment, [os.open(os.devnull, os.O_RDONLY), *outputs])
+
+
+def run_here(command: list[str], environment: dict[str, str], streams: list[int], *, curves: bool = False) -> None:
+    """Be the process of a command: a script, -c and a program, or -m and a module, with their flags."""
+    for descriptor, stream in enumerate(streams):
+        os.dup2(stream, descriptor)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(each, "r" if each == 0 else "w", closefd=False) for each in range(3))
     os.environ.clear()
     os.environ |= environment
-    speed_up(pytest.MonkeyPatch().setattr)
+    importlib.reload(huggingface_hub.constants)  # which reads the environment
+    speed_up(pytest.MonkeyPatch().setattr, curves=curves)
+    while command[0] in ("-P", "-u"):
+        command = command[1:]
     if command[0] == "-m":
         sys.argv = command[1:]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
+    elif command[0] == "-c":
+        sys.argv = ["-c", *command[2:]]
+        exec(command[1], {"__name__": "__main__"})
     else:
         sys.argv = command
         sys.path.insert(0, str(Path(command[0]).parent))  # as Python does

@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections import deque
+from pathlib import Path
 
 _TUN_DEVICE = "/dev/net/tun"
 _TUNSETIFF, _IFF_TUN, _IFF_NO_PI = 0x400454CA, 0x0001, 0x1000  # from linux/if_tun.h
@@ -37,8 +38,8 @@ def why_unavailable() -> str | None:
 
 
 def enter(host: str) -> None:
-    """Move this process, which must have a single thread, to a host."""
-    namespace = os.open(f"/run/netns/{host}", os.O_RDONLY)
+    """Move this process, which must have a single thread, to a host or the path of a network namespace."""
+    namespace = os.open(Path("/run/netns", host), os.O_RDONLY)
     if ctypes.CDLL(None, use_errno=True).setns(namespace, 0):  # os.setns needs Python 3.12
         raise OSError(ctypes.get_errno(), f"cannot enter {host}")
     os.close(namespace)

@@ -204,13 +204,19 @@ def test_missing_node_is_a_one_line_error(
     assert "\n" not in str(caught.value)
 
 
-def test_unwritable_hub_cache_is_a_one_line_error(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_unwritable_hub_cache_is_a_one_line_error(programs: Path, tiny_recipe: Make, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     tiny_recipe(corpus="roneneldan/TinyStories", data_dir=str(tmp_path / "data"), preprocessing_num_workers=0).save(
         tmp_path / "r.yaml"
     )
+    impatient = f"""
+import runpy
+from training.data.producing import background_producer
+background_producer._FIRST_DELAY_SECONDS = 0.01
+runpy.run_path({str(ROOT / "training" / "train.py")!r}, run_name="__main__")
+"""
     done = subprocess.run(
-        [sys.executable, ROOT / "training" / "train.py", "--config", tmp_path / "r.yaml"],
+        [programs / "python", "-c", impatient, "--config", tmp_path / "r.yaml"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -4,8 +4,6 @@ import dataclasses
 import gc
 import json
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from support.command_lines import refused
+from support.launching import run_python
 from support.trained import assert_same, losses, weights
 
 from common.cli_errors import InputError
@@ -205,13 +204,14 @@ def test_training_on_ready_shards_imports_neither_datasets_nor_evaluate(tiny_rec
     recipe.save(tmp_path / "r.yaml")
     code = f"""
 import sys
+assert not sys.modules.keys() & {{"datasets", "evaluate"}}
 sys.modules["datasets"] = sys.modules["evaluate"] = None
 from pathlib import Path
 from training.loop import train
 from training.recipe import load_recipe
 train(load_recipe(Path({str(tmp_path / "r.yaml")!r})))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
 
 

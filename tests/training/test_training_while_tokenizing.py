@@ -198,10 +198,10 @@ def test_producer_killed_during_a_run_is_restarted_and_the_run_continues(
 
 @on_linux
 @pytest.mark.slow
-def test_two_processes_of_a_node_start_one_producer(tiny_recipe: Make, tmp_path: Path) -> None:
+def test_two_processes_of_a_node_start_one_producer(programs: Path, tiny_recipe: Make, tmp_path: Path) -> None:
     recipe = tiny_recipe(output_dir=str(tmp_path / "run"), data_dir=str(tmp_path / "data"), max_steps=3, eval_steps=0)
     recipe.save(tmp_path / "recipe.yaml")
-    command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--quiet", "--main_process_port", "0"]
+    command = [str(programs / "accelerate"), "launch", "--quiet", "--main_process_port", "0"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
     command += [str(ROOT / "training" / "train.py"), "--config", str(tmp_path / "recipe.yaml")]
     producers: set[int] = set()

@@ -106,7 +106,7 @@ def errors_in(printed: str) -> list[str]:
 
 @pytest.mark.timeout(600)
 def test_hosts_whose_code_differs_are_refused_and_equal_ones_train_with_the_losses_of_one_host(
-    hosts: TwoHosts, recipe: Recipe, expected: dict[tuple[int, str], float], tmp_path: Path
+    hosts: TwoHosts, programs: Path, recipe: Recipe, expected: dict[tuple[int, str], float], tmp_path: Path
 ) -> None:
     recipe.save(tmp_path / "recipe.yaml")
     other_code = tmp_path / "checkout"
@@ -116,13 +116,15 @@ def test_hosts_whose_code_differs_are_refused_and_equal_ones_train_with_the_loss
         file.write("# a change\n")
 
     def launch(*roots: Path) -> tuple[list[int], list[str]]:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         launchers, files = [], [tmp_path / f"launched-{rank}" for rank in range(2)]
         for rank, root in enumerate(roots):
-            command = ["ip", "netns", "exec", hosts.names[rank], Path(sys.executable).parent / "accelerate", "launch"]
+            command = ["ip", "netns", "exec", hosts.names[rank], programs / "accelerate", "launch"]
             command += ["--config_file", ROOT / "accelerate_configs" / "multi_node_ddp.yaml", "--num_processes", "2"]
             command += ["--mixed_precision", "no", "--main_process_ip", ADDRESSES[0], "--machine_rank", str(rank)]
             command += [root / "training" / "train.py", "--config", tmp_path / "recipe.yaml"]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            if root is not ROOT:  # the forked processes have imported our code
+                environment["PYTHON_EXEC"] = sys.executable
             with files[rank].open("w") as file:
                 launchers.append(subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment))
         try:

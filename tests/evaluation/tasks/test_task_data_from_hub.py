@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from io import BytesIO
 
 import pyarrow as pa
@@ -26,7 +25,6 @@ WIKITEXT = [" = Title = \n", "", " some words . \n", ""]
 
 PROGRAM = """
 import json, sys
-sys.path.insert(0, "tests")
 from support.toy_model import Characters
 from evaluation.tasks.registry import task_named
 from common.cli_errors import run_command
@@ -53,12 +51,12 @@ def converted(files):
     return repository
 
 
-def program(hub, cache, *names):
+def program(programs, hub, cache, *names):
     environment = {**os.environ, **hub, "HF_HOME": str(cache)}
-    return subprocess.run([sys.executable, "-c", PROGRAM, *names], env=environment, capture_output=True, text=True)
+    return subprocess.run([programs / "python", "-c", PROGRAM, *names], env=environment, capture_output=True, text=True)
 
 
-def test_hub_gives_the_same_items_as_the_official_files(tmp_path):
+def test_hub_gives_the_same_items_as_the_official_files(programs, tmp_path):
     files = {
         "Rowan/hellaswag": {
             "default/validation/0000.parquet": parquet([hellaswag_row(label="1")] * 2),
@@ -79,7 +77,7 @@ def test_hub_gives_the_same_items_as_the_official_files(tmp_path):
     hub.repositories = {("dataset", name): converted(content) for name, content in files.items()}
     names = ["hellaswag", "lambada", "cbt_cn", "cbt_ne", "wikitext2:raw"]
     with serving(hub):
-        done = program(hub.environment, tmp_path / "cache", *names)
+        done = program(programs, hub.environment, tmp_path / "cache", *names)
     assert done.returncode == 0, done.stderr
 
     write_rows(tmp_path / "hellaswag_val.jsonl", hellaswag_row(), hellaswag_row())
@@ -95,12 +93,12 @@ def test_hub_gives_the_same_items_as_the_official_files(tmp_path):
 
 
 @pytest.mark.parametrize("problem", ["missing", "offline"])
-def test_data_that_the_hub_does_not_give_is_a_one_line_error(problem, tmp_path):
+def test_data_that_the_hub_does_not_give_is_a_one_line_error(problem, programs, tmp_path):
     if problem == "offline":
-        done = program({"HF_HUB_OFFLINE": "1"}, tmp_path, "lambada")
+        done = program(programs, {"HF_HUB_OFFLINE": "1"}, tmp_path, "lambada")
     else:
         with serving(LoopbackHub({})) as hub:
-            done = program(hub.environment, tmp_path, "lambada")
+            done = program(programs, hub.environment, tmp_path, "lambada")
     assert done.returncode == 2
     assert done.stderr.startswith("error: cannot read the data set EleutherAI/lambada_openai from the Hub")
     assert "--data_dir" in done.stderr

@@ -222,14 +222,17 @@ def test_reported_shape_is_that_of_the_loaded_model(
 
 
 @pytest.mark.slow
-def test_printed_commands_work(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_commands_work(
+    programs: Path, tiny_recipe: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "prefix", str(programs.parent))
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     recipe = tiny_recipe(max_steps=2, sample_prompts=['I\'m "$HOME"'])
     train(recipe)
     lines = capsys.readouterr().out.split("To try next:\n")[1].strip().splitlines()
     assert len(lines) == 3
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for line in lines:
-        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+        done = subprocess.run(line, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, (line, done.stderr)
     assert "is complete: 4 steps" in done.stdout.replace("The run is complete", "is complete")
     assert json.loads((run_of(recipe) / "checkpoints/step-000004/training_state/trainer_state.json").read_text())

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from support.paths import ROOT
 from training.checkpoints import resume_command as module
 from training.checkpoints.resume_command import extend_command, launch_flags, program, resume_command
 from training.recipe import Recipe
-
-BIN = Path(sys.prefix) / "bin"
 
 
 @pytest.fixture(autouse=True)
@@ -91,17 +88,19 @@ def test_programs_are_shown_as_they_are_found_from_here(monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_printed_command_works_as_printed(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+def test_printed_command_works_as_printed(programs: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     tiny_recipe(max_steps=2).save(tmp_path / "r.yaml")
-    command = [BIN / "accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu_2_processes.yaml"]
+    command = [programs / "accelerate", "launch", "--quiet", "--config_file", "accelerate_configs/cpu_2_processes.yaml"]
     command += ["--main_process_port", "0", "training/train.py", "--config", tmp_path / "r.yaml"]
     settings = {"capture_output": True, "text": True, "timeout": 120, "cwd": ROOT}
     first = subprocess.run(command, **settings, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert first.returncode == 0, first.stderr
     printed = first.stdout.strip().splitlines()[-1].strip()
     assert " launch --config_file accelerate_configs/cpu_2_processes.yaml --num_processes 2 training/" in printed
+    assert printed.startswith(program("accelerate"))
     # A separate port: other tests may be using accelerate's default one.
-    free_port = printed.replace(" launch ", " launch --main_process_port 0 ")
+    rest = printed.removeprefix(f"{program('accelerate')} launch")
+    free_port = f"{programs / 'accelerate'} launch --main_process_port 0{rest}"
     second = subprocess.run(free_port, shell=True, **settings, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert second.returncode == 0, second.stderr
     assert "× 2 processes ×" in second.stdout

@@ -5,7 +5,6 @@ import datetime
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -221,9 +220,11 @@ with SignalWatch() as signals:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_second_signal_exits_immediately_but_not_a_launchers_echo_of_the_first(processes: int) -> None:
+def test_a_second_signal_exits_immediately_but_not_a_launchers_echo_of_the_first(
+    processes: int, programs: Path
+) -> None:
     environment = {**os.environ, "WORLD_SIZE": str(processes), "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", WATCH], stdout=subprocess.PIPE, env=environment) as watching:
+    with subprocess.Popen([programs / "python", "-c", WATCH], stdout=subprocess.PIPE, env=environment) as watching:
         assert watching.stdout is not None
         assert watching.stdout.readline() == b"ready\n"
         watching.send_signal(signal.SIGTERM)
@@ -249,9 +250,11 @@ finally:
 """
 
 
-def test_a_stopping_rank_ignores_the_sigterm_that_the_launcher_sends_when_another_has_exited() -> None:
+def test_a_stopping_rank_ignores_the_sigterm_that_the_launcher_sends_when_another_has_exited(
+    programs: Path,
+) -> None:
     environment = {**os.environ, "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", LEAVE], stdout=subprocess.PIPE, env=environment) as leaving:
+    with subprocess.Popen([programs / "python", "-c", LEAVE], stdout=subprocess.PIPE, env=environment) as leaving:
         assert leaving.stdout is not None
         assert leaving.stdout.readline() == b"closing\n"
         leaving.send_signal(signal.SIGTERM)

@@ -5,7 +5,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -274,10 +273,12 @@ def test_ctrl_c_in_the_last_push_prints_the_command_to_finish_it(
 
 
 @pytest.mark.slow
-def test_rank_0_pushes_while_two_processes_train(hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path) -> None:
+def test_rank_0_pushes_while_two_processes_train(
+    hub: LoopbackHub, programs: Path, tiny_recipe: Make, tmp_path: Path
+) -> None:
     recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/two", hub_strategy="checkpoint", max_steps=8)
     recipe.save(tmp_path / "recipe.yaml")
-    done = launched_on_two(tmp_path / "recipe.yaml", hub, tmp_path)
+    done = launched_on_two(programs, tmp_path / "recipe.yaml", hub, tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     there = hub.model("me/two")
     assert there.messages == ["Step 4", "Step 8"]
@@ -295,10 +296,10 @@ def test_rank_0_pushes_while_two_processes_train(hub: LoopbackHub, tiny_recipe: 
 
 @pytest.mark.slow
 def test_two_processes_without_write_access_do_not_start_and_print_one_error(
-    hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path
+    hub: LoopbackHub, programs: Path, tiny_recipe: Make, tmp_path: Path
 ) -> None:
     tiny_recipe(push_to_hub=True, hub_model_id="them/gpt2").save(tmp_path / "recipe.yaml")
-    done = launched_on_two(tmp_path / "recipe.yaml", hub, tmp_path)
+    done = launched_on_two(programs, tmp_path / "recipe.yaml", hub, tmp_path)
     assert done.returncode != 0
     # The launcher's report ends with the line as well, indented.
     assert len(re.findall("^error: you cannot write to", done.stderr, re.MULTILINE)) == 1
@@ -306,12 +307,14 @@ def test_two_processes_without_write_access_do_not_start_and_print_one_error(
 
 
 @pytest.mark.slow
-def test_sigterm_during_a_hanging_upload_ends_the_process(hub: LoopbackHub, tiny_recipe: Make, tmp_path: Path) -> None:
+def test_sigterm_during_a_hanging_upload_ends_the_process(
+    hub: LoopbackHub, programs: Path, tiny_recipe: Make, tmp_path: Path
+) -> None:
     recipe = tiny_recipe(push_to_hub=True, hub_model_id="me/tiny", max_steps=100_000, eval_steps=0, sample_steps=0)
     recipe.save(tmp_path / "recipe.yaml")
     hangs = hub.hang_uploads()
     run = subprocess.Popen(
-        [sys.executable, str(ROOT / "training" / "train.py"), "--config", str(tmp_path / "recipe.yaml")],
+        [programs / "python", ROOT / "training" / "train.py", "--config", tmp_path / "recipe.yaml"],
         cwd=ROOT,
         env=environment_with(hub, tmp_path),
         text=True,
@@ -337,9 +340,11 @@ def environment_with(hub: LoopbackHub, tmp_path: Path) -> dict[str, str]:
     return {**os.environ, **hub.environment, **home}
 
 
-def launched_on_two(recipe: Path, hub: LoopbackHub, tmp_path: Path) -> "subprocess.CompletedProcess[str]":
+def launched_on_two(
+    programs: Path, recipe: Path, hub: LoopbackHub, tmp_path: Path
+) -> "subprocess.CompletedProcess[str]":
     """`accelerate launch` of two CPU processes, with the Hub on this machine."""
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0"]
+    launcher = [str(programs / "accelerate"), "launch", "--main_process_port", "0"]
     launcher += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_2_processes.yaml")]
     return subprocess.run(
         [*launcher, str(ROOT / "training" / "train.py"), "--config", str(recipe)],

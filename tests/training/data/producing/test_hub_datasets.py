@@ -4,7 +4,6 @@ import io
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,11 +44,19 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def prepare(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., "subprocess.Popen[str]"]:
+def prepare(programs: Path, tmp_path: Path, tokenizer_folder: Path) -> Callable[..., "subprocess.Popen[str]"]:
     """Start the command against the local Hub."""
 
     def start(hub: LoopbackHub, corpus: str, *flags: str) -> "subprocess.Popen[str]":
-        command = [sys.executable, "-m", "training.prepare", "--corpus", corpus, "--output", str(tmp_path / "out")]
+        command = [
+            str(programs / "python"),
+            "-m",
+            "training.prepare",
+            "--corpus",
+            corpus,
+            "--output",
+            str(tmp_path / "out"),
+        ]
         command += ["--tokenizer", str(tokenizer_folder), "--num_workers", "0"]
         environment = {**os.environ, **hub.environment, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": SECRET}
         return subprocess.Popen(
