@@ -162,18 +162,25 @@ def _add_tokenizer(writer: "GGUFWriter", source: Path, config: GPT2ScratchConfig
             f"{path} has the id {max(tokens):,}, but config.json says vocab_size={config.vocab_size:,}; use the "
             "tokenizer that belongs to this model"
         )
-    entries = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in range(config.vocab_size)]
+    ids = range(config.vocab_size)
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    end = next((one for one in ends if one is not None and one in ids), None)
+    if end is None:
+        raise InputError(
+            f"config.json has eos_token_id {config.eos_token_id}, which is not a token of the model; llama.cpp would "
+            "end texts at token 11: set it to the id of the end-of-text token"
+        )
+    entries = [tokens.get(i, (f"[PAD{i}]", TokenType.UNUSED)) for i in ids]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([text for text, _ in entries])
     writer.add_token_types([kind for _, kind in entries])
     writer.add_token_merges(merges)
-    end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-    for token_id, add in ((config.bos_token_id, writer.add_bos_token_id), (end, writer.add_eos_token_id)):
-        if token_id is not None:
-            add(token_id)
-    if config.pad_token_id is not None:
-        writer.add_pad_token_id(config.pad_token_id)
+    writer.add_eos_token_id(end)
+    bos, pad = config.bos_token_id, config.pad_token_id
+    writer.add_bos_token_id(bos if bos is not None and bos in ids else end)
+    if pad is not None and pad in ids:
+        writer.add_pad_token_id(pad)
     writer.add_add_bos_token(False)
 
 

@@ -157,6 +157,25 @@ def test_model_that_llama_cpp_would_compute_differently_is_refused(scratch, tmp_
     assert message in refusal(capsys, tmp_path / "model", tmp_path / "m.gguf", "gguf")
 
 
+@pytest.mark.parametrize("end", [None, [], 257, [300]])
+def test_model_without_an_end_of_text_token_is_refused_because_llama_cpp_would_take_another(
+    scratch, tmp_path, capsys, end
+):
+    shutil.copytree(scratch, tmp_path / "model")
+    change_config(tmp_path / "model", eos_token_id=end)
+    message = refusal(capsys, tmp_path / "model", tmp_path / "m.gguf", "gguf")
+    assert f"config.json has eos_token_id {end}, which is not a token of the model; llama.cpp would" in message
+
+
+def test_special_tokens_outside_the_vocabulary_are_not_written(scratch, tmp_path):
+    shutil.copytree(scratch, tmp_path / "model")
+    change_config(tmp_path / "model", bos_token_id=300, eos_token_id=[300, 256], pad_token_id=300)
+    export(tmp_path / "model", tmp_path / "m.gguf", "gguf")
+    fields = {name: field.contents() for name, field in gguf.GGUFReader(tmp_path / "m.gguf").fields.items()}
+    assert fields["tokenizer.ggml.bos_token_id"] == fields["tokenizer.ggml.eos_token_id"] == 256
+    assert "tokenizer.ggml.padding_token_id" not in fields
+
+
 def test_classifier_is_refused(tmp_path, capsys):
     save(GPT2ScratchForSequenceClassification, tmp_path / "model")
     message = refusal(capsys, tmp_path / "model", tmp_path / "m.gguf", "gguf")
