@@ -1,10 +1,13 @@
 """The demo command, and its page in a real browser."""
 
+import asyncio
+import gc
 import os
 import re
 import socket
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -49,10 +52,15 @@ def test_host_of_another_machine_is_refused(capsys):
 @pytest.fixture
 def gradio(monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
-    return pytest.importorskip("gradio", reason="needs gradio: pip install -c constraints.txt -e '.[test-demo]'")
+    yield pytest.importorskip("gradio", reason="needs gradio: pip install -c constraints.txt -e '.[test-demo]'")
+    # It opens event loops and never closes them: no later test gets their warnings.
+    asyncio.set_event_loop(None)
+    with warnings.catch_warnings(action="ignore", category=ResourceWarning):
+        gc.collect()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of gradio's own packages
+# gradio's own packages are deprecated, and its event loops stay open.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:unclosed:ResourceWarning")
 class TestWithGradio:
     def test_missing_folder_is_refused(self, gradio, tmp_path, capsys):
         assert "there is no folder" in refusal(capsys, "--model", tmp_path / "nothing")
