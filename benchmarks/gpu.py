@@ -16,6 +16,7 @@ import dataclasses
 import io
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import config as inductor_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # Before benchmarks/, which Python puts first: its evaluation.py would shadow the package.
@@ -132,7 +134,7 @@ class Setting:
 
     side: str
     micro_batch: int
-    needs: float = 20
+    needs: float = 12
     geometry: Geometry = GPT2
     compiled: bool = True
     mode: str | None = None
@@ -197,6 +199,7 @@ SETTINGS = [
 def compile_once(setting: Setting, checkout: Path | None) -> None:
     """Fill the compiler's cache on disk for a setting; in a process of its own."""
     torch.set_float32_matmul_precision("high")
+    inductor_config.compile_threads = max(1, (os.cpu_count() or 1) // COMPILERS)
     with setting.backend():
         setting.step("cuda", checkout).take()
     torch._dynamo.reset()

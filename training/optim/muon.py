@@ -13,6 +13,7 @@ Cost: 4 · n_embd / tokens_per_step of the operations of the blocks' forward and
 processes; with several, an all-gather of the blocks' updates, and one more of their momentum if weights are sharded.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Optimizer
+from torch.utils._triton import has_triton
 
 from training.optim.orthogonalize import POLAR_EXPRESS, Coefficients, orthogonalize
 
@@ -120,15 +122,15 @@ class Muon(Optimizer):
             if self._second_moment_beta is not None:
                 state["second_moment"] = torch.zeros(1, parameter.shape[1], device=device)
         assert parameter.grad is not None
-        gradient, buffer = _local(parameter.grad), _local(state["momentum_buffer"])
-        momentum: float | Tensor = self._momentum
-        if self._momentum_warmup_steps:
-            share = (state["step"] / self._momentum_warmup_steps).clamp(max=1)
-            momentum = _FIRST_MOMENTUM + (self._momentum - _FIRST_MOMENTUM) * share
-        averaged = torch.lerp(buffer, gradient, 1 - momentum)
-        direction = torch.lerp(gradient, averaged, momentum).to(self._dtype)
-        _assign(buffer, averaged, skip)
-        _assign(state["step"], state["step"] + 1, skip)
+        direction = _fused(_add_to_momentum, parameter)(
+            _local(parameter.grad),
+            _local(state["momentum_buffer"]),
+            state["step"],
+            skip,
+            momentum=self._momentum,
+            warmup_steps=self._momentum_warmup_steps,
+            dtype=self._dtype,
+        )
         if isinstance(parameter, DTensor):
             sharded = DTensor.from_local(
                 direction,
@@ -182,30 +184,90 @@ class Muon(Optimizer):
     def _apply(self, update: _Update, orthogonal: Tensor, skip: Tensor | None) -> None:
         """Add the scaled update to the parameter, after decaying it."""
         parameter, group = update.parameter, update.group
+        splits = group["splits"]
         change = orthogonal.to(parameter.dtype)
         if self._second_moment_beta is not None:
             moment = self.state[parameter]["second_moment"]
-            averaged = torch.lerp(moment, change.square().mean(dim=0, keepdim=True), 1 - self._second_moment_beta)
-            change = _rescaled(change, averaged, group["splits"])
-            _assign(moment, averaged, skip)
-        rows, columns = change.shape[0], change.shape[1] // group["splits"]
+            change = _fused(_rescaled, parameter)(change, moment, skip, beta=self._second_moment_beta, splits=splits)
+        rows, columns = change.shape[0], change.shape[1] // splits
         if isinstance(parameter, DTensor):  # this process's rows; all have the full update, so nothing is sent
             mesh, placements = parameter.device_mesh, parameter.placements
             change = distribute_tensor(change, mesh, placements, src_data_rank=None).to_local()
-        weight = _local(parameter)
-        decay: Any = group["lr"] * group["weight_decay"]
-        if self._cautious and decay:
-            decay = decay * (change * weight >= 0)
-        step_size = group["lr"] * math.sqrt(max(1.0, columns / rows))
-        _assign(weight, weight * (1 - decay) - step_size * change, skip)
+        learning_rate = group["lr"]
+        if _is_compiled(parameter):  # a number would be compiled into the kernels
+            learning_rate = torch.full((), learning_rate, device=parameter.device)
+        _fused(_move, parameter)(
+            _local(parameter),
+            change,
+            learning_rate,
+            skip,
+            scale=math.sqrt(max(1.0, columns / rows)),
+            weight_decay=group["weight_decay"],
+            cautious=self._cautious,
+        )
 
 
-def _rescaled(change: Tensor, mean_squares: Tensor, splits: int) -> Tensor:
+def _is_compiled(parameter: Tensor) -> bool:
+    return parameter.device.type == "cuda" and has_triton()
+
+
+def _fused(function: Callable[..., Any], parameter: Tensor) -> Callable[..., Any]:
+    """The function, compiled on a GPU: a few kernels for each matrix instead of forty."""
+    return _compiled(function) if _is_compiled(parameter) else function
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _add_to_momentum(
+    gradient: Tensor,
+    buffer: Tensor,
+    step: Tensor,
+    skip: Tensor | None,
+    *,
+    momentum: float,
+    warmup_steps: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Add the gradient to the momentum, and return Nesterov's direction."""
+    factor: float | Tensor = momentum
+    if warmup_steps:
+        share = (step / warmup_steps).clamp(max=1)
+        factor = _FIRST_MOMENTUM + (momentum - _FIRST_MOMENTUM) * share
+    averaged = torch.lerp(buffer, gradient, 1 - factor)
+    direction = torch.lerp(gradient, averaged, factor).to(dtype)
+    _assign(buffer, averaged, skip)
+    _assign(step, step + 1, skip)
+    return direction
+
+
+def _rescaled(change: Tensor, moment: Tensor, skip: Tensor | None, *, beta: float, splits: int) -> Tensor:
     """Divide every output neuron by its root mean square, and keep the norm of each matrix."""
+    mean_squares = torch.lerp(moment, change.square().mean(dim=0, keepdim=True), 1 - beta)
     rescaled = change * (mean_squares + _EPSILON).rsqrt()
     shape = (change.shape[0], splits, -1)
     before, after = (tensor.reshape(shape).norm(dim=(0, 2)) for tensor in (change, rescaled))
+    _assign(moment, mean_squares, skip)
     return (rescaled.reshape(shape) * (before / after.clamp(min=_EPSILON))[:, None]).reshape(change.shape)
+
+
+def _move(
+    weight: Tensor,
+    change: Tensor,
+    learning_rate: float | Tensor,
+    skip: Tensor | None,
+    *,
+    scale: float,
+    weight_decay: float,
+    cautious: bool,
+) -> None:
+    """Decay the weight and subtract the change."""
+    decay: Any = learning_rate * weight_decay
+    if cautious and weight_decay:
+        decay = decay * (change * weight >= 0)
+    _assign(weight, weight * (1 - decay) - learning_rate * scale * change, skip)
 
 
 def _assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:

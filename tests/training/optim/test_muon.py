@@ -1,12 +1,15 @@
 """Muon: against torch's, in the Conv1D layout, for special matrices, and what a skipped update leaves alone."""
 
+import functools
 from typing import Any
 
 import pytest
 import torch
 from support.tiny_models import tiny
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
+from training.optim import muon as module
 from training.optim.muon import Muon
 from training.optim.optimizer import build_optimizer
 from training.optim.orthogonalize import NEWTON_SCHULZ, orthogonalize
@@ -187,3 +190,29 @@ def test_every_process_takes_an_equal_part_of_the_matrices_or_zeros(
         finish = optimizer._shared_out(batch)
     assert {len(part) for part in parts} == {-(-matrices // processes)}
     torch.testing.assert_close(finish(), orthogonalize(batch))
+
+
+def test_compiled_updates_equal_the_others_and_compile_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(12, 40), (40, 12)]
+
+    def weights_after_steps() -> list[Tensor]:
+        parameters = [nn.Parameter(random(*shape)) for shape in shapes]
+        settings = {"cautious": True, "second_moment_beta": 0.95, "momentum_warmup_steps": 3}
+        optimizer = muon(*parameters, weight_decay=0.1, **settings)
+        for step, skipped in enumerate([0.0, 0.0, 1.0, 0.0]):
+            optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
+            for parameter in parameters:
+                parameter.grad = random(*parameter.shape, seed=step)
+            skip_update_if(torch.tensor(skipped), optimizer)
+            optimizer.step()
+        return [parameter.detach() for parameter in parameters]
+
+    expected = weights_after_steps()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(module, "_is_compiled", lambda parameter: True)
+    monkeypatch.setattr(
+        module, "_compiled", functools.cache(lambda f: torch.compile(f, backend=counter, fullgraph=True, dynamic=False))
+    )
+    for found, weight in zip(weights_after_steps(), expected, strict=True):
+        torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-6)
+    assert counter.frame_count == 3 * len(shapes)
