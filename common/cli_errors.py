@@ -100,6 +100,10 @@ def run_command(main: Callable[[], None], *, output_is_result: bool = False) -> 
 
 
 def _check_environment() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise InputError("the current folder was deleted; change to another one, and run the command again") from None
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # while `gpt2_scratch` was imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if not os.environ.get("HF_TOKEN", "").isascii():

@@ -53,7 +53,7 @@ def tolerant_streams(*, drop_errors: bool = True) -> Iterator[None]:
     With `drop_errors`, the streams also report an OSError instead of raising it.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+        if isinstance(stream, io.TextIOWrapper):  # strict, or in the C locale surrogateescape
             stream.reconfigure(errors="backslashreplace")
     before = sys.stdout, sys.stderr
     # Python sets a stream to None if its descriptor is closed. The null device takes the lowest free descriptor, so

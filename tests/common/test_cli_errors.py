@@ -63,8 +63,9 @@ def test_standard_error_that_cannot_be_written_is_reported_on_standard_output(tm
     assert (tmp_path / "saved").exists()
 
 
-def test_a_character_that_the_terminal_lacks_is_escaped(tmp_path: Path) -> None:
-    done = printing(tmp_path / "saved", "", PYTHONIOENCODING="ascii:strict")
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second is Python's in the C locale
+def test_a_character_that_the_terminal_lacks_is_escaped(tmp_path: Path, errors: str) -> None:
+    done = printing(tmp_path / "saved", "", PYTHONIOENCODING=f"ascii:{errors}")
     assert (done.returncode, done.stdout[:18]) == (0, r"8 \xd7 512 tokens "[:18])
 
 
@@ -124,3 +125,14 @@ def test_closest_known_name_is_suggested() -> None:
 
 def test_nothing_is_suggested_for_a_name_unlike_all_others() -> None:
     assert did_you_mean("banana", ["seed", "learning_rate"]) == ""
+
+
+def test_a_deleted_current_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(SystemExit):
+        run_command(lambda: print("never"))
+    assert capsys.readouterr().err.startswith("error: the current folder was deleted; change to another one")
