@@ -31,6 +31,7 @@ _ADVICE = (
     ((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
     ((errno.EIO, errno.ESTALE, errno.EBUSY, errno.ETXTBSY), "check the disk, and run the command again"),
 )
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # in torch's errors
 
 
 class InputError(ValueError):
@@ -66,6 +67,13 @@ def os_error_message(error: OSError) -> str | None:
     return f"{names or 'a file'} cannot be used: {error.strerror}; {advice}"
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether Python's or torch's memory, on a CPU or a GPU, was not enough."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    )
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises `InputError` instead of printing its usage."""
 
@@ -75,7 +83,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def run_command(main: Callable[[], None], *, output_is_result: bool = False) -> None:
-    """Run `main`; turn an `InputError`, and an `OSError` about a file, into one line and exit code 2.
+    """Run `main`; turn an `InputError`, an `OSError` about a file, and a lack of memory into one line and exit code 2.
 
     Printing never fails, unless the `output_is_result`: then a command ends when nobody reads it. Other exceptions are
     bugs and keep their traceback.
@@ -97,6 +105,14 @@ def run_command(main: Callable[[], None], *, output_is_result: bool = False) -> 
             if message is None:
                 raise
             _exit_with(message)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = one_line(error, 120)
+            _exit_with(
+                f"there is not enough memory{f' ({reason})' if reason else ''}; use a smaller model or batch, or raise "
+                "the limit (ulimit -v)"
+            )
 
 
 def _check_environment() -> None:

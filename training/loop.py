@@ -16,7 +16,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from common.cli_errors import InputError, one_line
+from common.cli_errors import InputError, is_out_of_memory, one_line
 from common.rate_limited_log import RateLimitedLog
 from training.checkpoints.checkpoint_folder import load_checkpoint, remove_leftovers, skeleton_of
 from training.checkpoints.checkpoint_writer import Checkpoints
@@ -165,7 +165,9 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
                 checkpoints.wait(run)
                 _report_stop(run, stop.number, checkpoints.newest)
                 raise SystemExit(128 + stop.number) from None
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise InputError(
                     f"step {run.step + 1:,} does not fit into the memory of {accelerator.device} "
                     f"({one_line(error, 80)}); lower per_device_train_batch_size, or set it to auto"

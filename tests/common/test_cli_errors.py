@@ -89,13 +89,28 @@ def test_an_error_of_the_operating_system_is_one_line_with_the_path_and_what_to_
     assert printed.endswith(f"{message}\n")
 
 
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 GB"), MemoryError()])
+def test_a_lack_of_memory_is_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run_command(lambda: (_ for _ in ()).throw(error))  # type: ignore[arg-type]
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: there is not enough memory")
+    assert printed.endswith("use a smaller model or batch, or raise the limit (ulimit -v)\n")
+
+
 def test_a_permission_error_advises_to_change_the_permissions() -> None:
     message = os_error_message(PermissionError(13, "Permission denied", "/data"))
     assert message == "/data cannot be used: Permission denied; change its permissions, or choose another path"
 
 
 def test_other_errors_keep_their_traceback() -> None:
-    for error in (ValueError("bug"), OSError("no number"), TimeoutError(110, "Connection timed out")):
+    for error in (
+        ValueError("bug"),
+        RuntimeError("bug"),
+        OSError("no number"),
+        TimeoutError(110, "Connection timed out"),
+    ):
         with pytest.raises(type(error)):
             run_command(lambda error=error: (_ for _ in ()).throw(error))  # type: ignore[misc]
 

@@ -165,6 +165,17 @@ def test_run_with_more_positions_than_init_from_trains_and_resumes(
     assert "init_from has" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_a_step_that_does_not_fit_into_memory_is_one_line(tiny_recipe: Make, error: Exception) -> None:
+    class Fails(Hook):
+        def before_step(self, run: Run, step: int) -> None:
+            if step == 2:
+                raise error
+
+    with pytest.raises(InputError, match=r"step 2 does not fit into the memory of cpu .* lower per_device_train_ba"):
+        train(tiny_recipe(), hooks=[Fails()])
+
+
 def test_metrics_reach_tensorboard(tiny_recipe: Make) -> None:
     pytest.importorskip("tensorboard")
     recipe = tiny_recipe(max_steps=2, report_to=["tensorboard"])

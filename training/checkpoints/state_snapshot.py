@@ -4,6 +4,7 @@ All ranks gather together, on the training thread. Rank 0 can then write the `Sn
 (FSDP2) are gathered one by one, so no device ever holds more than one full tensor.
 """
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -51,8 +52,9 @@ class HostMemory:
         self._allocation.start()
 
     def _allocate(self, shapes: list[tuple[torch.Size, torch.dtype]], device: torch.device) -> None:
-        for shape, dtype in shapes:
-            self._tensors.setdefault((shape, dtype), []).append(self._new(shape, dtype, device).zero_())
+        with contextlib.suppress(RuntimeError, MemoryError):  # not enough memory: the first snapshot reports it
+            for shape, dtype in shapes:
+                self._tensors.setdefault((shape, dtype), []).append(self._new(shape, dtype, device).zero_())
 
     @staticmethod
     def _new(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

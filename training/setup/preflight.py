@@ -21,7 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, is_out_of_memory
 from common.durations import format_duration
 from training.checkpoints.checkpoint_folder import TrainerState
 from training.checkpoints.resume import check_end, find_resume_point, refuse_other_data
@@ -244,7 +244,9 @@ def _seconds_per_step(
         for micro_steps in (1, 2):  # warm up: compile, allocate buffers
             seconds_with(micro_steps)
         timed = [(seconds_with(1), seconds_with(2)) for _ in range(3)]
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise InputError(
             f"{batch.per_device} sequences of {recipe.seq_len:,} tokens do not fit into the memory of "
             f"{accelerator.device}; lower per_device_train_batch_size, or set it to auto"
