@@ -27,6 +27,11 @@ def is_disk_error(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (*_FULL, *_NOT_WRITABLE)
 
 
+def disk_error_kind(error: OSError) -> type[InputError]:
+    """Return the kind of a disk error: a full disk may get space again, but not a path the right to be written."""
+    return TemporaryError if error.errno in _FULL else InputError
+
+
 def hub_cache_error(error: BaseException) -> InputError | None:
     """Return an `InputError` if `error` is about writing to the Hub's local cache, else None."""
     if not (isinstance(error, OSError) and is_disk_error(error) and isinstance(error.filename, str)):
@@ -36,7 +41,7 @@ def hub_cache_error(error: BaseException) -> InputError | None:
     for variable, folder in {**folders, "HF_HOME": os.environ.get("HF_HOME", default)}.items():
         # `Path.expanduser` fails for a user without a home.
         if folder and Path(error.filename).is_relative_to(os.path.expanduser(folder)):  # noqa: PTH111
-            return TemporaryError(
+            return disk_error_kind(error)(
                 f"cannot write to the Hugging Face cache ({error.filename}: {error.strerror}); free space, or set "
                 f"{variable} to a writable folder"
             )

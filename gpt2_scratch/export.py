@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.dynamic_module_utils import custom_object_save
 
-from common.cli_errors import CommandParser, InputError, advice_on, run_command
+from common.cli_errors import CommandParser, InputError, advice_on, os_error_message, run_command
 from common.json_files import read_json_object
 
 from .configuration_gpt2_scratch import AUTO_MAP
@@ -115,6 +115,9 @@ def export(model: str, output: Path, model_format: str, dtype: str | None = None
         output.parent.mkdir(parents=True, exist_ok=True)
         written.rename(output)
     except OSError as error:
+        of_source = error.filename2 is None and not Path(error.filename or partial).is_relative_to(partial)
+        if of_source and (message := os_error_message(error)):
+            raise InputError(message) from error
         advice = advice_on(error) or "choose another --output"
         raise InputError(f"cannot write {output}: {error.strerror or error}; {advice}") from error
     except SafetensorError as error:  # its error for a full disk

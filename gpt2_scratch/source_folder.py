@@ -174,9 +174,12 @@ def weight_files(source: Path) -> list[str]:
 def check_index(model: str | Path) -> None:
     """Raise an `InputError` if `model` is a folder whose index of weight files is corrupted, or names files elsewhere.
 
-    transformers would load a file of another folder, or raise a bare IndexError.
+    transformers would load a file of another folder, or raise a bare IndexError. An `OSError` says which file of
+    weights may not be read.
     """
     folder = Path(model)
+    for weights in folder.glob("*.safetensors"):
+        _check_readable(weights)
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         weight_files(folder)
 
@@ -184,6 +187,7 @@ def check_index(model: str | Path) -> None:
 def weight_headers(source: Path, files: Sequence[str]) -> Iterator[tuple[str, str, tuple[int, ...]]]:
     """Yield name, dtype and shape of every weight, without the causal masks of old checkpoints."""
     for file in files:
+        _check_readable(source / file)
         try:
             with safe_open(source / file, framework="pt") as weights:
                 for name in weights.keys():  # noqa: SIM118
@@ -192,6 +196,11 @@ def weight_headers(source: Path, files: Sequence[str]) -> Iterator[tuple[str, st
                         yield name, weight.get_dtype(), tuple(weight.get_shape())
         except SafetensorError as error:
             raise InputError(f"{source / file} is corrupted ({error}); download or save it again") from error
+
+
+def _check_readable(weights: Path) -> None:
+    """Raise the operating system's error; safetensors calls every file missing that it cannot open."""
+    weights.open("rb").close()
 
 
 def bare_name(name: str) -> str:

@@ -4,6 +4,7 @@ import json
 import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -153,10 +154,29 @@ def test_full_disk_leaves_nothing(scratch, tmp_path, capsys, flags):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_permission_error_says_nothing_of_space(scratch, tmp_path, capsys, monkeypatch):
-    def refuse(*arguments, **settings):
-        raise PermissionError(13, "Permission denied", "a file")
+def test_permission_error_names_the_file_and_says_nothing_of_space(scratch, tmp_path, capsys, monkeypatch):
+    refused = 0  # the source
+
+    def refuse(*paths, **settings):
+        raise PermissionError(13, "Permission denied", str(paths[refused]))
 
     monkeypatch.setattr(shutil, "copyfile", refuse)
-    message = refusal(capsys, scratch, tmp_path / "native")
-    assert message.endswith("native: Permission denied; change its permissions, or choose another path\n")
+    advice = "Permission denied; change its permissions, or choose another path\n"
+    assert refusal(capsys, scratch, tmp_path / "native").endswith(f"model.safetensors cannot be used: {advice}")
+    refused = 1
+    assert refusal(capsys, scratch, tmp_path / "native").endswith(f"cannot write {tmp_path / 'native'}: {advice}")
+
+
+def test_weights_that_may_not_be_read_are_not_called_missing(scratch, tmp_path, capsys, monkeypatch):
+    real = Path.open
+
+    def refuse(path, *arguments, **settings):
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    refused = f"{scratch / 'model.safetensors'} cannot be used: Permission denied; change its permissions"
+    assert refused in refusal(capsys, scratch, tmp_path / "native")
+    with pytest.raises(PermissionError):
+        load(str(scratch), "cpu")

@@ -16,7 +16,7 @@ import torch
 from support.paths import ROOT
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from common.cli_errors import InputError
+from common.cli_errors import InputError, TemporaryError
 from common.hub_retry import hub_cache_error
 from training.data.producing.background_producer import BackgroundProducer
 from training.loop import train
@@ -235,6 +235,9 @@ def test_error_of_the_hub_cache_is_distinguished_from_one_of_the_run_folder(
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     full = OSError(28, "No space left on device", str(tmp_path / "cache" / "hub" / "x"))
     assert "No space left on device); free space, or set HF_HOME" in str(hub_cache_error(full))
+    assert isinstance(hub_cache_error(full), TemporaryError)
+    refused = hub_cache_error(PermissionError(13, "Permission denied", str(tmp_path / "cache" / "hub" / "x")))
+    assert not isinstance(refused, TemporaryError)  # a restart of the producer cannot resolve it
     assert hub_cache_error(OSError(28, "No space left on device", str(tmp_path / "data" / "x"))) is None
     assert hub_cache_error(ValueError()) is None
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "data"))

@@ -16,9 +16,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.cli_errors import InputError, TemporaryError
+from common.cli_errors import InputError, advice_on
 from common.folder_lock import locked
-from common.hub_retry import hub_cache_error, is_disk_error
+from common.hub_retry import disk_error_kind, hub_cache_error, is_disk_error
 from common.rate_limited_log import RateLimitedLog
 from common.worker_processes import map_in_order
 from training.data.producing.batches import Batch, CorpusProgress, batches, joined, summary
@@ -93,9 +93,8 @@ def _lock_and_fill(spec: ShardSpec, num_workers: int | None, wait: bool, report:
     except OSError as error:
         if not is_disk_error(error):
             raise
-        raise hub_cache_error(error) or TemporaryError(
-            f"cannot write to {spec.folder}: {error.strerror}; free space or choose another folder, and run again: "
-            "complete shards are kept"
+        raise hub_cache_error(error) or disk_error_kind(error)(
+            f"cannot write to {spec.folder}: {error.strerror}; {advice_on(error)}: complete shards are kept"
         ) from None
 
 

@@ -7,13 +7,14 @@ import resource
 import shutil
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.small_corpora import folder_bytes, make_shards
 
 from common.atomic_files import PARTIAL_SUFFIX
-from common.cli_errors import InputError
+from common.cli_errors import InputError, TemporaryError
 from common.folder_lock import LOCK_NAME, locked
 from training.data.producing import batches, progress
 from training.data.shards.manifest import Manifest, ResumePoint
@@ -60,7 +61,7 @@ def test_full_disk_is_a_clear_error_and_the_producer_can_resume(tmp_path, settin
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
-        with pytest.raises(InputError, match=r"No space left on device; free space.*complete shards are kept"):
+        with pytest.raises(InputError, match=r"No space left on device; free some space.*complete shards are kept"):
             make_shards(tmp_path / "out", **settings)
     assert not list((tmp_path / "out").glob(f"*{PARTIAL_SUFFIX}"))
     assert ShardFolder.open(tmp_path / "out").shards
@@ -68,11 +69,21 @@ def test_full_disk_is_a_clear_error_and_the_producer_can_resume(tmp_path, settin
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "complete")
 
 
+def test_folder_that_may_not_be_written_is_an_error_that_a_restart_cannot_resolve(tmp_path, settings, monkeypatch):
+    def refuse(*arguments: object, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "out"))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(InputError, match="Permission denied; change its permissions, or choose another path") as error:
+        make_shards(tmp_path / "out", **settings)
+    assert not isinstance(error.value, TemporaryError)
+
+
 def test_disk_without_space_for_the_tokenizer_is_a_clear_error(tmp_path, settings):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"cannot write to .*: File too large; free space"):
+        with pytest.raises(InputError, match=r"cannot write to .*: File too large; free some space"):
             make_shards(tmp_path / "out", **settings)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -81,7 +92,7 @@ def test_disk_without_space_for_the_tokenizer_is_a_clear_error(tmp_path, setting
 
 def test_too_little_disk_space_is_an_error_before_anything_is_written(tmp_path, settings, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1_040_000))
-    expected = r"1.0 MB of disk space left, 1.2 MB needed; free space or choose another folder"
+    expected = r"1.0 MB of disk space left, 1.2 MB needed; free some space, and run the command again"
     with pytest.raises(InputError, match=expected):
         make_shards(tmp_path / "out", **settings)
     assert not (tmp_path / "out").exists()
