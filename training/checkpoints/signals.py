@@ -26,12 +26,13 @@ from training.step.train_step import StepResult
 _Item = TypeVar("_Item")
 
 _NOTICE = b"\n%s: finishing this step and saving. Send it again to exit immediately.\n"
-# A launcher of several processes forwards the signal that they already got from the terminal or the scheduler.
+# A launcher of several processes forwards the signal that they already got from the terminal or the scheduler, and a
+# terminal that closes sends SIGHUP through the shell too.
 _ECHO_SECONDS = 1.0
 
 
 class SignalWatch:
-    """Records SIGTERM and SIGINT instead of exiting; a second signal exits immediately. A context manager.
+    """Records SIGTERM, SIGINT and SIGHUP instead of exiting; a second signal exits immediately. A context manager.
 
     A launcher (`accelerate launch`, `torchrun`) that was killed counts as SIGTERM: it leaves its processes running.
     """
@@ -45,8 +46,9 @@ class SignalWatch:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():  # Python allows no handlers elsewhere
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._on_signal)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -74,8 +76,10 @@ class SignalWatch:
                     os.write(
                         sys.__stderr__.fileno() if sys.__stderr__ else 2, _NOTICE % signal.Signals(number).name.encode()
                     )
-        elif not (_is_one_of_several() and time.monotonic() - self._first_time < _ECHO_SECONDS):
-            os._exit(128 + number)
+        else:
+            may_be_echo = _is_one_of_several() or signal.SIGHUP in (number, self._first)
+            if not (may_be_echo and time.monotonic() - self._first_time < _ECHO_SECONDS):
+                os._exit(128 + number)
 
 
 def _is_launched() -> bool:

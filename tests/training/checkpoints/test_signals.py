@@ -44,7 +44,7 @@ class SignalAt(Hook):
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 5), (signal.SIGINT, 6), (signal.SIGTERM, 12)])
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGHUP, 5), (signal.SIGINT, 6), (signal.SIGTERM, 12)])
 def test_a_signal_saves_and_stops_the_run_and_the_resumed_run_ends_bit_identical(
     number: int,
     step: int,  # 6 is validated, which the next start makes up for; 12 is the last
@@ -55,7 +55,8 @@ def test_a_signal_saves_and_stops_the_run_and_the_resumed_run_ends_bit_identical
     complete = tiny_recipe(output_dir=str(tmp_path / "complete"), dropout=0.1)
     train(complete)
     interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
-    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     capfd.readouterr()
     with pytest.raises(SystemExit) as stopped:
         train(interrupted, hooks=[SignalAt(step, number)])
@@ -219,22 +220,24 @@ with SignalWatch() as signals:
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_second_signal_exits_immediately_but_not_a_launchers_echo_of_the_first(
-    processes: int, programs: Path
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (1, signal.SIGHUP)], ids=str
+)
+def test_a_second_signal_exits_immediately_but_not_a_launchers_or_shells_echo(
+    processes: int, number: int, programs: Path
 ) -> None:
     environment = {**os.environ, "WORLD_SIZE": str(processes), "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([programs / "python", "-c", WATCH], stdout=subprocess.PIPE, env=environment) as watching:
         assert watching.stdout is not None
         assert watching.stdout.readline() == b"ready\n"
-        watching.send_signal(signal.SIGTERM)
+        watching.send_signal(number)
         assert watching.stdout.readline() == b"first\n"
-        if processes > 1:
-            watching.send_signal(signal.SIGTERM)
+        if processes > 1 or number == signal.SIGHUP:
+            watching.send_signal(number)
             with pytest.raises(subprocess.TimeoutExpired):
                 watching.wait(1.1)
-        watching.send_signal(signal.SIGTERM)
-        assert watching.wait(10) == 143
+        watching.send_signal(number)
+        assert watching.wait(10) == 128 + number
 
 
 LEAVE = """
@@ -260,6 +263,16 @@ def test_a_stopping_rank_ignores_the_sigterm_that_the_launcher_sends_when_anothe
         leaving.send_signal(signal.SIGTERM)
         assert leaving.stdout.read() == b"closed\n"
         assert leaving.wait(10) == 143
+
+
+def test_a_terminal_that_closes_does_not_reach_a_run_under_nohup() -> None:
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalWatch() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received == 0
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 def test_a_killed_launcher_counts_as_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
