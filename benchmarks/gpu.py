@@ -310,7 +310,7 @@ def main() -> None:
     report = Report(arguments.output, machine(device), arguments.minutes)
     with ProcessPoolExecutor(COMPILERS, mp_context=multiprocessing.get_context("spawn")) as executor:
         # Settings that search for the fastest kernels must be alone on the GPU.
-        early = [setting for setting in settings if bf16 and setting.compiled and not setting.mode and not setting.muon]
+        early = [setting for setting in settings if bf16 and setting.compiled and not setting.mode]
         futures = [executor.submit(compile_once, setting, checkout) for setting in early]
         for name, check in CHECKS.items():
             report.measure(name, lambda check=check: check(device, toy=toy), needs=0 if toy else 20)

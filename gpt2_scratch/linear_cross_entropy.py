@@ -235,7 +235,7 @@ def _softmax_by_row(
         vocab_size,
         label_smoothing,
         z_loss,
-        BLOCK=block,
+        block=block,
         num_warps=max(4, block // 1024),
     )
     return losses
@@ -245,19 +245,11 @@ def _softmax_by_row(
 _ROW_BLOCK = 16_384
 
 if triton is not None:
-
+    # Triton accepts no annotations but its own.
     @triton.jit
-    def _softmax_kernel(
-        logits: Any,
-        targets: Any,
-        counted: Any,
-        losses: Any,
-        columns: Any,
-        vocab_size: Any,
-        label_smoothing: Any,
-        z_loss: Any,
-        BLOCK: tl.constexpr,  # noqa: N803
-    ) -> None:
+    def _softmax_kernel(  # type: ignore[no-untyped-def]
+        logits, targets, counted, losses, columns, vocab_size, label_smoothing, z_loss, block: tl.constexpr
+    ):
         """Compute the loss of a row of logits, and replace the row by its gradient.
 
         The first loop reads the row for the logarithm of the softmax's denominator (Milakov and Gimelshein 2018). The
@@ -267,8 +259,8 @@ if triton is not None:
         logits += row * columns
         target, is_counted = tl.load(targets + row), tl.load(counted + row)
         maximum, denominator, total = -float("inf"), 0.0, 0.0
-        for start in range(0, vocab_size, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for start in range(0, vocab_size, block):
+            column = start + tl.arange(0, block)
             in_vocabulary = column < vocab_size
             values = tl.load(logits + column, mask=in_vocabulary, other=-float("inf")).to(tl.float32)
             larger = tl.maximum(maximum, tl.max(values))
@@ -281,8 +273,8 @@ if triton is not None:
         loss = log_of_sum - target_logit + z_loss * log_of_sum * log_of_sum
         loss += label_smoothing * (target_logit - total / vocab_size)
         tl.store(losses + row, tl.where(is_counted, loss, 0.0))
-        for start in range(0, columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+        for start in range(0, columns, block):
+            column = start + tl.arange(0, block)
             in_vocabulary = column < vocab_size
             values = tl.load(logits + column, mask=in_vocabulary, other=-float("inf")).to(tl.float32)
             # d loss / d logits = probabilities - one_hot(target)

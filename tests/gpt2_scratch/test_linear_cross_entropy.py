@@ -24,7 +24,7 @@ def chunks(request, monkeypatch):
         assert columns == 128
         monkeypatch.setattr(module, "_chunk_shape", lambda vocab_size, device: (13, -(-vocab_size // 64) * 64))
     if request.param == "kernel":
-        if module.triton is None or not os.environ.get("TRITON_INTERPRET"):
+        if module.triton is None or os.environ.get("TRITON_INTERPRET") != "1":
             pytest.skip("needs the package triton, and TRITON_INTERPRET=1, to run the kernel on a CPU")
         monkeypatch.setattr(module, "_softmax_in_blocks", module._softmax_by_row)
         monkeypatch.setattr(module, "_ROW_BLOCK", 64)
@@ -260,3 +260,24 @@ def test_the_weight_gradient_of_a_chunk_does_not_overflow_in_fp16():
     (gradient,) = torch.autograd.grad(loss, weight)
     # d loss / d weight[0] = 700 · (1/101 - 1) · 120, beyond the 65,504 of fp16.
     torch.testing.assert_close(gradient[0], torch.full((8,), 700 * (1 / 101 - 1) * 120), rtol=2e-3, atol=0)
+
+
+@pytest.mark.skipif(module.triton is None, reason="needs the package triton")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernel_compiles_without_a_gpu(capability):
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    types = {
+        "logits": "*bf16",
+        "targets": "*i64",
+        "counted": "*i1",
+        "losses": "*fp32",
+        "columns": "i32",
+        "vocab_size": "i32",
+    }
+    types |= {"label_smoothing": "fp32", "z_loss": "fp32", "block": "constexpr"}
+    source = ASTSource(JITFunction(module._softmax_kernel.fn), types, constexprs={(8,): module._ROW_BLOCK})
+    compiled = module.triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 16})
+    assert compiled.asm["cubin"]
