@@ -112,6 +112,7 @@ def serving(hub: LoopbackHub) -> Iterator[LoopbackHub]:
 class _Handler(http.server.BaseHTTPRequestHandler):
     server: LoopbackHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # which holds back every answer for 40 ms
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
