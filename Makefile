@@ -28,16 +28,20 @@ format: $(VENV)/.installed-test
 
 # The parity tests with the newest release of every library, whatever the upper bounds of setup.cfg (canary), and with the
 # lower bounds of setup.cfg (oldest). torch keeps the version of constraints.txt in both: newer builds pull gigabytes of
-# CUDA packages, and not every index has a CPU build of the oldest.
+# CUDA packages, and not every index has a CPU build of the oldest. What has the right version already is taken from .venv.
 canary: BOUNDS := s/,.*//
 oldest: BOUNDS := s/,.*//; s/>=/==/
-canary oldest:
-	$(PYTHON) -m venv .venv-$@
+canary oldest: $(VENV)/.installed-test
+	$(BIN)/python -m venv --without-pip .venv-$@
+	for environment in $(VENV) .venv-$@; do \
+		$$environment/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; \
+	done | { read base; read own; echo "$$base" > "$$own/base.pth"; }
 	sed -En '/^    [A-Za-z_-]+>=/{ s/ +//; $(BOUNDS); p; }' setup.cfg \
 		| grep -Ev '^(torch|lm_eval|mypy|ruff|tensorboard|wandb|gradio|selenium)[>=]' > .venv-$@/requirements.txt
 	grep '^torch==' constraints.txt >> .venv-$@/requirements.txt
-	.venv-$@/bin/python -m pip install --quiet --no-compile --retries 1 --upgrade --requirement .venv-$@/requirements.txt
-	.venv-$@/bin/python -m pip list | grep -E '^(torch|transformers|accelerate|huggingface_hub|peft|tokenizers|safetensors|gguf) '
+	$(BIN)/python -m pip --python .venv-$@ install --quiet --no-compile --retries 1 \
+		--upgrade --upgrade-strategy eager --requirement .venv-$@/requirements.txt
+	$(BIN)/python -m pip --python .venv-$@ list | grep -E '^(torch|transformers|accelerate|huggingface_hub|peft|tokenizers|safetensors|gguf) '
 	.venv-$@/bin/python -m pytest -n auto --dist loadfile -m "parity and not network and not gpu and not slow" \
 		$$(grep -rl 'pytest.mark.parity' --include '*.py' tests)
 

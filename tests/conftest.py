@@ -28,6 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # The models are tiny: two threads of one process would only wait for each other, and for the other workers.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    # No test outlives a power failure, and thousands of small files would wait for the disk.
+    os.fsync = lambda descriptor: None
 
 
 @pytest.fixture(autouse=True)

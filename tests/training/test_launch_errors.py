@@ -212,7 +212,7 @@ def test_unwritable_hub_cache_is_a_one_line_error(programs: Path, tiny_recipe: M
     impatient = f"""
 import runpy
 from training.data.producing import background_producer
-background_producer._FIRST_DELAY_SECONDS = 0.01
+background_producer._FIRST_DELAY_SECONDS, background_producer._ATTEMPTS_BEFORE_TRAINING = 0.01, 2
 runpy.run_path({str(ROOT / "training" / "train.py")!r}, run_name="__main__")
 """
     done = subprocess.run(
