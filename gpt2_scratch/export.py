@@ -215,7 +215,7 @@ def native_card(card: str) -> str:
         elif line.strip() or not removed or (kept and kept[-1].strip()):  # no second blank line around what is removed
             kept.append(line)
             removed = removed and not line.strip()
-    text = re.sub(r'"[^"\n]*", trust_remote_code=True', '"path/to/this/folder"', "".join(kept))
+    text = re.sub(r'(?<=[( ])"[^"\n]*", trust_remote_code=True', '"path/to/this/folder"', "".join(kept))
     return text.replace(", trust_remote_code=True", "")
 
 

@@ -276,6 +276,11 @@ def test_other_cards_keep_their_blank_lines_in_an_export() -> None:
     assert native_card(text) == "# Mine\n\n\nload(path)\n\n\nEnd\n"
 
 
+def test_an_export_does_not_take_a_revision_in_a_card_for_a_repository() -> None:
+    text = 'load("me/x", revision="v1", trust_remote_code=True)\nload("me/x", trust_remote_code=True)\n'
+    assert native_card(text) == 'load("me/x", revision="v1")\nload("path/to/this/folder")\n'
+
+
 def test_one_layer_is_no_layers() -> None:
     config = GPT2ScratchConfig(n_layer=1, n_head=1)
     recipe = Recipe(output_dir="runs/x", data_dir="data/x", corpus="fineweb-edu", max_steps=1)
