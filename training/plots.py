@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from common.cli_errors import CommandParser, InputError, run_command
-from training.monitoring.plots import Curves, plot_curves
 
 
 def main() -> None:
@@ -18,6 +17,8 @@ def main() -> None:
         "--output", type=Path, help="picture to write (default: RUN/curves.png, or compare.png for several runs)"
     )
     arguments = parser.parse_args()
+    from training.monitoring.plots import Curves, plot_curves  # late: Ctrl-C during the import is no traceback
+
     runs = [Curves.of(folder) for folder in arguments.runs]
     names = [run.name for run in runs]
     if len(set(names)) < len(names):  # runs with the same name are labelled by path
