@@ -53,7 +53,13 @@ def network_errors() -> tuple[type[BaseException], ...]:
     from huggingface_hub.errors import HfHubHTTPError
 
     transports = [sys.modules[name].TransportError for name in ("httpx", "httpx2") if name in sys.modules]
-    return (OSError, HfHubHTTPError, *transports)
+    return (OSError, HfHubHTTPError, *transports, *_setting_errors())
+
+
+def _setting_errors() -> tuple[type[BaseException], ...]:
+    """What the clients raise for a proxy or an endpoint that is no URL, or a SOCKS proxy without its package."""
+    clients = [sys.modules[name] for name in ("httpx", "httpx2") if name in sys.modules]
+    return (ImportError, *(kind for client in clients for kind in (client.InvalidURL, client.UnsupportedProtocol)))
 
 
 def is_transient(error: BaseException) -> bool:
@@ -65,6 +71,8 @@ def is_transient(error: BaseException) -> bool:
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
+    if any(isinstance(cause, _setting_errors()) for cause in causes):
+        return False
     if any(isinstance(cause, OfflineModeIsEnabled) or "offline mode" in str(cause).lower() for cause in causes):
         return False
     if isinstance(error, LocalEntryNotFoundError):  # not in the cache, and the request to the Hub failed

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from common.cli_errors import InputError, one_line
+from common.hub_retry import network_errors
 from common.json_files import read_json_object
 from common.tokenizer_json import adds_special_tokens
 
@@ -29,7 +30,7 @@ from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
 # What transformers raises for an unusable config, weight file or tokenizer.
 LOADING_ERRORS = (
     *(OSError, EOFError, ValueError, LookupError, RuntimeError, AttributeError, ImportError, TypeError),
-    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError),
+    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError, *network_errors()),
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Tokenizer, generation config, model card and its images. Not weights of other frameworks, nor optimizer state.
@@ -72,7 +73,7 @@ def find_source(model: str) -> Path:
         raise InputError(f"there is no folder or file {model!r}; check --model")
     try:
         return Path(snapshot_download(model, allow_patterns=[*COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (ValueError, *network_errors()) as error:
         raise InputError(
             f"--model {model!r} is neither a folder nor a repository on the Hub: {one_line(error)}"
         ) from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from common.cli_errors import InputError, one_line
+from common.hub_retry import network_errors
 from evaluation.tasks.task_types import Encoder, Item, Task
 
 _PARQUET_BRANCH = "refs/convert/parquet"
@@ -86,7 +87,7 @@ def hub_rows(repository: str, config: str, split: str, limit: int | None = None)
     disable_progress_bar()
     try:
         rows = datasets.load_dataset(repository, data_dir=config, split=split, revision=_PARQUET_BRANCH)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, *network_errors(), datasets.exceptions.DatasetsError) as error:
         reason = one_line(error, 160)
         raise InputError(
             f"cannot read the data set {repository} from the Hub ({type(error).__name__}: {reason}); check the "

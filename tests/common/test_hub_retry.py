@@ -15,7 +15,7 @@ from huggingface_hub.errors import (
 from support.fake_clock import Clock
 
 from common.cli_errors import InputError
-from common.hub_retry import HubRetry, is_transient
+from common.hub_retry import HubRetry, is_transient, network_errors
 
 # The Hub client's HTTP library: httpx2 since its release 2.
 httpx: Any = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
@@ -44,11 +44,13 @@ def test_transient_errors_are_retried(error: Exception) -> None:
         *(refusal(status) for status in (400, 401, 403)),
         *(refusal(404, RepositoryNotFoundError), OfflineModeIsEnabled("offline mode"), FileNotFoundError("gone")),
         OSError(28, "No space left on device"),
+        *(httpx.InvalidURL("Invalid port"), httpx.UnsupportedProtocol("no http://"), ImportError("no 'socksio'")),
     ],
     ids=repr,
 )
 def test_permanent_errors_are_not_retried(error: Exception) -> None:
     assert not is_transient(error)
+    assert isinstance(error, network_errors())
 
 
 @pytest.fixture

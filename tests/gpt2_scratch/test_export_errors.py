@@ -104,6 +104,14 @@ def test_no_weights_are_loaded_by_a_broken_index(scratch, tmp_path, text):
         load(str(tmp_path / "model"), "cpu")
 
 
+def test_setting_that_the_hubs_client_cannot_use_is_one_line(tmp_path, capsys, monkeypatch):
+    def download(*arguments, **settings):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr("gpt2_scratch.source_folder.snapshot_download", download)
+    assert "Using SOCKS proxy, but" in refusal(capsys, "openai-community/gpt2", tmp_path / "native")
+
+
 def test_path_with_a_nul_is_refused(scratch, tmp_path, capsys):
     assert "contains a NUL character" in refusal(capsys, scratch, tmp_path / "na\0tive")
 

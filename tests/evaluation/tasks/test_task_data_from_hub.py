@@ -13,6 +13,8 @@ from support.loopback_repository import Repository
 from support.task_rows import CBT_OPTIONS, LAMBADA, cbt_folder, cbt_text, hellaswag_row, write_rows
 from support.toy_model import Characters
 
+from common.cli_errors import InputError
+from evaluation.tasks.data_sources import hub_rows
 from evaluation.tasks.registry import task_named
 
 CBT_ROW = {
@@ -103,3 +105,12 @@ def test_data_that_the_hub_does_not_give_is_a_one_line_error(problem, programs, 
     assert done.stderr.startswith("error: cannot read the data set EleutherAI/lambada_openai from the Hub")
     assert "--data_dir" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_setting_that_the_hubs_client_cannot_use_is_one_line(monkeypatch):
+    def load(*arguments, **settings):
+        raise ImportError("Using SOCKS proxy, but the 'socksio' package is not installed.")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(InputError, match=r"cannot read the data set a/b from the Hub \(ImportError: Using SOCKS proxy"):
+        hub_rows("a/b", "config", "test")
