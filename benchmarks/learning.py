@@ -36,16 +36,16 @@ from training.monitoring.run_history import read_metrics
 from training.recipe import QUICKSTART, Recipe, load_recipe
 
 PROXY = {"n_embd": 128, "max_steps": 600, "min_learning_rate_ratio": 0, "attn_implementation": "sdpa"}
-PROXY |= {"mixed_precision": "no", "logging_steps": 10, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
+PROXY |= {"lr_scheduler_type": "cosine", "mixed_precision": "no", "logging_steps": 10, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
 BUILT_IN: dict[str, dict[str, Any]] = {
     "classic": {"learning_rate": 6e-4, "adam_beta2": 0.95, "warmup_steps": 60, "min_learning_rate_ratio": 0.1},
-    "adamw": {"learning_rate": 4e-3, "adam_beta2": 0.99, "warmup_steps": 200},
+    "adamw": {"learning_rate": 6e-3, "adam_beta2": 0.99, "warmup_steps": 300},
     "muon": {
         "optimizer": "muon",
         "learning_rate": 0.03,
         "embedding_learning_rate": 0.02,
         "norm_learning_rate": 4e-3,
-        "muon_momentum_warmup_steps": 125,
+        "muon_momentum_warmup_steps": 0,
         "adam_beta2": 0.95,
         "warmup_steps": 25,
         "lr_scheduler_type": "linear",
@@ -77,7 +77,7 @@ Results = dict[str, dict[int, dict[int, Result]]]  # by recipe, number of steps 
 def named_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     """A built-in recipe or one from a file, with its length in steps."""
     if name in BUILT_IN:
-        recipe = load_recipe(QUICKSTART, {**PROXY, **BUILT_IN[name], **overrides})
+        recipe = load_recipe(QUICKSTART, {**PROXY, "optimizer": "adamw", **BUILT_IN[name], **overrides})
     elif Path(name).suffix in (".yaml", ".yml"):
         recipe = load_recipe(Path(name), overrides)
     else:
