@@ -304,6 +304,7 @@ def main() -> None:
     bf16 = device == "cuda"
     if bf16:
         torch.set_float32_matmul_precision("high")
+    inductor_config.autotune_local_cache = False  # what processes chose while they shared the GPU may be slow
     settings = toy_settings() if toy else SETTINGS
     settings = [setting for setting in settings if checkout or setting.side != "nanoGPT"]
     geometry = settings[0].geometry
