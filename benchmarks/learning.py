@@ -36,7 +36,14 @@ from training.monitoring.run_history import read_metrics
 from training.recipe import QUICKSTART, Recipe, load_recipe
 
 PROXY = {"n_embd": 128, "max_steps": 600, "min_learning_rate_ratio": 0, "attn_implementation": "sdpa"}
-PROXY |= {"lr_scheduler_type": "cosine", "mixed_precision": "no", "logging_steps": 10, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
+PROXY |= {
+    "lr_scheduler_type": "cosine",
+    "mixed_precision": "no",
+    "logging_steps": 10,
+    "save_steps": 0,
+    "eval_steps": 0,
+    "sample_steps": 0,
+}
 BUILT_IN: dict[str, dict[str, Any]] = {
     "classic": {"learning_rate": 6e-4, "adam_beta2": 0.95, "warmup_steps": 60, "min_learning_rate_ratio": 0.1},
     "adamw": {"learning_rate": 6e-3, "adam_beta2": 0.99, "warmup_steps": 300},
