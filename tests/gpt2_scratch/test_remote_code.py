@@ -97,14 +97,6 @@ def test_auto_classes_load_a_saved_folder_and_saving_it_again_gives_the_same_byt
             assert path.read_bytes() == after[file].read_bytes(), (name, file)
 
 
-def test_code_of_a_folder_is_not_run_without_trust(saved):
-    script = f"{NOT_INSTALLED}\nfrom transformers import AutoModelForCausalLM\n"
-    script += 'AutoModelForCausalLM.from_pretrained("model", trust_remote_code=False)'
-    result = run(saved[0], script)
-    assert result.returncode != 0
-    assert "contains custom code which must be executed" in result.stderr
-
-
 def test_folder_contains_exactly_the_code_it_imports(saved):
     sources = {path.name for path in (saved[0] / "model").glob("*.py")}
     imported = {"modeling_gpt2_scratch.py", "configuration_gpt2_scratch.py", "pretrained_gpt2_scratch.py"}
@@ -113,12 +105,18 @@ def test_folder_contains_exactly_the_code_it_imports(saved):
         assert (saved[0] / "model" / name).read_bytes() == (ROOT / "gpt2_scratch" / name).read_bytes()
 
 
-def test_tokenizer_needs_none_of_the_folders_code(saved):
+def test_code_of_a_folder_is_not_run_without_trust_and_the_tokenizer_needs_none(saved):
     """AutoTokenizer reads config.json first, which names code. It asks if nobody told it, and any answer will do."""
     script = f"""
 {NOT_INSTALLED}
-from transformers import AutoTokenizer, GPT2TokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2TokenizerFast
 from transformers.utils import logging
+try:
+    AutoModelForCausalLM.from_pretrained("model", trust_remote_code=False)
+except ValueError as error:
+    assert "contains custom code which must be executed" in str(error)
+else:
+    raise AssertionError("the folder's code ran")
 def check(tokenizer):
     assert type(tokenizer).__name__ == "GPT2Tokenizer", type(tokenizer)
     assert list(tokenizer("abc")) == ["input_ids", "attention_mask"]
