@@ -28,9 +28,10 @@ from .modeling_gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchModel
 from .pretrained_gpt2_scratch import GPT2ScratchPreTrainedModel
 
 # What transformers raises for an unusable config, weight file or tokenizer.
-LOADING_ERRORS = (
+LOADING_ERRORS: tuple[type[BaseException], ...] = (
+    *network_errors(),
     *(OSError, EOFError, ValueError, LookupError, RuntimeError, AttributeError, ImportError, TypeError),
-    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError, *network_errors()),
+    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError),
 )
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Tokenizer, generation config, model card and its images. Not weights of other frameworks, nor optimizer state.
@@ -71,9 +72,10 @@ def find_source(model: str) -> Path:
         return Path(model)
     if looks_like_path(model):
         raise InputError(f"there is no folder or file {model!r}; check --model")
+    errors: tuple[type[BaseException], ...] = (*network_errors(), ValueError)
     try:
         return Path(snapshot_download(model, allow_patterns=[*COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
-    except (ValueError, *network_errors()) as error:
+    except errors as error:
         raise InputError(
             f"--model {model!r} is neither a folder nor a repository on the Hub: {one_line(error)}"
         ) from error
