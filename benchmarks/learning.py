@@ -49,7 +49,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "adamw": {"learning_rate": 6e-3, "adam_beta2": 0.99, "warmup_steps": 300},
     "muon": {
         "optimizer": "muon",
-        "learning_rate": 0.03,
+        "learning_rate": 0.02,
         "embedding_learning_rate": 0.02,
         "norm_learning_rate": 4e-3,
         "muon_momentum_warmup_steps": 0,
