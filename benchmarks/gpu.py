@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--minutes 7] [--output gpu-results] [--nanogpt CHECKOUT]
 
 Correctness comes first: parity with GPT2LMHeadModel in fp32 and bf16, compiled and not, the chunked loss, document
-masks, the guard, a resumed run. Beside these checks, other processes compile what is measured after them: complete
+masks, the guard, a resumed run. Meanwhile other processes compile what is measured after these checks: complete
 optimizer steps of 0.5M tokens at 124M (and 355M) in all combinations worth knowing. Then follow HellaSwag, generation,
 the loop and checkpoints. `results.md` and `results.json` are written after every line, so an interrupted run loses
 nothing; what does not fit into the minutes is listed as skipped.

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton  # also: is the GPU new enough
 
 try:
     import triton
@@ -105,7 +106,7 @@ def _summed_loss(
     tokens, vocab_size, device = len(hidden_states), len(weight), hidden_states.device
     chunk, columns = _chunk_shape(vocab_size, device.type)
     chunk = max(1, min(tokens, chunk))
-    softmax = _softmax_in_blocks if device.type == "cpu" or triton is None else _softmax_by_row
+    softmax = _softmax_by_row if device.type == "cuda" and has_triton() else _softmax_in_blocks
 
     hidden_states, weight = hidden_states.to(dtype), _padded(weight, columns, dtype)
     counted = (targets != ignore_index).unsqueeze(1)
