@@ -38,6 +38,10 @@ class InputError(ValueError):
     """An input that cannot be used. The message is one line: what is wrong, and what to do."""
 
 
+class LostConnectionError(InputError):
+    """An `InputError` after which the process ends at once: destroying what waits for the lost process can hang."""
+
+
 class TemporaryError(InputError):
     """An `InputError` that goes away without a change of the input: a full disk, an outage, a killed process."""
 
@@ -99,7 +103,7 @@ def run_command(main: Callable[[], None], *, output_is_result: bool = False) -> 
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             sys.exit(1)
         except InputError as error:
-            _exit_with(str(error))
+            _exit_with(str(error), at_once=isinstance(error, LostConnectionError))
         except OSError as error:
             message = os_error_message(error)
             if message is None:
@@ -131,7 +135,7 @@ def _check_environment() -> None:
             )
 
 
-def _exit_with(message: str) -> NoReturn:
+def _exit_with(message: str, *, at_once: bool = False) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") != "0":
         # All ranks usually hit the same error. Rank 0 reports it and exits; then the launcher stops this rank.
         try:
@@ -140,6 +144,10 @@ def _exit_with(message: str) -> NoReturn:
             sys.exit(130)
     print(f"error: {message}", file=sys.stderr)
     _report_to_launcher(f"error: {message}")
+    if at_once:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
     sys.exit(2)
 
 

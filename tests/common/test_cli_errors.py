@@ -134,6 +134,21 @@ def test_an_input_error_exits_with_code_2(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().err == "error: no\n"
 
 
+def test_a_lost_connection_ends_a_process_whose_objects_cannot_be_destroyed() -> None:
+    program = """
+import threading
+from common.cli_errors import *
+def main():
+    threading.Thread(target=threading.Event().wait).start()
+    print("a log line")
+    raise LostConnectionError("no")
+run_command(main)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "a log line\n", "error: no\n")
+
+
 def test_closest_known_name_is_suggested() -> None:
     assert did_you_mean("learning_rat", ["seed", "learning_rate"]) == "; did you mean learning_rate?"
 

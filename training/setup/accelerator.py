@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
-from common.cli_errors import InputError, one_line
+from common.cli_errors import InputError, LostConnectionError, one_line
 from common.cpus import usable_cpus, use_all_cores
 from training.monitoring.trackers import chosen_trackers
 from training.recipe import Recipe
@@ -100,14 +100,14 @@ def connection_error(error: RuntimeError) -> str | None:
 
 @contextlib.contextmanager
 def lost_connections_reported() -> Iterator[None]:
-    """Raise an `InputError` if the connection to another process is lost, so that every node ends with one line."""
+    """Raise a `LostConnectionError` if the connection to another process is lost: every node ends with one line."""
     try:
         yield
     except RuntimeError as error:
         reason = connection_error(error)
         if reason is None:
             raise
-        raise InputError(
+        raise LostConnectionError(
             f"the connection to another process was lost ({reason}); look for its error in the output of the other "
             "nodes, and start the same command again on every node to resume"
         ) from None
