@@ -10,6 +10,7 @@ hand: `sha256sum --check training_state/SHA256SUMS`.
 
 import contextlib
 import copy
+import filecmp
 import json
 import re
 import shutil
@@ -198,6 +199,12 @@ def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: in
 def copy_model(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint to `folder`, without its training state."""
     shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("training_state"))
+
+
+def is_model_of(checkpoint: Path, output_dir: Path) -> bool:
+    """Return whether model/ has the checkpoint's weights; that of a run that was extended and stopped is older."""
+    ours, theirs = (folder / "model.safetensors" for folder in (output_dir / "model", checkpoint))
+    return ours.is_file() and theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False)
 
 
 def load_checkpoint(

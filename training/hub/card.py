@@ -1,45 +1,27 @@
-"""The model card: README.md of a model folder, generated from the run's records."""
+"""The model card: README.md of a model folder, generated from the run's records by `model_card.md.jinja`."""
 
 import importlib.metadata
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
 
 from common.durations import format_duration
 from evaluation.results.references import SIZES, VALIDATION_LOSS, Reference, one_per_size, published
 from evaluation.results.results_file import Results
+from gpt2_scratch.export import native_card
 from training.data.sources.base import DEFAULT_HUB_CONFIG
-from training.hub.card_edits import results_block, with_edits_of
+from training.hub.card_edits import with_edits_of
 from training.hub.provenance import ENGLISH_CORPORA, Provenance
 from training.monitoring.run_history import RunFacts
 from training.monitoring.samples import TEMPERATURE, TOP_K
 from training.recipe import Recipe
 
+_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 _FOLDER = '"path/to/this/folder"'  # used for the model until it has an id on the Hub
-_TESTED_TRANSFORMERS = "5.17 to 5.24"  # the range in setup.cfg
-_EXPORT = f"- `python -m gpt2_scratch.export --model {_FOLDER} --output"
-_PACKAGE = (  # an export to native GPT-2 drops these lines
-    f"The code in this folder works with transformers {_TESTED_TRANSFORMERS}. With the `gpt2-scratch` package "
-    "installed, `import gpt2_scratch` replaces `trust_remote_code=True`, and these commands write other forms:\n\n"
-    f"{_EXPORT} native --format gpt2`: plain GPT-2, for programs that do not know this code\n"
-    f"{_EXPORT} model.gguf --format gguf`: a file for llama.cpp, Ollama and LM Studio\n"
-    f"{_EXPORT} renewed --format gpt2_scratch`: with the package's newer code"
-)
 _NATIVE = 'Programs that know GPT-2 but not this code load the same weights with `revision="native"`.'
-
-_LIMITS = {
-    "fineweb": """The training text is English web text (Common Crawl, 2013 to 2024, filtered and deduplicated by
-FineWeb). The model reproduces its opinions, biases and errors, and may reproduce names and addresses from public pages.
-It has seen little text in other languages, little code, and nothing written later.""",
-    "installed-docs": """The training text is the documentation of Python packages. The model knows their vocabulary and
-their tone, and little else.""",
-}
-_LIMITS["fineweb-edu"] = f"""{_LIMITS["fineweb"]} A classifier selected pages for educational value, which favors the
-style of textbooks, and the subjects and dialects that they cover."""
-_OTHER_LIMITS = "The model inherits whatever is missing, wrong or one-sided in its training text."
 
 # The dataset of each task: its id on the Hub, its config there, its name, and the short name in tables.
 _TASK_DATASETS = {
@@ -74,12 +56,11 @@ def write_model_card(
 
 def card_for_repository(card: str, repo_id: str, *, branch: str, has_native: bool) -> str:
     """Return a model folder's card for the Hub: with the model's id, and with how to load its native branch."""
-    if branch != "main":  # plain GPT-2, without our code
-        card = card.replace(f"\n\n{_PACKAGE}", "").replace(", trust_remote_code=True", "")
-        return card.replace(_FOLDER, f'"{repo_id}", revision="{branch}"')
-    return card.replace(_PACKAGE, f"{_PACKAGE}\n\n{_NATIVE}" if has_native else _PACKAGE).replace(
-        _FOLDER, f'"{repo_id}"'
-    )
+    if branch != "main":
+        return native_card(card).replace(_FOLDER, f'"{repo_id}", revision="{branch}"')
+    if has_native:
+        card = card.replace("\n## Results\n", f"\n{_NATIVE}\n\n## Results\n", 1)
+    return card.replace(_FOLDER, f'"{repo_id}"')
 
 
 def model_card(
@@ -99,50 +80,24 @@ def model_card(
         widget=[{"text": prompt} for prompt in recipe.sample_prompts if prompt.strip()] or None,
         eval_results=[score.result for score in scores] or None,
     )
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {facts.name}
-
-{_summary(recipe, facts, config, provenance)}
-
-## Use
-
-{_use(config)}
-
-## Results
-
-{results_block("results", _results(facts, scores, curves))}
-## Samples
-
-{_samples(facts)}
-
-## Training
-
-{_training(recipe, facts, config)}
-
-## Limits
-
-{_limits(recipe, provenance)}
-
-## License and citation
-
-The license is the one in this card's metadata. If there is none, the author has not stated it.
-
-```bibtex
-@software{{gpt2_scratch,
-  title = {{gpt2-scratch: pre-train, study and publish your own GPT-2}},
-  year = {{2026}}
-}}
-@techreport{{radford2019language,
-  title = {{Language Models are Unsupervised Multitask Learners}},
-  author = {{Radford, Alec and Wu, Jeffrey and Child, Rewon and Luan, David and Amodei, Dario and Sutskever, Ilya}},
-  institution = {{OpenAI}},
-  year = {{2019}}
-}}
-```
-"""
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(_TEMPLATE),
+        recipe=recipe,
+        facts=facts,
+        config=config,
+        provenance=provenance,
+        scores=scores,
+        sizes=SIZES,
+        lower_is_better=_LOWER_IS_BETTER,
+        curves=curves,
+        kit=_kit(),
+        new_tokens=min(40, config.n_positions // 2),
+        temperature=TEMPERATURE,
+        top_k=TOP_K,
+        format_duration=format_duration,
+    )
+    return f"{card}\n"
 
 
 def _validation_scores(recipe: Recipe, facts: RunFacts, provenance: Provenance) -> list[Score]:
@@ -212,27 +167,6 @@ def task_scores(results: Results | None) -> list[Score]:
     return scores
 
 
-def _summary(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig, provenance: Provenance) -> str:
-    base, dataset = provenance.base_model, provenance.dataset
-    start = (
-        f"[{base}](https://huggingface.co/{base})" if base else "an earlier model" if recipe.init_from else "scratch"
-    )
-    corpus = provenance.corpus or "token shards of unknown origin"
-    if dataset is not None:
-        corpus = f"[{dataset}](https://huggingface.co/datasets/{dataset})"
-        corpus += f" ({recipe.corpus_config})" if recipe.corpus_config else ""
-    size = f"{facts.parameters / 1e6:.1f}M" if facts.parameters >= 1_000_000 else f"{facts.parameters:,}"
-    hardware = f", on {', then '.join(facts.hardware)}" if facts.hardware else ""
-    return f"""A GPT-2 with {size} parameters ({_count(config.n_layer, "layer")}, {_count(config.n_head, "head")},
-width {config.n_embd}, {config.n_positions:,} positions), trained from {start} on {corpus}:
-{_count(facts.steps, "step")} of {recipe.tokens_per_step:,} tokens, {facts.tokens:,} tokens in total{hardware},
-with {_kit()}."""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _kit() -> str:
     """Return the name of this kit, with a link if the installed package's metadata state its source or homepage."""
     name = "gpt2-scratch"
@@ -243,97 +177,3 @@ def _kit() -> str:
     urls = dict(url.split(", ", 1) for url in metadata.get_all("Project-URL") or ())
     url = urls.get("Source") or urls.get("Homepage") or next(iter(metadata.get_all("Home-page") or ()), None)
     return f"[{name}]({url})" if url else name
-
-
-def _use(config: PreTrainedConfig) -> str:
-    new_tokens = min(40, config.n_positions // 2)
-    return f"""```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", {_FOLDER}, trust_remote_code=True)
-print(generate("The", max_new_tokens={new_tokens})[0]["generated_text"])
-```
-
-Or step by step:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained({_FOLDER}, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained({_FOLDER}, trust_remote_code=True)
-inputs = tokenizer("The", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens={new_tokens})[0]))
-```
-
-{_PACKAGE}"""
-
-
-def _results(facts: RunFacts, scores: list[Score], curves: bool) -> str:
-    picture = "\n![Loss against tokens](curves.png)" if curves else ""
-    if not scores:
-        return f"The model has not been evaluated yet.\n{picture}"
-    references = [reference for score in scores for reference in score.references]
-    rows = [["Model", *map(_column, scores)], ["---", *("---:" for _ in scores)]]
-    rows.append(["**This model**", *(f"**{score.result.metric_value:.4f}**" for score in scores)])
-    for size in (size for size in SIZES if any(reference.size == size for reference in references)):
-        openai = [{one.size: f"{one.value:.4f}" for one in score.references}.get(size, "") for score in scores]
-        rows.append([f"OpenAI GPT-2 {size}", *openai])
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n\n"
-    text += "".join(
-        f"- {score.short_name}: {score.result.dataset_name}, {score.result.metric_name}\n" for score in scores
-    )
-    steps = [f"The validation loss is of step {facts.val_step:,}."] if facts.val_step is not None else []
-    if facts.task_results is not None:
-        steps.append(f"The tasks were evaluated after step {facts.task_results.step:,}.")
-    text += f"\n{' '.join(steps)}\n" if steps else ""
-    if references:
-        sources = "; ".join(sorted({reference.source for reference in references}))
-        text += f"\nOpenAI's results are for the same text and protocol; sources: {sources}.\n"
-    if facts.gzip_bits_per_byte is not None:
-        text += f"\n`gzip -9` needs {facts.gzip_bits_per_byte:.4f} bits per byte for the held-out text.\n"
-    return text + picture
-
-
-def _column(score: Score) -> str:
-    """Return the heading of a metric's column; the arrow points to better values."""
-    return f"{score.short_name} {'↓' if score.result.metric_type in _LOWER_IS_BETTER else '↑'}"
-
-
-def _samples(facts: RunFacts) -> str:
-    if not facts.samples:
-        return "There are no samples yet."
-    samples = (f"```text\n{sample.strip().replace('```', '` ` `')}\n```" for sample in facts.samples)
-    how = f"Each sample starts with its prompt (temperature {TEMPERATURE}, top-k {TOP_K})."
-    return "\n\n".join([how, *samples])
-
-
-def _training(recipe: Recipe, facts: RunFacts, config: PreTrainedConfig) -> str:
-    tokenizer = f"a byte-level BPE, {config.vocab_size:,} tokens"
-    if recipe.tokenizer == "gpt2":
-        tokenizer = "GPT-2's byte-level BPE"
-    elif recipe.tokenizer.startswith("train:"):
-        tokenizer = f"a byte-level BPE trained on this corpus, {config.vocab_size:,} tokens"
-    lines = [f"- Hardware: {', then '.join(facts.hardware)}"] if facts.hardware else []
-    lines += [f"- Tokens: {facts.tokens:,} in {_count(facts.steps, 'step')}", f"- Tokenizer: {tokenizer}"]
-    if facts.software:
-        lines.append(f"- Software: gpt2-scratch with {facts.software}")
-    if facts.seconds is not None:
-        rate = f"{facts.tokens / facts.seconds:,.0f} tokens/s"
-        lines.append(
-            f"- Time: {format_duration(facts.seconds)} of training steps ({rate}), without evaluation and checkpoints"
-        )
-    rows = [
-        f"| `{key}` | {value} |" for key, value in recipe.values_with(on_card=True).items() if value not in (None, [])
-    ]
-    table = ["| Recipe key | Value |", "| --- | --- |", *rows]
-    return "\n".join([*lines, "", "<details><summary>Recipe</summary>", "", *table, "", "</details>"])
-
-
-def _limits(recipe: Recipe, provenance: Provenance) -> str:
-    text = _LIMITS.get(provenance.corpus or "", _OTHER_LIMITS)
-    if recipe.init_from is not None:
-        text += "\nIt also inherits what its base model learned."
-    return f"""This is a base model: it continues a text with what is likely, not with what is true. It was not
-trained to be safe, polite or helpful. Do not use it unsupervised in public, or to make decisions about people.
-
-{text}"""

@@ -7,7 +7,6 @@ The token is that of `hf auth login` or HF_TOKEN. Run it again after an interrup
 """
 
 import argparse
-import filecmp
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,7 +61,7 @@ def push(
     Raises:
         InputError: no complete model, no checkpoint of it for `checkpoint`, or the Hub refuses the push.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, ModelCard
 
     from gpt2_scratch.export import check_weights, export, read_config
     from training.checkpoints.checkpoint_folder import checkpoints
@@ -85,8 +84,7 @@ def push(
         state = model if (model / "training_state").is_dir() else checkpoints(folder)[-1]
     run = folder if (folder / "recipe.yaml").is_file() else model.resolve().parents[1]  # a checkpoint's run
     is_of_run = step is not None and (run / "recipe.yaml").is_file()
-    tag = None if step is None else f"step-{step:06d}"
-    message = f"Push {model.name}" if step is None else f"Step {step:,}"
+    tag, message = (None, f"Push {model.name}") if step is None else (f"step-{step:06d}", f"Step {step:,}")
     repo_id = ensure_repository(repo_id, default_name=folder.name, private=private, advice=_ADVICE)
     if space is not None:  # checked before the uploads
         space = space_id(space, repo_id)
@@ -98,33 +96,30 @@ def push(
             recipe = load_recipe(run / "recipe.yaml")
             facts = RunHistory.load(run).facts(recipe, steps=step or 0, parameters=skeleton.num_parameters())
             write_model_card(staged, recipe, facts, skeleton.config, earlier=run / "model")
-        native = native or HfApi().revision_exists(repo_id, NATIVE)
-        if native:  # first: the card of main mentions the branch
+        if native or HfApi().revision_exists(repo_id, NATIVE):  # first: the card of main mentions the branch
             export(str(staged), Path(temporary) / "native", "gpt2")
             push_folder(Path(temporary) / "native", repo_id, message=message, branch=NATIVE)
         pushed = push_folder(staged, repo_id, message=message, tag=tag)
+        if is_of_run:
+            record_push(run, repo_id, step or 0)
+        print(f"{model} is on the Hub: {repo_id}" + (f", tag {tag}" if tag else ""))
+        if pushed.has_native:
+            print(f'as plain GPT-2: from_pretrained("{repo_id}", revision="{NATIVE}")')
         if space is not None:
             with input_errors(space, _ADVICE):
                 push_space(space, repo_id)
-            is_private = HfApi().model_info(repo_id).private
-    if is_of_run:
-        record_push(run, repo_id, step or 0)
-    print(f"{model} is on the Hub: {repo_id}" + (f", tag {tag}" if tag else ""))
-    if native:
-        print(f'as plain GPT-2: from_pretrained("{repo_id}", revision="{NATIVE}")')
-    if space is not None:
-        print(f"the demo page is on the Hub: spaces/{space}")
-        if is_private:
-            print("the model is private: add a secret HF_TOKEN, with read access, in the settings of the Space")
+            print(f"the demo page is on the Hub: spaces/{space}")
+            if HfApi().model_info(repo_id).private:
+                print("the model is private: add a secret HF_TOKEN, with read access, in the settings of the Space")
     if pushed.card_kept:
         print("the card was edited on the Hub: only its metadata and results are updated")
-    if not pushed.has_license:
+    if ModelCard(pushed.card, ignore_metadata_errors=True).data.get("license") is None:
         print("the card states no license: add one to its metadata on the Hub; later pushes keep it")
 
 
 def find_model(folder: Path) -> tuple[Path, int | None]:
     """Return the newest model of a run, or the folder itself, and its step if that is known."""
-    from training.checkpoints.checkpoint_folder import TrainerState, checkpoints
+    from training.checkpoints.checkpoint_folder import TrainerState, checkpoints, is_model_of
 
     def step_of(model: Path) -> int | None:
         return TrainerState.read(model).step if (model / "training_state").is_dir() else None
@@ -133,19 +128,17 @@ def find_model(folder: Path) -> tuple[Path, int | None]:
         raise InputError(f"there is no folder {folder}; check the path")
     if (folder / "config.json").is_file():
         return folder, step_of(folder)
-    saved = [path for path in checkpoints(folder) if (path / "config.json").is_file()]
-    newest, model = saved[-1] if saved else None, folder / "model"
-    if (model / "config.json").is_file():
-        if newest is None:
-            return model, None
-        ours, theirs = model / "model.safetensors", newest / "model.safetensors"
-        if ours.is_file() and theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False):
-            return model, step_of(newest)
-        # A run that was extended, and then stopped before its end, has an older model.
-        if (newest / "config.json").stat().st_mtime <= (model / "config.json").stat().st_mtime:
-            return model, None
-    if newest is None:
+    saved, model = [path for path in checkpoints(folder) if (path / "config.json").is_file()], folder / "model"
+    has_model = (model / "config.json").is_file()
+    if not saved and not has_model:
         raise InputError(
             f"there is neither a config.json nor a checkpoint in {folder}; pass a folder such as runs/quickstart"
         )
-    return newest, step_of(newest)
+    if not has_model:
+        return saved[-1], step_of(saved[-1])
+    if saved and is_model_of(saved[-1], folder):
+        return model, step_of(saved[-1])
+    # A run that was extended, and then stopped before its end, has an older model.
+    if saved and (saved[-1] / "config.json").stat().st_mtime > (model / "config.json").stat().st_mtime:
+        return saved[-1], step_of(saved[-1])
+    return model, None

@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
-from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status, logging
+from huggingface_hub.utils import disable_progress_bars, hf_raise_for_status, logging, parse_ratelimit_headers
 from huggingface_hub.utils._http import default_client_factory
 
 from common.cli_errors import InputError
@@ -50,14 +50,14 @@ def _raise_on_long_wait(response: Any) -> None:
 
 def _seconds_to_wait(response: Any) -> float:
     """Return the seconds that a rate limit asks for, by Retry-After or the Hub's own `RateLimit: "api";r=0;t=55`."""
-    after = response.headers.get("Retry-After", "").strip()
-    limit = re.search(r"\br=0;t=(\d+)", response.headers.get("RateLimit", ""))
-    return max(float(after) if after.isdigit() else 0.0, float(limit[1]) if limit else 0.0)
+    after, limit = response.headers.get("Retry-After", "").strip(), parse_ratelimit_headers(response.headers)
+    reset = limit.reset_in_seconds if limit and not limit.remaining else 0
+    return float(max(reset, int(after) if after.isdigit() else 0))
 
 
 def one_line(error: BaseException) -> str:
     """Return an error in one line, without tokens and without signed URLs, which allow writing."""
-    cause = _refusal(error) or error
+    cause = _cause(error)
     text = " ".join(str(cause).split())
     token = huggingface_hub.get_token()
     text = re.sub(r"hf_\w{8,}", "hf_…", text.replace(token, "hf_…") if token else text)
@@ -66,51 +66,50 @@ def one_line(error: BaseException) -> str:
     return f"{type(cause).__name__}: {text[:300]}"
 
 
-def _refusal(error: BaseException) -> HfHubHTTPError | None:
-    """Return the Hub's response that caused an error: the client wraps those for large files."""
+def _cause(error: BaseException) -> BaseException:
+    """Return the Hub's response that caused an error, or the error: the client wraps those for large files."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HfHubHTTPError):
         cause = cause.__cause__
-    return cause
+    return cause or error
 
 
 def status_of(error: BaseException) -> int:
     """Return the HTTP status of an error; 0 without one."""
-    refusal = _refusal(error)
-    return refusal.response.status_code if refusal else 0
+    cause = _cause(error)
+    return cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
+
+
+def retry_after(error: BaseException) -> float:
+    """Return the seconds to wait that the Hub requested; 0 if none."""
+    cause = _cause(error)
+    return _seconds_to_wait(cause.response) if isinstance(cause, HfHubHTTPError) else 0.0
 
 
 def can_retry(error: BaseException) -> bool:
     """Return whether the same push may succeed later."""
     # A ValueError is about a file or the card, which stay as they are.
-    cause = _refusal(error) or error
+    cause = _cause(error)
     return status_of(error) in OVERTAKEN or (is_transient(cause) and not isinstance(cause, ValueError))
-
-
-def retry_after(error: BaseException) -> float:
-    """Return the seconds to wait that the Hub requested; 0 if none."""
-    refusal = _refusal(error)
-    return _seconds_to_wait(refusal.response) if refusal else 0.0
 
 
 @contextmanager
 def input_errors(repo_id: str, advice: str) -> Iterator[None]:
     """Turn errors of the Hub and the network into an `InputError` that ends with `advice`."""
-    errors: tuple[type[BaseException], ...] = (*network_errors(), RuntimeError, ValueError)
     try:
         yield
-    except LocalTokenNotFoundError:
-        problem = (
-            "there is no token for the Hub; create one with write access (https://huggingface.co/settings/tokens), run "
-            "`hf auth login` or set HF_TOKEN"
-        )
-    except OfflineModeIsEnabled:
-        problem = "HF_HUB_OFFLINE is set, and a push needs the Hub; unset it"
     except InputError:
         raise
-    except errors as error:
+    except (*network_errors(), RuntimeError, ValueError) as error:
         status = status_of(error)
-        if status == 401:
+        if isinstance(error, LocalTokenNotFoundError):
+            problem = (
+                "there is no token for the Hub; create one with write access (https://huggingface.co/settings/tokens), "
+                "run `hf auth login` or set HF_TOKEN"
+            )
+        elif isinstance(error, OfflineModeIsEnabled):
+            problem = "HF_HUB_OFFLINE is set, and a push needs the Hub; unset it"
+        elif status == 401:
             problem = "the Hub rejected your token (401); run `hf auth login` or set HF_TOKEN again"
         elif status in (403, 404):
             problem = (
@@ -123,6 +122,4 @@ def input_errors(repo_id: str, advice: str) -> Iterator[None]:
             ) from None
         else:
             problem = f"the Hub does not accept this push ({one_line(error)}); fix that"
-    else:
-        return
-    raise InputError(f"{problem}, {advice}")
+        raise InputError(f"{problem}, {advice}") from None

@@ -23,7 +23,7 @@ from training.step.hooks import Hook, Run
 LAST_PUSH_SECONDS = 900.0  # 2 GB at 20 Mbit/s
 FIRST_PAUSE_SECONDS = 5.0
 
-_LONGEST_PAUSE_SECONDS = 300.0
+_DOUBLINGS = 6  # of the pause: it ends at five minutes
 _LONGEST_RATE_LIMIT_SECONDS = 3600.0
 _SLOW_PUSH_SECONDS = 60.0
 _STAGING = ".pushing"
@@ -40,16 +40,16 @@ def claim_repository(recipe: Recipe, *, resumes: bool) -> str | None:
     Raises:
         InputError: we cannot write to it.
     """
-    output_dir = Path(recipe.output_dir)
+    name = Path(recipe.output_dir).name
     try:
         return ensure_repository(
-            recipe.hub_model_id, default_name=output_dir.name, private=recipe.hub_private_repo, advice=_ADVICE
+            recipe.hub_model_id, default_name=name, private=recipe.hub_private_repo, advice=_ADVICE
         )
     except HubOutOfReachError as error:
         if not resumes:
             raise
         is_full_id = "/" in (recipe.hub_model_id or "")
-        repo_id = recipe.hub_model_id if is_full_id else last_push(output_dir)[0]
+        repo_id = recipe.hub_model_id if is_full_id else last_push(Path(recipe.output_dir))[0]
         print(f"resuming without the Hub{'' if repo_id else ', and nothing will be pushed'}: {error}", flush=True)
         return repo_id
 
@@ -95,9 +95,6 @@ class Publisher(Hook):
     most; the command that finishes it is printed.
     """
 
-    # The thread is a daemon, unlike those of `HfApi.run_as_future`: the interpreter waits for an executor's threads, so
-    # an upload that hangs would keep a finished run alive.
-
     def __init__(self, run: Run, repo_id: str, history: RunHistory) -> None:
         self._run, self._repo_id, self._history = run, repo_id, history
         self._staging = run.output_dir / _STAGING
@@ -108,7 +105,9 @@ class Publisher(Hook):
         self._in_progress: tuple[int, float] | None = None  # step, start time
         self._deadline = math.inf  # set when the run ends
         self._stopped = self._gave_up = self._finished = False
-        self._thread: threading.Thread | None = None
+        # A daemon, unlike the threads of `HfApi.run_as_future`: the interpreter waits for an executor's threads, so an
+        # upload that hangs would keep a finished run alive.
+        threading.Thread(target=self._work, name="publisher", daemon=True).start()
 
     def after_save(self, run: Run, checkpoint: Path, step: int) -> None:
         """Push a checkpoint if the strategy asks for it; the last one is pushed as the model folder."""
@@ -121,8 +120,8 @@ class Publisher(Hook):
             write_model_card(folder, run.recipe, facts, run.config, earlier=run.output_dir / "model")
         except Exception as error:  # such as a full disk: training continues
             run.report(f"step {step:,} is not pushed: {one_line(error)}")
-            return
-        self.submit(folder, step)
+        else:
+            self.submit(folder, step)
 
     def after_training(self, run: Run) -> None:
         """Push the model folder, and wait for that."""
@@ -135,7 +134,6 @@ class Publisher(Hook):
         except OSError as error:
             run.report(f"step {run.step:,} is not pushed: {one_line(error)}")
         finally:  # also on Ctrl-C
-            shutil.rmtree(self._staging, ignore_errors=True)
             if not done:
                 run.report(_push_command(run.recipe, self._repo_id))
 
@@ -155,14 +153,12 @@ class Publisher(Hook):
         """Push a folder as soon as the push in progress is over; returns immediately."""
         with self._changed:
             replaced, self._waiting = self._waiting, (folder, step)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="publisher", daemon=True)
-                self._thread.start()
             if self._in_progress is not None:
                 pushing, started = self._in_progress
                 if (seconds := time.monotonic() - started) > _SLOW_PUSH_SECONDS:
-                    slow = f"the push of step {pushing:,} has taken {format_duration(seconds)}"
-                    self._run.report(f"{slow}; step {step:,} waits")
+                    self._report(
+                        f"the push of step {pushing:,} has taken {format_duration(seconds)}; step {step:,} waits"
+                    )
             self._changed.notify_all()
         if replaced is not None:
             shutil.rmtree(replaced[0], ignore_errors=True)
@@ -186,7 +182,7 @@ class Publisher(Hook):
         return done
 
     def _work(self) -> None:
-        pause = FIRST_PAUSE_SECONDS
+        failures = 0  # in a row
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting is not None or self._stopped)
@@ -202,11 +198,11 @@ class Publisher(Hook):
                 self._in_progress = None
                 if failure is None:
                     self._report(line)
-                    pause = FIRST_PAUSE_SECONDS
+                    failures = 0
                 else:
                     self._waiting = self._waiting or (None if self._stopped else (folder, step))
-                    self._wait_to_retry(step, failure, pause)
-                    pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                    self._wait_to_retry(step, failure, FIRST_PAUSE_SECONDS * 2 ** min(failures, _DOUBLINGS))
+                    failures += 1
                 if self._waiting is None or self._waiting[0] != folder:
                     shutil.rmtree(folder, ignore_errors=True)
                 self._changed.notify_all()

@@ -6,10 +6,11 @@ huggingface_hub), so that a download in between may get new weights with an old 
 
 import re
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
@@ -28,12 +29,12 @@ _ATTEMPTS_WHEN_OVERTAKEN = 3
 
 
 class Pushed(NamedTuple):
-    """A commit on the Hub; does it keep the text of an edited card, state a license; is there a native branch?"""
+    """A commit on the Hub with its README.md; does it keep the text of an edited one, is there a native branch?"""
 
     commit: str
+    card: str
     card_kept: bool
-    has_license: bool
-    has_native: bool
+    has_native: bool = False
 
 
 def ensure_repository(
@@ -78,45 +79,67 @@ def push_folder(folder: Path, repo_id: str, *, message: str, tag: str | None = N
     """
     if branch != "main":
         HfApi().create_branch(repo_id, branch=branch, exist_ok=True)
-    for attempts_left in reversed(range(_ATTEMPTS_WHEN_OVERTAKEN)):
-        try:
-            pushed = _commit(folder, repo_id, message, branch)
-            break
-        except HfHubHTTPError as error:
-            if status_of(error) not in OVERTAKEN or not attempts_left:
-                raise
+    has_native = HfApi().revision_exists(repo_id, NATIVE)
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    card = None
+    if "README.md" in files:
+        text = files.pop("README.md").read_text(encoding="utf-8")
+        card = card_for_repository(text, repo_id, branch=branch, has_native=has_native)
+    has_state = any(name.startswith(f"{LAST_CHECKPOINT}/") for name in files)
+    pushed = push_files(
+        *(repo_id, files, message), card=card, branch=branch, is_stale=lambda name: _is_ours(name, branch, has_state)
+    )
     if tag is not None:
         set_tag(repo_id, tag, pushed.commit)
-    return pushed
+    return pushed._replace(has_native=has_native)
 
 
-def _commit(folder: Path, repo_id: str, message: str, branch: str) -> Pushed:
-    """Commit on top of the branch's head; the Hub responds with 412 after a concurrent commit."""
+def push_files(
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    message: str,
+    *,
+    kind: Kind = "model",
+    branch: str = "main",
+    card: str | None = None,
+    is_stale: Callable[[str], bool] = lambda name: False,
+    report: Callable[[str], object] = lambda line: None,
+) -> Pushed:
+    """Push files and a card, which keeps edits made on the Hub, in one commit on top of the branch's head.
+
+    Files on the Hub that `is_stale` and are not pushed are deleted. `report` gets a line for each uploaded file.
+    """
     api = HfApi()
-    heads = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id).branches}
-    head, has_native = heads[branch], NATIVE in heads
-    on_hub = set(api.list_repo_files(repo_id, revision=head))
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    additions = [CommitOperationAdd(name, file) for name, file in files.items() if name != "README.md"]
-    card_kept = has_license = False
-    if "README.md" in files:
-        local = files["README.md"].read_text(encoding="utf-8")
-        card = card_for_repository(local, repo_id, branch=branch, has_native=has_native)
-        existing = read_card(repo_id, head) if "README.md" in on_hub and branch == "main" else None
-        card, card_kept = with_edits_of(existing, card)
-        has_license = ModelCard(card).data.get("license") is not None
-        additions.append(CommitOperationAdd("README.md", card.encode()))
-    for addition in additions:
-        # One file per call, which runs in this thread. For several files the client makes a thread pool
-        # (`_upload_lfs_files`), and the interpreter waits for its threads: a hanging upload would block the exit.
-        api.preupload_lfs_files(repo_id, [addition], revision=branch)
-    has_state = any(name.startswith(f"{LAST_CHECKPOINT}/") for name in files)
-    stale = [name for name in sorted(on_hub - set(files)) if _is_ours(name, branch, has_state)]
-    deletions = [CommitOperationDelete(name) for name in stale]
-    commit = api.create_commit(
-        repo_id, [*additions, *deletions], commit_message=message, revision=branch, parent_commit=head
-    )
-    return Pushed(str(commit.oid), card_kept, has_license, has_native)
+    for attempts_left in reversed(range(_ATTEMPTS_WHEN_OVERTAKEN)):
+        head = str(api.repo_info(repo_id, revision=branch, repo_type=kind).sha)
+        on_hub = set(api.list_repo_files(repo_id, revision=head, repo_type=kind))
+        files, merged, card_kept = dict(files), "", False
+        if card is not None:
+            existing = read_card(repo_id, head, kind) if "README.md" in on_hub and branch == "main" else None
+            merged, card_kept = with_edits_of(existing, card)
+            files["README.md"] = merged.encode()
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
+        for number, addition in enumerate(additions, start=1):
+            # One file per call, which runs in this thread. For several files the client makes a thread pool
+            # (`_upload_lfs_files`), and the interpreter waits for its threads: a hanging upload would block the exit.
+            api.preupload_lfs_files(repo_id, [addition], repo_type=kind, revision=branch)
+            report(f"{addition.path_in_repo}: {number} of {len(additions)} files uploaded")
+        deletions = [CommitOperationDelete(name) for name in sorted(on_hub - set(files)) if is_stale(name)]
+        try:
+            commit = api.create_commit(
+                repo_id,
+                [*additions, *deletions],
+                commit_message=message,
+                repo_type=kind,
+                revision=branch,
+                parent_commit=head,
+            )
+        except HfHubHTTPError as error:  # 412: another commit was made on top of `head`
+            if status_of(error) not in OVERTAKEN or not attempts_left:
+                raise
+        else:
+            break
+    return Pushed(str(commit.oid), merged, card_kept)
 
 
 def _is_ours(name: str, branch: str, has_state: bool) -> bool:

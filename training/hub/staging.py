@@ -4,10 +4,10 @@ It holds no training state, except in `last-checkpoint/` on request, and no loca
 is an absolute path, or starts with `~` or `../`, are dropped.
 """
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,53 +31,42 @@ def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path 
     `curves` is a picture for a folder that has none. The checkpoint `state`, to resume from, becomes last-checkpoint/.
     """
     shutil.rmtree(target, ignore_errors=True)
-    _link_all(sorted({path for pattern in _MODEL_FILES for path in model.glob(pattern)}), model, target)
-    if curves is not None and curves.is_file() and not (target / curves.name).exists():
-        _link(curves, target / curves.name)
+    last = target / LAST_CHECKPOINT
+    files = {target / path.name: path for pattern in _MODEL_FILES for path in model.glob(pattern)}
+    if curves is not None:
+        files.setdefault(target / curves.name, curves)
     if state is not None:
-        rewritten = _link_all(sorted(state.rglob("*")), state, target / LAST_CHECKPOINT)
-        update_checksums(target / LAST_CHECKPOINT, rewritten)
+        files |= {last / path.relative_to(state): path for path in state.rglob("*")}
+    rewritten = []
+    for staged, path in sorted(files.items()):
+        if path.is_file() and not any(part.startswith(".") for part in staged.relative_to(target).parts):
+            staged.parent.mkdir(parents=True, exist_ok=True)
+            if _link(path, staged):
+                rewritten.append(staged)
+    if state is not None:
+        update_checksums(last, [path for path in rewritten if path.is_relative_to(last)])
     return target
 
 
-def _link_all(paths: Iterable[Path], source: Path, target: Path) -> list[Path]:
-    """Link files of `source` into `target`; return those that are rewritten because they hold paths."""
-    rewritten = []
-    for path in paths:
-        name = path.relative_to(source)
-        if any(part.startswith(".") or part == "__pycache__" for part in name.parts) or not path.is_file():
-            continue
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        _link(path, target / name)
-        if path.suffix == ".json" and path.name not in _VOCABULARIES and _remove_paths(target / name):
-            rewritten.append(target / name)
-    return rewritten
-
-
-def _link(path: Path, target: Path) -> None:
+def _link(path: Path, target: Path) -> bool:
+    """Link a file, or write a copy of it without paths; return whether it holds any."""
+    if path.suffix == ".json" and path.name not in _VOCABULARIES:
+        text = path.read_text(encoding="utf-8")
+        with contextlib.suppress(ValueError):  # not JSON
+            cleaned = json.loads(text, object_hook=_without_paths)
+            if cleaned != json.loads(text):
+                target.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+                return True
     try:
         os.link(path.resolve(), target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(path, target)
-
-
-def _remove_paths(path: Path) -> bool:
-    """Replace a JSON file by a copy without keys that hold a path; return whether it had any."""
-    text = path.read_text(encoding="utf-8")
-    try:
-        cleaned = json.loads(text, object_hook=_without_paths)
-    except ValueError:
-        return False
-    if cleaned == json.loads(text):
-        return False
-    path.unlink()  # the original keeps its content
-    path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return True
+    return False
 
 
 def _without_paths(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if not _is_path(value)}
+    def is_path(value: object) -> bool:
+        text = value if isinstance(value, str) else ""
+        return len(text) > 1 and (text.startswith(("~", "../")) or Path(text).is_absolute())
 
-
-def _is_path(value: object) -> bool:
-    return isinstance(value, str) and len(value) > 1 and (value.startswith(("~", "../")) or Path(value).is_absolute())
+    return {key: value for key, value in values.items() if not is_path(value)}

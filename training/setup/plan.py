@@ -1,7 +1,6 @@
 """The plan of a run: everything that is known, and every error that can be found, before the model is built."""
 
 import contextlib
-import filecmp
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -16,7 +15,7 @@ from common.atomic_files import file_sha256
 from common.cli_errors import InputError
 from common.folder_lock import locked
 from common.ranks import Ranks
-from training.checkpoints.checkpoint_folder import TrainerState
+from training.checkpoints.checkpoint_folder import TrainerState, is_model_of
 from training.checkpoints.checksums import state_checksum
 from training.checkpoints.resume import check_end, check_writable, find_resume_point, refuse_other_data
 from training.data.loading.loader import TrainingShards, validation_windows
@@ -92,7 +91,7 @@ def _plan(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> Plan:
         check_end(resume_from, first_step, end)
     tasks = TaskSet(recipe, tokenizer) if recipe.eval_tasks else None
     run = Run(recipe, shards, tokenizer, batch, first_step, end, resume_from)
-    is_complete = first_step == end and resume_from is not None and _is_model_of(resume_from, run.output_dir)
+    is_complete = first_step == end and resume_from is not None and is_model_of(resume_from, run.output_dir)
     return Plan(run, tasks, repo_id, is_complete)
 
 
@@ -147,18 +146,12 @@ def total_steps(recipe: Recipe, order: Order | None) -> int:
     return steps
 
 
-def _is_model_of(checkpoint: Path, output_dir: Path) -> bool:
-    """Whether the model folder is that checkpoint's; that of a run that was extended and killed is older."""
-    weights = output_dir / "model" / "model.safetensors"
-    return weights.is_file() and filecmp.cmp(weights, checkpoint / weights.name, shallow=False)
-
-
 def _is_finished(recipe: Recipe, resume_from: Path | None) -> bool:
     """Whether the run is complete, as far as that is known before its data is read."""
     if resume_from is None or recipe.num_train_epochs is not None:
         return False
     took_last_step = TrainerState.read(resume_from).step == total_steps(recipe, None)
-    return took_last_step and _is_model_of(resume_from, Path(recipe.output_dir))
+    return took_last_step and is_model_of(resume_from, Path(recipe.output_dir))
 
 
 def check_nodes_match(identity: Mapping[str, object], ranks: Ranks) -> None:
