@@ -120,9 +120,8 @@ def _cells(metric: Metric, a: Records, b: Records) -> list[str]:
     predictions_a, predictions_b = ([record[metric.prediction] for record in records] for records in (a, b))
     references_a, references_b = ([record[metric.reference] for record in records] for records in (a, b))
     if metric.module == "accuracy":
-        right_a = [x == y for x, y in zip(predictions_a, references_a, strict=True)]
-        right_b = [x == y for x, y in zip(predictions_b, references_b, strict=True)]
-        found = mcnemar(right_a, right_b)
+        right = ([record[metric.prediction] == record[metric.reference] for record in records] for records in (a, b))
+        found = mcnemar(*right)
     elif references_a != references_b:
         return ["", "", "", f"none: the models' tokenizers give different {metric.reference}"]
     elif len(a) < 2:

@@ -20,7 +20,7 @@ from common.cli_errors import InputError
 from evaluation.tasks.task_types import Generation, Item, Task
 
 _IRRELEVANT_CONFIG = {"_name_or_path", "_commit_hash", "auto_map", "transformers_version", "dtype", "torch_dtype"}
-_HEADER_PREFIX = b'{"model": '  # how a file starts whose writer was killed while writing the first line
+_HEADER_START = b'{"model": '
 
 
 def model_fingerprint(model: Any, tokenizer: Any) -> str:
@@ -94,17 +94,16 @@ class ItemCache:
 
     def _read(self, weights: str, dtype: str) -> None:
         content = self._path.read_bytes()
-        complete = content[: content.rfind(b"\n") + 1]
-        lines = [_parsed(line) for line in complete.splitlines()]
-        killed_at_once = not lines and _HEADER_PREFIX.startswith(content[: len(_HEADER_PREFIX)])
-        if not killed_at_once and not (lines and {"model", "weights", "dtype"} <= set(lines[0])):
+        complete = content[: content.rfind(b"\n") + 1]  # the writer may have been killed inside a line, even the first
+        header, *lines = map(_parsed, complete.splitlines() or [b""])
+        killed_at_once = not complete and _HEADER_START.startswith(content[: len(_HEADER_START)])
+        if not killed_at_once and not {"model", "weights", "dtype"} <= set(header):
             raise InputError(f"{self._path} exists and is not an item cache; choose another --output")
-        os.truncate(self._path, len(complete))  # the writer may have been killed inside a line
-        if lines:
-            refuse_another_model(self._path, lines[0], weights, dtype)
-            valid = [line for line in lines[1:] if line.get("checksum") == _checksum(line)]
-            self.corrupted = len(lines) - 1 - len(valid)
-            self._records = {line["key"]: line["record"] for line in valid}
+        os.truncate(self._path, len(complete))
+        if header:
+            refuse_another_model(self._path, header, weights, dtype)
+        self._records = {line["key"]: line["record"] for line in lines if line.get("checksum") == _checksum(line)}
+        self.corrupted = sum(line.get("checksum") != _checksum(line) for line in lines)
 
     def get(self, task: Task, item: Item) -> dict[str, Any] | None:
         """Return an item's record, or None."""
@@ -133,15 +132,15 @@ class ItemCache:
 
 def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dtype: str) -> None:
     """Raise an `InputError` if `found`, the header of `path`, is of another model, or of another dtype."""
-    if found["dtype"] != dtype:
-        difference = f"in {found['dtype']}, not {dtype}"
-    elif found["weights"] != weights:
-        difference = "with other weights, config or tokenizer"
-    else:
-        return
-    raise InputError(
-        f"{path} holds results of {found['model']} {difference}; choose another --output, or delete that file"
-    )
+    if (found["dtype"], found["weights"]) != (dtype, weights):
+        other = (
+            f"in {found['dtype']}, not {dtype}"
+            if found["dtype"] != dtype
+            else "with other weights, config or tokenizer"
+        )
+        raise InputError(
+            f"{path} holds results of {found['model']} {other}; choose another --output, or delete that file"
+        )
 
 
 def _checksum(line: Mapping[str, Any]) -> str:

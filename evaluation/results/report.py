@@ -74,21 +74,17 @@ def number(value: float) -> str:
 
 def _table(results: Results) -> tuple[list[list[str]], list[str]]:
     """Return heading and rows, and the sources of the published results in them."""
-    found = {
-        (result.task, name): one_per_size(published(result.task, name))
-        for result in results.tasks
-        for name in result.metrics
-    }
+    metrics = [(result, name) for result in results.tasks for name in result.metrics]
+    found = {(result.task, name): one_per_size(published(result.task, name)) for result, name in metrics}
     sizes = [size for size in SIZES if any(size in references for references in found.values())]
     rows = [[*_HEADINGS, *(f"GPT-2 {size}" for size in sizes)]]
-    for result in results.tasks:
-        for name, metric in result.metrics.items():
-            references = found[result.task, name]
-            task, _, protocol = result.task.partition(":")
-            shown = [number(references[size].value) if size in references else "" for size in sizes]
-            error = "" if metric.stderr is None else number(metric.stderr)
-            interval = " – ".join(map(number, metric.interval or ()))
-            rows.append([task, protocol, name, number(metric.value), error, interval, f"{result.items:,}", *shown])
+    for result, name in metrics:
+        metric, references = result.metrics[name], found[result.task, name]
+        shown = [number(references[size].value) if size in references else "" for size in sizes]
+        error = "" if metric.stderr is None else number(metric.stderr)
+        interval = " – ".join(map(number, metric.interval or ()))
+        values = [number(metric.value), error, interval, f"{result.items:,}", *shown]
+        rows.append([*result.task.split(":"), name, *values])
     sources = {each.source: None for references in found.values() for each in references.values()}
     return rows, list(sources)
 

@@ -1,5 +1,6 @@
 """results.json: the metrics of a model, and everything needed to interpret them."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -20,13 +21,11 @@ _PACKAGES = ("gpt2-scratch", "torch", "transformers", "tokenizers", "datasets", 
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that results depend on."""
+    """Return the versions of Python and of the packages that results depend on, if installed."""
     versions = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return versions
 
 
@@ -103,7 +102,7 @@ def _task_to_json(result: TaskResult, *, with_items: bool) -> dict[str, Any]:
         }
         for name, metric in result.metrics.items()
     }
-    values = {
+    return {
         "task": task.name,
         "protocol": task.protocol,
         "description": task.description,
@@ -111,8 +110,8 @@ def _task_to_json(result: TaskResult, *, with_items: bool) -> dict[str, Any]:
         "items": result.items,
         "seconds": round(result.seconds, 3),
         "figures": metrics,  # the key of the file format
+        **({"records": result.records} if with_items else {}),
     }
-    return {**values, "records": result.records} if with_items else values
 
 
 def _finite(value: float | None) -> float | None:
@@ -147,19 +146,12 @@ def read_results(path: Path) -> Results:
 
 
 def _task_from_json(name: str, values: Mapping[str, Any]) -> TaskResult:
-    metrics = {
-        metric: MetricValue(
-            math.inf if given["value"] is None else given["value"],
-            given["stderr"],
-            given["interval_95"],
-            given["metric"],
-        )
-        for metric, given in values["figures"].items()
-    }
-    numbers = [
-        number for metric in metrics.values() for number in (metric.value, metric.stderr, *(metric.interval or ()))
-    ]
-    if not all(number is None or type(number) in (int, float) for number in numbers):
-        raise TypeError("a metric is not a number")
+    metrics = {}
+    for name_of_metric, given in values["figures"].items():
+        value = math.inf if given["value"] is None else given["value"]
+        metrics[name_of_metric] = MetricValue(value, given["stderr"], given["interval_95"], given["metric"])
+        numbers = (value, given["stderr"], *(given["interval_95"] or ()))
+        if not all(number is None or type(number) in (int, float) for number in numbers):
+            raise TypeError("a metric is not a number")
     records = [{"index": record["index"], **record} for record in values.get("records", [])]
     return TaskResult(name, values["items"], values["seconds"], metrics, records)

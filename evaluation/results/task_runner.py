@@ -66,19 +66,15 @@ def run_task(
     records: dict[int, dict[str, Any]] = {n: record for n, record in enumerate(cached) if record is not None}
     missing = [n for n in range(len(items)) if n not in records]
     running = RunningMetric(task)
+    for record in records.values():
+        running.add(record)
     progress = Progress(
         total=len(items),
+        initial=len(records),
         description=task.full_name,
         enabled=show_progress and accelerator.is_main_process,
         report=lambda line: print(line, file=sys.stderr),
     )
-
-    def count(record: dict[str, Any]) -> None:
-        running.add(record)
-        progress.update(status=str(running))
-
-    for record in records.values():
-        count(record)
     batches = score_batches(
         model,
         [items[n] for n in missing],
@@ -86,13 +82,15 @@ def run_task(
         tokens_per_batch=tokens_per_batch,
     )
     with progress, contextlib.closing(batches):
+        progress.update(0, status=str(running))
         for batch in batches:
             for position, scores in batch:
                 n = missing[position]
                 records[n] = {"index": items[n].index, **task.record(items[n], scores), "data": items[n].data}
                 if cache is not None:
                     cache.add(task, items[n], records[n])
-                count(records[n])
+                running.add(records[n])
+                progress.update(status=str(running))
             if len(records) < len(items):
                 between_batches()
     ordered = [records[n] for n in range(len(items))]
@@ -106,15 +104,15 @@ def on_every_process(accelerator: Any, compute: Callable[[], _T]) -> _T:
     An `InputError` on any process is raised on all of them.
     """
     ranks = _ranks(accelerator)
-    result: _T | InputError | OSError
-    with accelerator.local_main_process_first():
-        try:
-            result = compute()
-        except (InputError, OSError) as error:  # leaving the block by an exception would skip its barrier
-            result = error
     with ranks.share_errors():
-        if isinstance(result, InputError | OSError):
-            raise result
+        failed = None
+        with accelerator.local_main_process_first():
+            try:
+                result = compute()
+            except (InputError, OSError) as error:  # leaving the block by an exception would skip its barrier
+                failed = error
+        if failed is not None:
+            raise failed
     ranks.gather(None)
     return result
 

@@ -20,19 +20,20 @@ from transformers.cache_utils import DynamicLayer
 
 from evaluation.tasks.task_types import LogLikelihood, Request
 
+# Tokens whose keys, values and activations take about as much memory as the logits of one token.
 TOKENS_PER_SCORED_TOKEN = 8
-"""Tokens whose keys, values and activations take about as much memory as the logits of one token."""
-
-_TOKENS_PER_PASS = {"cpu": 64}
-_DEFAULT_TOKENS_PER_PASS = 2048
-"""Tokens that take about as long as the constant part of a pass: reading the weights, or launching kernels."""
-
-_ROWS_PER_SOFTMAX = {"cpu": 32}
-_DEFAULT_ROWS_PER_SOFTMAX = 512
-"""Positions whose probabilities are computed together: on a CPU no more than fit into its caches."""
-
+# Tokens that take about as long as the constant part of a pass, reading the weights or launching kernels; and positions
+# whose probabilities are computed together, on a CPU no more than fit into its caches.
+_ON_CPU, _ON_GPU = (64, 32), (2048, 512)
+# Positions of one sequence whose logits are computed together; a longer sequence is read in pieces.
 _MAX_SCORED_AT_ONCE = 2048
-"""Positions of one sequence whose logits are computed together; a longer sequence is read in pieces."""
+_POSITIONS_IF_UNLIMITED = 2048
+
+
+def n_positions_of(model: Any) -> int:
+    """Return the longest sequence that `model` takes, in tokens; 2,048 if it has no limit."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or _POSITIONS_IF_UNLIMITED)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class ForwardPasses:
         self._arguments = set(inspect.signature(model.forward).parameters)
         # The key-value cache is called `cache` since transformers 5.24.
         self._cache_name = "cache" if "cache" in self._arguments else "past_key_values"
-        self._tokens_per_pass = _TOKENS_PER_PASS.get(self._device.type, _DEFAULT_TOKENS_PER_PASS)
+        self._tokens_per_pass, self._rows_per_softmax = _ON_CPU if self._device.type == "cpu" else _ON_GPU
 
     @property
     def can_share_prefixes(self) -> bool:
@@ -73,24 +74,16 @@ class ForwardPasses:
         scored = {owner: len(request.continuation) for owner, request in enumerate(requests)}
         at_once = max(_MAX_SCORED_AT_ONCE, budget // TOKENS_PER_SCORED_TOKEN)
         for owners in self._batches(lengths, scored, budget):
-            first = owners[0]
-            if len(owners) == 1 and scored[first] > at_once and self.can_share_prefixes:
-                self._score_in_pieces(requests, scores, first, at_once)
-            else:
+            if len(owners) > 1 or scored[owners[0]] <= at_once or not self.can_share_prefixes:
                 self._score(requests, scores, [_Row([owner], 0, lengths[owner]) for owner in owners], use_cache=False)
+                continue
+            inputs: dict[str, Any] = {"use_cache": True, self._cache_name: DynamicCache(config=self._model.config)}
+            last = lengths[owners[0]]
+            for start in range(0, last, at_once):
+                row = _Row(owners, start, min(start + at_once, last))
+                inputs["attention_mask"] = torch.ones(1, row.end, dtype=torch.long, device=self._device)
+                self._score(requests, scores, [row], **inputs)
         return scores
-
-    def _score_in_pieces(
-        self, requests: Sequence[Request], scores: list[LogLikelihood], owner: int, length: int
-    ) -> None:
-        """Score a request `length` tokens at a time, with the keys and values of the pieces before."""
-        cache = DynamicCache(config=self._model.config)
-        last = len(requests[owner].ids) - 1
-        for start in range(0, last, length):
-            end = min(start + length, last)
-            mask = torch.ones(1, end, dtype=torch.long, device=self._device)
-            inputs = {"attention_mask": mask, "use_cache": True, self._cache_name: cache}
-            self._score(requests, scores, [_Row([owner], start, end)], **inputs)
 
     @torch.inference_mode()
     def shared(self, groups: Sequence[Sequence[Request]], prefixes: Sequence[int], budget: int) -> list[LogLikelihood]:
@@ -100,9 +93,8 @@ class ForwardPasses:
         """
         requests = [request for group in groups for request in group]
         group_of = [number for number, group in enumerate(groups) for _ in group]
-        members: list[list[int]] = [[] for _ in groups]
-        for owner, number in enumerate(group_of):
-            members[number].append(owner)
+        owners_in_order = iter(range(len(requests)))
+        members = [[next(owners_in_order) for _ in group] for group in groups]
         scores = [LogLikelihood(0.0, 0, True)] * len(requests)
 
         cache = _PrefixCache(len(groups), max(prefixes))
@@ -130,9 +122,7 @@ class ForwardPasses:
         longest = max(prefixes)
         slots = torch.arange(longest + length, device=self._device)
         positions = start + torch.arange(length, device=self._device)
-        n_positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        if n_positions:
-            positions = positions.clamp(max=n_positions - 1)  # those of padding may exceed it
+        positions = positions.clamp(max=n_positions_of(self._model) - 1)  # those of padding may exceed it
         return {"attention_mask": ((slots < start) | (slots >= longest)).long(), "position_ids": positions}
 
     def _batches(
@@ -182,7 +172,7 @@ class ForwardPasses:
 
     def _log_probabilities(self, logits: Tensor, position: Tensor, token: Tensor) -> Tensor:
         """Return log p of each (position, token), (targets,); logits are (positions, vocab_size), positions ascend."""
-        rows = _ROWS_PER_SOFTMAX.get(self._device.type, _DEFAULT_ROWS_PER_SOFTMAX)
+        rows = self._rows_per_softmax
         parts = logits.split(rows)
         counts = torch.bincount(position // rows, minlength=len(parts)).cpu().tolist()
         return torch.cat(

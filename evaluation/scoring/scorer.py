@@ -8,9 +8,10 @@ Memory: keys and values of at most `tokens_per_batch` tokens, and logits of an e
 a complete sequence if the model's cache does not keep every token).
 """
 
+import itertools
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,16 +22,14 @@ from transformers import GenerationConfig, LogitsProcessorList
 
 from common.cli_errors import InputError
 from common.ranks import Ranks
-from evaluation.scoring.forward_passes import TOKENS_PER_SCORED_TOKEN, ForwardPasses
+from evaluation.scoring.forward_passes import TOKENS_PER_SCORED_TOKEN, ForwardPasses, n_positions_of
 from evaluation.tasks.encoding import common_prefix_length
 from evaluation.tasks.task_types import Generated, Generation, Ids, Item, Request
 
-Scores = list[Any]
-"""A `LogLikelihood` or `Generated` for each request of an item."""
+Scores = list[Any]  # a `LogLikelihood` or `Generated` for each request of an item
 
 _TOKENS_PER_BATCH = 4_096  # fits the caches of a CPU
 _DEFAULT_TOKENS_PER_BATCH = 16_384
-_POSITIONS_IF_UNLIMITED = 2048
 _CHECKED_TOKENS = 8
 _TOLERANCE = 1e-3  # relative to the largest logit
 _TOLERANCE_IN_HALF_PRECISION = 5e-2
@@ -83,7 +82,7 @@ def score_batches(
         share_prefixes = _takes_positions_from_zero(model, text, check_positions=check_positions)
         jobs = [_job(index, item, n_positions, share_prefixes) for index, item in enumerate(items)]
         # The longest first, so that out-of-memory occurs at the start.
-        jobs.sort(key=lambda job: (job.kind, job.new_tokens, job.prefix or job.length, job.length), reverse=True)
+        jobs.sort(key=lambda job: (*job.kind, job.prefix or job.length, job.length), reverse=True)
         pending = jobs[rank::world_size]
         while True:
             with ranks.share_errors():
@@ -97,31 +96,28 @@ def score_batches(
             module.training = True
 
 
-def n_positions_of(model: Any) -> int:
-    """Return the longest sequence that `model` takes, in tokens; 2,048 if it has no limit."""
-    config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or _POSITIONS_IF_UNLIMITED)
-
-
 @dataclass(frozen=True)
 class _Job:
     """An item to score.
 
     Attributes:
-        kind: "generation", "separate" or "shared"; a batch has one kind.
-        requests: truncated to the model's positions; none for generations.
+        requests: truncated to the model's positions.
         length: tokens of its longest request.
-        prefix: how many tokens its requests share; 0 unless kind is "shared".
-        new_tokens: of generations. The same in a batch, because contexts are truncated by it.
+        prefix: how many tokens its requests share and are read once; 0 if none.
+        new_tokens: of generations, 0 of others. The same in a batch, because contexts are truncated by it.
     """
 
     index: int
     item: Item
-    kind: str
-    requests: tuple[Request, ...]
+    requests: Sequence[Any]
     length: int
     prefix: int = 0
     new_tokens: int = 0
+
+    @property
+    def kind(self) -> tuple[int, bool]:
+        """Return what the jobs of a batch have in common."""
+        return self.new_tokens, self.prefix > 0
 
     @property
     def scored_in_prefix(self) -> int:
@@ -130,22 +126,17 @@ class _Job:
 
 
 def _job(index: int, item: Item, n_positions: int, share_prefixes: bool) -> _Job:
-    generations = [request for request in item.requests if isinstance(request, Generation)]
-    if generations:
-        length = max(len(request.context) + request.max_new_tokens for request in generations)
-        new_tokens = max(request.max_new_tokens for request in generations)
-        return _Job(index, item, "generation", (), length, new_tokens=new_tokens)
-    # The last token is not read, so one more fits than there are positions.
-    requests = tuple(
-        Request(r.context[-(n_positions + 1 - len(r.continuation)) :], r.continuation, r.excluded)
-        for r in item.requests
-        if isinstance(r, Request)
-    )
-    length = max(len(request.ids) for request in requests) - 1
-    prefix = common_prefix_length([request.ids[:-1] for request in requests])
-    if not share_prefixes or len(requests) == 1 or prefix < 2:
-        return _Job(index, item, "separate", requests, length)
-    return _Job(index, item, "shared", requests, length, prefix)
+    new_tokens = max((each.max_new_tokens for each in item.requests if isinstance(each, Generation)), default=0)
+    requests: list[Any] = []
+    for request in item.requests:
+        # The last token of a continuation is not read, so one more fits than there are positions.
+        read = new_tokens if isinstance(request, Generation) else len(request.continuation) - 1
+        requests.append(replace(request, context=request.context[read - n_positions :]))
+    if new_tokens:
+        return _Job(index, item, requests, max(len(each.context) for each in requests) + new_tokens, 0, new_tokens)
+    prefix = common_prefix_length([each.ids[:-1] for each in requests])
+    is_shared = share_prefixes and len(requests) > 1 and prefix > 1
+    return _Job(index, item, requests, max(len(each.ids) for each in requests) - 1, prefix if is_shared else 0)
 
 
 def _next_batch(
@@ -174,7 +165,7 @@ def _take(pending: list[_Job], budget: int) -> list[_Job]:
         tokens += pending[0].prefix or len(job.item.requests) * job.length
         scored += job.scored_in_prefix
         too_much = tokens > budget or scored * TOKENS_PER_SCORED_TOKEN > budget
-        if batch and (too_much or (job.kind, job.new_tokens) != (batch[0].kind, batch[0].new_tokens)):
+        if batch and (too_much or job.kind != batch[0].kind):
             break
         batch.append(job)
     return batch
@@ -182,23 +173,16 @@ def _take(pending: list[_Job], budget: int) -> list[_Job]:
 
 def _run(passes: ForwardPasses, model: Any, batch: list[_Job], budget: int) -> list[tuple[int, Scores]]:
     """Return the scores of a batch by item."""
-    flat: list[Any]
-    if batch[0].kind == "generation":
-        requests = [request for job in batch for request in job.item.requests if isinstance(request, Generation)]
-        n_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        generated = _generate(model, [request.context for request in requests], batch[0].new_tokens, n_positions)
-        flat = [
-            None if ids is None else Generated(ids[: request.max_new_tokens])
-            for ids, request in zip(generated, requests, strict=True)
-        ]
+    requests = [request for job in batch for request in job.requests]
+    scores: Sequence[Any]
+    if batch[0].new_tokens:
+        scores = _generate(model, requests, batch[0].new_tokens)
+    elif batch[0].prefix:
+        scores = passes.shared([job.requests for job in batch], [job.prefix for job in batch], budget)
     else:
-        groups = [job.requests for job in batch]
-        if batch[0].kind == "shared":
-            flat = list(passes.shared(groups, [job.prefix for job in batch], budget))
-        else:
-            flat = list(passes.separate([request for group in groups for request in group], budget))
-    remaining = iter(flat)
-    found = [(job.index, [next(remaining) for _ in job.item.requests]) for job in batch]
+        scores = passes.separate(requests, budget)
+    remaining = iter(scores)
+    found = [(job.index, [next(remaining) for _ in job.requests]) for job in batch]
     for job, (_, answers) in zip(batch, found, strict=True):
         sums = [math.nan if answer is None else getattr(answer, "sum", 0.0) for answer in answers]
         if not all(map(math.isfinite, sums)):
@@ -210,16 +194,12 @@ def _run(passes: ForwardPasses, model: Any, batch: list[_Job], budget: int) -> l
 
 
 @torch.inference_mode()
-def _generate(
-    model: Any, contexts: Sequence[Sequence[int]], new_tokens: int, n_positions: int | None
-) -> list[tuple[int, ...] | None]:
-    """Return greedy continuations of at most `new_tokens` tokens, without end-of-sequence tokens; None for NaN.
+def _generate(model: Any, requests: Sequence[Generation], new_tokens: int) -> list[Generated | None]:
+    """Return greedy continuations without end-of-sequence tokens, from one pass over `new_tokens`; None for NaN.
 
-    Contexts are truncated on the left to fit `n_positions` together with the new tokens. Of the model's own generation
-    config (penalties, suppressed tokens, …) only the end-of-sequence tokens count.
+    Of the model's own generation config (penalties, suppressed tokens, …) only the end-of-sequence tokens count.
     """
-    longest = n_positions - new_tokens if n_positions else None
-    rows = [list(context)[-longest:] if longest else list(context) for context in contexts]
+    rows = [list(request.context) for request in requests]
     width = max(map(len, rows))
     config = model.config.get_text_config()
     own_padding = getattr(config, "pad_token_id", None)
@@ -246,10 +226,10 @@ def _generate(
         model.generation_config = own_config
     eos = own_config.eos_token_id
     eos_ids = set(eos if isinstance(eos, list) else [eos])
-    continuations: list[tuple[int, ...] | None] = []
-    for ids, failed in zip(output[:, width:].tolist(), is_nan.tolist(), strict=True):
-        end = next((position for position, token in enumerate(ids) if token in eos_ids), new_tokens)
-        continuations.append(None if failed else tuple(ids[:end]))
+    continuations: list[Generated | None] = []
+    for request, ids, failed in zip(requests, output[:, width:].tolist(), is_nan.tolist(), strict=True):
+        new = tuple(itertools.takewhile(lambda token: token not in eos_ids, ids[: request.max_new_tokens]))
+        continuations.append(None if failed else Generated(new))
     return continuations
 
 

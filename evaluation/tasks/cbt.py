@@ -23,6 +23,7 @@ class _Cbt(RowTask):
     """A protocol for one kind of question, "CN" or "NE"."""
 
     metrics: ClassVar = (Metric("acc", "accuracy", "prediction"),)
+    reads_sentences = True  # those before the question
     repository = "cam-cst/cbt"
     split = "test"
     fields: ClassVar = {"sentences": list, "question": str, "answer": str, "options": list}
@@ -81,18 +82,15 @@ class _Cbt(RowTask):
             "tokens": [score.tokens for score in scores],
         }
 
-    def _text(self, text: str) -> str:
+    def _text(self, row: dict[str, Any], question: str) -> str:
+        """Return what the model reads: the question, or its beginning, after the sentences before it."""
+        text = " ".join([*(row["sentences"] if self.reads_sentences else ()), question])
         return text if self._raw else detokenize_penn_treebank(text)
-
-    def _sentences(self, row: dict[str, Any]) -> list[str]:
-        """Return the sentences before the question that the model reads."""
-        return list(row["sentences"])
 
     def _requests(self, row: dict[str, Any], encoder: Encoder, n_positions: int) -> tuple[Request, ...]:
         before, _, after = row["question"].partition(_BLANK)
-        context = " ".join([*self._sentences(row), before])
-        texts = [self._text(f"{context}{option}{after}") for option in row["options"]]
-        return truncate_together(encode_candidates(encoder, self._text(context), texts), n_positions)
+        texts = [self._text(row, f"{before}{option}{after}") for option in row["options"]]
+        return truncate_together(encode_candidates(encoder, self._text(row, before), texts), n_positions)
 
     def _compared(self, score: LogLikelihood) -> float:
         """Return the value by which candidates are compared."""
@@ -119,9 +117,7 @@ class CbtSentence(_Cbt):
         "probability of itself and the rest of the sentence."
     )
     source = "CBT paper (Hill et al. 2016), section 4.3: language models on the query alone"
-
-    def _sentences(self, row: dict[str, Any]) -> list[str]:
-        return []
+    reads_sentences = False
 
 
 class CbtFullSequence(_Cbt):
@@ -135,9 +131,8 @@ class CbtFullSequence(_Cbt):
     source = "from-scratch projects that compare the model's loss of each filled-in text"
 
     def _requests(self, row: dict[str, Any], encoder: Encoder, n_positions: int) -> tuple[Request, ...]:
-        sentences = self._sentences(row)
         questions = [row["question"].replace(_BLANK, option, 1) for option in row["options"]]
-        texts = [encoder.encode(self._text(" ".join([*sentences, question]))) for question in questions]
+        texts = [encoder.encode(self._text(row, question)) for question in questions]
         surplus = max(0, max(map(len, texts)) - 1 - n_positions)
         if surplus:  # truncated texts have no beginning-of-sequence tokens: their context is a token of the text
             return tuple(Request(tuple(ids[surplus : surplus + 1]), tuple(ids[surplus + 1 :])) for ids in texts)
@@ -155,9 +150,7 @@ class CbtFullSentence(CbtFullSequence):
         "The question with the candidate filled in, without the twenty sentences. Right if the answer gives the lowest "
         "mean loss over all tokens of the question but the first."
     )
-
-    def _sentences(self, row: dict[str, Any]) -> list[str]:
-        return []
+    reads_sentences = False
 
 
 def cbt_tasks(kind: str) -> list[Task]:

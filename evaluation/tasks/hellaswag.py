@@ -43,6 +43,7 @@ class _HellaSwag(RowTask):
     def _requests(self, row: dict[str, Any], encoder: Encoder) -> tuple[Request, ...]: ...
 
     def _lengths(self, row: dict[str, Any]) -> dict[str, list[int]]:
+        """Return the lengths of the endings by their unit; none if they are counted in tokens."""
         return {}
 
     def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class _HellaSwag(RowTask):
         lengths = item.extra.get(self.unit) or [score.tokens for score in scores]
         return {
             "gold": item.gold,
-            "prediction": _argmax_of_mean(sums, lengths),
+            "prediction": argmax([total / length for total, length in zip(sums, lengths, strict=True)]),
             "prediction_by_sum": argmax(sums),
             "log_likelihoods": sums,
             self.unit: lengths,
@@ -90,22 +91,8 @@ class HellaSwagHarness(_HellaSwag):
         return tuple(encode_jointly(encoder, context, f" {without_tags(ending)}") for ending in row["endings"])
 
     def _lengths(self, row: dict[str, Any]) -> dict[str, list[int]]:
-        endings = [without_tags(ending) for ending in row["endings"]]
         # At least 1: an ending may consist of tags only.
-        return {
-            "bytes": [max(1, len(ending.encode())) for ending in endings],
-            "characters": [max(1, len(ending)) for ending in endings],
-        }
-
-    def record(self, item: Item, scores: Sequence[LogLikelihood]) -> dict[str, Any]:
-        """See `_HellaSwag.record`; the harness's own acc_norm differs only where endings are not ASCII."""
-        record = super().record(item, scores)
-        characters = _argmax_of_mean(record["log_likelihoods"], item.extra["characters"])
-        return {**record, "prediction_by_characters": characters}
-
-
-def _argmax_of_mean(sums: Sequence[float], lengths: Sequence[int]) -> int:
-    return argmax([total / length for total, length in zip(sums, lengths, strict=True)])
+        return {"bytes": [max(1, len(without_tags(ending).encode())) for ending in row["endings"]]}
 
 
 def without_tags(text: str) -> str:
