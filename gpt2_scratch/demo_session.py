@@ -6,7 +6,6 @@ This file imports only the other files of the demo, because a Space carries them
 
 import math
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,6 @@ from . import demo_views as views
 from .inspection import Predictions, attention, layers, logit_lens, predictions, prepare, prompt_ids, sample_tokens
 
 _LENS_COLUMNS = 12
-_LENS_TOP = 4
 
 
 class Text(NamedTuple):
@@ -95,30 +93,12 @@ class Demo:
         """Return the logit lens of the position that predicts the selected token, and of those before it."""
         position = max(text.selected - 1, 0)
         start = max(position + 1 - _LENS_COLUMNS, 0)
-        columns = slice(start, min(start + _LENS_COLUMNS, len(text.ids)))
-        # (n_layer + 1, columns, vocab_size)
+        columns = slice(start, start + _LENS_COLUMNS)
         probabilities = logit_lens(self.model, computed or self._layers(text), columns)
-        best = probabilities.topk(_LENS_TOP, dim=-1)
-        following = text.ids[columns.start + 1 : columns.stop + 1]
-        grid = []
-        for layer, top in enumerate(best.indices[..., 0]):
-            likeliest = top.tolist()
-            own = [float(probabilities[layer, column, token]) for column, token in enumerate(following)]
-            own += [math.nan] * (len(likeliest) - len(own))
-            is_actual = [token == actual for token, actual in zip_longest(likeliest, following)]
-            cells = zip(self.texts(likeliest), best.values[layer, :, 0].tolist(), own, is_actual, strict=True)
-            grid.append(list(cells))
-        texts = self.texts(text.ids)
-        column, token = position - start, position + 1
-        rows = []
-        for layer, values in enumerate(probabilities[:, column]):
-            own_value = float(values[text.ids[token]]) if token < len(texts) else math.nan
-            tops = zip(
-                self.texts(best.indices[layer, column].tolist()), best.values[layer, column].tolist(), strict=True
-            )
-            rows.append((own_value, int((values > own_value).sum()) + 1, list(tops)))
-        followed = texts[token] if token < len(texts) else None
-        return views.layers_view(rows, followed) + views.lens_view(texts, grid, start)
+        ids = text.ids[start : columns.stop + 1]
+        following = ids[position - start + 1] if position + 1 < len(text.ids) else None
+        one = views.layers_view(probabilities[:, position - start], following, self.texts)
+        return one + views.lens_view(probabilities, ids, self.texts)
 
     def _layers(self, text: Text) -> Any:
         return layers(self.model, torch.tensor([text.ids]))

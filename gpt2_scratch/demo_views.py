@@ -8,7 +8,7 @@ import base64
 import html
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ _CONTROL = {chr(code) for code in (*range(32), 127)} - {"\n", "\t"}
 _PICTURE_PIXELS = 256  # longer texts are scaled down: a pixel has the largest weight in its block
 _THUMBNAIL_PIXELS = 64
 _STRONGEST = 8
+_LIKELIEST = 4
 
 
 def token_texts(tokenizer: Any, ids: Sequence[int]) -> list[str]:
@@ -51,13 +52,9 @@ def escape(text: str) -> str:
 def text_view(
     texts: Sequence[str], prompt_tokens: int, predicted: Predictions | None = None, selected: int | None = None
 ) -> str:
-    """Return the text as tokens to select, tinted by surprisal if it is known.
+    """Return the text as tokens to select, tinted by surprisal if it is `predicted`.
 
-    Args:
-        texts: of each token.
-        prompt_tokens: the first tokens, which the user wrote.
-        predicted: of these tokens.
-        selected: index of the token that is looked at.
+    The user wrote the first `prompt_tokens`.
     """
     spans = []
     for index, text in enumerate(texts):
@@ -76,14 +73,9 @@ def text_view(
 def alternatives_view(
     ids: Sequence[int], texts: Sequence[str], top_texts: Sequence[str], predicted: Predictions, selected: int
 ) -> str:
-    """Return the prediction for token `selected` (1 … seq): its probability, and the likeliest tokens.
+    """Return the prediction for token `selected` (1 … seq): its probability, and the likeliest tokens, `top_texts`.
 
-    Args:
-        ids: of each token.
-        texts: of each token.
-        top_texts: of the likeliest tokens.
-        predicted: of the text.
-        selected: index of the token; seq for the one after the text.
+    Token seq is the one after the text.
     """
     row = selected - 1
     if selected < len(texts):
@@ -122,13 +114,9 @@ def summary_view(predicted: Predictions) -> str:
 
 
 def attention_view(texts: Sequence[str], weights: Tensor, head: int, selected: int) -> str:
-    """Return where a token attends to in one head, with the pictures of all heads of the layer.
+    """Return where token `selected` attends to in one head, with the pictures of all heads of the layer.
 
-    Args:
-        texts: of each token.
-        weights: (n_head, seq, seq), of one layer.
-        head: of this layer.
-        selected: index of the attending token.
+    `weights` are those of the layer, (n_head, seq, seq).
     """
     row = weights[head, selected, : selected + 1]
     largest = max(float(row.max()), 1e-9)
@@ -159,59 +147,66 @@ def attention_view(texts: Sequence[str], weights: Tensor, head: int, selected: i
     )
 
 
-def lens_view(texts: Sequence[str], grid: Sequence[Sequence[tuple[str, float, float, bool]]], start: int) -> str:
+def lens_view(probabilities: Tensor, ids: Sequence[int], texts_of: Callable[[Sequence[int]], list[str]]) -> str:
     """Return the table of what each layer predicts at each position.
 
     Args:
-        texts: of each token.
-        grid: (n_layer + 1, positions) of the likeliest token, its probability, the probability of the token that
-            follows in the text (NaN after the last token), and whether they are the same token. The first row is the
-            embedding.
-        start: index of the first position.
+        probabilities: (n_layer + 1, positions, vocab_size), from `logit_lens`.
+        ids: of the tokens at these positions, and of the one that follows, unless the text ends there.
+        texts_of: gives the text of each token.
     """
-    columns = range(start, start + len(grid[0]))
-    header = "".join(f"<th>{_one_line(texts[index])}</th>" for index in columns)
-    footer = "".join(
-        f"<td>{_one_line(texts[index + 1]) if index + 1 < len(texts) else '<i>end</i>'}</td>" for index in columns
-    )
+    texts, positions = texts_of(ids), range(probabilities.shape[1])
+    follow = [*map(_one_line, texts[1:]), "<i>end</i>"][: len(positions)]
+    best = probabilities.max(dim=-1)
     rows = []
-    for layer in reversed(range(len(grid))):
+    for layer in reversed(range(len(probabilities))):
         cells = []
-        for index, (text, probability, following, is_actual) in zip(columns, grid[layer], strict=True):
-            title = f"{_percent(probability)}"
-            if not math.isnan(following):
-                title += f"; {texts[index + 1]!r} has {_percent(following)}"
-            style = f'style="--tint:{100 * probability:.0f}%"'
-            name = "g-actual" if is_actual else ""
+        likeliest = best.indices[layer].tolist()
+        for index, token, text in zip(positions, likeliest, texts_of(likeliest), strict=True):
+            title, name = _percent(float(best.values[layer, index])), ""
+            if index + 1 < len(ids):
+                title += f"; {texts[index + 1]!r} has {_percent(float(probabilities[layer, index, ids[index + 1]]))}"
+                name = "g-actual" if token == ids[index + 1] else ""
+            style = f'style="--tint:{100 * float(best.values[layer, index]):.0f}%"'
             cells.append(f'<td class="{name}" {style} title="{escape(title)}">{_one_line(text)}</td>')
-        name = f"layer {layer}" if layer else "embedding"
-        rows.append(f"<tr><th>{name}</th>{''.join(cells)}</tr>")
+        rows.append(f"<tr><th>{_layer(layer)}</th>{''.join(cells)}</tr>")
+    header, footer = "".join(f"<th>{_one_line(texts[i])}</th>" for i in positions), "</td><td>".join(follow)
     return (
         '<p class="g-facts">The positions up to this one</p><p class="g-note">A row is what the residual stream after '
         "that layer would predict. Outlined: the token that does follow. Tint: probability.</p>"
         f'<div class="g-scroll"><table class="g-lens"><thead><tr><th>token</th>{header}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody><tfoot><tr><th>follows</th>{footer}</tr></tfoot></table></div>"
+        f"<tbody>{''.join(rows)}</tbody><tfoot><tr><th>follows</th><td>{footer}</td></tr></tfoot></table></div>"
     )
 
 
-def layers_view(layers: Sequence[tuple[float, int, Sequence[tuple[str, float]]]], token: str | None) -> str:
+def layers_view(probabilities: Tensor, token: int | None, texts_of: Callable[[Sequence[int]], list[str]]) -> str:
     """Return how the prediction of one token forms from layer to layer.
 
     Args:
-        layers: for the embedding and each layer: probability and rank of the token, and the likeliest tokens.
-        token: text of the token; None after the end of the text.
+        probabilities: (n_layer + 1, vocab_size), of the embedding and each layer.
+        token: the token; None after the end of the text.
+        texts_of: gives the text of each token.
     """
     rows = []
-    for layer, (probability, rank, best) in reversed(list(enumerate(layers))):
-        chips = "".join(f'<span class="g-likely">{_chip(text)} {_percent(value)}</span>' for text, value in best)
-        own = "" if token is None else f"<td>{_percent(probability)}</td><td>{rank:,}</td>"
-        rows.append(f"<tr><th>{f'layer {layer}' if layer else 'embedding'}</th>{own}<td>{chips}</td></tr>")
-    own = "" if token is None else f"<th>{_chip(token)}</th><th>rank</th>"
-    facts = "After the text" if token is None else f"How the prediction of {_chip(token)} forms"
+    for layer, values in reversed(list(enumerate(probabilities))):
+        best, own = values.topk(_LIKELIEST), ""
+        shown = zip(texts_of(best.indices.tolist()), best.values.tolist(), strict=True)
+        chips = "".join(f'<span class="g-likely">{_chip(text)} {_percent(value)}</span>' for text, value in shown)
+        if token is not None:
+            own = f"<td>{_percent(float(values[token]))}</td><td>{int((values > values[token]).sum()) + 1:,}</td>"
+        rows.append(f"<tr><th>{_layer(layer)}</th>{own}<td>{chips}</td></tr>")
+    own, facts = "", "After the text"
+    if token is not None:
+        chip = _chip(texts_of([token])[0])
+        own, facts = f"<th>{chip}</th><th>rank</th>", f"How the prediction of {chip} forms"
     return (
         f'<p class="g-facts">{facts}</p><div class="g-scroll"><table class="g-layers"><thead><tr><th></th>{own}'
         f"<th>likeliest tokens</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _layer(number: int) -> str:
+    return f"layer {number}" if number else "embedding"
 
 
 def _bits(probability: float) -> float:
