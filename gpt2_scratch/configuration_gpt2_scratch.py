@@ -9,7 +9,7 @@ import difflib
 import fnmatch
 import sys
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any
 
 import transformers
 
@@ -178,26 +178,6 @@ class GPT2ScratchConfig(PreTrainedConfig):
             elif not _is_known(name) and _suggestion(name):
                 raise ValueError(f"unknown key {name!r} of {cls.__name__}{_suggestion(name)}")
         return super().from_dict(config_dict, **kwargs)
-
-    @classmethod
-    def gpt2(cls, **overrides: Any) -> Self:
-        """Return the configuration of GPT-2 with 124,439,808 parameters."""
-        return cls(**{"n_embd": 768, "n_layer": 12, "n_head": 12, **overrides})
-
-    @classmethod
-    def gpt2_medium(cls, **overrides: Any) -> Self:
-        """Return the configuration of GPT-2 with 354,823,168 parameters."""
-        return cls(**{"n_embd": 1024, "n_layer": 24, "n_head": 16, **overrides})
-
-    @classmethod
-    def gpt2_large(cls, **overrides: Any) -> Self:
-        """Return the configuration of GPT-2 with 774,030,080 parameters."""
-        return cls(**{"n_embd": 1280, "n_layer": 36, "n_head": 20, **overrides})
-
-    @classmethod
-    def gpt2_xl(cls, **overrides: Any) -> Self:
-        """Return the configuration of GPT-2 with 1,557,611,200 parameters."""
-        return cls(**{"n_embd": 1600, "n_layer": 48, "n_head": 25, **overrides})
 
 
 _FIELDS = [*GPT2ScratchConfig.attribute_map, *GPT2ScratchConfig.__annotations__]

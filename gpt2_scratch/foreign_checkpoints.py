@@ -191,27 +191,19 @@ def _read_llmc(path: Path) -> _Checkpoint:
             f"{path} is of version {version} of llm.c's format; supported are 3 (fp32) and 5 (bf16), as train_gpt2cu "
             "writes them"
         )
-    layers: dict[str, tuple[int, ...]] = {
-        "ln_1.weight": (n_embd,),
-        "ln_1.bias": (n_embd,),
-        "attn.c_attn.weight": (3 * n_embd, n_embd),
-        "attn.c_attn.bias": (3 * n_embd,),
-        "attn.c_proj.weight": (n_embd, n_embd),
-        "attn.c_proj.bias": (n_embd,),
-        "ln_2.weight": (n_embd,),
-        "ln_2.bias": (n_embd,),
-        "mlp.c_fc.weight": (4 * n_embd, n_embd),
-        "mlp.c_fc.bias": (4 * n_embd,),
-        "mlp.c_proj.weight": (n_embd, 4 * n_embd),
-        "mlp.c_proj.bias": (n_embd,),
+    modules: dict[str, tuple[int, ...]] = {  # the bias has the first size of the weight
+        "ln_1": (n_embd,),
+        "attn.c_attn": (3 * n_embd, n_embd),
+        "attn.c_proj": (n_embd, n_embd),
+        "ln_2": (n_embd,),
+        "mlp.c_fc": (4 * n_embd, n_embd),
+        "mlp.c_proj": (n_embd, 4 * n_embd),
     }
-    shapes: dict[str, tuple[int, ...]] = {
-        "wte.weight": (padded_vocab_size, n_embd),
-        "wpe.weight": (n_positions, n_embd),
-    }
-    shapes |= {
-        f"h.{layer}.{name}": shape for name, shape in layers.items() for layer in range(min(n_layer, _LLMC_LAYERS))
-    }
+    shapes = {"wte.weight": (padded_vocab_size, n_embd), "wpe.weight": (n_positions, n_embd)}
+    for module, shape in modules.items():
+        layers = range(min(n_layer, _LLMC_LAYERS))
+        shapes |= {f"h.{layer}.{module}.weight": shape for layer in layers}
+        shapes |= {f"h.{layer}.{module}.bias": shape[:1] for layer in layers}
     shapes |= {"ln_f.weight": (n_embd,), "ln_f.bias": (n_embd,)}
     stored_as, dtype = _LLMC_DTYPES[version]
     sizes = [int(np.prod(shape, dtype=object)) for shape in shapes.values()]

@@ -11,6 +11,7 @@ least half a window, and costs on average a pass over two tokens, not over the w
 """
 
 import argparse
+import contextlib
 import errno
 import math
 import sys
@@ -33,7 +34,7 @@ from .source_folder import LOADING_ERRORS, check_index, looks_like_path, model_i
 
 
 class CountingStreamer(TextStreamer):
-    """Prints text as it is generated, and counts the new tokens. The text may come from several calls of generate."""
+    """Prints text that comes from one or several calls of generate, and counts the new tokens."""
 
     new_tokens = 0
     _has_prompt = False
@@ -62,14 +63,9 @@ def load(
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Any, Any]:
-    """Return the model, in evaluation mode on `device`, and its tokenizer.
+    """Return the model of a folder, run or Hub repository, in evaluation mode on `device`, and its tokenizer.
 
-    Args:
-        model_id: a folder, a run or a repository on the Hub.
-        device: "cpu", "cuda:1".
-        revision: branch, tag or commit on the Hub.
-        dtype: dtype of the weights; default: as in the checkpoint.
-        trust_remote_code: run the code in the folder or repository.
+    `dtype` is that of the weights, by default as in the checkpoint.
 
     Raises:
         InputError: model or tokenizer cannot be loaded, or the device cannot be used.
@@ -159,18 +155,6 @@ def read_prompt(prompt: str | None) -> str:
     return prompt
 
 
-def encode(tokenizer: Any, prompt: str, vocab_size: int) -> Tensor:
-    """Return the prompt's token ids, (1, seq). An empty prompt becomes the end-of-text token, which starts a document.
-
-    Raises:
-        InputError: the tokenizer does not belong to the model, or has no end-of-text token for an empty prompt.
-    """
-    try:
-        return prompt_ids(tokenizer, prompt, None, vocab_size)
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
 def crop(input_ids: Tensor, n_positions: int | None, max_new_tokens: int) -> Tensor:
     """Return the end of a prompt that fills all positions: with room for the new tokens, but at least half a window.
 
@@ -226,8 +210,11 @@ def generate(options: argparse.Namespace) -> None:
     model, tokenizer = load(options.model, options.device)
     check_model(model, tokenizer)
     n_positions = getattr(model.config, "max_position_embeddings", None)
-    input_ids = encode(tokenizer, prompt, model.get_input_embeddings().num_embeddings).to(model.device)
-    input_ids = crop(input_ids, n_positions, options.max_new_tokens)
+    try:
+        input_ids = prompt_ids(tokenizer, prompt, None, model.get_input_embeddings().num_embeddings)
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    input_ids = crop(input_ids, n_positions, options.max_new_tokens).to(model.device)
 
     room = options.max_new_tokens if n_positions is None else n_positions - input_ids.shape[1]
     do_sample = options.temperature > 0
@@ -285,27 +272,24 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", help="default: cuda if available, else cpu")
     options = parser.parse_args(arguments)
 
-    _check(options.max_new_tokens >= 1, "--max_new_tokens", "at least 1", options.max_new_tokens)
-    _check(options.num_samples >= 1, "--num_samples", "at least 1", options.num_samples)
-    # Logits divided by a smaller temperature would overflow.
-    usable = options.temperature == 0 or 1e-6 <= options.temperature < math.inf
-    _check(usable, "--temperature", "0, or 0.000001 or more", options.temperature)
-    _check(options.top_k >= 0, "--top_k", "0 or more", options.top_k)
-    _check(0 < options.top_p <= 1, "--top_p", "above 0 and at most 1", options.top_p)
-    _check(0 <= options.seed < 2**63, "--seed", "between 0 and 2**63 - 1", options.seed)
     if options.device is None:
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(options.device).type
-    except RuntimeError:
-        kind = "meta"
-    _check(kind != "meta", "--device", "cpu, cuda, cuda:1 or mps", options.device)
+    device = "meta"
+    with contextlib.suppress(RuntimeError):
+        device = torch.device(options.device).type
+    for flag, is_valid, expected in (
+        ("max_new_tokens", options.max_new_tokens >= 1, "at least 1"),
+        ("num_samples", options.num_samples >= 1, "at least 1"),
+        # Logits divided by a smaller temperature would overflow.
+        ("temperature", options.temperature == 0 or 1e-6 <= options.temperature < math.inf, "0, or 0.000001 or more"),
+        ("top_k", options.top_k >= 0, "0 or more"),
+        ("top_p", 0 < options.top_p <= 1, "above 0 and at most 1"),
+        ("seed", 0 <= options.seed < 2**63, "between 0 and 2**63 - 1"),
+        ("device", device != "meta", "cpu, cuda, cuda:1 or mps"),
+    ):
+        if not is_valid:
+            raise InputError(f"expected --{flag} to be {expected}, found {getattr(options, flag)}")
     return options
-
-
-def _check(valid: bool, flag: str, expected: str, found: object) -> None:
-    if not valid:
-        raise InputError(f"expected {flag} to be {expected}, found {found}")
 
 
 if __name__ == "__main__":

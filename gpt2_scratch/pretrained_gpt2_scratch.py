@@ -4,11 +4,12 @@ Loading is stricter than in transformers. A checkpoint that does not fill the mo
 and pickled weights are read only on request.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from .configuration_gpt2_scratch import AUTO_MAP, GPT2ScratchConfig
 CACHE_NAME = (
     "cache" if "cache" in {field.name for field in dataclasses.fields(BaseModelOutputWithPast)} else "past_key_values"
 )
+
+_LOADING_LOG = logging.getLogger("transformers.modeling_utils")
 
 # Where packed documents begin: for flash attention, and for state-space models, whose collators pass it to all.
 _FLASH_DOCUMENTS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
@@ -264,14 +267,8 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
     ) -> Any:
         """Return the model of a folder or Hub repository, ours or an official GPT-2, with every weight loaded.
 
-        Args:
-            pretrained_model_name_or_path: the folder or repository.
-            args: as in `PreTrainedModel.from_pretrained`, like every argument that is not listed here.
-            use_safetensors: False reads `pytorch_model.bin`. Unlike in transformers this must be requested, because
-                such a file is a pickle.
-            ignore_mismatched_sizes: initialize weights of a wrong shape instead of raising.
-            output_loading_info: also return the missing, unexpected and mismatched keys.
-            kwargs: see `args`.
+        Arguments are those of `PreTrainedModel.from_pretrained`, but `pytorch_model.bin`, a pickle, is only read with
+        `use_safetensors=False`.
 
         Raises:
             ValueError: weights are missing or have a wrong shape. A new classification head is allowed.
@@ -285,7 +282,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
                     "trust it, pass use_safetensors=False and save the model again"
                 )
             use_safetensors = True
-        with _DelayedLoadReport() as load_report:
+        with _held_load_report() as load_report:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *args,
@@ -311,7 +308,8 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
                 f"{pretrained_model_name_or_path} lacks weights of {cls.__name__}: {', '.join(missing[:3])} "
                 f"({len(missing)} in total); use a complete checkpoint"
             )
-        load_report.emit()
+        for record in load_report:
+            _LOADING_LOG.handle(record)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -321,27 +319,18 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-class _DelayedLoadReport(logging.Filter):
-    """Holds back the load report of transformers, which suggests to continue, until it is clear that we do."""
+@contextlib.contextmanager
+def _held_load_report() -> Iterator[list[logging.LogRecord]]:
+    """Hold back the load report of transformers, which suggests to continue, until it is clear that we do."""
+    held: list[logging.LogRecord] = []
 
-    _logger = logging.getLogger("transformers.modeling_utils")
-
-    def __enter__(self) -> "_DelayedLoadReport":
-        self._records: list[logging.LogRecord] = []
-        self._logger.addFilter(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.removeFilter(self)
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Keep load reports, pass on other records."""
-        is_report = "LOAD REPORT" in record.getMessage()
-        if is_report:
-            self._records.append(record)
+    def is_passed_on(record: logging.LogRecord) -> bool:
+        if is_report := "LOAD REPORT" in record.getMessage():
+            held.append(record)
         return not is_report
 
-    def emit(self) -> None:
-        """Log the reports."""
-        for record in self._records:
-            self._logger.handle(record)
+    _LOADING_LOG.addFilter(is_passed_on)
+    try:
+        yield held
+    finally:
+        _LOADING_LOG.removeFilter(is_passed_on)
