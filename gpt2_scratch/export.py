@@ -57,27 +57,23 @@ _NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json"}
 
 
 def export(model: str, output: Path, model_format: str, dtype: str | None = None, tokenizer: str | None = None) -> str:
-    """Write the model of a folder or Hub repository to a new folder or file, which appears only when it is complete.
+    """Write a model to a new folder or file, which appears only when it is complete; return a sentence about it.
 
     Args:
-        model: a folder or Hub repository of either folder format, with config.json and safetensors, or a checkpoint
-            for `foreign_checkpoints.convert`.
+        model: a folder, run or Hub repository of either folder format, or a checkpoint of another program.
         output: the folder to create; with "gguf", the file.
         model_format: one of `FORMATS`.
         dtype: cast the weights to one of `DTYPES`, or with "gguf" to one of `GGUF_DTYPES`; None keeps their dtype.
-        tokenizer: for such a checkpoint; see `foreign_checkpoints.convert`.
-
-    Returns:
-        A sentence that says what was written.
+        tokenizer: of a checkpoint of another program; see `foreign_checkpoints.convert`.
 
     Raises:
         InputError: `model` is not a complete GPT-2 that is implemented here or that the format can hold, or `output`
             exists or cannot be written.
     """
     is_gguf = model_format == "gguf"
-    if dtype not in (None, *(GGUF_DTYPES if is_gguf else DTYPES)):
-        known = ", ".join(GGUF_DTYPES if is_gguf else DTYPES)
-        raise InputError(f"--format {model_format} does not support --dtype {dtype}; choose from {known}")
+    dtypes = GGUF_DTYPES if is_gguf else tuple(DTYPES)
+    if dtype not in (None, *dtypes):
+        raise InputError(f"--format {model_format} does not support --dtype {dtype}; choose from {', '.join(dtypes)}")
     if is_gguf and output.suffix != ".gguf":
         raise InputError(f"--output {output} must be a name that ends in .gguf, because --format gguf writes one file")
     if "\0" in str(output):
@@ -168,13 +164,12 @@ def write_config(
 ) -> None:
     """Write config.json with another model type, class, code location, context size and dtype; other keys stay."""
     config_dict = {key: value for key, value in config_dict.items() if key not in ("auto_map", "n_ctx")}
-    config_dict["model_type"] = model_format
     if model_format == "gpt2":
-        config_dict["architectures"] = [OFFICIAL_NAMES[model_class]]
-        config_dict["n_ctx"] = config_dict.get("n_positions", 1024)  # llama.cpp and others read this name
+        n_ctx = config_dict.get("n_positions", 1024)  # llama.cpp and others read this name
+        changes = {"architectures": [OFFICIAL_NAMES[model_class]], "n_ctx": n_ctx}
     else:
-        config_dict["architectures"] = [model_class.__name__]
-        config_dict["auto_map"] = AUTO_MAP
+        changes = {"architectures": [model_class.__name__], "auto_map": AUTO_MAP}
+    config_dict |= {"model_type": model_format, **changes}
     if dtype is not None:
         config_dict.pop("torch_dtype", None)
         config_dict["dtype"] = str(dtype).removeprefix("torch.")
@@ -187,17 +182,15 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def copy_other_files(source: Path, target: Path, model_format: str) -> None:
-    """Copy tokenizer, generation config and model card.
-
-    In format gpt2, the card is that of a native folder, and the tokenizer's class is one that all versions know.
-    """
-    for path in sorted({path for pattern in COPIED for path in source.glob(pattern)}):
+    """Copy tokenizer, generation config and model card; in format gpt2, as other programs and versions read them."""
+    for path in {path for pattern in COPIED for path in source.glob(pattern)}:
         if path.is_file() and path.name not in _NOT_COPIED:
             shutil.copyfile(path, target / path.name)
-    if model_format == "gpt2":
-        _name_tokenizer_class(target)
+    if model_format != "gpt2":
+        return
+    _name_tokenizer_class(target)
     card = target / "README.md"
-    if model_format == "gpt2" and card.exists():
+    if card.exists():
         text = native_card(card.read_text(encoding="utf-8", errors="surrogateescape"))
         card.write_text(text, encoding="utf-8", errors="surrogateescape")
 
@@ -230,8 +223,7 @@ def _name_tokenizer_class(folder: Path) -> None:
         config = read_json_object(path)
         if config.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
             return
-        tokenizer = read_json_object(folder / "tokenizer.json")
-        is_gpt2 = is_gpt2_tokenizer(tokenizer)
+        is_gpt2 = is_gpt2_tokenizer(read_json_object(folder / "tokenizer.json"))
     except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return  # not a tokenizer of transformers; it is copied as it is
     config["tokenizer_class"] = "GPT2Tokenizer" if is_gpt2 else "PreTrainedTokenizerFast"

@@ -25,7 +25,7 @@ from common.json_files import read_json_object
 
 from .configuration_gpt2_scratch import GPT2ScratchConfig
 from .modeling_gpt2_scratch import GPT2ScratchForCausalLM
-from .source_folder import LOADING_ERRORS, WEIGHTS, compare_weights, looks_like_path
+from .source_folder import LOADING_ERRORS, WEIGHTS, bare_name, compare_weights, looks_like_path
 from .tensorflow_checkpoint import read_tensors
 
 _HPARAMS = "hparams.json"
@@ -102,7 +102,7 @@ def convert(path: Path, folder: Path, tokenizer: str | None) -> str:
     config = _config(path, found, None if loaded is None else loaded.eos_token_id, tied)
     with torch.device("meta"):
         skeleton = GPT2ScratchForCausalLM(config)
-    compare_weights(str(path), {name: tuple(weight.shape) for name, weight in weights.items()}, skeleton)
+    compare_weights(path, {bare_name(name): tuple(weight.shape) for name, weight in weights.items()}, skeleton)
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     content = {**config.to_diff_dict(), "architectures": [GPT2ScratchForCausalLM.__name__]}
     (folder / "config.json").write_text(json.dumps(content), encoding="utf-8")
@@ -121,11 +121,8 @@ def _read(path: Path) -> _Checkpoint:
         path = indexes[0]
     if path.suffix == ".index":
         return _read_tensorflow(path)
-    try:
-        with path.open("rb") as file:
-            start = file.read(8)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}; check --model") from error
+    with path.open("rb") as file:
+        start = file.read(8)
     if int.from_bytes(start[:4], "little") == _LLMC_MAGIC:
         return _read_llmc(path)
     if start.startswith(b"PK\x03\x04"):
@@ -157,9 +154,9 @@ def _read_torch(path: Path) -> _Checkpoint:
             f"cannot read {path} as a checkpoint of torch.save ({one_line(error, 120)}); copy or save it again"
         ) from error
 
-    state = checkpoint.get("model") if isinstance(checkpoint, dict) else None
-    names_program = isinstance(checkpoint, dict) and ("model_args" in checkpoint or "config" in checkpoint)
-    if not isinstance(state, dict) or not names_program:
+    checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+    state = checkpoint.get("model")
+    if not isinstance(state, dict) or not {"model_args", "config"} & set(checkpoint):
         raise InputError(
             f"{path} holds no model of nanoGPT ({{model, model_args}}) or build-nanogpt ({{model, config}}); pass a "
             "folder with config.json for a model of transformers, or save such a dict"
@@ -199,7 +196,10 @@ def _read_llmc(path: Path) -> _Checkpoint:
         "mlp.c_fc": (4 * n_embd, n_embd),
         "mlp.c_proj": (n_embd, 4 * n_embd),
     }
-    shapes = {"wte.weight": (padded_vocab_size, n_embd), "wpe.weight": (n_positions, n_embd)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (padded_vocab_size, n_embd),
+        "wpe.weight": (n_positions, n_embd),
+    }
     for module, shape in modules.items():
         layers = range(min(n_layer, _LLMC_LAYERS))
         shapes |= {f"h.{layer}.{module}.weight": shape for layer in layers}

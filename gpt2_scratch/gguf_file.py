@@ -8,7 +8,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ _NAMES = {
 def write_gguf(
     source: Path, files: Sequence[str], model: GPT2ScratchPreTrainedModel, path: Path, name: str, dtype: str | None
 ) -> str:
-    """Write the GGUF file of a checked model folder.
+    """Write the GGUF file of a checked model folder with these weight files; return a phrase on their precision.
 
     Args:
         source: the model folder, with tokenizer.json.
@@ -59,13 +59,13 @@ def write_gguf(
             converter, vectors and the position embedding are always f32, and rows that do not divide into blocks of 32
             are f16 instead of q8_0.
 
-    Returns:
-        A sentence on the precision of the weights.
-
     Raises:
         InputError: the `gguf` package is missing, or llama.cpp cannot compute this model or tokenizer.
     """
-    gguf = _import_gguf()
+    try:
+        import gguf
+    except ImportError:
+        raise InputError("--format gguf needs the package gguf: pip install -c constraints.txt -e '.[gguf]'") from None
     _check_architecture(model)
     headers = {bare_name(name): (kind, shape) for name, kind, shape in weight_headers(source, files)}
     if model.config.tie_word_embeddings:
@@ -96,14 +96,6 @@ def write_gguf(
             writer.write_tensor_data(gguf.quantize(values.float().numpy(), types[weight]))
     coarser = sum(one == gguf.GGMLQuantizationType.F16 for one in types.values()) if dtype == "q8_0" else 0
     return f"weights in {dtype}" + (f", {coarser} in f16 (rows not divisible by 32)" if coarser else "")
-
-
-def _import_gguf() -> Any:
-    try:
-        import gguf
-    except ImportError:
-        raise InputError("--format gguf needs the package gguf: pip install -c constraints.txt -e '.[gguf]'") from None
-    return gguf
 
 
 def _check_architecture(model: GPT2ScratchPreTrainedModel) -> None:

@@ -72,10 +72,9 @@ def find_source(model: str) -> Path:
         return Path(model)
     if looks_like_path(model):
         raise InputError(f"there is no folder or file {model!r}; check --model")
-    errors: tuple[type[BaseException], ...] = (*network_errors(), ValueError)
     try:
         return Path(snapshot_download(model, allow_patterns=[*COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
-    except errors as error:
+    except (*network_errors(), ValueError) as error:
         raise InputError(
             f"--model {model!r} is neither a folder nor a repository on the Hub: {one_line(error)}"
         ) from error
@@ -127,13 +126,12 @@ def check_weights(source: Path, skeleton: GPT2ScratchPreTrainedModel) -> list[st
         if dtype not in _FLOATING:
             raise InputError(f"{name} in {source} has dtype {dtype}; dequantize the model and save it first")
         found[bare_name(name)] = shape
-    compare_weights(str(source), found, skeleton)
+    compare_weights(source, found, skeleton)
     return files
 
 
-def compare_weights(source: str, found: Mapping[str, tuple[int, ...]], skeleton: GPT2ScratchPreTrainedModel) -> None:
-    """Raise an `InputError` unless the shapes of the weights in `source`, by name, are those of the model."""
-    found = {bare_name(name): shape for name, shape in found.items()}
+def compare_weights(source: Path, found: Mapping[str, tuple[int, ...]], skeleton: GPT2ScratchPreTrainedModel) -> None:
+    """Raise an `InputError` unless the shapes of the weights in `source`, by bare name, are those of the model."""
     expected = {bare_name(name): tuple(weight.shape) for name, weight in skeleton.state_dict().items()}
     optional = {"lm_head.weight"} if skeleton.config.tie_word_embeddings else set()
     for problem, names in (("lacks", set(expected) - set(found) - optional), ("adds", set(found) - set(expected))):
