@@ -9,6 +9,7 @@ import html
 import io
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .inspection import Predictions
 
+CSS = Path(__file__).with_name("demo.css").read_text(encoding="utf-8")
 SURPRISING_BITS = 12.0  # a token of this surprisal, or more, gets the full tint
 _BYTE_OF = {letter: byte for byte, letter in bytes_to_unicode().items()}
 _CONTROL = {chr(code) for code in (*range(32), 127)} - {"\n", "\t"}
@@ -253,65 +255,3 @@ def _picture(weights: Tensor, pixels: int) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
-
-
-CSS = """
-.g-text { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.9; font-size: var(--text-lg); outline: none; }
-#text .g-text { min-height: 5.7em; }
-.g-token { background: color-mix(in srgb, #ea6a20 calc(var(--tint, 0%) * .62), transparent); border-radius: 3px;
-  padding: 2px 0; box-shadow: inset 1px 0 var(--background-fill-primary); }
-.g-text[role=group] .g-token { cursor: pointer; }
-.g-token.g-prompt { color: color-mix(in srgb, var(--body-text-color) 62%, transparent); }
-.g-token.g-new { font-weight: 500; }
-.g-text[role=group] .g-token:hover { outline: 1px solid var(--body-text-color-subdued); }
-.g-token.g-selected { outline: 2px solid var(--color-accent) !important; color: var(--body-text-color); }
-.g-break::before { content: "↵"; color: var(--body-text-color); opacity: .45; }
-.g-note, .g-facts { margin: 0 0 .5em; color: var(--body-text-color-subdued); }
-.g-facts { color: var(--body-text-color); }
-table + .g-facts, .g-scroll + .g-facts, .g-columns + .g-facts { margin-top: 1.2em; }
-#text .g-note { display: flex; flex-wrap: wrap; gap: .2em 2em; justify-content: space-between; margin: .8em 0 0;
-  padding-top: .6em; border-top: 1px solid var(--border-color-primary); font-size: var(--text-sm); }
-.g-legend i { display: inline-block; width: 5em; height: .8em; border-radius: 3px; vertical-align: -1px;
-  border: 1px solid var(--border-color-primary);
-  background: linear-gradient(90deg, transparent, color-mix(in srgb, #ea6a20 62%, transparent)); }
-.g-chip { font-family: var(--font-mono); font-size: .95em; background: var(--background-fill-secondary);
-  border: 1px solid var(--border-color-primary); border-radius: 4px; padding: 0 .35em; white-space: pre;
-  color: var(--body-text-color); }
-table.g-bars, table.g-lens, table.g-layers { border-collapse: collapse; border: 0 !important; margin: 0 !important; }
-.g-bars tr, .g-lens tr, .g-layers tr { border: 0 !important; background: none !important; }
-table.g-bars { width: 100%; }
-table.g-bars caption, figcaption { text-align: left; color: var(--body-text-color-subdued); font-size: var(--text-sm);
-  padding-bottom: .4em; caption-side: top; }
-.g-bars th, .g-bars td, .g-layers th, .g-layers td { border: 0 !important; padding: 2px .6em 2px 0 !important;
-  text-align: left; font-weight: 400; white-space: nowrap; font-variant-numeric: tabular-nums; }
-.g-bars th { width: 1%; } .g-bars td { width: 1%; text-align: right; }
-.g-bars td.g-bar { width: auto; }
-.g-bar i { display: block; height: .9em; min-width: 2px; border-radius: 3px; background: var(--body-text-color-subdued);
-  opacity: .55; }
-.g-actual .g-bar i { background: var(--color-accent); opacity: 1; }
-.g-bars .g-actual .g-chip { border-color: var(--color-accent); }
-.g-columns { display: grid; grid-template-columns: minmax(0, 1fr) minmax(160px, 280px); gap: 1em 2.5em;
-  align-items: start; }
-.g-text + .g-columns { margin-top: 1em; }
-@media (max-width: 640px) { .g-columns { grid-template-columns: 1fr; } }
-figure { margin: 0; }
-.g-matrix { position: relative; border: 1px solid var(--border-color-primary); aspect-ratio: 1; }
-.g-matrix img, .g-head img { width: 100%; aspect-ratio: 1; display: block; image-rendering: pixelated; margin: 0; }
-.g-matrix .g-row { position: absolute; left: 0; right: 0; height: 0; border-top: 1px solid var(--color-accent); }
-figcaption { padding-top: .4em; }
-.g-heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(84px, 1fr)); gap: 8px; }
-.g-head { border: 1px solid var(--border-color-primary); background: none; border-radius: 6px; padding: 4px;
-  cursor: pointer; color: var(--body-text-color-subdued); font-size: var(--text-sm); max-width: 120px; }
-.g-head.g-selected { box-shadow: 0 0 0 2px var(--color-accent); color: var(--body-text-color); }
-.g-scroll { overflow-x: auto; }
-.g-lens th, .g-lens td { border: 1px solid var(--border-color-primary) !important; padding: 3px 6px !important;
-  text-align: center; font-family: var(--font-mono); font-size: 12px; white-space: pre; font-weight: 400;
-  min-width: 3em; max-width: 9em; overflow: hidden; text-overflow: ellipsis; color: var(--body-text-color); }
-.g-lens td { background: color-mix(in srgb, #3b82f6 calc(var(--tint, 0%) * .7), transparent); }
-.g-lens th, .g-lens tfoot td { background: var(--background-fill-secondary); color: var(--body-text-color-subdued); }
-.g-lens th:first-child { position: sticky; left: 0; text-align: left; font-family: var(--font); }
-.g-lens td.g-actual { box-shadow: inset 0 0 0 2px var(--color-accent); }
-.g-layers th { color: var(--body-text-color-subdued); }
-.g-likely { margin-right: 1em; }
-footer .divider { display: none !important; }
-"""

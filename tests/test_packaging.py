@@ -61,6 +61,7 @@ def test_wheel_installs_one_top_level_package(installed: Path) -> None:
     assert {path.name for path in installed.iterdir() if path.suffix != ".dist-info"} == {"gpt2_scratch"}
     assert (installed / "gpt2_scratch" / "_common" / "cli_errors.py").is_file()
     assert not [path for path in installed.rglob("*.py") if "from common" in path.read_text()]
+    assert (installed / "gpt2_scratch" / "demo.css").is_file()
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import gpt2_scratch
 from training.hub.repository import push_files, read_card
 
 GRADIO_VERSION = "6.31.0"  # as in constraints.txt
-_SOURCES = ("demo_page.py", "demo_session.py", "demo_views.py", "inspection.py")
+_SOURCES = ("demo.css", "demo_page.py", "demo_session.py", "demo_views.py", "inspection.py")
 
 _APP = '''"""The demo page of a GPT-2 on the Hub: completions, and what the model thinks at each token."""
 
