@@ -68,6 +68,8 @@ class TrainerState:
         path = checkpoint / "training_state" / "trainer_state.json"
         try:
             values = read_json_object(path)
+            version = values.pop("format_version", None)
+            state = instance_of(cls, values) if version == _FORMAT_VERSION else None
         except (FileNotFoundError, NotADirectoryError):
             advice = "pass a folder such as runs/quickstart/checkpoints/step-000500"
             raise InputError(
@@ -75,40 +77,29 @@ class TrainerState:
                 + _advice(checkpoint, otherwise=advice)
             ) from None
         except ValueError as error:
-            raise _unreadable(checkpoint, error) from None
+            raise InputError(
+                f"checkpoint {checkpoint} is corrupted: trainer_state.json cannot be read ({one_line(error, 120)}); "
+                + _advice(checkpoint)
+            ) from None
         except OSError as error:
             raise InputError(os_error_message(error) or f"cannot read {path} ({error})") from None
-        version = values.pop("format_version", None)
-        if version != _FORMAT_VERSION:
+        if state is None:
             raise InputError(
                 f"checkpoint {checkpoint} has format_version {version!r:.40}, but this version of the kit reads "
                 f"{_FORMAT_VERSION}; resume with the version that wrote it"
             )
-        try:
-            return instance_of(cls, values)
-        except ValueError as error:
-            raise _unreadable(checkpoint, error) from None
+        return state
 
 
-def _unreadable(checkpoint: Path, error: ValueError) -> InputError:
-    return InputError(
-        f"checkpoint {checkpoint} is corrupted: trainer_state.json cannot be read ({one_line(error, 120)}); "
-        + _advice(checkpoint)
-    )
+def check_intact(checkpoint: Path, step: int, *, read_files: bool) -> None:
+    """Raise an `InputError` if a checkpoint is not as it was saved after `step`.
 
-
-def check_intact(checkpoint: Path, *, read_files: bool) -> None:
-    """Raise an `InputError` if a file of a checkpoint is missing or, with `read_files`, corrupted.
-
-    It names the file, and the newest older checkpoint that is intact.
+    If a file is missing or, with `read_files`, corrupted, the error names it and the newest older checkpoint that is
+    intact. It also tells the right name of a checkpoint that was renamed.
     """
     corruption = find_corruption(checkpoint, read_files=read_files)
     if corruption is not None:
         raise InputError(f"checkpoint {checkpoint} is corrupted: {corruption}; {_advice(checkpoint)}")
-
-
-def check_name(checkpoint: Path, step: int) -> None:
-    """Raise an `InputError` if a checkpoint has the name of another step: it was renamed, or two were exchanged."""
     if _NAME.fullmatch(checkpoint.name) and step_of(checkpoint) != step:
         raise InputError(f"checkpoint {checkpoint} holds step {step:,}; rename it to step-{step:06d}")
 
@@ -194,11 +185,6 @@ def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: in
         with contextlib.suppress(OSError):  # the next save retries
             old.rename(removed)
             shutil.rmtree(removed)
-
-
-def copy_model(checkpoint: Path, folder: Path) -> None:
-    """Copy a checkpoint to `folder`, without its training state."""
-    shutil.copytree(checkpoint, folder, ignore=shutil.ignore_patterns("training_state"))
 
 
 def is_model_of(checkpoint: Path, output_dir: Path) -> bool:

@@ -34,16 +34,14 @@ class Checkpoints(Hook):
         self.newest = run.resume_from  # the checkpoint that the run would resume from; only rank 0 knows it
         self.saved_step = run.first_step  # of the last checkpoint, which may still be being written
         self._memory = HostMemory() if run.recipe.async_save and run.accelerator.is_main_process else None
-        self._memory_is_allocated = False
         # One thread writes one checkpoint after the other; the interpreter waits for it before it exits.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[str] | None = None
 
     def after_step(self, run: Run, result: StepResult) -> None:
         """Save if it is due; report a checkpoint that has been written, and allocate memory after the first step."""
-        if self._memory is not None and not self._memory_is_allocated:
+        if self._memory is not None and run.step == run.first_step + 1:
             self._memory.allocate_for(run.model, run.optimizer, run.accelerator.device)
-            self._memory_is_allocated = True
         if self._writing is not None and self._writing.done():
             self._finish(run)
         if self._coordinator.save_is_due or run.is_due(run.recipe.save_steps):

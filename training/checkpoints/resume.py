@@ -9,7 +9,7 @@ import yaml
 
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME
-from training.checkpoints.checkpoint_folder import TrainerState, check_intact, check_name, checkpoints, step_of
+from training.checkpoints.checkpoint_folder import TrainerState, check_intact, checkpoints, step_of
 from training.data.loading.order import Order
 from training.data.shards.shard_reader import ShardFolder
 from training.data.sources.open_corpus import check_outside_corpus
@@ -70,8 +70,7 @@ def _checked(recipe: Recipe, checkpoint: Path, where: str) -> Path:
     state = TrainerState.read(checkpoint)
     _check_same_run(recipe, state.recipe, where)
     # Hashing a large checkpoint takes seconds: once per node is enough.
-    check_intact(checkpoint, read_files=os.environ.get("LOCAL_RANK", "0") == "0")
-    check_name(checkpoint, state.step)
+    check_intact(checkpoint, state.step, read_files=os.environ.get("LOCAL_RANK", "0") == "0")
     return checkpoint
 
 

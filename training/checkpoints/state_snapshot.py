@@ -6,8 +6,9 @@ All ranks gather together, on the training thread. Rank 0 can then write the `Sn
 
 import contextlib
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,6 @@ class Snapshot:
     loop_state: dict[str, Tensor]  # of the loop itself, such as the guard's
 
 
-@dataclass
 class HostMemory:
     """Host memory that is reused for every snapshot.
 
@@ -37,44 +37,42 @@ class HostMemory:
     allocated and touched in the background of the first steps, and kept.
     """
 
-    _tensors: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = field(default_factory=dict)
-    _used: dict[tuple[torch.Size, torch.dtype], int] = field(default_factory=dict)
-    _allocation: threading.Thread | None = None
+    def __init__(self) -> None:
+        self._tensors: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+        self._used: Counter[tuple[torch.Size, torch.dtype]] = Counter()
+        self._allocation: threading.Thread | None = None
 
     def allocate_for(self, model: nn.Module, optimizer: Optimizer, device: torch.device) -> None:
         """Allocate, on a thread, the memory for a model and its optimizer state."""
-        tensors = [*model.parameters()]
-        tensors += [tensor for state in optimizer.state.values() for tensor in state.values()]
-        shapes = [(tensor.shape, tensor.dtype) for tensor in tensors]
-        self._allocation = threading.Thread(
-            target=self._allocate, args=(shapes, device), name="host memory", daemon=True
-        )
+        states = [tensor for state in optimizer.state.values() for tensor in state.values()]
+        shapes = [(tensor.shape, tensor.dtype) for tensor in [*model.parameters(), *states]]
+
+        def allocate() -> None:
+            with contextlib.suppress(RuntimeError, MemoryError):  # not enough memory: the first snapshot reports it
+                for shape, dtype in shapes:
+                    self._tensors[shape, dtype].append(_host_tensor(shape, dtype, device).zero_())
+
+        self._allocation = threading.Thread(target=allocate, name="host memory", daemon=True)
         self._allocation.start()
-
-    def _allocate(self, shapes: list[tuple[torch.Size, torch.dtype]], device: torch.device) -> None:
-        with contextlib.suppress(RuntimeError, MemoryError):  # not enough memory: the first snapshot reports it
-            for shape, dtype in shapes:
-                self._tensors.setdefault((shape, dtype), []).append(self._new(shape, dtype, device).zero_())
-
-    @staticmethod
-    def _new(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
     def begin(self) -> None:
         """Start the next snapshot, which overwrites the previous one."""
         if self._allocation is not None:
             self._allocation.join()
-            self._allocation = None
         self._used.clear()
 
     def copy(self, tensor: Tensor) -> Tensor:
         """Return a copy of the tensor on the host. From a GPU it is complete after `torch.cuda.synchronize`."""
         key = (tensor.shape, tensor.dtype)
-        used, tensors = self._used.get(key, 0), self._tensors.setdefault(key, [])
+        used, tensors = self._used[key], self._tensors[key]
         if used == len(tensors):
-            tensors.append(self._new(*key, tensor.device))
-        self._used[key] = used + 1
+            tensors.append(_host_tensor(*key, tensor.device))
+        self._used[key] += 1
         return tensors[used].copy_(tensor, non_blocking=True)
+
+
+def _host_tensor(shape: torch.Size, dtype: torch.dtype, copied_from: torch.device) -> Tensor:
+    return torch.empty(shape, dtype=dtype, pin_memory=copied_from.type == "cuda")
 
 
 def collect_snapshot(

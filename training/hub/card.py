@@ -1,9 +1,10 @@
-"""The model card: README.md of a model folder, generated from the run's records by `model_card.md.jinja`."""
+"""The model card: README.md of a model folder, from the run's records and `templates/model_card.md.jinja`."""
 
 import importlib.metadata
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedConfig
@@ -19,7 +20,7 @@ from training.monitoring.run_history import RunFacts
 from training.monitoring.samples import TEMPERATURE, TOP_K
 from training.recipe import Recipe
 
-_TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+_TEMPLATE = Path(__file__).with_name("templates") / "model_card.md.jinja"
 _FOLDER = '"path/to/this/folder"'  # used for the model until it has an id on the Hub
 _NATIVE = 'Programs that know GPT-2 but not this code load the same weights with `revision="native"`.'
 
@@ -48,9 +49,8 @@ def write_model_card(
 ) -> None:
     """Write the README.md of a model folder; edits of the card in the folder `earlier` stay."""
     card = model_card(recipe, facts, config, Provenance.of(recipe), curves=(folder / "curves.png").is_file())
-    existing = None
-    if earlier is not None and (earlier / "README.md").is_file():
-        existing = (earlier / "README.md").read_text(encoding="utf-8", errors="replace")
+    path = earlier and earlier / "README.md"
+    existing = path.read_text(encoding="utf-8", errors="replace") if path and path.is_file() else None
     (folder / "README.md").write_text(with_edits_of(existing, card)[0], encoding="utf-8")
 
 
@@ -101,27 +101,20 @@ def model_card(
 
 
 def _validation_scores(recipe: Recipe, facts: RunFacts, provenance: Provenance) -> list[Score]:
-    if facts.val_loss is None:
-        return []
     of = provenance.dataset or provenance.corpus
+    about = {
+        "dataset_type": provenance.dataset or "text",
+        "dataset_name": f"held-out text of {of}" if of else "held-out text",
+    }
     windows = f"non-overlapping windows of {recipe.seq_len:,} tokens"
-    measured = [("loss", "Loss", "loss in nats per token", facts.val_loss, _published_losses(recipe, provenance))]
-    if facts.bits_per_byte is not None:
-        measured.append(("bits_per_byte", "Bits per byte", "bits per byte of UTF-8", facts.bits_per_byte, ()))
+    measured = (
+        ("loss", "Loss", "loss in nats per token", facts.val_loss, _published_losses(recipe, provenance)),
+        ("bits_per_byte", "Bits per byte", "bits per byte of UTF-8", facts.bits_per_byte, ()),
+    )
     return [
-        Score(
-            short_name,
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=provenance.dataset or "text",
-                dataset_name=f"held-out text of {of}" if of else "held-out text",
-                metric_type=metric,
-                metric_name=f"{name}, {windows}",
-                metric_value=round(value, 4),
-            ),
-            references,
-        )
+        Score(short_name, _result(metric, f"{name}, {windows}", value, **about), references)
         for metric, short_name, name, value, references in measured
+        if value is not None
     ]
 
 
@@ -147,24 +140,20 @@ def task_scores(results: Results | None) -> list[Score]:
     for task_result in results.tasks if results is not None else ():
         task, _, protocol = task_result.task.partition(":")
         dataset, config, dataset_name, short_name = _TASK_DATASETS.get(task, ("text", None, task, task))
+        about = {"dataset_type": dataset, "dataset_config": config, "dataset_name": dataset_name}
         limit = results.limit if results is not None else None
         items = f", first {task_result.items:,} items" if limit else ""
         for name, metric in task_result.metrics.items():
-            if not math.isfinite(metric.value):
-                continue
-            result = EvalResult(
-                task_type="text-generation",
-                dataset_type=dataset,
-                dataset_config=config,
-                dataset_name=dataset_name,
-                metric_type=metric.module,
-                metric_name=f"{name}, protocol {protocol}{items}",
-                metric_value=round(metric.value, 4),
-            )
-            # Published results are of all items.
-            references = () if limit else tuple(one_per_size(published(task_result.task, name)).values())
-            scores.append(Score(f"{short_name} {name}", result, references))
+            if math.isfinite(metric.value):
+                result = _result(metric.module, f"{name}, protocol {protocol}{items}", metric.value, **about)
+                # Published results are of all items.
+                references = () if limit else tuple(one_per_size(published(task_result.task, name)).values())
+                scores.append(Score(f"{short_name} {name}", result, references))
     return scores
+
+
+def _result(metric: str, name: str, value: float, **dataset: Any) -> EvalResult:
+    return EvalResult("text-generation", metric_type=metric, metric_name=name, metric_value=round(value, 4), **dataset)
 
 
 def _kit() -> str:

@@ -14,15 +14,11 @@ _GENERATED = re.compile(r"<!-- generated: (\w+) -->\n.*?<!-- end of generated: \
 _STAMP = re.compile(r"\n*<!-- pushed: (\w+) (\w+) -->\n*")
 
 
-def results_block(name: str, content: str) -> str:
-    """Mark the part of a card that a push also replaces in a text that was edited."""
-    return f"<!-- generated: {name} -->\n{content.rstrip()}\n<!-- end of generated: {name} -->\n"
-
-
 def with_edits_of(existing: str | None, card: str) -> tuple[str, bool]:
     """Return the card to write over an existing one, and whether the text of that was edited and stays.
 
-    A card without our comment counts as edited, unless it has no text.
+    A card without our comment counts as edited, unless it has no text. Blocks between the comments `generated: NAME`
+    and `end of generated: NAME` are always new.
     """
     new = ModelCard(_STAMP.sub("\n", card))
     stamp = _stamp_of(new)

@@ -1,11 +1,12 @@
 """The model folder at the end of a run."""
 
 import json
+import shutil
 from pathlib import Path
 from shlex import quote
 
 from common.cli_errors import InputError
-from training.checkpoints.checkpoint_folder import copy_model, publish
+from training.checkpoints.checkpoint_folder import publish
 from training.checkpoints.checkpoint_writer import Checkpoints
 from training.checkpoints.resume_command import extend_command, program
 from training.hub.card import write_model_card
@@ -50,7 +51,7 @@ class ModelFolder(Hook):
     def _write_model(self, run: Run, facts: RunFacts) -> None:
         model, partial = run.output_dir / "model", run.output_dir / ".unfinished-model"
         assert self._checkpoints.newest is not None  # of the last step
-        copy_model(self._checkpoints.newest, partial)
+        shutil.copytree(self._checkpoints.newest, partial, ignore=shutil.ignore_patterns("training_state"))
         self._monitor.plot_final(run.output_dir, partial)
         write_model_card(partial, run.recipe, facts, run.config, earlier=model)
         publish(partial, model)

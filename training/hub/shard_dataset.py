@@ -78,7 +78,7 @@ def dataset_card(folder: ShardFolder, repo_id: str) -> str:
         metadata.source_datasets = [dataset] if dataset else None
     card = DatasetCard.from_template(
         metadata,
-        template_path=str(Path(__file__).with_name("shard_dataset_card.md.jinja")),
+        template_path=str(Path(__file__).with_name("templates") / "shard_dataset_card.md.jinja"),
         name=repo_id.split("/")[-1],
         shards=folder.shards,
         manifest=manifest,

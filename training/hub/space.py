@@ -7,6 +7,7 @@ import importlib.metadata
 from pathlib import Path
 
 from huggingface_hub import HfApi, SpaceCard, SpaceCardData
+from jinja2 import Template
 
 import gpt2_scratch
 from training.hub.repository import push_files, read_card
@@ -14,28 +15,7 @@ from training.hub.repository import push_files, read_card
 GRADIO_VERSION = "6.31.0"  # as in constraints.txt
 _SOURCES = ("demo.css", "demo_page.py", "demo_session.py", "demo_views.py", "inspection.py")
 
-_APP = '''"""The demo page of a GPT-2 on the Hub: completions, and what the model thinks at each token."""
-
-from gpt2_demo.demo_page import build_page, theme
-from gpt2_demo.demo_views import CSS
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-MODEL = "{model}"
-
-model = AutoModelForCausalLM.from_pretrained(MODEL, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(MODEL, trust_remote_code=True)
-build_page(model, tokenizer, MODEL).launch(theme=theme(), css=CSS, footer_links=["settings"])
-'''
-
-_README = """---
-{metadata}
----
-
-# {name} demo
-
-Completions of [{model}](https://huggingface.co/{model}), and what the model thinks at each token: its
-probability and its likeliest alternatives, attention by layer and head, and the logit lens.
-"""
+_TEMPLATES = Path(__file__).with_name("templates")
 
 
 def space_id(space: str, repo_id: str) -> str:
@@ -45,9 +25,8 @@ def space_id(space: str, repo_id: str) -> str:
 
 def space_files(repo_id: str) -> dict[str, str]:
     """Return the files of the Space of the model `repo_id`: path -> content."""
-    name = repo_id.split("/")[-1]
     metadata = SpaceCardData(  # from which the Hub builds the Space
-        title=f"{name} demo",
+        title=f"{repo_id.split('/')[-1]} demo",
         emoji="🔎",
         colorFrom="blue",
         colorTo="indigo",
@@ -62,8 +41,10 @@ def space_files(repo_id: str) -> dict[str, str]:
     package = Path(gpt2_scratch.__file__).parent
     versions = {name: importlib.metadata.version(name).split("+")[0] for name in ("torch", "transformers")}
     return {
-        "README.md": _README.format(metadata=metadata.to_yaml(), name=name, model=repo_id),
-        "app.py": _APP.format(model=repo_id),
+        "README.md": f"{SpaceCard.from_template(metadata, str(_TEMPLATES / 'space_card.md.jinja'), model=repo_id)}\n",
+        "app.py": Template((_TEMPLATES / "space_app.py.jinja").read_text(), keep_trailing_newline=True).render(
+            model=repo_id
+        ),
         "requirements.txt": "".join(f"{name}=={version}\n" for name, version in versions.items()),
         "gpt2_demo/__init__.py": '"""The demo page."""\n',
         **{f"gpt2_demo/{source}": (package / source).read_text(encoding="utf-8") for source in _SOURCES},

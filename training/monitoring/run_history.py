@@ -14,6 +14,7 @@ from typing import Any
 
 from common.atomic_files import write_atomically
 from common.cli_errors import InputError
+from common.json_files import instance_of
 from evaluation.results.results_file import Results, read_results
 from evaluation.tasks.registry import task_named
 from training.recipe import Recipe
@@ -127,10 +128,8 @@ def _read_starts(output_dir: Path) -> list[Start]:
     """Return the starts of a run; truncated and edited lines are skipped."""
     starts = []
     for text in _read(output_dir / _STARTS).splitlines():
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            start = Start(**json.loads(text))
-            if isinstance(start.step, int) and isinstance(start.device, str) and isinstance(start.devices, int):
-                starts.append(start)
+        with contextlib.suppress(ValueError, RecursionError):
+            starts.append(instance_of(Start, json.loads(text)))
     return starts
 
 

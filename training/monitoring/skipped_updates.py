@@ -1,6 +1,8 @@
 """Reports what the guard found, and stops a run that skips too many updates."""
 
 import math
+from pathlib import Path
+from typing import NoReturn
 
 from common.cli_errors import InputError
 from training.checkpoints.checkpoint_folder import checkpoints, step_of
@@ -42,11 +44,8 @@ class SkippedUpdates(Hook):
         if not run.guard.skipped_in_a_row or (losses and math.isfinite(losses[-1])):
             return True
         if losses and run.step == run.total_steps:
-            self._checkpoints.wait(run)
-            raise InputError(
-                "the last updates were skipped, and the validation loss is not finite; lower learning_rate or raise "
-                "warmup_steps: " + _good_checkpoint(run, before=run.step - run.guard.skipped_in_a_row + 1)
-            )
+            reason = "the last updates were skipped, and the validation loss is not finite"
+            self._stop(run, reason, run.step - run.guard.skipped_in_a_row)
         run.report(f"step {run.step}  no checkpoint while updates are skipped")
         return False
 
@@ -69,26 +68,29 @@ class SkippedUpdates(Hook):
             f"{text}: loss {verdict.loss:.4f}  norm {verdict.grad_norm:.2f}  samples {first} to {first + samples - 1}",
         )
         if verdict.skipped_in_a_row >= run.recipe.max_skipped_steps:
-            self._checkpoints.wait(run)
-            raise InputError(
+            reason = (
                 f"{verdict.skipped_in_a_row:,} updates in a row were skipped up to step {verdict.step:,}, with loss "
-                f"{verdict.loss:.4g} and gradient norm {verdict.grad_norm:.4g}; lower learning_rate or raise "
-                "warmup_steps: " + _good_checkpoint(run, before=verdict.step - verdict.skipped_in_a_row + 1)
+                f"{verdict.loss:.4g} and gradient norm {verdict.grad_norm:.4g}"
             )
+            self._stop(run, reason, verdict.step - verdict.skipped_in_a_row)
+
+    def _stop(self, run: Run, reason: str, last_step: int) -> NoReturn:
+        """Raise an `InputError`; `last_step` is the last one that was not skipped."""
+        self._checkpoints.wait(run)
+        advice = _good_checkpoint(run.output_dir, last_step)
+        raise InputError(f"{reason}; lower learning_rate or raise warmup_steps: {advice}")
 
 
-def _good_checkpoint(run: Run, *, before: int) -> str:
+def _good_checkpoint(output_dir: Path, last_step: int) -> str:
     """Advice for a stopped run: which checkpoint to resume from.
 
-    The update just before `before`, the first step that was skipped, may have corrupted the weights, unless the
-    validation loss of that step was finite.
+    The update of `last_step` may have corrupted the weights, unless the validation loss of that step was finite.
     """
-    lines = read_metrics(run.output_dir)
+    lines, found = read_metrics(output_dir), checkpoints(output_dir)
     validated = {line["step"] for line in lines if math.isfinite(line.get("val_loss", math.nan))}
-    found = checkpoints(run.output_dir)
     if not found:
         return "there is no checkpoint yet, so the run starts again from step 0"
-    good = [path for path in found if (step := step_of(path)) != before - 1 or step in validated]
+    good = [path for path in found if (step := step_of(path)) != last_step or step in validated]
     if good and good[-1] == found[-1]:
         return f"the newest good checkpoint is {good[-1]}, and the run resumes from it"
     if good:

@@ -1,15 +1,12 @@
 """Throughput, model FLOPs utilization (MFU), memory, and the estimate of the time left."""
 
+import math
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psutil
 import torch
-
-_RECENT_LINES = 10  # logged steps that the time left is estimated from
-
 
 # Peak FLOP/s of dense matrix products: in bf16 or fp16, and in fp32 with TF32 allowed.
 # From the vendor: data sheets of H100, H200, B200, A100, A10, L4, L40S, V100, T4; white papers of the GA102 and AD102
@@ -74,56 +71,38 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Throughput:
-    """Tokens per second of training itself: pauses for validation, samples and checkpoints are excluded.
-
-    The time left includes pauses, at their rate so far.
-    """
+    """Tokens per second of training itself: pauses for validation, samples and checkpoints are excluded."""
 
     def __init__(self) -> None:
-        self._since = time.perf_counter()
         self._paused = 0.0
         self._tokens = 0
-        self._recent: deque[tuple[float, int]] = deque(maxlen=_RECENT_LINES)
-        self._all_tokens = 0
-        self._all_paused = 0.0
-        self._tokens_at_last_pause = 0
+        self._marks = [(time.perf_counter(), 0)]  # the start and all calls of `take`: time, tokens since the start
 
     def add(self, tokens: int) -> None:
         """Count the tokens of a finished step."""
         self._tokens += tokens
-        self._all_tokens += tokens
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Exclude the time inside."""
         start = time.perf_counter()
         yield
-        seconds = time.perf_counter() - start
-        self._paused += seconds
-        self._all_paused += seconds
-        self._tokens_at_last_pause = self._all_tokens
+        self._paused += time.perf_counter() - start
 
     def take(self) -> float:
         """Tokens per second since the last call."""
-        now = time.perf_counter()
-        seconds = now - self._since - self._paused
-        rate = self._tokens / seconds if seconds > 0 else 0.0
-        if self._tokens:
-            self._recent.append((seconds, self._tokens))
-        self._since, self._paused, self._tokens = now, 0.0, 0
-        return rate
+        now, (since, tokens) = time.perf_counter(), self._marks[-1]
+        seconds = now - since - self._paused
+        if self._tokens == tokens:  # training has only begun
+            self._marks.pop()
+        self._marks.append((now, self._tokens))
+        self._paused = 0.0
+        return (self._tokens - tokens) / seconds if seconds > 0 else 0.0
 
     def seconds_left(self, tokens_left: int) -> float:
-        """Estimated time for `tokens_left`, from the recent pace of training and the pauses of this start.
+        """Estimated time for `tokens_left`, from the pace of this start, pauses included; NaN before the first call.
 
         The first logged step is ignored once there are others: it includes one-time costs such as compiling.
         """
-        recent = list(self._recent)
-        if len(recent) > 1 and sum(tokens for _, tokens in recent) == self._all_tokens - self._tokens:
-            recent = recent[1:]
-        tokens = sum(count for _, count in recent)
-        if not tokens:
-            return float("nan")
-        pace = sum(seconds for seconds, _ in recent) / tokens
-        pauses = self._all_paused / self._tokens_at_last_pause if self._tokens_at_last_pause else 0.0
-        return tokens_left * (pace + pauses)
+        (start, before), (end, after) = self._marks[1 if len(self._marks) > 2 else 0], self._marks[-1]
+        return tokens_left * (end - start) / (after - before) if after > before else math.nan

@@ -44,15 +44,12 @@ def start_trackers(accelerator: Accelerator, recipe: Recipe, first_step: int) ->
     names = chosen_trackers(recipe)
     if not names:
         return
-    options: dict[str, dict[str, Any]] = {"tensorboard": {}, "wandb": {}, "trackio": {}}
-    if first_step:
-        options["tensorboard"] = {"purge_step": first_step + 1}
+    options: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": first_step + 1} if first_step else {}}
     wandb_errors: tuple[type[Exception], ...] = ()
     if accelerator.is_main_process and {"wandb", "trackio"} & set(names):
-        output_dir = Path(recipe.output_dir)
-        name = _tracker_run_name(output_dir)
+        name = _tracker_run_name(Path(recipe.output_dir))
         # "allow": continue the run of this name, or create it.
-        options["wandb"] = {"id": name, "name": name, "dir": str(output_dir), "resume": "allow"}
+        options["wandb"] = {"id": name, "name": name, "dir": recipe.output_dir, "resume": "allow"}
         options["trackio"] = {"name": name, "resume": "allow"}
     if "wandb" in names:
         import wandb

@@ -3,7 +3,6 @@
 import gzip
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -27,7 +26,7 @@ class Validation(PeriodicEvaluation):
         self._coordinator = coordinator
         recipe, shard = run.recipe, run.shards.folder.val_shard
         windows = validation_windows(shard, seq_len=recipe.seq_len, eval_tokens=recipe.eval_tokens)
-        self.text = ScoredText.of_windows(shard, run.tokenizer, windows=windows, seq_len=recipe.seq_len)
+        self.text = ScoredText(shard, run.tokenizer, windows=windows, seq_len=recipe.seq_len)
 
     def evaluate(self, run: Run) -> None:
         """Score the validation text on all ranks."""
@@ -56,18 +55,12 @@ class Validation(PeriodicEvaluation):
         )
 
 
-@dataclass(frozen=True)
 class ScoredText:
-    """The text that a validation scores."""
+    """The text that a validation scores: that of the first `windows` windows of a validation shard."""
 
-    tokens: np.ndarray  # the targets of all validation windows in order, one-dimensional ids
-    byte_count: int  # of their text; end-of-text tokens have none
-
-    @classmethod
-    def of_windows(cls, shard: Shard, tokenizer: Tokenizer, *, windows: int, seq_len: int) -> "ScoredText":
-        """The text of the first `windows` windows of a validation shard."""
-        tokens = np.asarray(shard.read()[1 : windows * seq_len + 1])
-        return cls(tokens, int(tokenizer.token_byte_lengths()[tokens].sum()))
+    def __init__(self, shard: Shard, tokenizer: Tokenizer, *, windows: int, seq_len: int) -> None:
+        self.tokens = np.asarray(shard.read()[1 : windows * seq_len + 1])  # the targets in order, one-dimensional ids
+        self.byte_count = int(tokenizer.token_byte_lengths()[self.tokens].sum())  # end-of-text tokens have none
 
     def bits_per_byte(self, nats_per_token: float) -> float:
         """Bits per byte of a model with this mean loss, including its loss on end-of-text tokens."""

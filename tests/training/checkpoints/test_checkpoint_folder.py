@@ -266,12 +266,12 @@ def test_temporary_folders_of_a_killed_save_are_removed(tiny_recipe: Make) -> No
 def test_no_space_for_the_model_folder_is_one_line_and_the_next_start_writes_it(
     tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(checkpoint: Path, folder: Path) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     recipe = tiny_recipe(max_steps=4)
     with monkeypatch.context() as patch:
-        patch.setattr("training.hub.model_folder.copy_model", full)
+        patch.setattr("training.hub.model_folder.shutil.copytree", full)
         with pytest.raises(
             InputError, match=r"model could not be written \(No space left on device\); free some space"
         ) as error:

@@ -8,7 +8,7 @@ import pytest
 from support.cards import CONFIG, FACTS, card, hellaswag
 
 from training.hub.card import write_model_card
-from training.hub.card_edits import results_block, with_edits_of
+from training.hub.card_edits import with_edits_of
 from training.recipe import Recipe
 
 
@@ -101,5 +101,6 @@ def test_the_empty_card_of_a_new_repository_keeps_its_license_only() -> None:
 
 @pytest.mark.parametrize("content", ["", "a\n", "\\1 and \\g<0>"])
 def test_a_results_block_takes_any_text(content: str) -> None:
-    old, new = results_block("results", "old"), results_block("results", content)
+    block = "<!-- generated: results -->\n{}\n<!-- end of generated: results -->\n"
+    old, new = block.format("old"), block.format(content)
     assert f"before\n{new}after" in with_edits_of(f"before\n{old}after\n", new)[0]

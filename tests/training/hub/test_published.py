@@ -22,7 +22,7 @@ from support.tiny_models import tiny
 from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchForCausalLM
 from gpt2_scratch.generate import main as generate
-from training.hub.command import main
+from training.hub.__main__ import main
 from training.loop import train
 
 # The client itself uploads large files this way without Xet.

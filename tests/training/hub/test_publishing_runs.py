@@ -19,7 +19,7 @@ from support.paths import ROOT
 from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchConfig
 from training.checkpoints.checkpoint_folder import checkpoints, step_of
-from training.hub import command
+from training.hub import __main__ as command
 from training.hub.publisher import Publisher, claim_repository, record_push
 from training.loop import train
 from training.monitoring.run_history import RunHistory

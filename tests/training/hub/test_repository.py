@@ -17,7 +17,8 @@ from support.repositories import CARD, ensured, model_folder  # noqa: F401 - a f
 from support.tiny_models import tiny
 
 from common.cli_errors import InputError
-from training.hub import command, hub_errors
+from training.hub import __main__ as command
+from training.hub import hub_errors
 from training.hub.repository import push_folder, set_tag
 from training.hub.staging import stage
 from training.recipe import Recipe

@@ -10,7 +10,7 @@ from support.loopback_hub import LoopbackHub
 from support.loopback_writing import metadata_errors
 from support.repositories import CARD, ensured, model_folder  # noqa: F401 - a fixture
 
-from training.hub import command
+from training.hub import __main__ as command
 from training.hub.repository import push_folder
 from training.hub.staging import stage
 from training.recipe import Recipe

@@ -17,7 +17,7 @@ from support.small_corpora import make_shards
 from common.cli_errors import InputError
 from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
-from training.hub.command import main
+from training.hub.__main__ import main
 from training.hub.shard_dataset import dataset_card
 
 # The client itself uploads large files this way without Xet.

@@ -18,7 +18,7 @@ from support.model_folders import scratch  # noqa: F401 - a fixture
 from support.paths import ROOT
 
 from common.cli_errors import InputError
-from training.hub import command
+from training.hub import __main__ as command
 from training.hub.space import GRADIO_VERSION, space_files, space_id
 
 pytestmark = [

@@ -24,9 +24,7 @@ def shard_of(ids: list[int], path: Path) -> Shard:
 
 
 def test_a_byte_level_loss_of_ln_2_is_one_bit_per_byte(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
-    text = ScoredText.of_windows(
-        shard_of([*b"_abcdefgh", 0], tmp_path / "v.npy"), bytes_tokenizer, windows=2, seq_len=4
-    )
+    text = ScoredText(shard_of([*b"_abcdefgh", 0], tmp_path / "v.npy"), bytes_tokenizer, windows=2, seq_len=4)
     assert bytes(text.tokens.tolist()) == b"abcdefgh"  # the first token is only an input
     assert text.byte_count == 8
     assert text.bits_per_byte(math.log(2)) == pytest.approx(1.0)
@@ -34,7 +32,7 @@ def test_a_byte_level_loss_of_ln_2_is_one_bit_per_byte(bytes_tokenizer: Tokenize
 
 def test_end_of_text_tokens_cost_bits_but_count_no_bytes(bytes_tokenizer: Tokenizer, tmp_path: Path) -> None:
     ids = [0, *b"abc", 256, *b"abc", 256]
-    text = ScoredText.of_windows(shard_of(ids, tmp_path / "v.npy"), bytes_tokenizer, windows=1, seq_len=8)
+    text = ScoredText(shard_of(ids, tmp_path / "v.npy"), bytes_tokenizer, windows=1, seq_len=8)
     assert text.byte_count == 6
     assert text.bits_per_byte(math.log(2)) == pytest.approx(8 / 6)
     # The same text and the same denominator for gzip, a line feed where a document ends.
