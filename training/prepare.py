@@ -10,56 +10,38 @@ from pathlib import Path
 
 from common.cli_errors import CommandParser, InputError, interrupt_on_sigterm, run_command
 from common.typed_values import convert
+from training.recipe import Recipe, field_types
 
 # The worker processes import this module: heavy imports are inside functions.
 
-DEFAULT_SHARD_TOKENS = 100_000_000
-
-
-def _boolean(value: str) -> bool:
-    try:
-        return bool(convert("value", bool, value))
-    except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+# Keys of a recipe that are flags here too.
+_KEYS = (
+    *("corpus", "corpus_config", "text_field", "document_separator", "encoding"),
+    *("tokenizer", "split_special_tokens", "shard_tokens", "val_tokens"),
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command's flags."""
+    """Return the parser of the command's flags; values of recipe keys stay strings."""
     parser = CommandParser(
         prog="python -m training.prepare",
         description="Tokenize a corpus into the shards that training reads. Run it again to resume.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add_either = parser.add_mutually_exclusive_group(required=True).add_argument
-    add_either("--corpus", help="installed-docs, fineweb, fineweb-edu, a file or folder, or a Hub dataset (owner/name)")
+    for key in dataclasses.fields(Recipe):
+        if key.name in _KEYS:
+            has_default = key.default not in (None, dataclasses.MISSING)
+            (add_either if key.name == "corpus" else add)(
+                f"--{key.name}",
+                default=key.default if has_default else None,
+                help=key.metadata["help"] + (f" (default: {key.default})" if has_default else ""),
+            )
     add_either("--inspect", type=Path, metavar="DIR", help="describe a shard folder, made by this or another program")
     add("--output", type=Path, dest="folder", metavar="DIR", help="the shard folder; created if missing")
     add("--verify", action="store_true", help="with --inspect, check every byte: hashes and token ids")
-    add("--corpus_config", help="configuration of a Hub dataset; FineWeb's default is sample-10BT")
-    add("--text_field", default="text", help="field or column that holds the text in JSON lines and Parquet")
-    add(
-        "--document_separator",
-        default="<|endoftext|>",
-        help=r"what separates documents in text files: a line, a text with line breaks such as '\n\n', or none",
-    )
-    add("--encoding", help="encoding of text without a byte-order mark; UTF-8 if not given")
-    add(
-        "--tokenizer",
-        default="gpt2",
-        help="gpt2, train:4096 to train one on the corpus, a folder, or a Hub id",
-    )
-    add(
-        "--split_special_tokens",
-        type=_boolean,
-        default=True,
-        metavar="BOOL",
-        help="encode special tokens that the corpus spells, such as <|endoftext|>, as plain text",
-    )
-    add("--shard_tokens", type=int, default=DEFAULT_SHARD_TOKENS, help="tokens in each training shard")
-    add("--val_tokens", type=int, help="tokens in the validation shard; shard_tokens if not given")
     add("--max_tokens", type=int, help="stop after this many training tokens")
-    add("--num_workers", type=int, help="tokenizing processes; 0 tokenizes in the main process; all cores if not given")
+    add("--num_workers", type=int, help="tokenizing processes; 0 tokenizes in the main process (default: all cores)")
     return parser
 
 
@@ -81,16 +63,15 @@ def _run() -> None:
         raise InputError("--verify needs --inspect DIR")
     if arguments.folder is None:
         raise InputError("--output is missing; pass the folder to fill")
-    if arguments.val_tokens is None:
-        arguments.val_tokens = arguments.shard_tokens
-
-    if arguments.document_separator == "none":
-        arguments.document_separator = None
+    kinds = field_types()
+    values = {name: convert(f"--{name}", kinds[name], getattr(arguments, name)) for name in _KEYS}
+    if values["val_tokens"] is None:
+        values["val_tokens"] = values["shard_tokens"]
 
     from training.data.producing.producer import produce
     from training.data.shards.shard_spec import ShardSpec
 
-    spec = ShardSpec(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(ShardSpec)})
+    spec = ShardSpec(folder=arguments.folder, max_tokens=arguments.max_tokens, **values)
     produce(spec, num_workers=arguments.num_workers, report=lambda line: print(line, flush=True))
 
 

@@ -49,24 +49,20 @@ def read_yaml(path: Path, what: str) -> dict[Any, Any]:
         InputError: the file is not valid YAML, or holds no keys.
         OSError: it cannot be read.
     """
+    with path.open("rb") as file:
+        content = file.read(_LARGEST_BYTES + 1)
+    if len(content) > _LARGEST_BYTES:  # such as /dev/zero, or a corpus
+        raise InputError(f"{what} {path} is larger than {_LARGEST_BYTES:,} bytes; check the path")
     try:
-        with path.open("rb") as file:
-            content = file.read(_LARGEST_BYTES + 1)
-        if len(content) > _LARGEST_BYTES:  # such as /dev/zero, or a corpus
-            raise InputError(f"{what} {path} is larger than {_LARGEST_BYTES:,} bytes; check the path")
         keys = yaml.load(content.decode("utf-8"), _StrictLoader)
     except UnicodeDecodeError as error:
         raise InputError(f"{what} {path} is not UTF-8 ({error.reason}); save it again as UTF-8") from None
-    except InputError:
-        raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark, problem = getattr(error, "problem_mark", None), None
-        if isinstance(error, yaml.constructor.ConstructorError):
+        mark, problem = getattr(error, "problem_mark", None), "expected lines of `key: value`"
+        if isinstance(error, yaml.constructor.ConstructorError) and error.problem:
             problem = error.problem
         line = f" (line {mark.line + 1})" if mark else ""
-        raise InputError(
-            f"{what} {path} is not valid YAML{line}; {problem or 'expected lines of `key: value`'}"
-        ) from None
+        raise InputError(f"{what} {path} is not valid YAML{line}; {problem}") from None
     if not isinstance(keys, dict):
         raise InputError(f"{what} {path} holds no keys; expected lines of `key: value`")
     return keys

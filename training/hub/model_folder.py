@@ -32,7 +32,7 @@ class ModelFolder(Hook):
         if run.accelerator.is_main_process:
             self._checkpoints.check_last(run)
         with self._samples.failures_reported(run):
-            self._samples.sample(run, show=False)
+            self._samples.evaluate(run)
         if not run.accelerator.is_main_process:
             return
         history = self._monitor.log.history

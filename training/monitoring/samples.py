@@ -27,11 +27,7 @@ class Samples(PeriodicEvaluation):
         return not run.accelerator.is_fsdp2
 
     def evaluate(self, run: Run) -> None:
-        """Generate samples, record and print them."""
-        self.sample(run, show=True)
-
-    def sample(self, run: Run, *, show: bool) -> None:
-        """Generate and record samples of the current model; with `show`, print them too.
+        """Generate samples and record them; print them, but for those of the last step.
 
         Only rank 0 generates, unless the weights are sharded: then all ranks take part.
         """
@@ -39,7 +35,7 @@ class Samples(PeriodicEvaluation):
             return
         with run.pause():
             texts = _generate(run)
-        self._monitor.log.samples(run.step, texts, show=show)
+        self._monitor.log.samples(run.step, texts, show=run.step < run.total_steps)
         self._monitor.track(run.step, {"samples": "\n\n".join(texts)})
 
 
