@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 
 from common.cli_errors import InputError, is_out_of_memory, one_line
 from common.rate_limited_log import RateLimitedLog
-from training.checkpoints.checkpoint_folder import load_checkpoint, remove_leftovers, skeleton_of
+from training.checkpoints.checkpoint_folder import load_checkpoint, skeleton_of
 from training.checkpoints.checkpoint_writer import Checkpoints
-from training.checkpoints.resume import set_aside_later_checkpoints, set_aside_unreadable_recipe
+from training.checkpoints.resume import prepare_run_folder
 from training.checkpoints.resume_command import extend_command, resume_command
 from training.checkpoints.signals import Coordinator, StopTraining
 from training.data.loading.loader import TrainingWindows, training_batches
@@ -139,24 +139,22 @@ def _train(plan: Plan, accelerator: Accelerator, producer: BackgroundProducer, u
     with contextlib.ExitStack() as stack:
         skeleton = skeleton_of(model)
         _prepare(run, accelerator, model)
-        set_aside, unreadable = [], None
-        if accelerator.is_main_process:  # once everything could be built
-            unreadable = set_aside_unreadable_recipe(run.output_dir)
-            run.recipe.save(run.output_dir / "recipe.yaml")
-            remove_leftovers(run.output_dir)
-            set_aside = set_aside_later_checkpoints(run.output_dir, run.first_step)
+        # Once everything could be built.
+        messages = prepare_run_folder(run.recipe, run.first_step) if accelerator.is_main_process else []
         coordinator = Coordinator(
             save_minutes=run.recipe.save_minutes, num_processes=accelerator.num_processes, timeout=PROCESS_TIMEOUT
         )
         checkpoints = _add_hooks(plan, coordinator, skeleton, user_hooks)
         stack.push(lambda kind, error, _: _close(run, producer, error))
-        if unreadable:
-            run.report(f"recipe.yaml could not be read; it was renamed to {unreadable}")
-        if set_aside:
-            run.report(f"later checkpoints were renamed to {', '.join(map(str, set_aside))}; delete them if you like")
+        for message in messages:
+            run.report(message)
         if accelerator.is_main_process:
             producer.report = run.report
-        with coordinator, _frozen_gc():
+        # The libraries' hundreds of thousands of objects cost 0.2 s per collection: a step or more on a GPU.
+        gc.collect()
+        gc.freeze()
+        stack.callback(gc.unfreeze)
+        with coordinator:
             try:
                 take_steps(run, _training_batches(run, coordinator, checkpoints, producer))
             except StopTraining as stop:
@@ -265,9 +263,7 @@ def _training_batches(
         failures.extend(failure for failure in gather_object([producer.failure]) if failure)
         if failures:
             return True
-        coordinator.poll()
-        if coordinator.stop_signal:
-            raise StopTraining(coordinator.stop_signal, between_steps=between_steps)
+        coordinator.check_stop(between_steps=between_steps)
         if coordinator.save_is_due and between_steps:
             checkpoints.save(run)
         ready_here = run.shards.ready() >= (step + 1) * run.batch.sequences_per_step
@@ -301,20 +297,6 @@ def _training_batches(
         may_read=may_read,
     )
     raise NoMoreShardsError(failures[0])
-
-
-@contextlib.contextmanager
-def _frozen_gc() -> Iterator[None]:
-    """Exclude existing objects from garbage collection.
-
-    The libraries' hundreds of thousands of objects cost 0.2 s per collection: a step or more on a GPU.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _report_complete(run: Run) -> None:

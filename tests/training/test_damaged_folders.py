@@ -20,9 +20,9 @@ from support.small_corpora import make_shards
 
 from common.atomic_files import file_sha256
 from common.cli_errors import InputError, os_error_message
-from training.checkpoints.checkpoint_folder import checkpoints, remove_leftovers
+from training.checkpoints.checkpoint_folder import checkpoints
 from training.checkpoints.checksums import update_checksums
-from training.checkpoints.resume import set_aside_later_checkpoints, set_aside_unreadable_recipe
+from training.checkpoints.resume import prepare_run_folder
 from training.checkpoints.state_snapshot import rng_state
 from training.data.loading.loader import TrainingWindows, training_batches, validation_batches
 from training.data.producing.background_producer import BackgroundProducer
@@ -92,10 +92,7 @@ def resumed(recipe: Recipe) -> tuple[int, list[bytes]]:
     accelerator = build_accelerator(recipe)
     model = build_model(recipe, run.tokenizer, device_type="cpu", weights=run.resume_from)
     _prepare(run, accelerator, model)
-    set_aside_unreadable_recipe(run.output_dir)
-    recipe.save(run.output_dir / "recipe.yaml")
-    remove_leftovers(run.output_dir)
-    set_aside_later_checkpoints(run.output_dir, run.first_step)
+    prepare_run_folder(recipe, run.first_step)
     history = RunHistory.load(run.output_dir, run.first_step)
     set_aside_unreadable_metrics(run.output_dir, history.unreadable)
     last_push(run.output_dir)

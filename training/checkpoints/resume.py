@@ -9,7 +9,7 @@ import yaml
 
 from common.cli_errors import InputError
 from common.folder_lock import LOCK_NAME
-from training.checkpoints.checkpoint_folder import TrainerState, check_intact, checkpoints, step_of
+from training.checkpoints.checkpoint_folder import TrainerState, check_intact, checkpoints, remove_leftovers, step_of
 from training.data.loading.order import Order
 from training.data.shards.shard_reader import ShardFolder
 from training.data.sources.open_corpus import check_outside_corpus
@@ -97,14 +97,6 @@ def _read_recipe(path: Path) -> dict[str, object]:
     return keys if isinstance(keys, dict) else {}
 
 
-def set_aside_unreadable_recipe(output_dir: Path) -> Path | None:
-    """Rename a recipe.yaml that cannot be read, before the run writes its own; return the new path."""
-    path = output_dir / "recipe.yaml"
-    if not path.exists() or _read_recipe(path):
-        return None
-    return path.rename(path.with_name("recipe.yaml.unreadable"))
-
-
 def _check_same_run(recipe: Recipe, earlier: dict[str, object], where: str) -> None:
     differences = recipe.differences_from(earlier)
     if differences:
@@ -122,19 +114,26 @@ def check_end(checkpoint: Path, done: int, end: int) -> None:
         )
 
 
-def set_aside_later_checkpoints(output_dir: Path, step: int) -> list[Path]:
-    """Rename checkpoints after `step`, from which a run is about to resume, and return their new paths.
+def prepare_run_folder(recipe: Recipe, step: int) -> list[str]:
+    """Write the recipe of a run that takes the steps after `step`, and return lines to print.
 
-    Otherwise the next start would resume from them. The new names are `checkpoints/abandoned-step-000060`, or
-    `abandoned-2-step-000060` if that exists.
+    A recipe that cannot be read, and checkpoints after `step`, from which the next start would resume, are renamed: to
+    `checkpoints/abandoned-step-000060`, or `abandoned-2-step-000060` if that exists. Partial files are removed.
     """
+    output_dir, lines = Path(recipe.output_dir), []
+    path = output_dir / "recipe.yaml"
+    if path.exists() and not _read_recipe(path):
+        kept = path.rename(path.with_name("recipe.yaml.unreadable"))
+        lines.append(f"recipe.yaml could not be read; it was renamed to {kept}")
+    recipe.save(path)
+    remove_leftovers(output_dir)
     renamed = []
-    for path in checkpoints(output_dir):
-        if step_of(path) > step:
-            names = chain([f"abandoned-{path.name}"], (f"abandoned-{number}-{path.name}" for number in count(2)))
-            target = next(target for name in names if not (target := path.with_name(name)).exists())
-            renamed.append(path.rename(target))
-    return renamed
+    for later in (checkpoint for checkpoint in checkpoints(output_dir) if step_of(checkpoint) > step):
+        names = chain([f"abandoned-{later.name}"], (f"abandoned-{number}-{later.name}" for number in count(2)))
+        renamed.append(later.rename(next(new for name in names if not (new := later.with_name(name)).exists())))
+    if renamed:
+        lines.append(f"later checkpoints were renamed to {', '.join(map(str, renamed))}; delete them if you like")
+    return lines
 
 
 def shard_identities(folder: ShardFolder) -> list[str]:

@@ -141,11 +141,11 @@ class Coordinator(SignalWatch, Hook):
         work.wait()
         return tensor.tolist()
 
-    def check_stop(self) -> None:
+    def check_stop(self, *, between_steps: bool = True) -> None:
         """Poll, and raise `StopTraining` if a signal stops the run."""
         self.poll()
         if self.stop_signal:
-            raise StopTraining(self.stop_signal)
+            raise StopTraining(self.stop_signal, between_steps=between_steps)
 
     def checking_stop(self, batches: Iterable[_Item]) -> Iterator[_Item]:
         """Yield the batches, and check for a stop between them; all ranks must have equally many."""

@@ -96,11 +96,12 @@ def can_retry(error: BaseException) -> bool:
 @contextmanager
 def input_errors(repo_id: str, advice: str) -> Iterator[None]:
     """Turn errors of the Hub and the network into an `InputError` that ends with `advice`."""
+    errors: tuple[type[BaseException], ...] = (*network_errors(), RuntimeError, ValueError)
     try:
         yield
     except InputError:
         raise
-    except (*network_errors(), RuntimeError, ValueError) as error:
+    except errors as error:
         status = status_of(error)
         if isinstance(error, LocalTokenNotFoundError):
             problem = (

@@ -82,16 +82,10 @@ def loss_limits(columns: Sequence[tuple[Sequence[float], Sequence[float]]]) -> t
     The first steps of a run start at ten nats or more. Showing them would squeeze the rest into a line at the bottom. A
     loss that is high later on is always shown.
     """
-    last = max((tokens[-1] for tokens, _ in columns if tokens), default=0.0)
-    if sum(len(losses) for _, losses in columns) < _FEWEST_FOR_A_LINE:
-        return None
-    shown = [
-        loss
-        for tokens, losses in columns
-        for at, loss in zip(tokens, losses, strict=True)
-        if at >= _BEGINNING * last and math.isfinite(loss)
-    ]
-    if not shown:
+    points = [point for tokens, losses in columns for point in zip(tokens, losses, strict=True)]
+    beginning = _BEGINNING * max((tokens for tokens, _ in points), default=0.0)
+    shown = [loss for tokens, loss in points if tokens >= beginning and math.isfinite(loss)]
+    if len(points) < _FEWEST_FOR_A_LINE or not shown:
         return None
     margin = 0.05 * (max(shown) - min(shown)) or 0.1
     return min(shown) - margin, max(shown) + margin
