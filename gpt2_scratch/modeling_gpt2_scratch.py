@@ -39,7 +39,6 @@ from .pretrained_gpt2_scratch import (
     check_arguments,
     check_inputs,
     check_labels,
-    check_mask,
     mask_cache,
     sequence_too_long,
     single_cache,
@@ -205,7 +204,7 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, and the `ATTENTION_ARGUMENTS`.
 
         Raises:
-            TypeError: an argument that nothing reads, see `check_arguments` and `check_mask`.
+            TypeError: an argument that nothing reads, see `check_arguments`.
             ValueError: inputs that do not fit the model, see `check_inputs`.
         """
         cache = single_cache(cache, past_key_values)
@@ -218,9 +217,8 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
             use_cache, cache = False, None  # the backward pass runs the blocks again, which would add their keys twice
         elif use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        attention_kwargs = check_arguments(self, kwargs, cache, position_ids)
         causal_mask = self._causal_mask(inputs_embeds, attention_mask, position_ids, cache)
-        check_mask(self, attention_kwargs, causal_mask, cache)
+        attention_kwargs = check_arguments(self, kwargs, cache, position_ids, causal_mask)
 
         if position_ids is None:
             past_seq = 0 if cache is None else cache.get_seq_length()

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,11 @@ ATTENTION_ARGUMENTS = _PACKED_DOCUMENTS | frozenset(
     }
 )
 # What implementations of transformers read of these. Others, such as vLLM's, get all.
-_READ_BY: dict[str, Collection[str]] = {"eager": (), "sdpa": ("is_causal",), "flex_attention": ("kernel_options",)}
+_READ_BY: dict[str, frozenset[str]] = {
+    "eager": frozenset(),
+    "sdpa": frozenset({"is_causal"}),
+    "flex_attention": frozenset({"kernel_options"}),
+}
 # Read by decorators.
 _READ_ELSEWHERE = frozenset({"output_hidden_states", "output_attentions", "return_dict"})
 # Arguments of the official class that are not implemented here. Libraries pass them as None.
@@ -56,9 +60,13 @@ _OFFICIAL_ONLY = frozenset(
 
 
 def check_arguments(
-    model: "GPT2ScratchPreTrainedModel", arguments: dict[str, Any], cache: Cache | None, position_ids: Tensor | None
+    model: "GPT2ScratchPreTrainedModel",
+    arguments: dict[str, Any],
+    cache: Cache | None,
+    position_ids: Tensor | None,
+    mask: Any,
 ) -> dict[str, Any]:
-    """Return the arguments for the attention implementation.
+    """Return the arguments for the attention implementation, which also gets the `mask`.
 
     Without a cache, `position_ids` separate packed documents, so the implementation need not read where they begin.
 
@@ -66,9 +74,25 @@ def check_arguments(
         TypeError: an argument that is unknown, not implemented here, or not read by the attention implementation.
     """
     name_of_model, implementation = type(model).__name__, model.config._attn_implementation
-    read = ATTENTION_ARGUMENTS if _is_paged(cache) else _read_by(implementation, arguments)
+    read, ignored_with_mask = ATTENTION_ARGUMENTS, frozenset()
+    if _is_paged(cache):
+        pass
+    elif is_flash_attention_requested(requested_attention_implementation=implementation):
+        are_complete = all(arguments.get(name) is not None for name in _FLASH_DOCUMENTS)
+        read = frozenset({"is_causal"}) | (_FLASH_DOCUMENTS if are_complete else frozenset())
+        ignored_with_mask = _FLASH_DOCUMENTS
+    elif implementation in _READ_BY:
+        read = _READ_BY[implementation]
+        ignored_with_mask = read if implementation == "sdpa" else frozenset()
     for name, value in arguments.items():
-        if name in _READ_ELSEWHERE or (name in read and not isinstance(value, Cache)):
+        if name in _READ_ELSEWHERE:
+            continue
+        if name in read and not isinstance(value, Cache):
+            if mask is not None and name in ignored_with_mask and value is not None and value is not True:
+                raise TypeError(
+                    f"{name_of_model}.forward() got {name}, which attn_implementation={implementation!r} does not read "
+                    "with padding, packed documents or a cache; leave it out, or pass a mask (batch, 1, seq, seq)"
+                )
             continue
         if name not in ATTENTION_ARGUMENTS and name not in _OFFICIAL_ONLY:
             raise TypeError(f"{name_of_model}.forward() got an unexpected argument {name!r}")
@@ -83,30 +107,6 @@ def check_arguments(
             "it out (without a cache, position_ids separate packed documents), or choose another implementation"
         )
     return {name: value for name, value in arguments.items() if name in read}
-
-
-def _read_by(implementation: str, arguments: dict[str, Any]) -> Collection[str]:
-    """Return those of the `ATTENTION_ARGUMENTS` that an attention implementation reads."""
-    if not is_flash_attention_requested(requested_attention_implementation=implementation):
-        return _READ_BY.get(implementation, ATTENTION_ARGUMENTS)
-    are_complete = all(arguments.get(name) is not None for name in _FLASH_DOCUMENTS)
-    return {"is_causal", *(_FLASH_DOCUMENTS if are_complete else ())}
-
-
-def check_mask(
-    model: "GPT2ScratchPreTrainedModel", arguments: dict[str, Any], mask: Tensor | None, cache: Cache | None
-) -> None:
-    """Raise a TypeError for arguments that the attention implementation ignores if it gets a mask."""
-    if mask is None or _is_paged(cache):
-        return
-    implementation = model.config._attn_implementation
-    is_flash = is_flash_attention_requested(requested_attention_implementation=implementation)
-    for name in _FLASH_DOCUMENTS if is_flash else {"is_causal"} if implementation == "sdpa" else ():
-        if arguments.get(name) is not None and arguments[name] is not True:
-            raise TypeError(
-                f"{type(model).__name__}.forward() got {name}, which attn_implementation={implementation!r} does not "
-                "read with padding, packed documents or a cache; leave it out, or pass a mask (batch, 1, seq, seq)"
-            )
 
 
 def single_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

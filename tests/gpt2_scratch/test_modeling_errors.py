@@ -11,7 +11,7 @@ from transformers.cache_utils import StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from gpt2_scratch import GPT2ScratchForCausalLM, GPT2ScratchForSequenceClassification, GPT2ScratchModel
-from gpt2_scratch.pretrained_gpt2_scratch import ATTENTION_ARGUMENTS, check_arguments, check_mask
+from gpt2_scratch.pretrained_gpt2_scratch import ATTENTION_ARGUMENTS, check_arguments
 
 pytestmark = pytest.mark.parity
 
@@ -138,14 +138,14 @@ def test_flash_attention_reads_where_documents_begin_if_that_is_complete(name):
     model = tiny()
     model.config._attn_implementation = name
     complete = dict.fromkeys(FLASH_DOCUMENTS, 7)
-    assert check_arguments(model, {**complete, "is_causal": False}, None, None) == {**complete, "is_causal": False}
+    arguments = {**complete, "is_causal": False}
+    assert check_arguments(model, arguments, None, None, None) == arguments
     for missing in FLASH_DOCUMENTS:
         partial = {**complete, missing: None}
         with pytest.raises(TypeError, match="does not read; leave it out"):
-            check_arguments(model, partial, None, None)
+            check_arguments(model, partial, None, None, None)
     with pytest.raises(TypeError, match="does not read with padding"):
-        check_mask(model, complete, torch.ones(2, 20), None)
-    check_mask(model, complete, None, None)
+        check_arguments(model, complete, None, None, torch.ones(2, 20))
 
 
 @pytest.mark.parametrize("argument", sorted(ATTENTION_ARGUMENTS - {*FLASH_DOCUMENTS, "is_causal"}))
@@ -153,7 +153,7 @@ def test_flash_attention_refuses_the_arguments_of_others(argument):
     model = tiny()
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(TypeError, match=f"got {argument}, which attn_implementation='flash_attention_2' does not read"):
-        check_arguments(model, {argument: 7}, None, None)
+        check_arguments(model, {argument: 7}, None, None, None)
 
 
 @pytest.mark.parametrize("also", [{}, {"shift_labels": tokens()}])
