@@ -32,6 +32,9 @@ from common.cli_errors import CommandParser, InputError, run_command
 from .inspection import prompt_ids
 from .source_folder import LOADING_ERRORS, check_index, looks_like_path, model_in_run
 
+_TOLERANCE = 1e-3  # relative to the largest logit
+_TOLERANCE_IN_HALF_PRECISION = 5e-2
+
 
 class CountingStreamer(TextStreamer):
     """Prints text that comes from one or several calls of generate, and counts the new tokens."""
@@ -114,13 +117,30 @@ def check_model(model: Any, tokenizer: Any) -> None:
             f"the tokenizer has {tokens:,} tokens, but the model's vocabulary has {vocab_size:,} tokens; use the "
             "tokenizer that belongs to the model"
         )
-    logits = model(input_ids=torch.tensor([[0, 1], [0, 2]], device=model.device), use_cache=False).logits[:, 0].float()
-    tolerance = 1e-3 if model.dtype == torch.float32 else 0.02  # of rounding
-    if (logits[0] - logits[1]).abs().max() > tolerance * logits.abs().max():
+    causal_logits(model, torch.tensor([[0, 1], [0, 2]], device=model.device))
+
+
+def causal_logits(model: Any, input_ids: Tensor) -> Tensor:
+    """Return the logits of two sequences, (2, seq), that differ in the last token only.
+
+    Raises:
+        InputError: the model is not causal: its logits depend on later tokens, as BERT's do without `is_decoder`.
+    """
+    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    if logits_differ(logits[0, :-1], logits[1, :-1]):
         raise InputError(
-            "the model is not a causal language model: its predictions depend on later tokens; pass a model that was "
-            "trained to continue text, such as a GPT-2"
+            "the model is not a causal language model: its predictions depend on later tokens; use a model that was "
+            "trained to continue text, or set is_decoder in the config of one that can do both"
         )
+    return logits
+
+
+def logits_differ(one: Tensor, other: Tensor) -> bool:
+    """Return whether logits differ by more than rounding; NaN counts as equal."""
+    if not one.numel():
+        return False
+    tolerance = _TOLERANCE if one.dtype == torch.float32 else _TOLERANCE_IN_HALF_PRECISION
+    return bool((one.float() - other.float()).abs().max() > tolerance * one.float().abs().max())
 
 
 def _from_pretrained(auto_class: Any, kind: str, model_id: str, options: dict[str, Any]) -> Any:
