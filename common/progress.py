@@ -1,18 +1,19 @@
 """The one display of progress: a bar on a terminal, otherwise an occasional log line."""
 
+import contextlib
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 tqdm.set_lock(threading.RLock())  # its default is a lock between processes, which a killed run leaks
 
 
-class Progress:
+class Progress(contextlib.AbstractContextManager):
     """Progress of a long task, on standard error; a context manager.
 
     Args:
@@ -58,9 +59,6 @@ class Progress:
         self._unit, self._description, self._status = unit, description, ""
         self._seconds_between_lines = seconds_between_lines
         self._started = self._reported = time.monotonic()
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.close()

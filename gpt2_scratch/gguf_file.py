@@ -30,18 +30,6 @@ if TYPE_CHECKING:
 GGUF_DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 _TANH_GELU = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_accurate")
-_NAMES = {
-    "wte": "token_embd",
-    "wpe": "position_embd",
-    "ln_f": "output_norm",
-    "lm_head": "output",
-    "ln_1": "attn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "ln_2": "ffn_norm",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
 
 
 def write_gguf(
@@ -73,6 +61,7 @@ def write_gguf(
     dtype = dtype or {"F16": "f16", "BF16": "bf16"}.get(headers["wte.weight"][0], "f32")
 
     types: dict[str, GGMLQuantizationType] = {}
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, model.config.n_layer)
     with contextlib.closing(gguf.GGUFWriter(path, "gpt2")) as writer:
         _add_sizes(writer, model.config, name)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == "f32" else f"MOSTLY_{dtype.upper()}"])
@@ -83,7 +72,9 @@ def write_gguf(
             types[weight] = _type_of(weight, shape, dtype)
             block, size = gguf.GGML_QUANT_SIZES[types[weight]]
             nbytes = math.prod(shape) // block * size
-            writer.add_tensor_info(_gguf_name(weight), shape, np.dtype("float32"), nbytes, types[weight])
+            official = weight if weight == "lm_head.weight" else f"transformer.{weight}"
+            name_in_file = names.get_name(official, try_suffixes=(".weight", ".bias"))
+            writer.add_tensor_info(name_in_file, shape, np.dtype("float32"), nbytes, types[weight])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -156,7 +147,7 @@ def _add_tokenizer(writer: "GGUFWriter", source: Path, config: GPT2ScratchConfig
         )
     ids = range(config.vocab_size)
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    end = next((one for one in ends if one is not None and one in ids), None)
+    end = next((one for one in ends if one in ids), None)
     if end is None:
         raise InputError(
             f"config.json has eos_token_id {config.eos_token_id}, which is not a token of the model; llama.cpp would "
@@ -170,8 +161,8 @@ def _add_tokenizer(writer: "GGUFWriter", source: Path, config: GPT2ScratchConfig
     writer.add_token_merges(merges)
     writer.add_eos_token_id(end)
     bos, pad = config.bos_token_id, config.pad_token_id
-    writer.add_bos_token_id(bos if bos is not None and bos in ids else end)
-    if pad is not None and pad in ids:
+    writer.add_bos_token_id(bos if bos in ids else end)
+    if pad in ids:
         writer.add_pad_token_id(pad)
     writer.add_add_bos_token(False)
 
@@ -179,14 +170,6 @@ def _add_tokenizer(writer: "GGUFWriter", source: Path, config: GPT2ScratchConfig
 def _is_affine(weight: str) -> bool:
     """Return whether a weight is that of a Conv1D, stored as (in, out); llama.cpp multiplies with (out, in)."""
     return weight.startswith("h.") and weight.endswith(".weight") and ".ln_" not in weight
-
-
-def _gguf_name(weight: str) -> str:
-    module, _, part = weight.rpartition(".")
-    if module.startswith("h."):
-        _, layer, module = module.split(".", 2)
-        return f"blk.{layer}.{_NAMES[module]}.{part}"
-    return f"{_NAMES[module]}.{part}"
 
 
 def _type_of(weight: str, shape: tuple[int, ...], dtype: str) -> "GGMLQuantizationType":

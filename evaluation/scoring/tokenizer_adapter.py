@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
-from common.byte_level import unicode_to_bytes
 from common.cli_errors import InputError
+from common.tokenizer_json import unicode_to_bytes
 
 
 class TokenizerAdapter:

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from common.byte_level import unicode_to_bytes
 from common.cli_errors import InputError, one_line
+from common.tokenizer_json import unicode_to_bytes
 from training.data.sources.pieces import is_between_words
 from training.data.tokenization.tokenizer import Tokenizer
 from training.data.tokenization.tokenizer_files import write_tokenizer_config

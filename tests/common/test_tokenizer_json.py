@@ -1,7 +1,7 @@
 from tokenizers import pre_tokenizers
 from transformers.convert_slow_tokenizer import bytes_to_unicode as reference
 
-from common.byte_level import bytes_to_unicode, unicode_to_bytes
+from common.tokenizer_json import bytes_to_unicode, unicode_to_bytes
 
 
 def test_characters_are_those_of_transformers_and_tokenizers() -> None:
