@@ -64,20 +64,19 @@ def _evaluate(options: argparse.Namespace, accelerator: Accelerator, model: Any,
     items = on_every_process(
         accelerator, lambda: read_items(options.tasks, options.data_dir, encoder, n_positions, options.limit)
     )
-    caches: list[ItemCache] = []  # on the main process, with --output
+    cache: ItemCache | None = None  # on the main process, with --output
 
     def open_cache() -> None:
+        nonlocal cache
         if options.output.exists():
             refuse_another_model(options.output, vars(read_results(options.output)), weights, dtype)
-        path = options.output.with_suffix(".items.jsonl")
-        code = code_fingerprint(model)
-        caches.append(ItemCache(path, model=options.model, weights=weights, dtype=dtype, code=code))
-        if caches[0].corrupted:
-            print(f"{path}: {caches[0].corrupted:,} lines are corrupted; their items are scored again", file=sys.stderr)
+        path, code = options.output.with_suffix(".items.jsonl"), code_fingerprint(model)
+        cache = ItemCache(path, model=options.model, weights=weights, dtype=dtype, code=code)
+        if cache.corrupted:
+            print(f"{path}: {cache.corrupted:,} lines are corrupted; their items are scored again", file=sys.stderr)
 
     if options.output is not None:
         from_main_process(accelerator, open_cache)
-    cache = caches[0] if caches else None
     with contextlib.closing(cache) if cache else contextlib.nullcontext():
         tasks = [
             run_task(

@@ -73,7 +73,7 @@ class ForwardPasses:
         lengths = {owner: len(request.ids) - 1 for owner, request in enumerate(requests)}
         scored = {owner: len(request.continuation) for owner, request in enumerate(requests)}
         at_once = max(_MAX_SCORED_AT_ONCE, budget // TOKENS_PER_SCORED_TOKEN)
-        for owners in self._batches(lengths, scored, budget):
+        for owners in cheapest_batches(lengths, scored, budget=budget, tokens_per_pass=self._tokens_per_pass):
             if len(owners) > 1 or scored[owners[0]] <= at_once or not self.can_share_prefixes:
                 self._score(requests, scores, [_Row([owner], 0, lengths[owner]) for owner in owners], use_cache=False)
                 continue
@@ -99,7 +99,8 @@ class ForwardPasses:
 
         cache = _PrefixCache(len(groups), max(prefixes))
         lengths = dict(enumerate(prefixes))
-        for numbers in self._batches(lengths, dict.fromkeys(lengths, 1), budget):
+        in_pass = {"budget": budget, "tokens_per_pass": self._tokens_per_pass}
+        for numbers in cheapest_batches(lengths, dict.fromkeys(lengths, 1), **in_pass):
             rows = [_Row(members[number], 0, prefixes[number]) for number in numbers]
             cache.store(self._score(requests, scores, rows, use_cache=True), numbers)
 
@@ -107,7 +108,7 @@ class ForwardPasses:
         # A single token after the prefix was scored with the prefix.
         lengths = {owner: length for owner, length in lengths.items() if length}
         scored = {owner: min(length, len(requests[owner].continuation)) for owner, length in lengths.items()}
-        for owners in self._batches(lengths, scored, budget, cached=max(prefixes)):
+        for owners in cheapest_batches(lengths, scored, cached=max(prefixes), **in_pass):
             numbers = [group_of[owner] for owner in owners]
             starts = [prefixes[number] for number in numbers]
             rows = [_Row([owner], n, n + lengths[owner]) for owner, n in zip(owners, starts, strict=True)]
@@ -125,11 +126,6 @@ class ForwardPasses:
         positions = positions.clamp(max=n_positions_of(self._model) - 1)  # those of padding may exceed it
         return {"attention_mask": ((slots < start) | (slots >= longest)).long(), "position_ids": positions}
 
-    def _batches(
-        self, lengths: Mapping[int, int], scored: Mapping[int, int], budget: int, cached: int = 0
-    ) -> list[list[int]]:
-        return cheapest_batches(lengths, scored, budget=budget, cached=cached, tokens_per_pass=self._tokens_per_pass)
-
     def _score(
         self, requests: Sequence[Request], scores: list[LogLikelihood], rows: Sequence[_Row], **inputs: Any
     ) -> Any:
@@ -144,7 +140,11 @@ class ForwardPasses:
         for number, column, _, _ in targets or [(0, 0, 0, 0)]:  # a prefix may have nothing to score
             position_of.setdefault((number, column), len(position_of))
         row_index, column_index = torch.tensor(list(position_of), device=self._device).unbind(1)
-        input_ids = self._padded([requests[row.owners[0]].ids[row.start : row.end] for row in rows])
+        sequences = [requests[row.owners[0]].ids[row.start : row.end] for row in rows]
+        longest = max(map(len, sequences))
+        # Padded with the sequence's own last token, which is never a pad token.
+        padded = [[*sequence, *[sequence[-1]] * (longest - len(sequence))] for sequence in sequences]
+        input_ids = torch.tensor(padded, device=self._device)
         with _head_only_at(self._model, row_index, column_index), _fused_gelu(self._model):
             output = self._model(input_ids=input_ids, **inputs)
         logits = output.logits
@@ -182,25 +182,13 @@ class ForwardPasses:
             ]
         )
 
-    def _padded(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Return (batch, seq), padded on the right with the sequence's own last token, which is never a pad token."""
-        longest = max(map(len, sequences))
-        rows = [[*sequence, *[sequence[-1]] * (longest - len(sequence))] for sequence in sequences]
-        return torch.tensor(rows, device=self._device)
-
 
 @contextmanager
 def _head_only_at(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
     """Make the model compute logits at these positions only, (1, positions, vocab_size), by a hook on its head."""
-    head = model.get_output_embeddings()
-    if head is None:
+    head = model.get_output_embeddings() or nn.Identity()
+    with head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns][None], *args[1:])):
         yield
-        return
-    handle = head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns][None], *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -246,7 +234,7 @@ class _PrefixCache:
 
 
 def cheapest_batches(
-    lengths: Mapping[int, int], scored: Mapping[int, int], *, budget: int, cached: int, tokens_per_pass: int
+    lengths: Mapping[int, int], scored: Mapping[int, int], *, budget: int, tokens_per_pass: int, cached: int = 0
 ) -> list[list[int]]:
     """Return the keys of `lengths`, longest first, in the batches that take the least time and fit into memory.
 

@@ -24,7 +24,9 @@ class TokenizerAdapter:
                 "tokenizer_config.json"
             )
         self.end_of_text_id = int(ids[0])
-        self.bos_ids = _bos_ids(tokenizer)
+        # What the tokenizer puts before every text when it is called.
+        bare, ids = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+        self.bos_ids = next((tuple(ids[:n]) for n in range(len(ids)) if ids[n : n + len(bare)] == bare), ())
         self._special = set(tokenizer.all_special_ids)
         self._added = set(tokenizer.get_added_vocab())  # plain text, such as runs of spaces in GPT-NeoX's
         decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
@@ -53,10 +55,3 @@ class TokenizerAdapter:
             token.encode() if token in self._added else bytes(byte_of[character] for character in token)
             for token in tokens
         )
-
-
-def _bos_ids(tokenizer: Any) -> tuple[int, ...]:
-    """Return the tokens that the tokenizer puts before every text when it is called."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    ids = tokenizer("a")["input_ids"]
-    return next((tuple(ids[:n]) for n in range(len(ids)) if ids[n : n + len(bare)] == bare), ())

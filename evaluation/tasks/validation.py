@@ -1,11 +1,12 @@
 """The loss on the first validation shard of a shard folder, in this project's format or llm.c's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
 from common.cli_errors import InputError, one_line
 from common.token_files import map_ids, split_of
-from evaluation.tasks.task_types import Encoder, Ids, Item, Metric, Request, TextTask, data_hash
+from evaluation.tasks.task_types import Encoder, Item, Metric, Request, TextTask, data_hash
 
 
 class Validation(TextTask):
@@ -42,22 +43,18 @@ class Validation(TextTask):
         items = []
         for index, start in enumerate(range(0, len(shard) - 1, n_positions)[:limit]):
             ids = tuple(shard[start : start + n_positions + 1].tolist())
-            text = _text(shards[0], encoder, ids[1:])
+            scored = [token for token in ids[1:] if token != encoder.end_of_text_id]
+            try:
+                text = encoder.decode_bytes(scored)
+            except (KeyError, TypeError, IndexError, OverflowError):  # ids that the tokenizer does not have
+                raise _another_tokenizer(shards[0]) from None
             if not index:
-                _check_tokenizer(shards[0], ids[1:], encoder.end_of_text_id, text)
+                _check_tokenizer(shards[0], scored, text)
             items.append(Item(index, (Request(ids[:1], ids[1:]),), extra={"bytes": len(text)}, data=data_hash(ids)))
         return items
 
 
-def _text(shard: Path, encoder: Encoder, ids: Ids) -> bytes:
-    """Return the bytes of a window; ids that the tokenizer does not have are an `InputError`."""
-    try:
-        return encoder.decode_bytes([token for token in ids if token != encoder.end_of_text_id])
-    except (KeyError, TypeError, IndexError, OverflowError):
-        raise _another_tokenizer(shard) from None
-
-
-def _check_tokenizer(shard: Path, ids: Ids, end_of_text_id: int, text: bytes) -> None:
+def _check_tokenizer(shard: Path, ids: Sequence[int], text: bytes) -> None:
     """Raise an `InputError` if the tokenizer next to the shard, if there is one, reads another text from its ids."""
     path = shard.parent / "tokenizer.json"
     if not path.is_file():  # shards of another program
@@ -68,9 +65,8 @@ def _check_tokenizer(shard: Path, ids: Ids, end_of_text_id: int, text: bytes) ->
         own = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no subclass
         raise InputError(f"cannot read {path} ({one_line(error, 120)}); restore it, or delete it") from None
-    expected = own.decode([token for token in ids if token != end_of_text_id])
     # A window may begin or end inside a character, which the libraries replace differently.
-    if expected.replace("\ufffd", "") != text.decode(errors="replace").replace("\ufffd", ""):
+    if own.decode(ids).replace("\ufffd", "") != text.decode(errors="replace").replace("\ufffd", ""):
         raise _another_tokenizer(shard)
 
 
