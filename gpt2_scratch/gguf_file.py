@@ -74,7 +74,7 @@ def write_gguf(
             nbytes = math.prod(shape) // block * size
             official = weight if weight == "lm_head.weight" else f"transformer.{weight}"
             name_in_file = names.get_name(official, try_suffixes=(".weight", ".bias"))
-            writer.add_tensor_info(name_in_file, shape, np.dtype("float32"), nbytes, types[weight])
+            writer.add_tensor_info(str(name_in_file), shape, np.dtype("float32"), nbytes, types[weight])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -161,8 +161,8 @@ def _add_tokenizer(writer: "GGUFWriter", source: Path, config: GPT2ScratchConfig
     writer.add_token_merges(merges)
     writer.add_eos_token_id(end)
     bos, pad = config.bos_token_id, config.pad_token_id
-    writer.add_bos_token_id(bos if bos in ids else end)
-    if pad in ids:
+    writer.add_bos_token_id(bos if bos is not None and bos in ids else end)
+    if pad is not None and pad in ids:
         writer.add_pad_token_id(pad)
     writer.add_add_bos_token(False)
 

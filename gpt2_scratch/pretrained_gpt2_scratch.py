@@ -74,7 +74,7 @@ def check_arguments(
         TypeError: an argument that is unknown, not implemented here, or not read by the attention implementation.
     """
     name_of_model, implementation = type(model).__name__, model.config._attn_implementation
-    read, ignored_with_mask = ATTENTION_ARGUMENTS, frozenset()
+    read, ignored_with_mask = ATTENTION_ARGUMENTS, frozenset[str]()
     if _is_paged(cache):
         pass
     elif is_flash_attention_requested(requested_attention_implementation=implementation):

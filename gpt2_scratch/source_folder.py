@@ -74,7 +74,7 @@ def find_source(model: str) -> Path:
         raise InputError(f"there is no folder or file {model!r}; check --model")
     try:
         return Path(snapshot_download(model, allow_patterns=[*COPIED, "*.safetensors"], ignore_patterns=["*/*"]))
-    except (*network_errors(), ValueError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(
             f"--model {model!r} is neither a folder nor a repository on the Hub: {one_line(error)}"
         ) from error

@@ -16,19 +16,12 @@ METRICS = Path(__file__).parents[1] / "metrics"
 
 @dataclass(frozen=True)
 class MetricValue:
-    """The value of a metric.
+    """The value of a metric, with its standard error and 95 % confidence interval."""
 
-    Attributes:
-        value: a fraction for accuracies; infinite for a perplexity that overflows a float.
-        stderr: standard error; None for a single item.
-        interval: 95 % confidence interval; None for the loss of a single item.
-        module: the metric module that computed it.
-    """
-
-    value: float
-    stderr: float | None
-    interval: Sequence[float] | None
-    module: str
+    value: float  # a fraction for accuracies; infinite for a perplexity that overflows a float
+    stderr: float | None  # None for a single item
+    interval: Sequence[float] | None  # None for the loss of a single item
+    module: str  # the metric module that computed it
 
 
 class RunningMetric:

@@ -31,53 +31,35 @@ def _versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """The result of a model on a task.
-
-    Attributes:
-        task: full name, "hellaswag:harness".
-        seconds: of scoring the items that were not cached.
-        records: of all items, in the order of the data; empty if read from a file without them.
-    """
+    """The result of a model on a task, by its full name."""
 
     task: str
     items: int
-    seconds: float
+    seconds: float  # of scoring the items that were not cached
     metrics: dict[str, MetricValue]
-    records: list[dict[str, Any]] = field(repr=False)
+    records: list[dict[str, Any]] = field(repr=False)  # in the order of the data; empty if the file had none
 
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a model.
-
-    Attributes:
-        revision: as requested on the Hub; None for a folder or the latest one.
-        commit: the commit that was loaded from the Hub.
-        weights: a hash of weights, config and tokenizer.
-        device: "cpu", or the name of the GPU.
-        data_dir: folder of the data; None for the Hub.
-        limit: maximum items per task; None for all.
-        started: time in ISO 8601 with its zone.
-        seconds: of everything after loading the model.
-        step: of the run that trains the model; None outside training.
-    """
+    """The results of a model."""
 
     model: str
-    revision: str | None
-    commit: str | None
-    weights: str
+    revision: str | None  # as requested on the Hub; None for a folder or the latest one
+    commit: str | None  # that was loaded from the Hub
+    weights: str  # a hash of weights, config and tokenizer
     parameters: int
     n_positions: int
     dtype: str
-    device: str
+    device: str  # "cpu", or the name of the GPU
     processes: int
-    data_dir: str | None
-    limit: int | None
-    started: str
-    seconds: float
+    data_dir: str | None  # None for the Hub
+    limit: int | None  # maximum items per task; None for all
+    started: str  # ISO 8601 with its time zone
+    seconds: float  # of everything after loading the model
     tasks: list[TaskResult]
     versions: dict[str, str] = field(default_factory=_versions)
-    step: int | None = None
+    step: int | None = None  # of the run that trains the model
 
     def write(self, path: Path, *, with_items: bool) -> None:
         """Write results.json atomically; `with_items` includes the record of every item."""

@@ -145,10 +145,13 @@ class ForwardPasses:
         # Padded with the sequence's own last token, which is never a pad token.
         padded = [[*sequence, *[sequence[-1]] * (longest - len(sequence))] for sequence in sequences]
         input_ids = torch.tensor(padded, device=self._device)
-        with _head_only_at(self._model, row_index, column_index), _fused_gelu(self._model):
+        # Logits of these positions only, (1, positions, vocab_size), if the model declares its head.
+        head = self._model.get_output_embeddings() or nn.Identity()
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][row_index, column_index][None], *args[1:]))
+        with hook, _fused_gelu(self._model):
             output = self._model(input_ids=input_ids, **inputs)
         logits = output.logits
-        if logits.shape[:2] != (1, len(position_of)):  # the model has a head that it does not declare
+        if logits.shape[:2] != (1, len(position_of)):
             logits = logits[row_index, column_index]
         logits = logits.reshape(len(position_of), -1)
 
@@ -181,14 +184,6 @@ class ForwardPasses:
                 for part, positions, tokens in zip(parts, position.split(counts), token.split(counts), strict=True)
             ]
         )
-
-
-@contextmanager
-def _head_only_at(model: Any, rows: Tensor, columns: Tensor) -> Iterator[None]:
-    """Make the model compute logits at these positions only, (1, positions, vocab_size), by a hook on its head."""
-    head = model.get_output_embeddings() or nn.Identity()
-    with head.register_forward_pre_hook(lambda module, args: (args[0][rows, columns][None], *args[1:])):
-        yield
 
 
 @contextmanager

@@ -97,21 +97,14 @@ def score_batches(
 
 @dataclass(frozen=True)
 class _Job:
-    """An item to score.
-
-    Attributes:
-        requests: truncated to the model's positions.
-        length: tokens of its longest request.
-        prefix: how many tokens its requests share and are read once; 0 if none.
-        new_tokens: of generations, 0 of others. The same in a batch, because contexts are truncated by it.
-    """
+    """An item to score."""
 
     index: int
     item: Item
-    requests: Sequence[Any]
-    length: int
-    prefix: int = 0
-    new_tokens: int = 0
+    requests: Sequence[Any]  # truncated to the model's positions
+    length: int  # tokens of its longest request
+    prefix: int = 0  # tokens that its requests share, if these are read once
+    new_tokens: int = 0  # of generations; the same in a batch, because contexts are truncated by it
 
     @property
     def kind(self) -> tuple[int, bool]:

@@ -1,12 +1,8 @@
-"""What every task consists of, and the way from its data to its metrics:
+"""What every task consists of: item -> requests -> scores -> record -> metrics.
 
-    item -> requests -> scores -> record -> metrics
-
-1. `Task.items` reads the data and makes an `Item` of each question, passage or window. An item holds requests: a
-   `Request` asks for the log-likelihood of a continuation, a `Generation` for new tokens.
-2. `evaluation.scoring` computes the score of each request: a `LogLikelihood`, or `Generated` tokens.
-3. `Task.record` turns an item and its scores into a record: what the model predicted, and what would have been right.
-4. Each `Metric` of the task is computed from two keys of all records, by a module of `evaluation/metrics/`.
+`Task.items` reads the data. `evaluation.scoring` computes the scores of each item's requests. `Task.record` turns an
+item and its scores into what the model predicted, and what would have been right. Each `Metric` is computed from two
+keys of all records.
 
 Requests hold token ids, because a protocol also fixes how the text around the end of the context is tokenized.
 """
@@ -88,11 +84,8 @@ class Generated:
 class Item:
     """A question, a passage, or a window of a document.
 
-    Attributes:
-        gold: the right answer; None if there is none.
-        extra: what else the record is made from: lengths of the candidates in bytes, numbers of words, …
-        data: the `data_hash` of the row or text, the same for every tokenizer. Two models' results are compared only
-            where it is equal.
+    `gold` is the right answer, if there is one. The record is also made from `extra`, such as numbers of words. `data`,
+    the `data_hash` of the row or text, is the same for every tokenizer: two models are compared only where it is equal.
     """
 
     index: int
