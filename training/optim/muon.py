@@ -16,7 +16,7 @@ processes; with several, an all-gather of the blocks' updates, and one more of t
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,25 +30,6 @@ from training.optim.orthogonalize import POLAR_EXPRESS, Coefficients, orthogonal
 
 _FIRST_MOMENTUM = 0.85  # at the start of its warmup; modded-nanogpt
 _EPSILON = 1e-10
-
-
-@dataclass
-class _Update:
-    """The update of a parameter that is being computed.
-
-    Attributes:
-        parameter: of shape (in, splits · out); sharded or not.
-        group: its parameter group.
-        direction: what to orthogonalize, full, of the parameter's shape.
-    """
-
-    parameter: Tensor
-    group: dict[str, Any]
-    direction: Tensor
-
-    def matrices(self) -> list[Tensor]:
-        """The direction's matrices (rows, columns), transposed where necessary so that rows <= columns."""
-        return [_wide(part) for part in self.direction.chunk(self.group["splits"], dim=1)]
 
 
 class Muon(Optimizer):
@@ -96,15 +77,16 @@ class Muon(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         skip: Tensor | None = getattr(self, "found_inf", None)
-        updates = [
-            self._updated_momentum(parameter, group, skip)
+        updated = [
+            (parameter, group)
             for group in self.param_groups
             if "splits" in group
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        for update, orthogonal in zip(updates, self._orthogonalized(updates), strict=True):
-            self._apply(update, orthogonal, skip)
+        directions = [(self._updated_momentum(parameter, skip), group["splits"]) for parameter, group in updated]
+        for (parameter, group), orthogonal in zip(updated, self._orthogonalized(directions), strict=True):
+            self._apply(parameter, group, orthogonal, skip)
         # `load_state_dict` replaces state and groups, so the inner optimizer gets them before every step.
         self._adamw.param_groups = [group for group in self.param_groups if "splits" not in group]
         self._adamw.state = self.state
@@ -112,7 +94,7 @@ class Muon(Optimizer):
         self._adamw.step()
         return loss
 
-    def _updated_momentum(self, parameter: Tensor, group: dict[str, Any], skip: Tensor | None) -> _Update:
+    def _updated_momentum(self, parameter: Tensor, skip: Tensor | None) -> Tensor:
         """Add the gradient to the momentum, and return the direction: Nesterov's, full even if weights are sharded."""
         state = self.state[parameter]
         if not state:
@@ -131,36 +113,30 @@ class Muon(Optimizer):
             warmup_steps=self._momentum_warmup_steps,
             dtype=self._dtype,
         )
-        if isinstance(parameter, DTensor):
-            sharded = DTensor.from_local(
-                direction,
-                parameter.device_mesh,
-                parameter.placements,
-                run_check=False,
-                shape=parameter.shape,
-                stride=parameter.stride(),
-            )
-            direction = sharded.full_tensor()
-        return _Update(parameter, group, direction)
+        if not isinstance(parameter, DTensor):
+            return direction
+        whole = {"shape": parameter.shape, "stride": parameter.stride()}
+        sharded = DTensor.from_local(direction, parameter.device_mesh, parameter.placements, run_check=False, **whole)
+        return sharded.full_tensor()
 
-    def _orthogonalized(self, updates: Sequence[_Update]) -> list[Tensor]:
-        """The orthogonalized directions, each of its parameter's shape.
+    def _orthogonalized(self, directions: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+        """The orthogonalized directions, (rows, splits · columns) each; they are given with their number of splits.
 
         Matrices of one shape are one batch. Every process orthogonalizes an equal part of each batch, while the parts
         of the batch before are gathered.
         """
+        split = [direction.chunk(splits, dim=1) for direction, splits in directions]
         by_shape: dict[torch.Size, list[Tensor]] = {}
-        for update in updates:
-            for matrix in update.matrices():
-                by_shape.setdefault(matrix.shape, []).append(matrix)
+        for matrix in chain.from_iterable(split):
+            wide = matrix.mT if _is_high(matrix) else matrix
+            by_shape.setdefault(wide.shape, []).append(wide)
         shared = [self._shared_out(torch.stack(matrices)) for matrices in by_shape.values()]
         done = {shape: iter(finish()) for shape, finish in zip(by_shape, shared, strict=True)}
-        results = []
-        for update in updates:
-            rows, columns = update.direction.shape[0], update.direction.shape[1] // update.group["splits"]
-            parts = [next(done[matrix.shape]) for matrix in update.matrices()]
-            results.append(torch.cat([part.mT if rows > columns else part for part in parts], dim=1))
-        return results
+
+        def orthogonal(matrix: Tensor) -> Tensor:
+            return next(done[matrix.mT.shape]).mT if _is_high(matrix) else next(done[matrix.shape])
+
+        return [torch.cat(list(map(orthogonal, matrices)), dim=1) for matrices in split]
 
     def _shared_out(self, batch: Tensor) -> Callable[[], Tensor]:
         """Orthogonalize this process's part of a batch (matrices, rows, columns); the result waits for all parts."""
@@ -181,9 +157,8 @@ class Muon(Optimizer):
 
         return finish
 
-    def _apply(self, update: _Update, orthogonal: Tensor, skip: Tensor | None) -> None:
+    def _apply(self, parameter: Tensor, group: dict[str, Any], orthogonal: Tensor, skip: Tensor | None) -> None:
         """Add the scaled update to the parameter, after decaying it."""
-        parameter, group = update.parameter, update.group
         splits = group["splits"]
         change = orthogonal.to(parameter.dtype)
         if self._second_moment_beta is not None:
@@ -279,5 +254,5 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix.mT if matrix.shape[0] > matrix.shape[1] else matrix
+def _is_high(matrix: Tensor) -> bool:
+    return matrix.shape[0] > matrix.shape[1]

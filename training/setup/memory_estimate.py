@@ -7,7 +7,7 @@ gigabyte or so that allocator and libraries take on a GPU.
 """
 
 import os
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -17,8 +17,7 @@ from training.recipe import Recipe
 _FLOAT = 4  # bytes
 
 
-@dataclass(frozen=True)
-class MemoryEstimate:
+class MemoryEstimate(NamedTuple):
     """Bytes on one device, by purpose."""
 
     weights: int
@@ -29,7 +28,10 @@ class MemoryEstimate:
     @property
     def total(self) -> int:
         """Sum of all parts."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return sum(self)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{part} {gib(count)}" for part, count in self._asdict().items())
 
 
 def estimate_memory(
@@ -90,6 +92,11 @@ def block_activations(tokens: int, n_embd: int, *, size: int, attention_scores: 
     scores = attention_scores * (_FLOAT + size if size < _FLOAT else _FLOAT)
     masks = (2 * n_embd + attention_scores) * (1 + size) if dropout else 0
     return tokens * (14 * n_embd * size + stream + scores + masks)
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB, or MiB if they are few."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.1f} MiB"
 
 
 def available_memory(device: torch.device, processes_here: int = 1) -> int | None:

@@ -73,15 +73,7 @@ def build_model(
                 source, attn_implementation=attention, dtype=torch.float32, **dropout
             )
         else:
-            config = GPT2ScratchConfig(
-                vocab_size=tokenizer.vocab_size,
-                n_positions=recipe.positions,
-                **recipe.sizes,
-                # The same function as the official "gelu_new", in one kernel instead of eight.
-                activation_function="gelu_pytorch_tanh",
-                **tokenizer.token_ids,
-                **dropout,
-            )
+            config = _new_config(recipe, tokenizer, **dropout)
             config._attn_implementation = attention
             model = GPT2ScratchForCausalLM(config)
     except InputError:
@@ -97,8 +89,8 @@ def build_model(
         )
     if weights is None:
         _check_sizes(recipe, model.config)
-    if weights is None and recipe.positions > model.config.n_positions:
-        report(grow_positions(model, recipe.positions))
+        if recipe.positions > model.config.n_positions:
+            report(_grow_positions(model, recipe.positions))
     if recipe.seq_len > model.config.n_positions:
         raise InputError(
             f"seq_len={recipe.seq_len:,} exceeds n_positions={model.config.n_positions:,} of {source}; shorten seq_len"
@@ -117,16 +109,19 @@ def build_model(
 
 
 def _check_source(recipe: Recipe, vocab_size: int) -> None:
-    """Raise an `InputError` for an `init_from` that is a missing folder, or random weights larger than the memory."""
+    """Raise an `InputError` for an `init_from` that is no model folder, or random weights larger than the memory."""
     source = recipe.init_from
     if source is not None:
-        if Path(source).is_file():
+        folder, cannot = Path(source), f"cannot build the model: init_from {source}"
+        if folder.is_file():
             raise InputError(
-                f"cannot build the model: init_from {source} is a file; convert it with python -m gpt2_scratch.export "
-                f"--model {source} --output DIR --format gpt2_scratch, and set init_from to that folder"
+                f"{cannot} is a file; convert it with python -m gpt2_scratch.export --model {source} --output DIR "
+                "--format gpt2_scratch, and set init_from to that folder"
             )
-        if looks_like_path(source) and not Path(source).is_dir():
-            raise InputError(f"cannot build the model: init_from {source} is no folder; check the path")
+        if looks_like_path(source) and not folder.is_dir():
+            raise InputError(f"{cannot} is no folder; check the path")
+        if folder.is_dir() and not (folder / "config.json").is_file():  # transformers would assume a GPT-2
+            raise InputError(f"{cannot} has no config.json; pass the folder of a model")
         return
     n_layer, n_embd = recipe.sizes["n_layer"], recipe.sizes["n_embd"]
     parameters = (vocab_size + recipe.positions + 12 * n_layer * n_embd) * n_embd
@@ -138,22 +133,29 @@ def _check_source(recipe: Recipe, vocab_size: int) -> None:
         )
 
 
-def config_to_start_from(recipe: Recipe, source: str) -> GPT2ScratchConfig:
-    """The config of the model in `source`, with the recipe's positions; no weights are read.
-
-    Raises:
-        InputError: there is no such model, or it has other sizes than the recipe.
-    """
+def config_without_weights(recipe: Recipe, tokenizer: Tokenizer | Vocabulary) -> GPT2ScratchConfig:
+    """The config of the model to train, for which no weights are read; errors as of `build_model`."""
+    if recipe.init_from is None:
+        return _new_config(recipe, tokenizer)
     _check_source(recipe, 0)
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():  # transformers would assume a GPT-2
-        raise InputError(f"cannot build the model: init_from {source} has no config.json; pass the folder of a model")
     try:
-        config = GPT2ScratchConfig.from_pretrained(source)
+        config = GPT2ScratchConfig.from_pretrained(recipe.init_from)
     except LOADING_ERRORS as error:
         raise hub_cache_error(error) or _cannot_build(error) from error
     _check_sizes(recipe, config)
-    config.n_positions = max(config.n_positions, recipe.positions)  # see `grow_positions`
+    config.n_positions = max(config.n_positions, recipe.positions)  # see `_grow_positions`
     return config
+
+
+def _new_config(recipe: Recipe, tokenizer: Tokenizer | Vocabulary, **dropout: Any) -> GPT2ScratchConfig:
+    return GPT2ScratchConfig(
+        vocab_size=tokenizer.vocab_size,
+        n_positions=recipe.positions,
+        **recipe.sizes,
+        activation_function="gelu_pytorch_tanh",  # the official "gelu_new" in one kernel instead of eight
+        **tokenizer.token_ids,
+        **dropout,
+    )
 
 
 def _cannot_build(error: BaseException) -> InputError:
@@ -178,7 +180,7 @@ def _check_sizes(recipe: Recipe, config: GPT2ScratchConfig) -> None:
 
 
 @torch.no_grad()
-def grow_positions(model: GPT2ScratchForCausalLM, n_positions: int) -> str:
+def _grow_positions(model: GPT2ScratchForCausalLM, n_positions: int) -> str:
     """Give the model `n_positions` position embeddings, interpolated linearly, and return a line about it.
 
     The first and the last row keep their place at the ends, as in vision transformers for larger images (Dosovitskiy et

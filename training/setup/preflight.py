@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 from typing import NamedTuple
@@ -32,7 +32,7 @@ from training.monitoring.throughput import device_name
 from training.recipe import Recipe
 from training.setup.accelerator import build_accelerator, check_launch, shut_down
 from training.setup.batch_size_finder import find_batch_size
-from training.setup.memory_estimate import available_memory, estimate_memory
+from training.setup.memory_estimate import available_memory, estimate_memory, gib
 from training.setup.model import Vocabulary, build_model, prepare_for_training
 from training.setup.plan import batch_of, check_shards, total_steps
 from training.setup.training_data import check_data, tokenizer_of_foreign_shards
@@ -40,10 +40,8 @@ from training.step.batch_plan import BatchPlan
 from training.step.precision import autocast_dtype, precision_name
 from training.step.train_step import train_step
 
-_REDUCED_NUMBERS = {"cuda": 2**26, "cpu": 2**22}
 _TIMED_CPU_TOKENS = 4096  # per forward pass; a CPU is not faster with more
 _FORWARD_SHARE = 1 / 3  # FLOPs of a validation token relative to a training token
-_GIB = 2**30
 
 
 class _Data(NamedTuple):
@@ -66,7 +64,6 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
     resume_from = find_resume_point(recipe)
     batch = batch_of(recipe)
     data = _inspect_data(recipe, resume_from)
-    order = data.order
     accelerator = build_accelerator(recipe)
     report = accelerator.print
     report(f"processes   {_devices(accelerator)}")
@@ -77,7 +74,6 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         data.tasks.check_fit(model.config)
     if recipe.per_device_train_batch_size == "auto":
         batch = find_batch_size(batch, accelerator, model, recipe)
-    report(f"batch       {batch.arithmetic}")
     estimate = estimate_memory(
         model,
         recipe,
@@ -88,58 +84,73 @@ def preflight(recipe: Recipe, *, price_per_gpu_hour: float | None = None) -> Non
         device_type=accelerator.device.type,
     )
     free = available_memory(accelerator.device, batch.num_processes)
-    report_model(report, model, precision_name(accelerator))
-    parts = ", ".join(f"{part} {gib(count)}" for part, count in asdict(estimate).items())
-    report(f"memory      estimated {gib(estimate.total)} per device: {parts}" + (f"; {gib(free)} free" if free else ""))
+    memory = f"{gib(estimate.total)} per device: {estimate}" + (f"; {gib(free)} free" if free else "")
+    report_size(report, model, batch, precision_name(accelerator), memory)
     report(f"data        {data.state}")
-    steps = None if recipe.num_train_epochs is not None and order is None else total_steps(recipe, order)
     done = TrainerState.read(resume_from).step if resume_from else 0
-    if steps is None:
-        report("length      unknown: the corpus must be tokenized to know the length of an epoch")
-    else:
-        if resume_from is not None:
-            check_end(resume_from, done, steps)
-        resumed = f"; resumes after step {done:,}" if done else ""
-        report(f"length      {steps:,} steps, {steps * batch.tokens_per_step:,} tokens{resumed}")
-
+    steps = report_length(report, recipe, batch, data.order, done)
+    if resume_from is not None and steps is not None:
+        check_end(resume_from, done, steps)
     wrapped, optimizer = prepare_for_training(accelerator, model, recipe)
     seconds, method = _seconds_per_step(accelerator, wrapped, optimizer, batch, recipe)
     report(f"speed       {batch.tokens_per_step / seconds:,.0f} tokens/s, {seconds:.3g} s per step: {method}")
     if accelerator.device.type == "cuda":
         report(f"            peak memory {gib(torch.cuda.max_memory_allocated(accelerator.device))}")
     if steps is not None:
-        report_time_and_cost(report, recipe, batch, steps=steps, done=done, seconds=seconds, price=price_per_gpu_hour)
+        report_time(report, recipe, batch, steps, done, seconds=seconds, price=price_per_gpu_hour)
     report("Nothing was started or written. Run the same command without --preflight to train.")
     del wrapped, optimizer
     shut_down(accelerator)
 
 
-def report_model(report: Callable[[str], None], model: PreTrainedModel, precision: str) -> None:
-    """Print the model's size."""
+def report_size(
+    report: Callable[[str], None], model: PreTrainedModel, batch: BatchPlan, precision: str, memory: str
+) -> None:
+    """Print the batch, the size of the model, and the estimated memory."""
+    report(f"batch       {batch.arithmetic}")
     report(
         f"model       {model.num_parameters() / 1e6:.1f}M parameters, {model.config.n_layer} layers, width "
         f"{model.config.n_embd}, vocabulary {model.config.vocab_size:,}, in {precision}"
     )
+    report(f"memory      estimated {memory}")
 
 
-def report_time_and_cost(
+def report_length(
+    report: Callable[[str], None], recipe: Recipe, batch: BatchPlan, order: Order | None, done: int = 0
+) -> int | None:
+    """Print and return the steps of the run; None for a length in epochs without the order of the windows."""
+    if recipe.num_train_epochs is not None and order is None:
+        report("length      unknown: the corpus must be tokenized to know the length of an epoch")
+        return None
+    steps = total_steps(recipe, order)
+    resumed = f"; resumes after step {done:,}" if done else ""
+    report(f"length      {steps:,} steps, {steps * batch.tokens_per_step:,} tokens{resumed}")
+    return steps
+
+
+def report_time(
     report: Callable[[str], None],
     recipe: Recipe,
     batch: BatchPlan,
-    *,
     steps: int,
-    done: int,
+    done: int = 0,
+    *,
     seconds: float,
     price: float | None,
-    note: str = "",
 ) -> None:
-    """Print the time of the remaining steps, of `seconds` each, and its cost at a price per GPU hour."""
-    hours = _hours(recipe, batch, steps=steps, done=done, seconds=seconds)
+    """Print the time of the remaining steps and their validations, and its cost at a price per GPU hour.
+
+    A step takes `seconds`.
+    """
+    every = recipe.eval_steps or steps
+    validations = steps // every - done // every + (steps % every > 0)  # always one at the end
+    scored = validations * recipe.eval_tokens * _FORWARD_SHARE
+    hours = ((steps - done) + scored / batch.tokens_per_step) * seconds / 3600
     spelled = f"{hours:,.1f} hours" if hours >= 1 else f"{hours:.4f} hours ({format_duration(3600 * hours)})"
     report(f"time        {spelled} with validation, without samples, eval_tasks and checkpoints")
     if price is not None:
-        cost = hours * batch.num_processes * price
-        report(f"cost        {cost:,.2f} at {price:,.2f} per GPU hour on {batch.num_processes}{note}")
+        gpus = batch.num_processes
+        report(f"cost        {hours * gpus * price:,.2f} at {price:,.2f} per GPU hour on {gpus}")
 
 
 def known_vocabulary(recipe: Recipe) -> Tokenizer | Vocabulary:
@@ -154,11 +165,9 @@ def known_vocabulary(recipe: Recipe) -> Tokenizer | Vocabulary:
 
 def _inspect_data(recipe: Recipe, resume_from: Path | None) -> _Data:
     """The data of the run, with the checks that training makes."""
-    path = Path(recipe.data_dir)
     folder, spec = check_data(recipe, print)
-    manifest = folder.manifest if folder else None
     tokenizer: Tokenizer | Vocabulary
-    if folder is not None and manifest is not None:
+    if folder is not None and folder.manifest is not None:
         tokenizer = folder.load_tokenizer(recipe.tokenizer)
     elif spec is None:
         tokenizer = tokenizer_of_foreign_shards(recipe)
@@ -173,9 +182,9 @@ def _inspect_data(recipe: Recipe, resume_from: Path | None) -> _Data:
             refuse_other_data(TrainerState.read(resume_from), folder, tokenizer, recipe)
         if folder.complete:
             sizes = [shard.tokens for shard in folder.train_shards]
-            return _Data(tokenizer, shards.order, tasks, f"{sum(sizes):,} training tokens in {path}")
-    complete = f"{len(manifest.shards)} complete shards in {path}" if manifest is not None else f"nothing in {path} yet"
-    return _Data(tokenizer, None, tasks, f"{complete}; training would tokenize {recipe.corpus} in the background")
+            return _Data(tokenizer, shards.order, tasks, f"{sum(sizes):,} training tokens in {folder.path}")
+    found = f"{len(folder.shards)} complete shards in {folder.path}" if folder else f"nothing in {recipe.data_dir} yet"
+    return _Data(tokenizer, None, tasks, f"{found}; training would tokenize {recipe.corpus} in the background")
 
 
 def _devices(accelerator: Accelerator) -> str:
@@ -191,16 +200,12 @@ def _check_all_reduce(accelerator: Accelerator) -> str:
     processes, device = accelerator.num_processes, accelerator.device
     if processes == 1:
         return "skipped with one process"
-    numbers = _REDUCED_NUMBERS.get(device.type, 2**22)
+    numbers = 2**26 if device.type == "cuda" else 2**22
     expected = processes * (processes + 1) / 2
     seconds = []
     for _ in range(6):
         tensor = torch.full((numbers,), accelerator.process_index + 1.0, device=device)
-        _synchronize(device)
-        start = time.perf_counter()
-        torch.distributed.all_reduce(tensor)
-        _synchronize(device)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(_seconds(device, partial(torch.distributed.all_reduce, tensor)))
         if not bool((tensor == expected).all()):
             raise InputError(
                 f"rank {accelerator.process_index}: an all-reduce over {processes} processes gave "
@@ -225,25 +230,20 @@ def _seconds_per_step(
     ids = torch.ones(sequences, recipe.seq_len, dtype=torch.int64)
     model.train()
 
-    def seconds_with(micro_steps: int) -> float:
-        start = time.perf_counter()
-        train_step(
-            accelerator,
-            model,
-            optimizer,
-            repeat((ids, ids)),
-            accumulation_steps=micro_steps,
-            learning_rate=recipe.learning_rate,
-            max_grad_norm=recipe.max_grad_norm,
-            end_of_text_id=0 if recipe.document_mask else None,
-        )
-        _synchronize(accelerator.device)
-        return time.perf_counter() - start
-
+    step = partial(
+        train_step,
+        accelerator,
+        model,
+        optimizer,
+        repeat((ids, ids)),
+        learning_rate=recipe.learning_rate,
+        max_grad_norm=recipe.max_grad_norm,
+        end_of_text_id=0 if recipe.document_mask else None,
+    )
+    steps = [partial(step, accumulation_steps=micro_steps) for micro_steps in (1, 2)]
     try:
-        for micro_steps in (1, 2):  # warm up: compile, allocate buffers
-            seconds_with(micro_steps)
-        timed = [(seconds_with(1), seconds_with(2)) for _ in range(3)]
+        # The first ones warm up: they compile, and allocate buffers.
+        timed = [[_seconds(accelerator.device, run) for run in steps] for _ in range(4)][1:]
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -257,19 +257,11 @@ def _seconds_per_step(
     return seconds, f"median of 3 steps with {sequences} × {recipe.seq_len:,} tokens per forward pass"
 
 
-def _hours(recipe: Recipe, batch: BatchPlan, *, steps: int, done: int, seconds: float) -> float:
-    """Hours of the remaining steps and their validations."""
-    every = recipe.eval_steps or steps
-    validations = steps // every - done // every + (steps % every > 0)  # always one at the end
-    scored = validations * recipe.eval_tokens * _FORWARD_SHARE
-    return ((steps - done) + scored / batch.tokens_per_step) * seconds / 3600
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def gib(count: int) -> str:
-    """Bytes as GiB, or MiB if they are few."""
-    return f"{count / _GIB:.2f} GiB" if count >= _GIB / 10 else f"{count / 2**20:.1f} MiB"
+def _seconds(device: torch.device, action: Callable[[], object]) -> float:
+    """Seconds that an action takes on a device."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda device: None
+    synchronize(device)
+    start = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - start

@@ -9,7 +9,6 @@ from common.cli_errors import InputError
 from common.cpus import usable_cpus
 from common.ranks import Ranks
 from training.data.producing.background_producer import BackgroundProducer, producer_command
-from training.data.producing.content_check import check_content
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec
@@ -78,7 +77,7 @@ def check_data(recipe: Recipe, report: Callable[[str], None]) -> tuple[ShardFold
     first_on_node = os.environ.get("LOCAL_RANK", "0") == "0"
     spec.check(folder, report if first_on_node else lambda line: None)
     if first_on_node and folder is not None and folder.complete:
-        check_content(spec, folder, report)
+        spec.check_content(folder, report)
     elif first_on_node:
         spec.open_corpus()  # raises if it does not exist
     return folder, spec

@@ -9,6 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 def precision_name(accelerator: Accelerator) -> str:
     """The precision of matrix products: "bf16", "fp16" or "fp32"."""
@@ -17,7 +19,7 @@ def precision_name(accelerator: Accelerator) -> str:
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of matrix products."""
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision_name(accelerator)]
+    return DTYPES[precision_name(accelerator)]
 
 
 def add_loss_scaler(accelerator: Accelerator) -> None:

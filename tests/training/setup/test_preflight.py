@@ -113,9 +113,11 @@ def test_model_that_does_not_fit_is_a_one_line_error(tiny_recipe: Make, monkeypa
 def test_hours_count_the_remaining_steps_and_their_validations(tiny_recipe: Make) -> None:
     recipe = tiny_recipe(max_steps=100, eval_steps=25, eval_tokens=7_680)
     batch = plan_batch(tokens_per_step=256, seq_len=32, per_device=4, num_processes=1)
+    lines: list[str] = []
+    for steps, done in ((110, 90), (100, 40)):
+        module.report_time(lines.append, recipe, batch, steps, done, seconds=3600.0, price=None)
     # 60 steps, and 3 validations (50, 75, 100) of a third of 30 steps each; and of 90 to 110, two (100, 110).
-    assert module._hours(recipe, batch, steps=110, done=90, seconds=36.0) == pytest.approx((20 + 20) * 36 / 3600)
-    assert module._hours(recipe, batch, steps=100, done=40, seconds=36.0) == pytest.approx((60 + 30) * 36 / 3600)
+    assert [line.split()[1] for line in lines] == [f"{20 + 20}.0", f"{60 + 30}.0"]
 
 
 @pytest.mark.parametrize(

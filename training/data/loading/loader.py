@@ -7,7 +7,7 @@ pinned memory.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -24,19 +24,14 @@ IGNORED = -100  # targets that cross-entropy ignores
 _OPEN_SHARDS = 8  # samples go through one shard after the other
 
 
-class StepSlices(Protocol):
-    """How the samples of an optimizer step are divided among ranks and micro-steps: `training.step.batch_plan`."""
+class _BatchPlan(Protocol):
+    """What is used of `training.step.batch_plan.BatchPlan`, in a package that builds on this one."""
 
     @property
-    def sequences_per_step(self) -> int:
-        """Samples of a step over all ranks."""
-
+    def sequences_per_step(self) -> int: ...
     @property
-    def accumulation_steps(self) -> int:
-        """Micro-steps of a step."""
-
-    def samples(self, step: int, micro_step: int, rank: int) -> range:
-        """Return the sample indices that a rank takes in a micro-step."""
+    def accumulation_steps(self) -> int: ...
+    def samples(self, step: int, micro_step: int, rank: int) -> range: ...
 
 
 class TrainingShards:
@@ -71,10 +66,9 @@ class TrainingShards:
 
     def shards_of(self, samples: range) -> set[int]:
         """Return the indices of the shards that hold consecutive samples, all of which are ready."""
-        first, last = (self.order.locate(sample) for sample in (samples[0], samples[-1]))
-        if first[:2] == last[:2]:  # an epoch goes through one shard after the other
-            return {first.shard}
-        return {self.order.locate(sample).shard for sample in samples}
+        ends = [self.order.locate(sample) for sample in (samples[0], samples[-1])]
+        same = ends[0][:2] == ends[1][:2]  # an epoch goes through one shard after the other
+        return {window.shard for window in (ends if same else map(self.order.locate, samples))}
 
     def locate(self, sample: int) -> Window:
         """Return the window of `sample`; wait until its shard is complete."""
@@ -137,7 +131,7 @@ def _check_ids(window: np.ndarray, shard: Shard, offset: int, vocab_size: int) -
 
 def training_batches(
     windows: TrainingWindows,
-    batch: StepSlices,
+    batch: _BatchPlan,
     *,
     rank: int,
     first_step: int,
@@ -181,7 +175,7 @@ def training_batches(
     loader = DataLoader(
         windows,
         batch_sampler=samples_of_micro_steps(),
-        collate_fn=_identity,  # the dataset returns batches
+        collate_fn=tuple,  # the dataset returns batches
         num_workers=num_workers,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # starting the loader must not draw from the generator that dropout uses
@@ -191,10 +185,6 @@ def training_batches(
     except InputError as error:
         # A worker process sends its error as a traceback; the last line is the error itself.
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from None
-
-
-def _identity(batch: Any) -> Any:
-    return batch
 
 
 def validation_batches(

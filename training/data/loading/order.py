@@ -8,6 +8,7 @@ walking computes the permutation of one index at a time (Black and Rogaway, "Cip
 """
 
 import bisect
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -18,10 +19,7 @@ _ROUNDS = 6
 
 def mix(*parts: int) -> int:
     """A 64-bit hash of the parts in their order (the finalizer of SplitMix64, chained)."""
-    state = 0
-    for part in parts:
-        state = _mix_in(state, part)
-    return state
+    return functools.reduce(_mix_in, parts, 0)
 
 
 def _mix_in(state: int, part: int) -> int:

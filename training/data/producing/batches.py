@@ -1,6 +1,8 @@
 """The pieces of a corpus in batches for the tokenizing processes, and what the manifest says about the text in them."""
 
+import itertools
 import re
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -51,20 +53,13 @@ class Batch:
 def joined(pieces: Iterable[Piece], can_cut: Callable[[str, str], bool]) -> Iterator[Piece]:
     """Yield the pieces, joined where their tokenizer cannot be cut."""
     parts: list[Piece] = []
-    for piece in pieces:
-        if parts and (piece.starts or can_cut(parts[-1].text, piece.text)):
-            yield _joined(parts)
+    for piece in itertools.chain(pieces, [None]):
+        if parts and (piece is None or piece.starts or can_cut(parts[-1].text, piece.text)):
+            text, replaced = "".join(part.text for part in parts), sum(part.replaced for part in parts)
+            yield parts[0]._replace(text=text, replaced=replaced)
             parts.clear()
-        parts.append(piece)
-    if parts:
-        yield _joined(parts)
-
-
-def _joined(parts: list[Piece]) -> Piece:
-    if len(parts) == 1:
-        return parts[0]
-    text, replaced = "".join(part.text for part in parts), sum(part.replaced for part in parts)
-    return parts[0]._replace(text=text, replaced=replaced)
+        if piece is not None:
+            parts.append(piece)
 
 
 def batches(pieces: Iterable[Piece], document: int, special_tokens: "re.Pattern[str] | None" = None) -> Iterator[Batch]:
@@ -99,45 +94,37 @@ class CorpusProgress:
     def __init__(self, corpus: Corpus, manifest: Manifest) -> None:
         self._corpus = corpus
         self._tokens = manifest.tokens
-        self._resume = manifest.resume
-        self._counts = {name: getattr(manifest, name) for name in ("replaced_documents", *_COUNTS)}
-        self._first_replaced = manifest.first_replaced
+        names = ("replaced_documents", "replaced_characters", "special_tokens_in_text", "first_replaced", "resume")
+        self._values: dict[str, Any] = {name: getattr(manifest, name) for name in names}
         self._last_replaced: int | None = None
-        self._resume_points: list[tuple[int, ResumePoint]] = []
-        self._findings: list[tuple[int, Finding]] = []
+        self._pending: deque[tuple[int, ResumePoint | Finding]] = deque()  # by token
 
     def add(self, batch: Batch, first_token: int, lengths: np.ndarray) -> None:
         """Register the batch that the writer gets next: its first token's index, and the tokens of each piece."""
         if batch.position is not None:
-            self._resume_points.append((first_token, ResumePoint(batch.document, batch.position, first_token)))
+            self._pending.append((first_token, ResumePoint(batch.document, batch.position, first_token)))
         tokens = first_token + np.cumsum(lengths) - lengths
         for finding in batch.findings:
             if tokens[finding.number] >= self._tokens:  # otherwise the manifest has it
-                self._findings.append((int(tokens[finding.number]), finding))
+                self._pending.append((int(tokens[finding.number]), finding))
         batch.pieces.clear()
 
     def at_shard_end(self, tokens: int) -> dict[str, Any]:
         """Return the manifest's new values when `tokens` tokens are in complete shards."""
-        for token, resume in self._resume_points:
-            self._resume = resume if token < tokens else self._resume
-        for token, finding in self._findings:
-            if token >= tokens:
-                break
-            for name in _COUNTS:
-                self._counts[name] += getattr(finding, _COUNTS[name])
-            if finding.replaced:
-                self._counts["replaced_documents"] += finding.document != self._last_replaced
-                self._last_replaced = finding.document
-                self._first_replaced = (
-                    self._first_replaced or f'{self._corpus.place(finding.position)}: "{finding.excerpt}"'
-                )
+        while self._pending and self._pending[0][0] < tokens:
+            _, event = self._pending.popleft()
+            if isinstance(event, ResumePoint):
+                self._values["resume"] = event
+                continue
+            self._values["replaced_characters"] += event.replaced
+            self._values["special_tokens_in_text"] += event.special_tokens
+            if event.replaced:
+                self._values["replaced_documents"] += event.document != self._last_replaced
+                self._last_replaced = event.document
+                if self._values["first_replaced"] is None:
+                    self._values["first_replaced"] = f'{self._corpus.place(event.position)}: "{event.excerpt}"'
         self._tokens = tokens
-        self._resume_points = [point for point in self._resume_points if point[0] >= tokens]
-        self._findings = [finding for finding in self._findings if finding[0] >= tokens]
-        return {"resume": self._resume, "first_replaced": self._first_replaced, **self._counts}
-
-
-_COUNTS = {"replaced_characters": "replaced", "special_tokens_in_text": "special_tokens"}
+        return dict(self._values)
 
 
 def summary(manifest: Manifest) -> Iterator[str]:

@@ -12,7 +12,6 @@ import itertools
 import re
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 
@@ -22,7 +21,6 @@ from common.hub_retry import disk_error_kind, hub_cache_error, is_disk_error
 from common.rate_limited_log import RateLimitedLog
 from common.worker_processes import map_in_order
 from training.data.producing.batches import Batch, CorpusProgress, batches, joined, summary
-from training.data.producing.content_check import check_content
 from training.data.producing.progress import ProducerProgress
 from training.data.producing.shard_download import download_shards, find_ready_shards
 from training.data.shards.manifest import Manifest, ResumePoint
@@ -67,7 +65,7 @@ def produce(
         _lock_and_fill(spec, num_workers, wait, report)
         folder = ShardFolder.open(spec.folder)
     else:
-        check_content(spec, folder, report)
+        spec.check_content(folder, report)
     manifest, tokenizer = folder.manifest, folder.load_tokenizer(str(folder.path))
     assert manifest is not None  # a folder of ours
     folder.val_shard.check_ids(tokenizer.vocab_size)
@@ -117,16 +115,16 @@ def _fill(
             tokenizer = train_tokenizer(corpus, vocab_size, val_tokens=spec.val_tokens, report=report)
         manifest = create_folder(spec, corpus, tokenizer)
     _check_disk_space(spec, corpus, manifest)
-    resume = _resume_point(folder, manifest)
+    resume = manifest.resume or ResumePoint(0, None, 0)
     corpus_progress = CorpusProgress(corpus, manifest)
     writer = ShardWriter(spec.folder, manifest, corpus_progress.at_shard_end)
     encode = EncodePieces(tokenizer.bpe, tokenizer.document_start, manifest.dtype, spec.split_special_tokens)
     special_tokens = re.compile("|".join(map(re.escape, sorted({*tokenizer.special_tokens, END_OF_TEXT}))))
-    pieces = joined(corpus.read(resume.position), tokenizer.can_cut)
+    pieces = joined(corpus.read(resume.place), tokenizer.can_cut)
     # The workers draw batches ahead of the writer; tee keeps those in between.
     ahead, written = itertools.tee(batches(pieces, resume.document, special_tokens))
     encoded = map_in_order(encode, (batch.pieces for batch in ahead), num_workers=num_workers)
-    at = resume.tokens or 0
+    at = resume.tokens
     with ProducerProgress(writer.tokens, report) as progress, contextlib.closing(encoded):
         for batch, (ids, lengths) in zip(written, encoded, strict=True):
             corpus_progress.add(batch, at, lengths)
@@ -143,14 +141,6 @@ def _fill(
                 raise _changed(folder)
     for line in summary(writer.finish()):
         report(line)
-
-
-def _resume_point(folder: ShardFolder | None, manifest: Manifest) -> ResumePoint:
-    """Return where to read the corpus from, with the number of tokens before it."""
-    resume = manifest.resume or ResumePoint(0, None, 0)
-    if resume.tokens is None and folder is not None:
-        resume = replace(resume, tokens=folder.token_of_document(resume.document, manifest.end_of_text_id))
-    return resume
 
 
 def _changed(folder: ShardFolder) -> InputError:

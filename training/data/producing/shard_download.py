@@ -6,12 +6,13 @@ the middle of the file (`hf_hub_download` keeps the part).
 """
 
 import contextlib
+import functools
 import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -44,35 +45,31 @@ def find_ready_shards(corpus: HubCorpus) -> ReadyShards | None:
     """Return the shards of the repository, or of its folder named by the config; None for text."""
     import huggingface_hub
 
-    tree = corpus.retry.call(
-        lambda: list(
-            huggingface_hub.HfApi().list_repo_tree(
-                corpus.repository, recursive=True, repo_type="dataset", revision=corpus.revision
-            )
-        )
-    )
-    files = sorted((file for file in tree if isinstance(file, huggingface_hub.RepoFile)), key=lambda file: file.path)
-    if corpus.config is not None:
-        files = [file for file in files if PurePosixPath(file.path).is_relative_to(corpus.config)]
-    val, train = ([file for file in files if split_of(file.path) == split] for split in ("val", "train"))
-    types = sorted({PurePosixPath(file.path).suffix for file in (*val, *train)})
-    if types and not (val and train and len(types) == 1):
+    request = {"recursive": True, "repo_type": "dataset", "revision": corpus.revision}
+    tree = corpus.retry.call(lambda: list(huggingface_hub.HfApi().list_repo_tree(corpus.repository, **request)))
+    files = {
+        PurePosixPath(file.path): file
+        for file in sorted(tree, key=lambda file: file.path)
+        if isinstance(file, huggingface_hub.RepoFile)
+        and (corpus.config is None or PurePosixPath(file.path).is_relative_to(corpus.config))
+    }
+    val, train = ([path for path in files if split_of(path.name) == split] for split in ("val", "train"))
+    if not val and not train:
+        return None
+    types = sorted({path.suffix for path in (*val, *train)})
+    if not (val and train and len(types) == 1):
         raise InputError(
             f"{corpus.repository} holds {len(val)} validation and {len(train)} training shards of type "
             f"{' and '.join(types)}; one type and both splits are needed: name their folder with --corpus_config"
         )
-    by_name: dict[str, str] = {}
-    for file in (*val, *train):
-        other = by_name.setdefault(PurePosixPath(file.path).name, file.path)
-        if other != file.path:
+    by_name: dict[str, PurePosixPath] = {}
+    for path in (*val, *train):
+        if (other := by_name.setdefault(path.name, path)) != path:
             raise InputError(
-                f"{corpus.repository} holds two shards of one name: {other} and {file.path}; "
+                f"{corpus.repository} holds two shards of one name: {other} and {path}; "
                 "name the folder of the right ones with --corpus_config"
             )
-    if not types:
-        return None
-    path = str(PurePosixPath(val[0].path).with_name(MANIFEST_NAME))
-    return ReadyShards([*val, *train], next((file for file in files if file.path == path), None))
+    return ReadyShards([files[path] for path in (*val, *train)], files.get(val[0].with_name(MANIFEST_NAME)))
 
 
 def download_shards(
@@ -95,7 +92,7 @@ def download_shards(
     total = sum(file.size for file in files)
     tokens = manifest.tokens if manifest else 0
     with _download_folder(spec.folder) as downloads, ProducerProgress(tokens, report) as progress:
-        listed = None if shards.manifest is None else _listed(corpus, shards, downloads)
+        listed = None if shards.manifest is None else _listed(corpus, shards, shards.manifest, downloads)
         for index in range(len(manifest.shards) if manifest else 0, len(files)):
             file, remaining = files[index], sum(file.size for file in files[index:])
             require_space(spec.folder, remaining if spec.max_tokens is None else file.size)
@@ -103,8 +100,7 @@ def download_shards(
             shard = Shard(path, split_of(file.path) or "train", 0)
             ids = shard.read()
             if manifest is None:
-                tokenizer = load_tokenizer(spec.tokenizer)
-                manifest = create_folder(spec, corpus, tokenizer, dtype=ids.dtype.name)
+                manifest = create_folder(spec, corpus, load_tokenizer(spec.tokenizer), dtype=ids.dtype.name)
             if listed is not None and manifest.tokenizer_fingerprint != listed.tokenizer_fingerprint:
                 raise InputError(
                     f"the shards in {corpus.repository} were made with the tokenizer {listed.tokenizer}, not with "
@@ -137,10 +133,9 @@ def download_shards(
         replace(manifest, complete=True).write(spec.folder)
 
 
-def _listed(corpus: HubCorpus, shards: ReadyShards, downloads: Path) -> Manifest:
+def _listed(corpus: HubCorpus, shards: ReadyShards, manifest: "RepoFile", downloads: Path) -> Manifest:
     """Return the repository's own manifest, which must name the shards that the repository holds, and no others."""
-    assert shards.manifest is not None
-    path, _ = _download(corpus, shards.manifest, downloads)
+    path, _ = _download(corpus, manifest, downloads)
     try:
         listed = Manifest.read(path.parent)
     except InputError as error:
@@ -149,20 +144,15 @@ def _listed(corpus: HubCorpus, shards: ReadyShards, downloads: Path) -> Manifest
             f"{corpus.repository} has a broken {MANIFEST_NAME} ({one_line(InputError(reason), 120)}); {_ADVICE}"
         ) from None
     assert listed is not None
-    found, expected = (
-        {PurePosixPath(name).name for name in names}
-        for names in ((file.path for file in shards.files), (shard.file for shard in listed.shards))
-    )
-    problem = next(
-        (
-            f"{kind} {', '.join(sorted(names)[:3])}"
-            for kind, names in (("lacks", expected - found), ("adds", found - expected))
-            if names
-        ),
-        None if listed.complete else "is not complete",
-    )
-    if problem is not None:
-        raise InputError(f"{corpus.repository} {problem}, compared with its {MANIFEST_NAME}; {_ADVICE}")
+    found = {PurePosixPath(file.path).name for file in shards.files}
+    expected = {shard.file for shard in listed.shards}
+    problems = [
+        *(f"lacks {name}" for name in sorted(expected - found)),
+        *(f"adds {name}" for name in sorted(found - expected)),
+        *(["is not complete"] if not listed.complete else []),
+    ]
+    if problems:
+        raise InputError(f"{corpus.repository} {problems[0]}, compared with its {MANIFEST_NAME}; {_ADVICE}")
     return listed
 
 
@@ -182,17 +172,12 @@ def _download(corpus: HubCorpus, file: "RepoFile", folder: Path) -> tuple[Path, 
     """Return where the file was downloaded to below `folder`, and its sha256, compared with the Hub's."""
     import huggingface_hub
 
+    request: dict[str, Any] = {"repo_type": "dataset", "revision": corpus.revision, "local_dir": folder}
+    download = functools.partial(huggingface_hub.hf_hub_download, corpus.repository, file.path, **request)
     for _ in range(_ATTEMPTS):
-        path = Path(
-            corpus.retry.call(
-                lambda: huggingface_hub.hf_hub_download(
-                    corpus.repository, file.path, repo_type="dataset", revision=corpus.revision, local_dir=folder
-                )
-            )
-        )
+        path = Path(corpus.retry.call(download))
         sha256 = file_sha256(path)
-        same = _git_hash(path) == file.blob_id if file.lfs is None else sha256 == file.lfs.sha256
-        if same:
+        if _git_hash(path) == file.blob_id if file.lfs is None else sha256 == file.lfs.sha256:
             return path, sha256
         path.unlink()
     raise TemporaryError(f"{file.path} has another hash than on the Hub after its download; run the command again")

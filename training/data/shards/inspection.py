@@ -9,9 +9,7 @@ from common.cli_errors import InputError
 from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.tokenization.tokenizer import Tokenizer
 
-_PREVIEW_IDS = 200
-_PREVIEW_LINES = 3
-_PREVIEW_CHARACTERS = 110
+_PREVIEW_IDS, _PREVIEW_LINES, _PREVIEW_CHARACTERS = 200, 3, 110
 
 
 def inspect(path: Path, *, tokenizer: str = "gpt2", verify: bool = False) -> Iterator[str]:

@@ -17,14 +17,8 @@ FORMAT_VERSION = 1
 
 # Keys that earlier versions did not have: a manifest without news is the one that they wrote.
 _OMITTED_AT_DEFAULT = (
-    *(
-        "document_separator",
-        "encoding",
-        "split_special_tokens",
-        "replaced_characters",
-        "first_replaced",
-        "special_tokens_in_text",
-    ),
+    *("document_separator", "encoding", "split_special_tokens"),
+    *("replaced_characters", "first_replaced", "special_tokens_in_text"),
 )
 
 
@@ -45,13 +39,13 @@ class ResumePoint:
 
     Attributes:
         document: index of a document that begins in a complete shard.
-        position: where the corpus finds a piece of that document; `place` in the file.
-        tokens: how many tokens precede it; None in a manifest of an earlier version, where it is the document's begin.
+        place: the position where the corpus finds a piece of that document.
+        tokens: how many tokens precede it.
     """
 
     document: int
-    position: Any
-    tokens: int | None = None
+    place: Any
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -110,9 +104,7 @@ class Manifest:
             for field, value in zip(fields(self), asdict(self).values(), strict=True)
             if field.name not in _OMITTED_AT_DEFAULT or value != field.default
         }
-        if self.resume is not None:
-            resume = {"document": self.resume.document, "place": self.resume.position}
-            resume = resume if self.resume.tokens is None else {**resume, "tokens": self.resume.tokens}
+        if (resume := values["resume"]) is not None:
             values["resume"] = {**resume, "sha256": _checksum(resume)}
         write_atomically(folder / MANIFEST_NAME, json.dumps(values, indent=2) + "\n")
 
@@ -150,15 +142,15 @@ def _parse(data: dict[str, Any]) -> Manifest:
     if not isinstance(records, list):
         raise ValueError("shards is not a list")
     shards = tuple(instance_of(ShardRecord, record) for record in records)
-    if isinstance(resume, dict) and "sha256" in resume:  # an earlier version wrote none
-        resume = dict(resume)
-        if resume.pop("sha256") != _checksum(resume):
+    if isinstance(resume, dict):
+        checksum = resume.pop("sha256", None)
+        if checksum is not None and checksum != _checksum(resume):
             raise ValueError("resume has another sha256")
-    if isinstance(resume, dict) and "place" in resume:
-        resume = {**{key: value for key, value in resume.items() if key != "place"}, "position": resume["place"]}
+        resume = resume if checksum else None  # an earlier version: the producer reads the corpus from its beginning
     resume = None if resume is None else instance_of(ResumePoint, resume)
     manifest = instance_of(Manifest, {**data, "shards": shards, "resume": resume})
-    splits = [shard.split for shard in shards]
+    splits, names = [shard.split for shard in shards], {shard.file for shard in shards}
+    counts = [min(shard.tokens - 1, shard.documents) for shard in shards]
     out_of_range = not 0 <= manifest.end_of_text_id < manifest.vocab_size
     problems = {
         f"end_of_text_id {manifest.end_of_text_id} with vocab_size {manifest.vocab_size}": out_of_range,
@@ -166,17 +158,10 @@ def _parse(data: dict[str, Any]) -> Manifest:
         "validation shards must precede training shards": splits != sorted(splits, reverse=True)
         or splits[:1] == ["train"],
         "complete, but without a training shard": manifest.complete and splits and "train" not in splits,
-        "a shard has no tokens, or a negative number of documents": any(
-            s.tokens < 1 or s.documents < 0 for s in shards
-        ),
-        "two shards have the same file": len({shard.file for shard in shards}) < len(shards),
-        "a shard's file is not a file name": any(
-            Path(s.file).name != s.file or not s.file.isprintable() for s in shards
-        ),
+        "a shard has no tokens, or a negative number of documents": min(counts, default=0) < 0,
+        "two shards have the same file": len(names) < len(shards),
+        "a shard's file is not a file name": any(Path(name).name != name or not name.isprintable() for name in names),
     }
-    if resume is not None:
-        outside = not 0 <= resume.document < max(1, manifest.documents)
-        problems[f"resume.document {resume.document} of {manifest.documents} documents"] = outside
     for problem, found in problems.items():
         if found:
             raise ValueError(problem)

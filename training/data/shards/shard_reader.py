@@ -179,17 +179,6 @@ class ShardFolder:
                 first -= shard.tokens
         return np.concatenate(parts)
 
-    def token_of_document(self, document: int, end_of_text_id: int) -> int:
-        """Return the index, over all shards, of the token that begins the document of this index."""
-        tokens = 0
-        for shard in self.shards:
-            starts = np.flatnonzero(shard.read() == end_of_text_id)
-            if document < len(starts):
-                return tokens + int(starts[document])
-            document -= len(starts)
-            tokens += shard.tokens
-        return tokens
-
     def can_train(self, all_shards: bool) -> bool:
         """Return whether the validation shard and a training shard are complete, or all shards if `all_shards`."""
         return self.complete or (bool(self.train_shards) and not all_shards)

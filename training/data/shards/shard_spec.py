@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from common.cli_errors import InputError, TemporaryError
 from common.folder_lock import LOCK_NAME
 from training.data.shards.manifest import MANIFEST_NAME, Manifest
 from training.data.shards.shard_reader import ShardFolder
-from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA, Corpus, corpus_name
+from training.data.sources.base import DEFAULT_HUB_CONFIG, HUB_CORPORA, INSTALLED_DOCS, Corpus, corpus_name
 from training.data.sources.open_corpus import check_outside_corpus, open_corpus
 from training.data.sources.text_files import END_OF_TEXT, check_encoding
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
@@ -71,8 +72,18 @@ class ShardSpec:
         fields = json.loads(text)
         return cls(**{**fields, "folder": Path(fields["folder"])})
 
-    def _matches(self, manifest: Manifest, report: Callable[[str], None]) -> bool:
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Return the fields that a manifest has unchanged, by name."""
+        names = ("corpus_config", "text_field", "document_separator", "encoding", "split_special_tokens")
+        return {name: getattr(self, name) for name in (*names, "shard_tokens", "val_tokens")}
+
+    def _has_tokenizer(self, manifest: Manifest, report: Callable[[str], None]) -> bool:
         """Return whether the tokenizer made the manifest's shards; complete ones can be used where the Hub is down."""
+        if (vocab_size := parse_train_spec(self.tokenizer)) is not None:
+            return manifest.tokenizer == f"bpe-{vocab_size}"
+        if self.tokenizer == "gpt2":
+            return manifest.tokenizer == "gpt2"
         try:
             return manifest.tokenizer_fingerprint == load_tokenizer(self.tokenizer).fingerprint
         except TemporaryError as error:
@@ -81,29 +92,15 @@ class ShardSpec:
             report(f"{self.folder} was not compared with its tokenizer: {error}")
             return True
 
-    def differences(self, manifest: Manifest, report: Callable[[str], None] = print) -> list[str]:
+    def _differences(self, manifest: Manifest, report: Callable[[str], None]) -> list[str]:
         """Return how the manifest's folder differs from the spec, one phrase per difference."""
-        wanted = {
-            "corpus": corpus_name(self.corpus),
-            "corpus_config": self.corpus_config,
-            "text_field": self.text_field,
-            "document_separator": self.document_separator,
-            "encoding": self.encoding,
-            "split_special_tokens": self.split_special_tokens,
-            "shard_tokens": self.shard_tokens,
-            "val_tokens": self.val_tokens,
-        }
+        wanted = {"corpus": corpus_name(self.corpus), **self.recorded}
         found = [
             f"{name} {getattr(manifest, name)} instead of {value}"
             for name, value in wanted.items()
             if getattr(manifest, name) != value
         ]
-        vocab_size = parse_train_spec(self.tokenizer)
-        if vocab_size is not None or self.tokenizer == "gpt2":
-            same = manifest.tokenizer == (f"bpe-{vocab_size}" if vocab_size else "gpt2")
-        else:
-            same = self._matches(manifest, report)
-        if not same:
+        if not self._has_tokenizer(manifest, report):
             found.append(f"tokenizer {manifest.tokenizer} instead of {self.tokenizer}")
         # A complete folder with a higher limit, or none, holds everything the spec requires.
         limit = manifest.max_tokens
@@ -136,8 +133,38 @@ class ShardSpec:
                 f"{folder.path} holds shards without a manifest, made by another program; "
                 "train on them as they are, or choose another folder"
             )
-        if differences := self.differences(folder.manifest, report):
+        if differences := self._differences(folder.manifest, report):
             raise InputError(
                 f"{folder.path} holds other shards than requested: {', '.join(differences)}; "
                 "request the same, choose another folder, or delete this one"
             )
+
+    def check_content(self, folder: ShardFolder, report: Callable[[str], None]) -> None:
+        """Compare the content of the corpus with what a complete folder was made of; report where that is impossible.
+
+        Local files cost a hash of at most 256 MiB, a Hub dataset one request: each of its commits is accepted. Shards
+        of `installed-docs` outlive the packages that they were made of: a run can be resumed after an upgrade.
+
+        Raises:
+            InputError: the corpus has other content: a folder is keyed by content, not by a name.
+        """
+        assert folder.manifest is not None  # a folder of ours
+        made_of = folder.manifest.corpus_revision
+        try:
+            corpus = self.open_corpus(report=report)
+            if corpus.holds(made_of):
+                return
+            found = corpus.revision
+        except InputError as error:
+            report(f"{folder.path} was not compared with its corpus: {error}")
+            return
+        difference = (
+            f"{folder.path} was made of other content: revision {made_of[:12]} of '{folder.manifest.corpus}', "
+            f"but '{self.corpus}' is now at {found[:12]}"
+        )
+        if corpus.name != INSTALLED_DOCS:
+            raise InputError(
+                f"{difference}; use another folder (--data_dir in training, --output in training.prepare), "
+                "or delete this one to prepare it again"
+            )
+        report(f"{difference}; its shards are used as they are, delete the folder to prepare it again")

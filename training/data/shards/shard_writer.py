@@ -35,26 +35,18 @@ def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtyp
     """
     manifest = Manifest(
         corpus=source.name,
-        corpus_config=spec.corpus_config,
         corpus_revision=source.revision,
-        text_field=spec.text_field,
-        document_separator=spec.document_separator,
-        encoding=spec.encoding,
-        split_special_tokens=spec.split_special_tokens,
         tokenizer=tokenizer.name,
         tokenizer_fingerprint=tokenizer.fingerprint,
         vocab_size=tokenizer.vocab_size,
         end_of_text_id=tokenizer.end_of_text_id,
         dtype=dtype or ("uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"),
-        shard_tokens=spec.shard_tokens,
-        val_tokens=spec.val_tokens,
         max_tokens=spec.max_tokens,
+        **spec.recorded,
     )
     tokenizer.save(spec.folder)
-    for name in TOKENIZER_FILES:
-        if (spec.folder / name).exists():
-            fsync(spec.folder / name)
-    fsync(spec.folder)
+    for path in (*spec.folder.iterdir(), spec.folder):
+        fsync(path)
     manifest.write(spec.folder)
     return manifest
 
@@ -66,11 +58,6 @@ def resume_folder(folder: ShardFolder, manifest: Manifest, source: Corpus) -> tu
         raise InputError(
             f"the corpus '{source.name}' has changed since {folder.path} was created; delete the folder and prepare it "
             "again"
-        )
-    if manifest.resume is not None and not corpus.is_position(manifest.resume.position):
-        raise InputError(
-            f"{folder.path / MANIFEST_NAME} resumes '{source.name}' from a position that it does not have, "
-            f"{manifest.resume.position!r:.40}; delete the folder and prepare it again"
         )
     tokenizer = folder.load_tokenizer(str(folder.path))
     _remove_partial_files(folder.path, manifest)

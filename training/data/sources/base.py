@@ -48,10 +48,6 @@ class Corpus(ABC):
         """Return an identifier of the content."""
 
     @abstractmethod
-    def is_position(self, value: object) -> bool:
-        """Return whether a value, read from a manifest, is a position of this corpus."""
-
-    @abstractmethod
     def _read(self, start: Position | None) -> Iterator[Piece]:
         """Yield documents, in pieces where they are long; invalid bytes are lone surrogates (`text_files.INVALID`)."""
 
@@ -109,10 +105,7 @@ class Corpus(ABC):
             text = _replace_lone_surrogates(document.text)
             replaced = 0 if text is document.text else text.count("\ufffd") - document.text.count("\ufffd")
             for number, part in enumerate(pieces_of(text)):
-                if number == 0:
-                    yield Piece(part, document.position, document.starts, replaced)
-                else:
-                    yield Piece(part, starts=False)
+                yield Piece(part, starts=False) if number else document._replace(text=part, replaced=replaced)
         if empty and start is None:
             raise InputError(f"corpus '{self.name}' holds no documents; pass another --corpus")
 

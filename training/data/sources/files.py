@@ -6,15 +6,24 @@ are read from their beginning.
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 from common.cli_errors import InputError
-from training.data.sources.archives import ARCHIVE_ENDINGS, Member, members_of
 from training.data.sources.base import Corpus, Piece, Position, corpus_name
 from training.data.sources.folders import files_below, require_file
-from training.data.sources.formats import ENDINGS_IN_WORDS, FILE_ENDINGS, advance, format_of, open_plain, opened
+from training.data.sources.formats import (
+    ARCHIVE_ENDINGS,
+    ENDINGS_IN_WORDS,
+    FILE_ENDINGS,
+    Member,
+    advance,
+    format_of,
+    members_of,
+    open_plain,
+    opened,
+)
 from training.data.sources.rows import MissingFieldError, read_rows
 from training.data.sources.text_files import END_OF_TEXT, Separator, find_encoding, read_pieces, require_text
 
@@ -23,8 +32,6 @@ _HASHED_CHUNKS = 4096  # 256 MiB in total, which takes a fraction of a second
 _MAX_BYTES_PER_TOKEN = 8  # natural text has four to five
 _ABOUT_THE_DATA = ("readme", "dataset_card", "dataset_info", "dataset_infos", "dataset_dict", "state")
 _NAMED_FILES = 5
-
-AnyFile = TypeVar("AnyFile", Path, Member)
 
 
 class FileCorpus(Corpus):
@@ -51,9 +58,7 @@ class FileCorpus(Corpus):
         self._text_field, self._encoding, self._separator = text_field, encoding, Separator(separator)
         self._root = path if path.is_dir() else path.parent
         if path.is_dir():
-            found = files_below(path)
-            self._files = [file for file in _documents_among(found) if _is_archive(file) or self._has_text(file)]
-            self.unread = [file.relative_to(path).as_posix() for file in _without(found, self._files)]
+            self._files = self._with_documents(files_below(path))
         else:
             self._files = [path]
             if not path.name.lower().endswith(FILE_ENDINGS):
@@ -61,14 +66,7 @@ class FileCorpus(Corpus):
             require_file(path, path.stat().st_mode)
         self._sources: list[Path | Member] = []
         for file in self._files:
-            if not _is_archive(file):
-                self._sources.append(file)
-                continue
-            members = members_of(file)
-            read = [member for member in _documents_among(members) if self._has_text(member)]
-            self._sources += read
-            archive = file.relative_to(self._root).as_posix()
-            self.unread += [f"{archive}/{member.path}" for member in _without(members, read)]
+            self._sources += self._with_documents(members_of(file)) if _is_archive(file) else [file]
         if not self._sources:
             raise InputError(
                 f"{path} holds no files that end in {ENDINGS_IN_WORDS}, with a field '{text_field}' where they "
@@ -102,34 +100,41 @@ class FileCorpus(Corpus):
         """Return an eighth of the files' bytes; compressed files hold more."""
         return sum(self._sizes) // _MAX_BYTES_PER_TOKEN
 
-    def is_position(self, value: object) -> bool:
-        """Return whether `value` is a position in one of the files."""
-        if not isinstance(value, list) or len(value) not in (3, 4):
-            return False
-        return all(isinstance(number, int) and number >= 0 for number in value) and value[0] < len(self._sources)
-
     def fraction_before(self, position: Position) -> float:
         """Return the fraction of the files' bytes before a position."""
-        index, offset = position[:2]
+        index, offset, number = position[:3]
         source, sizes = self._sources[index], self._source_sizes
-        format = format_of(source.name)
-        if format is not None and format.kind == "Parquet":
-            offset = sizes[index] * offset / _num_rows(source)
+        if _kind(source) == "Parquet":
+            offset = sizes[index] * number / _num_rows(source)
         return float((sum(sizes[:index]) + min(offset, sizes[index])) / max(1, sum(sizes)))
 
     def place(self, position: Position) -> str:
         """Return the file, and the byte or row in it, counted from 1."""
         index, offset, number = position[:3]
-        format = format_of(self._sources[index].name)
-        if format is None or format.kind == "text":
-            return f"{self._sources[index]}, byte {offset:,} or after it"
-        return f"{self._sources[index]}, row {(offset if format.kind == 'Parquet' else number) + 1:,}"
+        source = self._sources[index]
+        return f"{source}, byte {offset:,} or after it" if _kind(source) == "text" else f"{source}, row {number + 1:,}"
+
+    def _with_documents(self, files: list[Any]) -> list[Any]:
+        """Return the files, of a folder or an archive, that are read; the others are `unread`.
+
+        A README or a dataset's description is no document, if there is data of another kind.
+        """
+        read = [file for file in files if file.name.lower().endswith(FILE_ENDINGS)]
+        data = [file for file in read if file.name.split(".")[0].lower() not in _ABOUT_THE_DATA]
+        if any(not file.name.lower().endswith(".md") for file in data):
+            read = data
+        read = [file for file in read if self._has_text(file)]
+        kept = set(read)
+        self.unread += [str(file).removeprefix(f"{self._root}/") for file in files if file not in kept]
+        return read
 
     def _has_text(self, file: Path | Member) -> bool:
         """Return whether a file of a folder holds documents: settings and tables of something else do not."""
         format = format_of(file.name)
-        if format is None or format.kind not in ("json", "csv", "Arrow"):
-            return format is not None
+        if format is None:
+            return isinstance(file, Path) and _is_archive(file)
+        if format.kind not in ("json", "csv", "Arrow"):
+            return True
         try:
             with opened(file, format) as stream:
                 next(read_rows(stream, format, file, self._text_field, self._encoding), None)
@@ -169,20 +174,13 @@ class FileCorpus(Corpus):
             offset, number, inside = 0, 0, []
 
 
+def _kind(file: Path | Member) -> str | None:
+    format = format_of(file.name)
+    return format and format.kind
+
+
 def _is_archive(file: Path) -> bool:
     return file.name.lower().endswith(ARCHIVE_ENDINGS)
-
-
-def _without(files: list[AnyFile], read: Iterable[AnyFile]) -> list[AnyFile]:
-    excluded = set(read)
-    return [file for file in files if file not in excluded]
-
-
-def _documents_among(files: list[AnyFile]) -> list[AnyFile]:
-    """Return the files that are read: not a README or a dataset's description, if there is data of another kind."""
-    read = [file for file in files if file.name.lower().endswith(FILE_ENDINGS)]
-    data = [file for file in read if file.name.split(".")[0].lower() not in _ABOUT_THE_DATA]
-    return data if any(not file.name.lower().endswith(".md") for file in data) else read
 
 
 @functools.cache

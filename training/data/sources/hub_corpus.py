@@ -72,10 +72,6 @@ class HubCorpus(Corpus):
             raise InputError(f"cannot read {self.repository} from the Hub ({type(error).__name__})") from None
         return True
 
-    def is_position(self, value: object) -> bool:
-        """Return whether `value` has a row and the state of a stream."""
-        return isinstance(value, dict) and isinstance(value.get("row"), int) and isinstance(value.get("state"), dict)
-
     def fraction_before(self, position: Position) -> float | None:
         """Return the fraction of the rows before a position; see `_count_rows`."""
         return min(1.0, position["row"] / self._num_rows) if self._num_rows else None
@@ -140,8 +136,7 @@ class HubCorpus(Corpus):
         while True:
             # Take the state before drawing the row, so that it resumes at this row.
             before = dataset.state_dict() if number and number % _ROWS_BETWEEN_POSITIONS == 0 else None
-            row = next(rows, None)
-            if row is None:
+            if (row := next(rows, None)) is None:
                 return
             yield row, before
             number += 1

@@ -7,6 +7,7 @@ and stay, in training and in validation.
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -37,10 +38,6 @@ class InstalledDocs(Corpus):
     def revision(self) -> str:
         """Return a hash of the Python version and the installed packages."""
         return installed_revision(package_roots())
-
-    def is_position(self, value: object) -> bool:
-        """Return whether `value` is the index of a docstring."""
-        return isinstance(value, int) and 0 <= value < len(self._docstrings)
 
     def fraction_before(self, position: Position) -> float:
         """Return the fraction of the docstrings before a position."""
@@ -108,10 +105,8 @@ def _docstrings(tree: ast.Module) -> Iterator[str]:
 def _docstrings_of_files(paths: Sequence[str]) -> list[str]:
     docstrings: list[str] = []
     for path in paths:
-        try:
-            docstrings.extend(docstrings_of_source(Path(path).read_bytes()))
-        except OSError:  # a dangling link, or no permission
-            continue
+        with contextlib.suppress(OSError):  # a dangling link, or no permission
+            docstrings += docstrings_of_source(Path(path).read_bytes())
     return docstrings
 
 

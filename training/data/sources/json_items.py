@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli_errors import InputError
-from training.data.sources.archives import Member
+from training.data.sources.formats import Member
 
 _BLOCK_CHARACTERS = 1 << 16
 _WHITE_SPACE = re.compile(r"[ \t\r\n]*")
@@ -22,14 +22,14 @@ def json_items(text: io.TextIOBase, file: Path | Member) -> Iterator[Any]:
     """
     reader = _Reader(text, file)
     if reader.next_character() == "[":
-        yield from reader.items()
+        yield from reader.items("[]")
         return
     found = False
-    for _ in reader.object_keys():
+    for _ in reader.items("{}"):
         if found or reader.next_character() != "[":
             reader.value()
             continue
-        for item in reader.items():
+        for item in reader.items("[]"):
             if isinstance(item, dict):  # otherwise an array of something else, next to the rows
                 found = True
                 yield item
@@ -69,25 +69,18 @@ class _Reader:
                 self._start = end
                 return item
 
-    def items(self) -> Iterator[Any]:
-        """Take an array, item by item."""
-        self._take("[")
-        while self.next_character() != "]":
-            yield self.value()
-            if self.next_character() != "]":
+    def items(self, brackets: str) -> Iterator[Any]:
+        """Take an array, item by item, or an object, key by key; then the caller takes the values."""
+        opening, closing = brackets
+        self._take(opening)
+        while self.next_character() != closing:
+            item = self.value()
+            if opening == "{":
+                self._take(":")
+            yield item
+            if self.next_character() != closing:
                 self._take(",")
-        self._take("]")
-
-    def object_keys(self) -> Iterator[str]:
-        """Take an object, key by key; the caller takes the values."""
-        self._take("{")
-        while self.next_character() != "}":
-            key = self.value()
-            self._take(":")
-            yield key
-            if self.next_character() != "}":
-                self._take(",")
-        self._take("}")
+        self._take(closing)
 
     def _take(self, expected: str) -> None:
         if (found := self.next_character()) != expected:

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli_errors import InputError, did_you_mean
-from training.data.sources.archives import Member
-from training.data.sources.formats import Format, opened
+from training.data.sources.formats import Format, Member, opened
 from training.data.sources.json_items import json_items
 from training.data.sources.text_files import INVALID, find_encoding
 
@@ -47,11 +46,9 @@ def read_rows(
     Raises:
         InputError: the file has another content than its ending says, or a row has no text in `text_field`.
     """
-    if format.kind == "Parquet":
-        yield from _parquet_rows(stream, file, text_field, number or offset)
-        return
-    if format.kind == "Arrow":
-        yield from _arrow_rows(stream, file, text_field, number)
+    if format.kind in ("Parquet", "Arrow"):
+        # Earlier versions kept the row as the offset.
+        yield from _table_rows(stream, format, file, text_field, number or offset)
         return
     codec, mark_bytes = find_encoding(stream, encoding)
     is_lines = format.kind == "json lines" or (format.kind == "json" and _holds_lines(file, format, codec, text_field))
@@ -80,13 +77,9 @@ def text_of(row: Any, text_field: str, where: str) -> str:
     """
     value = row
     for field in [text_field] if isinstance(row, dict) and text_field in row else text_field.split("."):
-        if not isinstance(value, dict):
-            if value is row:
-                raise InputError(
-                    f'{where} is not a JSON object but {type(value).__name__}; write rows as {{"text": …}}'
-                )
-            raise missing_field(text_field, row, where)
-        if field not in value:
+        if not isinstance(row, dict):
+            raise InputError(f'{where} is not a JSON object but {type(row).__name__}; write rows as {{"text": …}}')
+        if not isinstance(value, dict) or field not in value:
             raise missing_field(text_field, row, where)
         value = value[field]
     if value is not None and not isinstance(value, str):
@@ -180,57 +173,34 @@ def _csv_rows(text: io.TextIOBase, file: Path | Member, text_field: str, number:
         raise InputError(f"{file} line {rows.line_num:,} is not valid CSV ({error})") from None
 
 
-def _parquet_rows(stream: Any, file: Path | Member, text_field: str, first: int) -> Iterator[Row]:
+def _table_rows(stream: Any, format: Format, file: Path | Member, text_field: str, first: int) -> Iterator[Row]:
+    import pyarrow.compute
+    import pyarrow.ipc
     import pyarrow.parquet
 
-    parquet = pyarrow.parquet.ParquetFile(stream)
-    _require_column(parquet.schema_arrow, text_field, file)
-    row, group = 0, 0
-    while group < parquet.num_row_groups and row + parquet.metadata.row_group(group).num_rows <= first:
-        row += parquet.metadata.row_group(group).num_rows
-        group += 1
-    groups = range(group, parquet.num_row_groups)
-    batches = parquet.iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=groups, columns=[text_field])
-    for text in _column_rows(batches, file, text_field, row, first):
-        yield Row(text.text, text.number, 0)  # an earlier version keeps the row as the offset
-
-
-def _arrow_rows(stream: Any, file: Path | Member, text_field: str, first: int) -> Iterator[Row]:
-    import pyarrow.ipc
-
-    if stream.peek(6)[:6] == b"ARROW1":  # otherwise the streaming format, which `datasets` writes
+    row = 0
+    batches: Any
+    if format.kind == "Parquet":
+        parquet = pyarrow.parquet.ParquetFile(stream)
+        schema, groups = parquet.schema_arrow, list(range(parquet.num_row_groups))
+        while groups and row + parquet.metadata.row_group(groups[0]).num_rows <= first:
+            row += parquet.metadata.row_group(groups.pop(0)).num_rows
+        batches = parquet.iter_batches(batch_size=_ROWS_PER_BATCH, row_groups=groups, columns=[text_field])
+    elif stream.peek(6)[:6] == b"ARROW1":  # otherwise the streaming format, which `datasets` writes
         reader = pyarrow.ipc.open_file(stream)
-        batches: Iterable[Any] = map(reader.get_batch, range(reader.num_record_batches))
+        schema, batches = reader.schema, map(reader.get_batch, range(reader.num_record_batches))
     else:
-        batches = reader = pyarrow.ipc.open_stream(stream)
-    _require_column(reader.schema, text_field, file)
-    yield from _column_rows(batches, file, text_field, 0, first)
-
-
-def _require_column(schema: "pyarrow.Schema", text_field: str, file: Path | Member) -> None:
-    fields, names = schema, text_field.split(".")
-    if text_field in schema.names:
-        return
-    for name in names:
-        known = [field.name for field in fields]
-        if name not in known:
+        batches = pyarrow.ipc.open_stream(stream)
+        schema = batches.schema
+    name, *inner = [text_field] if text_field in schema.names else text_field.split(".")
+    kind = schema
+    for field in (name, *inner):
+        if not isinstance(kind, pyarrow.Schema | pyarrow.StructType) or field not in kind.names:
             raise missing_field(text_field, schema.names, str(file))
-        kind = next(field.type for field in fields if field.name == name)
-        fields = [kind.field(i) for i in range(kind.num_fields)] if str(kind).startswith("struct") else []
-
-
-def _column_rows(
-    batches: Iterable["pyarrow.RecordBatch"], file: Path | Member, text_field: str, row: int, first: int
-) -> Iterator[Row]:
-    import pyarrow.compute
-
+        kind = kind.field(field).type
     for batch in batches:
-        whole = text_field in batch.schema.names
-        name, *inner = [text_field] if whole else text_field.split(".")
         column = batch.column(name)
-        for field in inner:
-            column = pyarrow.compute.struct_field(column, field)
-        for value in column_values(column):
+        for value in column_values(pyarrow.compute.struct_field(column, inner) if inner else column):
             if row >= first:
                 text = text_of({text_field: value}, text_field, f"{file} row {row + 1:,}")
                 yield Row(text, 0, row)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from common.cli_errors import InputError
-from training.data.sources.archives import Member
+from training.data.sources.formats import Member
 from training.data.sources.pieces import piece_end
 
 END_OF_TEXT = "<|endoftext|>"

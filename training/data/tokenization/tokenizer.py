@@ -90,8 +90,7 @@ class Tokenizer:
     def token_byte_lengths(self) -> np.ndarray:
         """Return the number of bytes of each token, (vocab_size,); 0 for special tokens."""
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, rank in self.ranks.items():
-            lengths[rank] = len(token)
+        lengths[list(self.ranks.values())] = list(map(len, self.ranks))
         return lengths
 
     def save(self, folder: str | Path, *, model_max_length: int | None = None) -> None:
@@ -123,10 +122,10 @@ class Tokenizer:
         Raises:
             InputError: the folder has no tokenizer, or one whose files contradict each other.
         """
+        from training.data.tokenization.library_tokenizer import LibraryTokenizer, converted
+
         path = Path(folder) / "tokenizer.json"
         if not path.exists() and any((Path(folder) / name).exists() for name in ("vocab.json", "tokenizer.model")):
-            from training.data.tokenization.library_tokenizer import converted
-
             with converted(Path(folder)) as name:
                 return cls.load(name)
         try:
@@ -142,24 +141,16 @@ class Tokenizer:
         is_gpt2 = config.get("tokenizer_class") in (None, "GPT2Tokenizer", "GPT2TokenizerFast")
         try:
             ranks, special_tokens = _parse(data, path, end_of_text)
-            if needs_library(data, config, end_of_text):
-                return _library_tokenizer(folder)
-            template = Path(folder) / "chat_template.jinja"
-            files = {template.name: template.read_text(encoding="utf-8")} if template.exists() else {}
-            kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
-            return cls(ranks, special_tokens, end_of_text=end_of_text, config=kept, files=files)
+            if not needs_library(data, config, end_of_text):
+                template = Path(folder) / "chat_template.jinja"
+                files = {template.name: template.read_text(encoding="utf-8")} if template.exists() else {}
+                kept = {key: value for key, value in config.items() if key not in NOT_KEPT}
+                return cls(ranks, special_tokens, end_of_text=end_of_text, config=kept, files=files)
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            if not is_gpt2:
-                return _library_tokenizer(folder)
-            # a class that takes vocabulary and merges, and ignores what else is there
-            known = isinstance(error, InputError)
-            raise error if known else _unsupported(path, f"its content is not valid ({error!r:.80})") from None
-
-
-def _library_tokenizer(folder: str | Path) -> Tokenizer:
-    from training.data.tokenization.library_tokenizer import LibraryTokenizer
-
-    return LibraryTokenizer(Path(folder))
+            if is_gpt2:  # a class that takes vocabulary and merges, and ignores what else is there
+                known = isinstance(error, InputError)
+                raise error if known else _unsupported(path, f"its content is not valid ({error!r:.80})") from None
+        return LibraryTokenizer(Path(folder))
 
 
 def load_tokenizer(spec: str) -> Tokenizer:
@@ -186,10 +177,10 @@ def _load_from_hub(repo_id: str) -> Tokenizer:
     from common.hub_retry import hub_cache_error, network_errors
 
     kind, reason = InputError, "RepositoryNotFoundError"
+    # Which tokenizer vocab.json and merges.txt are may stand in the model's config.json only.
+    files = [*TOKENIZER_FILES, "config.json"]
     for repo_type in ("dataset", "model"):
         try:
-            # Which tokenizer vocab.json and merges.txt are may stand in the model's config.json only.
-            files = [*TOKENIZER_FILES, "config.json"]
             folder = Path(snapshot_download(repo_id, repo_type=repo_type, allow_patterns=files))
         except (RepositoryNotFoundError, HFValidationError):  # also for private and gated ones
             continue
@@ -262,12 +253,10 @@ def _load_gpt2() -> Tokenizer:
 
 def _fingerprint(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> str:
     """Return a sha256 of everything that determines ids, independent of libraries and their versions."""
-    digest = hashlib.sha256(GPT2_PATTERN.encode())
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        digest.update(f"\n{rank} {token.hex()}".encode())
-    for text, rank in sorted(special_tokens.items(), key=lambda item: item[1]):
-        digest.update(f"\n{rank} special {text.encode().hex()}".encode())
-    return digest.hexdigest()
+    tokens = sorted((rank, token.hex()) for token, rank in ranks.items())
+    special = sorted((rank, f"special {text.encode().hex()}") for text, rank in special_tokens.items())
+    lines = [GPT2_PATTERN, *(f"{rank} {token}" for rank, token in (*tokens, *special))]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _to_text(token: bytes) -> str:
@@ -301,9 +290,8 @@ def _backend(ranks: Mapping[bytes, int], special_tokens: Mapping[str, int]) -> A
 
     in_order = sorted(ranks, key=ranks.__getitem__)
     merges = [_split(token, ranks) for token in in_order if len(token) > 1]
-    vocab = {_to_text(token): rank for token, rank in ranks.items()}
     # Special tokens are in the vocabulary too, as in the official file, because added tokens cannot choose their ids.
-    vocab.update(special_tokens)
+    vocab = {_to_text(token): rank for token, rank in ranks.items()} | dict(special_tokens)
     backend = Backend(models.BPE(vocab, [(_to_text(left), _to_text(right)) for left, right in merges]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()

@@ -32,11 +32,11 @@ def train_tokenizer(corpus: Corpus, vocab_size: int, *, val_tokens: int, report:
         tokenizer = train_bpe(itertools.chain([first], texts), vocab_size)
         tokens = 0
         for text, _, starts in _split(corpus, reserved):
-            if not text or tokens >= val_tokens:
+            if not text:
                 break
             tokens += starts + len(tokenizer.encode(text))
-        if tokens >= val_tokens:
-            return tokenizer
+            if tokens >= val_tokens:
+                return tokenizer
         reserved *= 2
 
 

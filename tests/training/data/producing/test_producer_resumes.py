@@ -62,7 +62,7 @@ def test_resuming_inside_a_document_reads_only_its_rest(tmp_path, settings, monk
     make_shards(tmp_path / "complete", **settings)
     make_interrupted_shards(tmp_path / "out", 6, **settings)
     resume = Manifest.read(tmp_path / "out").resume
-    assert (resume.document, resume.position[3]) == (0, 1)
+    assert (resume.document, resume.place[3]) == (0, 1)
     read, real = [], FileCorpus._read
 
     def spy(self, start):

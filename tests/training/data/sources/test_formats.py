@@ -62,7 +62,6 @@ def test_rows_are_documents_and_reading_resumes_at_each(tmp_path, name):
     read = list(corpus.read())
     assert [piece.text for piece in read] == TEXTS
     for number, piece in enumerate(read):
-        assert corpus.is_position(piece.position)
         assert [each.text for each in corpus.read(piece.position)] == TEXTS[number:]
         assert name in corpus.place(piece.position)
 
@@ -241,7 +240,6 @@ def test_files_in_an_archive_are_read_and_reading_resumes_at_each_document(tmp_p
     expected = ["one", "two", "three", "four", *TEXTS, "five"]
     assert [piece.text for piece in read] == expected
     for number, piece in enumerate(read):
-        assert corpus.is_position(piece.position)
         assert 0 <= corpus.fraction_before(piece.position) <= 1
         assert [each.text for each in corpus.read(piece.position)] == expected[number:]
     assert corpus.notes() == [f"2 files of {folder} are not read: {name}/README.md, {name}/image.png"]

@@ -10,7 +10,6 @@ from support.small_corpora import folder_bytes, make_shards, write_corpus
 
 from common.cli_errors import InputError
 from training.data.producing.background_producer import BackgroundProducer
-from training.data.producing.content_check import check_content
 from training.data.shards.shard_reader import ShardFolder
 from training.data.shards.shard_spec import ShardSpec
 from training.data.sources.installed_docs import InstalledDocs
@@ -103,9 +102,9 @@ def test_dataset_with_the_commit_of_the_shards_is_accepted_and_another_is_not(tm
     folder, lines = ShardFolder.open(tmp_path), []
     if answer is RevisionNotFoundError:
         with pytest.raises(InputError, match=r"of 'c', but 'owner/c' is now at a commit of "):
-            check_content(spec, folder, lines.append)
+            spec.check_content(folder, lines.append)
     else:
-        check_content(spec, folder, lines.append)
+        spec.check_content(folder, lines.append)
         assert [answer.__name__ in line for line in lines] == ([] if answer == "commit" else [True])
     assert asked[0] == ("owner/c", folder.manifest.corpus_revision)
 
