@@ -44,7 +44,7 @@ from training.setup.accelerator import (
     lost_connections_reported,
     shut_down,
 )
-from training.setup.batch_size_finder import find_batch_size
+from training.setup.memory import find_batch_size
 from training.setup.model import build_model, prepare_for_training
 from training.setup.plan import Plan, plan_run
 from training.step.guard import Guard

@@ -115,7 +115,7 @@ class Muon(Optimizer):
         )
         if not isinstance(parameter, DTensor):
             return direction
-        whole = {"shape": parameter.shape, "stride": parameter.stride()}
+        whole: Any = {"shape": parameter.shape, "stride": parameter.stride()}
         sharded = DTensor.from_local(direction, parameter.device_mesh, parameter.placements, run_check=False, **whole)
         return sharded.full_tensor()
 

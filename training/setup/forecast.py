@@ -15,8 +15,7 @@ from training.data.loading.order import Order
 from training.data.shards.shard_reader import ShardFolder
 from training.monitoring.throughput import PEAKS, flops_per_token
 from training.recipe import Recipe
-from training.setup.batch_size_finder import divisors
-from training.setup.memory_estimate import MemoryEstimate, estimate_memory, gib
+from training.setup.memory import MemoryEstimate, divisors, estimate_memory, gib
 from training.setup.model import config_without_weights
 from training.setup.preflight import known_vocabulary, report_length, report_size, report_time
 from training.step.batch_plan import BatchPlan, plan_batch

@@ -31,8 +31,7 @@ from training.monitoring.task_evaluation import TaskSet
 from training.monitoring.throughput import device_name
 from training.recipe import Recipe
 from training.setup.accelerator import build_accelerator, check_launch, shut_down
-from training.setup.batch_size_finder import find_batch_size
-from training.setup.memory_estimate import available_memory, estimate_memory, gib
+from training.setup.memory import available_memory, estimate_memory, find_batch_size, gib
 from training.setup.model import Vocabulary, build_model, prepare_for_training
 from training.setup.plan import batch_of, check_shards, total_steps
 from training.setup.training_data import check_data, tokenizer_of_foreign_shards

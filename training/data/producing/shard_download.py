@@ -45,7 +45,7 @@ def find_ready_shards(corpus: HubCorpus) -> ReadyShards | None:
     """Return the shards of the repository, or of its folder named by the config; None for text."""
     import huggingface_hub
 
-    request = {"recursive": True, "repo_type": "dataset", "revision": corpus.revision}
+    request: Any = {"recursive": True, "repo_type": "dataset", "revision": corpus.revision}
     tree = corpus.retry.call(lambda: list(huggingface_hub.HfApi().list_repo_tree(corpus.repository, **request)))
     files = {
         PurePosixPath(file.path): file
@@ -172,7 +172,7 @@ def _download(corpus: HubCorpus, file: "RepoFile", folder: Path) -> tuple[Path, 
     """Return where the file was downloaded to below `folder`, and its sha256, compared with the Hub's."""
     import huggingface_hub
 
-    request: dict[str, Any] = {"repo_type": "dataset", "revision": corpus.revision, "local_dir": folder}
+    request: Any = {"repo_type": "dataset", "revision": corpus.revision, "local_dir": folder}
     download = functools.partial(huggingface_hub.hf_hub_download, corpus.repository, file.path, **request)
     for _ in range(_ATTEMPTS):
         path = Path(corpus.retry.call(download))

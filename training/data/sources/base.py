@@ -32,7 +32,7 @@ class Piece(NamedTuple):
     """
 
     text: str
-    position: Position | None = None
+    position: Position = None
     starts: bool = True
     replaced: int = 0
 

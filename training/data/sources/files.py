@@ -18,14 +18,13 @@ from training.data.sources.formats import (
     ENDINGS_IN_WORDS,
     FILE_ENDINGS,
     Member,
-    advance,
     format_of,
     members_of,
     open_plain,
     opened,
 )
 from training.data.sources.rows import MissingFieldError, read_rows
-from training.data.sources.text_files import END_OF_TEXT, Separator, find_encoding, read_pieces, require_text
+from training.data.sources.text_files import END_OF_TEXT, Separator, read_text
 
 _HASHED_CHUNK_BYTES = 65_536
 _HASHED_CHUNKS = 4096  # 256 MiB in total, which takes a fraction of a second
@@ -151,27 +150,18 @@ class FileCorpus(Corpus):
         return [source.size if isinstance(source, Member) else source.stat().st_size for source in self._sources]
 
     def _read(self, start: Position | None) -> Iterator[Piece]:
-        first, offset, number, *inside = start or (0, 0, 0)
+        first, *inside = start or (0,)
         for index, file in enumerate(self._sources[first:], start=first):
             format = format_of(file.name)
             assert format is not None  # see the constructor
             with opened(file, format) as stream:
                 if format.kind == "text":
-                    codec, mark_bytes = find_encoding(stream, self._encoding)
-                    require_text(stream, codec, file)
-                    offset = max(offset, mark_bytes)
-                    advance(stream, offset)
-                    for piece in read_pieces(
-                        stream, codec, self._separator, offset=offset, skipped=number, starts=not inside
-                    ):
-                        position = [index, piece.offset, piece.skipped, *([] if piece.starts else [1])]
-                        yield Piece(piece.text, position, piece.starts)
+                    pieces = read_text(stream, file, self._separator, self._encoding, inside)
                 else:
-                    rows = read_rows(
-                        stream, format, file, self._text_field, self._encoding, offset=offset, number=number
-                    )
-                    yield from (Piece(row.text, [index, row.offset, row.number]) for row in rows)
-            offset, number, inside = 0, 0, []
+                    pieces = read_rows(stream, format, file, self._text_field, self._encoding, inside)
+                for piece in pieces:
+                    yield piece._replace(position=[index, *piece.position])
+            inside = []
 
 
 def _kind(file: Path | Member) -> str | None:

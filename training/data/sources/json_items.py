@@ -71,7 +71,7 @@ class _Reader:
 
     def items(self, brackets: str) -> Iterator[Any]:
         """Take an array, item by item, or an object, key by key; then the caller takes the values."""
-        opening, closing = brackets
+        opening, closing = brackets[0], brackets[1]
         self._take(opening)
         while self.next_character() != closing:
             item = self.value()

@@ -4,11 +4,12 @@ import csv
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from common.cli_errors import InputError, did_you_mean
+from training.data.sources.base import Piece
 from training.data.sources.formats import Format, Member, opened
 from training.data.sources.json_items import json_items
 from training.data.sources.text_files import INVALID, find_encoding
@@ -23,12 +24,13 @@ _MAX_SHOWN_CHARACTERS = 200
 _DELIMITERS = (";", "\t", "|")  # also in .csv, such as spreadsheets write where the comma is in numbers
 
 
-class Row(NamedTuple):
-    """The text of a row, where the row begins in an uncompressed file of lines, and how many precede it."""
+class _Row(NamedTuple):
+    """A row, how many precede it, and where it begins in an uncompressed file of lines."""
 
-    text: str
-    offset: int
+    value: Any
     number: int
+    offset: int = 0
+    unit: str = "row"
 
 
 def read_rows(
@@ -37,37 +39,35 @@ def read_rows(
     file: Path | Member,
     text_field: str,
     encoding: str | None,
-    *,
-    offset: int = 0,
-    number: int = 0,
-) -> Iterator[Row]:
-    """Yield the rows of an opened file, from a row's `offset` and `number` on.
+    position: Sequence[int] = (),
+) -> Iterator[Piece]:
+    """Yield the text of the rows of an opened file, from the first or from a position: [offset, number].
 
     Raises:
         InputError: the file has another content than its ending says, or a row has no text in `text_field`.
     """
-    if format.kind in ("Parquet", "Arrow"):
-        # Earlier versions kept the row as the offset.
-        yield from _table_rows(stream, format, file, text_field, number or offset)
-        return
+    offset, number = position or (0, 0)
     codec, mark_bytes = find_encoding(stream, encoding)
     is_lines = format.kind == "json lines" or (format.kind == "json" and _holds_lines(file, format, codec, text_field))
-    if is_lines and format.compression is None and "\n".encode(codec) == b"\n":
+    rows: Iterator[_Row]
+    if format.kind in ("Parquet", "Arrow"):
+        rows = _table_rows(stream, format, file, text_field, number or offset)  # the row was once kept as the offset
+    elif is_lines and format.compression is None and "\n".encode(codec) == b"\n":
         stream.seek(max(offset, mark_bytes))
-        yield from _json_rows(_lines_at(stream, codec, max(offset, mark_bytes)), file, text_field, number)
-        return
-    stream.read(mark_bytes)
-    # A line ends with \n alone, as above; the csv module needs line breaks as they are.
-    with io.TextIOWrapper(stream, codec, INVALID, newline="\n" if is_lines else "") as text:
+        rows = _json_rows(_lines_at(stream, codec, max(offset, mark_bytes)), file, number)
+    else:
+        stream.read(mark_bytes)
+        # A line ends with \n alone, as above; the csv module needs line breaks as they are.
+        text = io.TextIOWrapper(stream, codec, INVALID, newline="\n" if is_lines else "")
         if is_lines:
-            lines = ((0, line) for before, line in enumerate(text) if before >= number)
-            yield from _json_rows(lines, file, text_field, number)
+            rows = _json_rows(((0, line) for line in itertools.islice(text, number, None)), file, number)
         elif format.kind == "csv":
-            yield from _csv_rows(text, file, text_field, number)
+            rows = _csv_rows(text, file, text_field, number)
         else:
-            for before, row in enumerate(json_items(text, file)):
-                if before >= number:
-                    yield Row(text_of(row, text_field, f"{file} row {before + 1:,}"), 0, before)
+            rows = (_Row(row, before) for before, row in enumerate(json_items(text, file)) if before >= number)
+    for row in rows:
+        where = f"{file} {row.unit} {row.number + 1:,}"
+        yield Piece(text_of(row.value, text_field, where), [row.offset, row.number])
 
 
 def text_of(row: Any, text_field: str, where: str) -> str:
@@ -125,16 +125,15 @@ def _lines_at(stream: io.BufferedReader, codec: str, offset: int) -> Iterator[tu
         offset += len(line)
 
 
-def _json_rows(lines: Iterable[tuple[int, str]], file: Path | Member, text_field: str, number: int) -> Iterator[Row]:
+def _json_rows(lines: Iterable[tuple[int, str]], file: Path | Member, number: int) -> Iterator[_Row]:
     for before, (offset, line) in enumerate(lines, start=number):
         if line.isspace():
             continue
-        where = f"{file} line {before + 1:,}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
-            raise InputError(f"{where} is not valid JSON ({error})") from None
-        yield Row(text_of(row, text_field, where), offset, before)
+            raise InputError(f"{file} line {before + 1:,} is not valid JSON ({error})") from None
+        yield _Row(row, before, offset, "line")
 
 
 def _holds_lines(file: Path | Member, format: Format, codec: str, text_field: str) -> bool:
@@ -149,7 +148,7 @@ def _holds_lines(file: Path | Member, format: Format, codec: str, text_field: st
     return isinstance(row, dict) and (bool(rest.strip()) or text_field.split(".")[0] in row)
 
 
-def _csv_rows(text: io.TextIOBase, file: Path | Member, text_field: str, number: int) -> Iterator[Row]:
+def _csv_rows(text: io.TextIOBase, file: Path | Member, text_field: str, number: int) -> Iterator[_Row]:
     csv.field_size_limit(_MAX_FIELD_CHARACTERS)
     first = text.readline()
     usual = "\t" if ".tsv" in file.name.lower() else ","
@@ -168,12 +167,12 @@ def _csv_rows(text: io.TextIOBase, file: Path | Member, text_field: str, number:
                     f"{file} line {rows.line_num:,} has {len(row)} fields, its header {len(header)}; quote the fields "
                     "that hold the delimiter"
                 )
-            yield Row(row[column], 0, before)
+            yield _Row({text_field: row[column]}, before)
     except csv.Error as error:
         raise InputError(f"{file} line {rows.line_num:,} is not valid CSV ({error})") from None
 
 
-def _table_rows(stream: Any, format: Format, file: Path | Member, text_field: str, first: int) -> Iterator[Row]:
+def _table_rows(stream: Any, format: Format, file: Path | Member, text_field: str, first: int) -> Iterator[_Row]:
     import pyarrow.compute
     import pyarrow.ipc
     import pyarrow.parquet
@@ -202,6 +201,5 @@ def _table_rows(stream: Any, format: Format, file: Path | Member, text_field: st
         column = batch.column(name)
         for value in column_values(pyarrow.compute.struct_field(column, inner) if inner else column):
             if row >= first:
-                text = text_of({text_field: value}, text_field, f"{file} row {row + 1:,}")
-                yield Row(text, 0, row)
+                yield _Row({text_field: value}, row)
             row += 1

@@ -3,12 +3,13 @@
 import codecs
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from common.cli_errors import InputError
-from training.data.sources.formats import Member
+from training.data.sources.base import Piece
+from training.data.sources.formats import Member, advance
 from training.data.sources.pieces import piece_end
 
 END_OF_TEXT = "<|endoftext|>"
@@ -37,19 +38,6 @@ INVALID = "training.invalid"
 codecs.register_error(INVALID, lambda error: ("\udfff", error.end))  # type: ignore[attr-defined]
 
 
-class TextPiece(NamedTuple):
-    """A piece of a document: the text after `skipped` characters of what begins at byte `offset`.
-
-    Attributes:
-        starts: whether the document begins here.
-    """
-
-    text: str
-    offset: int
-    skipped: int
-    starts: bool
-
-
 def find_encoding(stream: io.BufferedReader, encoding: str | None) -> tuple[str, int]:
     """Return the encoding of an opened text file and the bytes of its byte-order mark; nothing is read yet.
 
@@ -70,7 +58,7 @@ def find_encoding(stream: io.BufferedReader, encoding: str | None) -> tuple[str,
     return "utf-8", 0
 
 
-def require_text(stream: io.BufferedReader, codec: str, file: Path | Member) -> None:
+def _require_text(stream: io.BufferedReader, codec: str, file: Path | Member) -> None:
     """Raise an `InputError` for NUL bytes in UTF-8, or the beginning of another kind of file; nothing is read yet."""
     head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
     for start, kind in _NOT_TEXT.items():
@@ -153,16 +141,30 @@ class _Window:
             del self._blocks[0]
 
 
-def read_pieces(
-    stream: BinaryIO, encoding: str, separator: Separator, *, offset: int, skipped: int = 0, starts: bool = True
-) -> Iterator[TextPiece]:
-    """Yield the pieces of the text that follows in a stream.
+def read_text(
+    stream: Any, file: Path | Member, separator: Separator, encoding: str | None, position: Sequence[int] = ()
+) -> Iterator[Piece]:
+    """Yield the pieces of an opened text file, from the beginning or a position: see `read_pieces`.
 
-    Args:
-        offset: of the stream now.
-        skipped: characters to leave out.
-        starts: whether a document begins after them.
+    Raises:
+        InputError: it is no text, in this encoding.
     """
+    codec, mark_bytes = find_encoding(stream, encoding)
+    _require_text(stream, codec, file)
+    offset, *rest = position or (0,)
+    offset = max(offset, mark_bytes)
+    advance(stream, offset)
+    yield from read_pieces(stream, codec, separator, offset, *rest)
+
+
+def read_pieces(
+    stream: BinaryIO, encoding: str, separator: Separator, offset: int, skipped: int = 0, inside: int = 0
+) -> Iterator[Piece]:
+    """Yield the pieces of the text that follows in a stream, which is at byte `offset`, after `skipped` characters.
+
+    These are a piece's position, with a 1 after them `inside` a document.
+    """
+    starts = not inside
     window = _Window(stream, encoding, offset)
     while len(window.text) < skipped and not window.complete:
         window.grow()
@@ -174,7 +176,7 @@ def read_pieces(
             continue
         end, following = bounds
         if end:
-            yield TextPiece(window.text[:end], *window.position, starts)
+            yield Piece(window.text[:end], [*window.position, *([] if starts else [1])], starts)
         window.drop(following)
         starts = following > end
 

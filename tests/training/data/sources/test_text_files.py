@@ -53,10 +53,10 @@ def test_text_without_any_space_is_cut_only_at_the_limit(monkeypatch):
     assert list(pieces_of("one two three four")) == ["one two", " three", " four"]
 
 
-def _read(content: bytes, encoding: str, separator: str | None, offset: int = 0, skipped: int = 0, starts: bool = True):
+def _read(content: bytes, encoding: str, separator: str | None, offset: int = 0, *rest: int):
     stream = io.BytesIO(content)
     stream.seek(offset)
-    return list(read_pieces(stream, encoding, Separator(separator), offset=offset, skipped=skipped, starts=starts))
+    return list(read_pieces(stream, encoding, Separator(separator), offset, *rest))
 
 
 def _documents(content: str, separator: str | None, encoding: str = "utf-8") -> list[str]:
@@ -83,7 +83,7 @@ def test_reading_from_any_piece_gives_the_pieces_from_there(text, separator, enc
     content = text.encode(encoding)
     found = _read(content, encoding, separator)
     for number, piece in enumerate(found):
-        rest = _read(content, encoding, separator, piece.offset, piece.skipped, piece.starts)
+        rest = _read(content, encoding, separator, *piece.position)
         assert [(each.text, each.starts) for each in rest] == [(each.text, each.starts) for each in found[number:]]
 
 

@@ -15,10 +15,9 @@ from training import loop
 from training.loop import train
 from training.monitoring.run_history import read_metrics
 from training.recipe import Recipe
-from training.setup import batch_size_finder
+from training.setup import memory
 from training.setup.accelerator import build_accelerator
-from training.setup.batch_size_finder import divisors, find_batch_size
-from training.setup.memory_estimate import block_activations, estimate_memory
+from training.setup.memory import block_activations, divisors, estimate_memory, find_batch_size
 from training.step.batch_plan import plan_batch
 
 Make = Callable[..., Recipe]
@@ -100,10 +99,10 @@ def test_search_does_not_change_weights_or_random_state(tiny_recipe: Make) -> No
 def test_batch_on_a_cpu_is_limited_by_tokens_and_memory(tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny_recipe(tokens_per_step=64 * 32, per_device_train_batch_size="auto")
     plan = plan_batch(tokens_per_step=64 * 32, seq_len=32, per_device=1, num_processes=1)
-    monkeypatch.setattr(batch_size_finder, "_CPU_TOKENS", 20 * 32)
+    monkeypatch.setattr(memory, "_CPU_TOKENS", 20 * 32)
     assert find_batch_size(plan, build_accelerator(recipe), tiny(), recipe).per_device == 16
     room = estimate_memory(tiny(), recipe, sequences=7).total
-    monkeypatch.setattr(batch_size_finder, "available_memory", lambda device, processes: 2 * room)
+    monkeypatch.setattr(memory, "available_memory", lambda device, processes: 2 * room)
     assert find_batch_size(plan, build_accelerator(recipe), tiny(), recipe).per_device == 4
 
 
