@@ -32,7 +32,7 @@ from training.step.batch_plan import BatchPlan, plan_batch
 from training.step.hooks import Run
 
 _ROOT = Path(__file__).parents[2]
-_PACKAGES = ("common", "gpt2_scratch", "evaluation", "training")
+SOURCES = ("common/**/*.py", "gpt2_scratch/**/*.py", "evaluation/**/*.py", "training/**/*.py")
 _COMPARED_IDS = 1 << 20  # of a shard without a hash in a manifest
 
 
@@ -174,6 +174,9 @@ def _identity(plan: Plan) -> dict[str, object]:
     """What determines the data, the steps and the initial weights of a run, as far as it is known when it starts."""
     run, folder = plan.run, plan.run.shards.folder
     names = ("corpus_revision", "dtype", "shard_tokens", "max_tokens")
+    weights = run.recipe.init_from if run.resume_from is None else None
+    if weights is not None and Path(weights).is_dir():  # otherwise a model on the Hub
+        weights = hash_of_files(Path(weights), "*.safetensors", "*.bin")
     return {
         "data: tokenizer": run.tokenizer.fingerprint,
         **{f"data: {name}": getattr(folder.manifest, name, None) for name in names},
@@ -181,20 +184,20 @@ def _identity(plan: Plan) -> dict[str, object]:
         "data: first training shard": _content(folder.train_shards[0]),
         "first step": run.first_step,
         "checkpoint": None if run.resume_from is None else state_checksum(run.resume_from),
-        "initial weights": None if run.resume_from is not None else _hash_of_weights(run.recipe.init_from),
+        "initial weights": weights,
         "total steps": run.total_steps,
         "complete": plan.is_complete,
         "items of eval_tasks": None if plan.tasks is None else plan.tasks.fingerprint,
         **run.recipe.values_with(per_node=False),
-        "code": hash_of_sources(_ROOT),
+        "code": hash_of_files(_ROOT, *SOURCES),
         "torch": torch.__version__,
     }
 
 
-def hash_of_sources(root: Path) -> str:
-    """A hash of the Python files of all packages in a checkout."""
-    paths = chain.from_iterable(sorted((root / name).rglob("*.py")) for name in _PACKAGES)
-    content = (f"{path.relative_to(root)} {file_sha256(path)}" for path in paths)
+def hash_of_files(folder: Path, *patterns: str) -> str:
+    """A hash of the names and the content of the files below a folder that match a pattern."""
+    paths = sorted(chain.from_iterable(map(folder.glob, patterns)))
+    content = (f"{path.relative_to(folder)} {file_sha256(path)}" for path in paths)
     return hashlib.sha256("\n".join(content).encode()).hexdigest()
 
 
@@ -202,11 +205,3 @@ def _content(shard: Shard) -> str:
     if shard.sha256 is not None:
         return shard.sha256
     return hashlib.sha256(f"{shard.tokens} ".encode() + shard.read()[:_COMPARED_IDS].tobytes()).hexdigest()
-
-
-def _hash_of_weights(init_from: str | None) -> str | None:
-    """A hash of the weights in a model folder; a Hub id as it is."""
-    if init_from is None or not Path(init_from).is_dir():
-        return init_from
-    files = [path for kind in ("*.safetensors", "*.bin") for path in sorted(Path(init_from).glob(kind))]
-    return hashlib.sha256("\n".join(file_sha256(path) for path in files).encode()).hexdigest()

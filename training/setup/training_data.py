@@ -25,14 +25,9 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
     Raises:
         InputError: the corpus, the folder or the tokenizer cannot be used, or they do not match.
     """
-    path = Path(recipe.data_dir)
     folder, spec = check_data(recipe, producer.report)
-    if spec is None:
-        tokenizer = tokenizer_of_foreign_shards(recipe)
-        wait_for_shards(lambda: True, producer, ranks)
-        assert folder is not None
-        return folder, tokenizer
-    if (folder is None or not folder.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
+    tokenizer = tokenizer_of_foreign_shards(recipe) if spec is None else None
+    if spec is not None and (folder is None or not folder.complete) and os.environ.get("LOCAL_RANK", "0") == "0":
         workers = preprocessing_workers(recipe, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
         producer.start(producer_command(spec, workers))
     needs_all = recipe.num_train_epochs is not None  # for the length of an epoch
@@ -40,12 +35,12 @@ def open_data(recipe: Recipe, producer: BackgroundProducer, ranks: Ranks) -> tup
     def can_train() -> bool:
         nonlocal folder
         if folder is None or not folder.can_train(needs_all):
-            folder = ShardFolder.find(path)
+            folder = ShardFolder.find(Path(recipe.data_dir))
         return folder is not None and folder.can_train(needs_all)
 
     wait_for_shards(can_train, producer, ranks)
     assert folder is not None
-    return folder, folder.load_tokenizer(recipe.tokenizer)
+    return folder, tokenizer or folder.load_tokenizer(recipe.tokenizer)
 
 
 def check_data(recipe: Recipe, report: Callable[[str], None]) -> tuple[ShardFolder | None, ShardSpec | None]:

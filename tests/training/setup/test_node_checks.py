@@ -24,7 +24,7 @@ from training.data.shards.manifest import Manifest
 from training.data.shards.shard_reader import ShardFolder
 from training.loop import train
 from training.recipe import Recipe
-from training.setup.plan import Plan, check_nodes_match, hash_of_sources, plan_run
+from training.setup.plan import SOURCES, Plan, check_nodes_match, hash_of_files, plan_run
 from training.setup.training_data import wait_for_shards
 
 Make = Callable[..., Recipe]
@@ -187,9 +187,9 @@ def test_code_with_any_other_content_is_another_version(tmp_path: Path) -> None:
         (tmp_path / name / "training" / "data").mkdir(parents=True)
         (tmp_path / name / "training" / "data" / "order.py").write_text("SEED = 1")
         (tmp_path / name / f"notes of {name}.py").write_text(name)  # outside of the packages
-    assert hash_of_sources(tmp_path / "here") == hash_of_sources(tmp_path / "there")
+    assert hash_of_files(tmp_path / "here", *SOURCES) == hash_of_files(tmp_path / "there", *SOURCES)
     (tmp_path / "there" / "training" / "data" / "order.py").write_text("SEED = 2")
-    assert hash_of_sources(tmp_path / "here") != hash_of_sources(tmp_path / "there")
+    assert hash_of_files(tmp_path / "here", *SOURCES) != hash_of_files(tmp_path / "there", *SOURCES)
 
 
 def test_node_without_the_checkpoints_is_an_error_and_one_with_a_copy_starts(

@@ -49,25 +49,24 @@ def read_rows(
     offset, number = position or (0, 0)
     codec, mark_bytes = find_encoding(stream, encoding)
     is_lines = format.kind == "json lines" or (format.kind == "json" and _holds_lines(file, format, codec, text_field))
+    stream.read(mark_bytes)
     rows: Iterator[_Row]
-    if format.kind in ("Parquet", "Arrow"):
-        rows = _table_rows(stream, format, file, text_field, number or offset)  # the row was once kept as the offset
-    elif is_lines and format.compression is None and "\n".encode(codec) == b"\n":
-        stream.seek(max(offset, mark_bytes))
-        rows = _json_rows(_lines_at(stream, codec, max(offset, mark_bytes)), file, number)
-    else:
-        stream.read(mark_bytes)
-        # A line ends with \n alone, as above; the csv module needs line breaks as they are.
-        text = io.TextIOWrapper(stream, codec, INVALID, newline="\n" if is_lines else "")
-        if is_lines:
+    # A line ends with \n alone; the csv module needs line breaks as they are.
+    with io.TextIOWrapper(stream, codec, INVALID, newline="\n" if is_lines else "") as text:
+        if format.kind in ("Parquet", "Arrow"):
+            rows = _table_rows(stream, format, file, text_field, number or offset)  # once, the row was the offset
+        elif is_lines and format.compression is None and "\n".encode(codec) == b"\n":
+            stream.seek(max(offset, mark_bytes))
+            rows = _json_rows(_lines_at(stream, codec, max(offset, mark_bytes)), file, number)
+        elif is_lines:
             rows = _json_rows(((0, line) for line in itertools.islice(text, number, None)), file, number)
         elif format.kind == "csv":
             rows = _csv_rows(text, file, text_field, number)
         else:
             rows = (_Row(row, before) for before, row in enumerate(json_items(text, file)) if before >= number)
-    for row in rows:
-        where = f"{file} {row.unit} {row.number + 1:,}"
-        yield Piece(text_of(row.value, text_field, where), [row.offset, row.number])
+        for row in rows:
+            where = f"{file} {row.unit} {row.number + 1:,}"
+            yield Piece(text_of(row.value, text_field, where), [row.offset, row.number])
 
 
 def text_of(row: Any, text_field: str, where: str) -> str:
