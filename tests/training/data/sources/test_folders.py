@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from common.cli_errors import InputError
-from training.data.sources.files import FileCorpus
-from training.data.sources.folders import files_below
+from training.data.sources.files import FileCorpus, files_below
 
 
 @pytest.fixture
