@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
@@ -97,7 +98,7 @@ def collect_snapshot(
     by_parameter = cast(dict[str, dict[str, Any]], get_optimizer_state_dict(bare, optimizer)["state"])
     state = {f"{name}/{key}": tensor for name, moments in by_parameter.items() for key, tensor in moments.items()}
     moments, loop = (_to_host(tensors, keep, memory) for tensors in (state, loop_state))
-    rng_states = _gather_rng_states(accelerator)
+    rng_states = gather_object([rng_state(accelerator.device)])
     if not keep:
         return None
     if accelerator.device.type == "cuda":
@@ -118,13 +119,6 @@ def _to_host(tensors: Mapping[str, Tensor], keep: bool, memory: HostMemory | Non
         if keep:
             host[name] = full.to("cpu").contiguous() if memory is None else memory.copy(full)
     return host
-
-
-def _gather_rng_states(accelerator: Accelerator) -> list[dict[str, Tensor]]:
-    own = rng_state(accelerator.device)
-    sizes = [state.numel() for state in own.values()]
-    every = accelerator.gather(torch.cat(list(own.values())).to(accelerator.device)[None]).cpu()  # (processes, bytes)
-    return [dict(zip(own, (part.clone() for part in row.split(sizes)), strict=True)) for row in every]
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
