@@ -117,20 +117,17 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
         def inspect(written: str) -> Iterator[tuple[Text, str]]:
             yield from complete(written, 0, 0, 0, 1, 0)
 
-        def details(shown: Text, layer_number: float, head_number: float) -> tuple[str, str, str]:
-            return demo.show_selected(shown, layer_number, head_number) if shown.ids else ("", "", "")
-
         def finish(shown: Text, layer_number: float, head_number: float) -> tuple[Text, str, str, str, str]:
             if not shown.ids:
                 return shown, "", "", "", ""
             shown = demo.predict(shown)
-            return shown, demo.show_text(shown), *details(shown, layer_number, head_number)
+            return shown, demo.show_text(shown), *demo.show_selected(shown, layer_number, head_number)
 
         def select(shown: Text, layer_number: float, head_number: float, index: int) -> tuple[Text, str, str, str]:
             if not 0 <= index < len(shown.ids) or shown.predicted is None:
                 raise _message(ValueError("wait for the end of the completion, then select a token"))
             shown = shown._replace(selected=index)
-            return shown, *details(shown, layer_number, head_number)
+            return shown, *demo.show_selected(shown, layer_number, head_number)
 
         def attend(shown: Text, layer_number: float, head_number: float) -> str:
             return demo.show_attention(shown, layer_number, head_number) if shown.ids else ""
@@ -138,6 +135,7 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
         settings = [new_tokens, temperature, top_k, top_p, seed]
         private: dict[str, Any] = {"api_visibility": "private"}
         shared: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": _PAGES_AT_ONCE, **private}
+        newest: dict[str, Any] = {"trigger_mode": "always_last", "show_progress": "hidden", **shared}
         panels = [alternatives, heads, lens]
         # Without preprocessing, for which an empty slider is a bug: `check_settings` has a message for it.
         runs = [
@@ -147,24 +145,8 @@ def build_page(model: Any, tokenizer: Any, name: str) -> gr.Blocks:
         for run in runs:
             run.success(finish, [state, layer, head], [state, text, *panels], **shared)
         stop.click(None, cancels=runs, **private).then(finish, [state, layer, head], [state, text, *panels], **shared)
-        text.select(
-            select,
-            [state, layer, head, index],
-            [state, *panels],
-            js=_SELECTED_TOKEN,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            **shared,
-        )
-        gr.on(
-            [layer.change, head.change],
-            attend,
-            [state, layer, head],
-            heads,
-            trigger_mode="always_last",
-            show_progress="hidden",
-            **shared,
-        )
+        text.select(select, [state, layer, head, index], [state, *panels], js=_SELECTED_TOKEN, **newest)
+        gr.on([layer.change, head.change], attend, [state, layer, head], heads, **newest)
         heads.select(None, None, head, js=_SELECTED_HEAD, **private)
     return page
 

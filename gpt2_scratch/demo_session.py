@@ -45,13 +45,8 @@ class Demo:
         input_ids = prompt_ids(self.tokenizer, prompt, self.n_positions, vocab_size)
         text = Text(tuple(input_ids[0].tolist()), input_ids.shape[1])
         yield text
-        settings: dict[str, Any] = {
-            "temperature": temperature,
-            "top_k": int(top_k),
-            "top_p": top_p,
-            "seed": int(seed or 0),
-        }
-        for token in sample_tokens(self.model, input_ids, max_new_tokens=int(max_new_tokens), **settings):
+        counts = {"max_new_tokens": int(max_new_tokens), "top_k": int(top_k), "seed": int(seed or 0)}
+        for token in sample_tokens(self.model, input_ids, temperature=temperature, top_p=top_p, **counts):
             text = text._replace(ids=(*text.ids, token))
             yield text
 
@@ -115,21 +110,17 @@ def check_settings(
     top_p: float | None,
     seed: float | None,
 ) -> None:
-    """Check the sampling settings.
-
-    Raises:
-        ValueError: one is empty or out of range.
-    """
-    ranges = {
-        "New tokens": (max_new_tokens, 0, math.inf),
-        "Temperature": (temperature, 0, math.inf),
-        "Top-k": (top_k, 0, math.inf),
-        "Top-p": (top_p, 0, 1),
-        "Seed": (seed, 0, 2**63 - 1),
+    """Raise a ValueError if a sampling setting is empty or out of range."""
+    settings = {
+        "New tokens": (max_new_tokens, math.inf),
+        "Temperature": (temperature, math.inf),
+        "Top-k": (top_k, math.inf),
+        "Top-p": (top_p, 1),
+        "Seed": (seed, 2**63 - 1),
     }
-    for name, (value, lowest, highest) in ranges.items():
-        if value is None or not lowest <= value <= highest or math.isinf(value):
-            limit = f"{lowest} or more" if math.isinf(highest) else f"from {lowest} to {highest:,}"
+    for name, (value, highest) in settings.items():
+        if value is None or not 0 <= value <= highest or math.isinf(value):
+            limit = "0 or more" if math.isinf(highest) else f"from 0 to {highest:,}"
             raise ValueError(f"{name} must be {limit}; found {'nothing' if value is None else value}")
     if top_p == 0 or 0 < (temperature or 0) < 1e-6:
         raise ValueError("Top-p must be above 0, and Temperature 0 (greedy decoding) or at least 0.000001")

@@ -8,7 +8,7 @@ held in memory once.
 import json
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,7 +83,11 @@ def convert(path: Path, folder: Path, tokenizer: str | None) -> str:
             raise InputError(f"{path} has no matrix {name}, so it is not a GPT-2; export supports no other model")
     notes = [f"from {found.program}, activation_function {found.activation_function}"]
     if not any(name.endswith(".bias") for name in weights):
-        weights |= _zero_biases(weights)
+        weights |= {
+            name.removesuffix("weight") + "bias": weight.new_zeros(weight.shape[-1])
+            for name, weight in weights.items()
+            if re.search(r"\.(c_attn|c_proj|c_fc|ln_\w)\.weight$", name)
+        }
         notes.append("biases set to 0, because it has none")
 
     embedding = weights["transformer.wte.weight"]
@@ -247,15 +251,6 @@ def _official_layout(name: str, weight: Tensor) -> Tensor:
     """Return the weight of an nn.Linear, (out, in), as that of a Conv1D, (in, out); other weights as they are."""
     is_linear = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")) and weight.dim() == 2
     return weight.t().contiguous() if is_linear else weight
-
-
-def _zero_biases(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return biases of zero for affine layers and LayerNorms, with which they compute what they do without."""
-    return {
-        name.removesuffix("weight") + "bias": weight.new_zeros(weight.shape[-1])
-        for name, weight in weights.items()
-        if re.search(r"\.(c_attn|c_proj|c_fc|ln_\w)\.weight$", name)
-    }
 
 
 def _config(path: Path, found: _Checkpoint, end_of_text_id: int | None, tied: bool) -> GPT2ScratchConfig:

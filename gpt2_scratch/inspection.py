@@ -71,28 +71,17 @@ def sample_tokens(
     top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[int]:
-    """Yield the ids of new tokens, up to the end-of-text token or the model's last position.
+    """Yield the ids of new tokens after `input_ids`, (1, seq), up to the end-of-text token or the last position.
 
     They are those of `model.generate` after `torch.manual_seed(seed)`. Unlike `generate`, this does not draw from the
-    global random generator, which concurrent users would share.
-
-    Args:
-        model: on any device.
-        input_ids: (1, seq), the prompt.
-        max_new_tokens: the largest number of new tokens.
-        temperature: 0 is greedy decoding.
-        top_k: sample from the k likeliest tokens; 0 for all.
-        top_p: sample from the likeliest tokens of this total mass.
-        seed: of the random generator.
+    global random generator, which concurrent users would share. A temperature of 0 is greedy decoding.
     """
     generator = torch.Generator(model.device).manual_seed(seed)
     warpers = LogitsProcessorList()
     if temperature > 0:
         warpers.append(TemperatureLogitsWarper(float(temperature)))
-    if temperature > 0 and top_k > 0:
-        warpers.append(TopKLogitsWarper(top_k))
-    if temperature > 0 and top_p < 1:
-        warpers.append(TopPLogitsWarper(float(top_p)))
+        warpers.extend([TopKLogitsWarper(top_k)] if top_k > 0 else [])
+        warpers.extend([TopPLogitsWarper(float(top_p))] if top_p < 1 else [])
     end = model.generation_config.eos_token_id
     ends = {end} if isinstance(end, int) else set(end or ())
     new_ids = input_ids.to(model.device)

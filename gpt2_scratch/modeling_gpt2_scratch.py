@@ -38,7 +38,7 @@ from .pretrained_gpt2_scratch import (
     GPT2ScratchPreTrainedModel,
     check_arguments,
     check_inputs,
-    check_labels,
+    check_range,
     mask_cache,
     sequence_too_long,
     single_cache,
@@ -311,7 +311,9 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         """
         shift_labels: Tensor | None = kwargs.pop("shift_labels", None)
         ignore_index: int = kwargs.pop("ignore_index", -100)
-        check_labels(labels if shift_labels is None else shift_labels, ignore_index, self.config.vocab_size)
+        targets = labels if shift_labels is None else shift_labels
+        if targets is not None:
+            check_range("labels", targets.masked_fill(targets == ignore_index, 0), self.config.vocab_size)
         outputs = self.transformer(
             input_ids,
             past_key_values=past_key_values,
@@ -335,7 +337,6 @@ class GPT2ScratchForCausalLM(GPT2ScratchPreTrainedModel, GenerationMixin):
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept, :]
-            targets = labels if shift_labels is None else shift_labels
             if targets is not None and targets.shape != hidden_states.shape[:2]:
                 raise ValueError(
                     f"expected labels of shape {tuple(hidden_states.shape[:2])}, found {tuple(targets.shape)}; give "

@@ -46,8 +46,9 @@ ATTENTION_ARGUMENTS = _PACKED_DOCUMENTS | frozenset(
     }
 )
 # What implementations of transformers read of these. Others, such as vLLM's, get all.
-_READ_BY: dict[str, frozenset[str]] = {
-    "eager": frozenset(),
+_NONE: frozenset[str] = frozenset()
+_READ_BY = {
+    "eager": _NONE,
     "sdpa": frozenset({"is_causal"}),
     "flex_attention": frozenset({"kernel_options"}),
 }
@@ -74,16 +75,16 @@ def check_arguments(
         TypeError: an argument that is unknown, not implemented here, or not read by the attention implementation.
     """
     name_of_model, implementation = type(model).__name__, model.config._attn_implementation
-    read, ignored_with_mask = ATTENTION_ARGUMENTS, frozenset[str]()
+    read, ignored_with_mask = ATTENTION_ARGUMENTS, _NONE
     if _is_paged(cache):
         pass
     elif is_flash_attention_requested(requested_attention_implementation=implementation):
         are_complete = all(arguments.get(name) is not None for name in _FLASH_DOCUMENTS)
-        read = frozenset({"is_causal"}) | (_FLASH_DOCUMENTS if are_complete else frozenset())
+        read = _READ_BY["sdpa"] | (_FLASH_DOCUMENTS if are_complete else _NONE)
         ignored_with_mask = _FLASH_DOCUMENTS
     elif implementation in _READ_BY:
         read = _READ_BY[implementation]
-        ignored_with_mask = read if implementation == "sdpa" else frozenset()
+        ignored_with_mask = read if implementation == "sdpa" else _NONE
     for name, value in arguments.items():
         if name in _READ_ELSEWHERE:
             continue
@@ -175,7 +176,7 @@ def check_inputs(
         raise ValueError(f"expected {name} of shape ({shape}), found {tuple(inputs.shape)}; reshape it")
     if inputs_embeds is None:
         model.warn_if_padding_and_no_attention_mask(inputs, attention_mask)
-        _check_range("input_ids", inputs, model.config.vocab_size)
+        check_range("input_ids", inputs, model.config.vocab_size)
 
     past_seq = 0 if cache is None or _is_paged(cache) else cache.get_seq_length()
     if model.gradient_checkpointing and model.training and past_seq > 0:
@@ -191,16 +192,10 @@ def check_inputs(
     if length > n_positions and (position_ids is None or (not compiling and bool(position_ids.max() >= n_positions))):
         raise sequence_too_long(None if compiling else length, n_positions)  # a compiled graph cannot print a symbol
     if position_ids is not None:
-        _check_range("position_ids", position_ids, n_positions)
+        check_range("position_ids", position_ids, n_positions)
 
 
-def check_labels(labels: Tensor | None, ignore_index: int, vocab_size: int) -> None:
-    """Check on CPU that labels are token ids or `ignore_index`."""
-    if labels is not None:
-        _check_range("labels", labels.masked_fill(labels == ignore_index, 0), vocab_size)
-
-
-def _check_range(name: str, ids: Tensor, limit: int) -> None:
+def check_range(name: str, ids: Tensor, limit: int) -> None:
     """Raise a ValueError that names the tensor, instead of a bare IndexError, for ids outside 0 … limit - 1.
 
     Only on CPU and outside torch.compile: on a GPU the check would wait for the device.

@@ -190,7 +190,8 @@ def test_no_step_waits_for_the_device(
             return func(*args, **(kwargs or {}))
 
     # On CPUs the model checks its ids; on a GPU it does not.
-    monkeypatch.setattr("gpt2_scratch.pretrained_gpt2_scratch._check_range", lambda *arguments: None)
+    for module in ("pretrained", "modeling"):
+        monkeypatch.setattr(f"gpt2_scratch.{module}_gpt2_scratch.check_range", lambda *arguments: None)
     accelerator, model, optimizer = prepared
     guard = new_guard()
     with Reads() as reads:
