@@ -175,7 +175,10 @@ def main() -> None:
     load_tokenizer("gpt2")  # raises now if it cannot be downloaded
     time_loading(arguments.rounds)
     time_seeking(arguments.rounds)
-    documents = list(open_corpus(arguments.corpus).documents())
+    documents: list[str] = []
+    for piece in open_corpus(arguments.corpus).read():
+        documents += [""] * piece.starts
+        documents[-1] += piece.text
     time_tokenizing(documents, arguments.rounds, arguments.workers)
 
 

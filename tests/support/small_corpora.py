@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from training.data.shards.shard_reader import ShardFolder
+    from training.data.sources.base import Corpus
 
 WORDS = ["the", "of", "shard", "token", "window", "batch", "model", "loss", "weight", "order", "naïve", "数学"]
 
@@ -19,6 +20,16 @@ def write_corpus(path: Path, documents: int, seed: int = 0) -> Path:
             text = " ".join(rng.choices(WORDS, k=rng.choice([1, 5, 40, 300])))
             file.write(json.dumps({"text": text}) + "\n")
     return path
+
+
+def documents_of(corpus: "Corpus") -> list[str]:
+    """The text of each document."""
+    texts: list[list[str]] = []
+    for piece in corpus.read():
+        if piece.starts:
+            texts.append([])
+        texts[-1].append(piece.text)
+    return ["".join(parts) for parts in texts]
 
 
 def make_shards(

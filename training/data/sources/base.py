@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.cli_errors import InputError
-from training.data.sources.formats import FILE_ENDINGS
+from training.data.sources.formats import ending_of
 from training.data.sources.pieces import pieces_of
 
 INSTALLED_DOCS = "installed-docs"
@@ -79,16 +79,6 @@ class Corpus(ABC):
         """Return a position in words, for messages."""
         return f"{self.name} at {position}"
 
-    def documents(self) -> Iterator[str]:
-        """Yield the text of each document, from the first; a document is held in memory."""
-        parts: list[str] = []
-        for piece in self.read():
-            if piece.starts and parts:
-                yield "".join(parts)
-                parts.clear()
-            parts.append(piece.text)
-        yield "".join(parts)
-
     def read(self, start: Position | None = None) -> Iterator[Piece]:
         """Yield the pieces of the documents that are not blank, from the first or from a position.
 
@@ -115,8 +105,7 @@ def corpus_name(corpus: str) -> str:
     if corpus in (INSTALLED_DOCS, *HUB_CORPORA):
         return corpus
     name = Path(corpus).resolve().name
-    endings = [ending for ending in FILE_ENDINGS if name.lower().endswith(ending)]
-    stem = name.removesuffix(name[-len(max(endings, key=len)) :]) if endings else name
+    stem = name[: len(name) - len(ending_of(name))]
     # An underscore would make NAME_val_000000.npy ambiguous.
     return re.sub(r"[^A-Za-z0-9]+", "-", stem).strip("-") or "corpus"
 

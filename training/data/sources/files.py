@@ -16,8 +16,8 @@ from training.data.sources.base import Corpus, Piece, Position, corpus_name
 from training.data.sources.formats import (
     ARCHIVE_ENDINGS,
     ENDINGS_IN_WORDS,
-    FILE_ENDINGS,
     Member,
+    ending_of,
     format_of,
     members_of,
     open_plain,
@@ -60,7 +60,7 @@ class FileCorpus(Corpus):
             self._files = self._with_documents(files_below(path))
         else:
             self._files = [path]
-            if not path.name.lower().endswith(FILE_ENDINGS):
+            if not ending_of(path.name):
                 raise InputError(f"{path} does not end in {ENDINGS_IN_WORDS}; rename it")
             _require_file(path, path.stat().st_mode)
         self._sources: list[Path | Member] = []
@@ -118,7 +118,7 @@ class FileCorpus(Corpus):
 
         A README or a dataset's description is no document, if there is data of another kind.
         """
-        read = [file for file in files if file.name.lower().endswith(FILE_ENDINGS)]
+        read = [file for file in files if ending_of(file.name)]
         data = [file for file in read if file.name.split(".")[0].lower() not in _ABOUT_THE_DATA]
         if any(not file.name.lower().endswith(".md") for file in data):
             read = data
@@ -170,7 +170,7 @@ def _kind(file: Path | Member) -> str | None:
 
 
 def _is_archive(file: Path) -> bool:
-    return file.name.lower().endswith(ARCHIVE_ENDINGS)
+    return ending_of(file.name) in ARCHIVE_ENDINGS
 
 
 @functools.cache

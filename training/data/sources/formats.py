@@ -69,10 +69,14 @@ class Member(NamedTuple):
         return f"{self.archive}/{self.path}"
 
 
+def ending_of(name: str) -> str:
+    """Return the longest of the known endings that a file's name has, or nothing."""
+    return max((ending for ending in FILE_ENDINGS if name.lower().endswith(ending)), key=len, default="")
+
+
 def format_of(name: str) -> Format | None:
-    """Return the format of a file of this name; None where it is not read."""
-    endings = [ending for ending in _FORMATS if name.lower().endswith(ending)]
-    return _FORMATS[max(endings, key=len)] if endings else None
+    """Return the format of a file of this name; None for an archive, and where it is not read."""
+    return _FORMATS.get(ending_of(name))
 
 
 def open_plain(file: Path | Member) -> io.BufferedReader:

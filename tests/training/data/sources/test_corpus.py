@@ -6,6 +6,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from support.small_corpora import documents_of
 
 from common.cli_errors import InputError
 from training.data.sources.base import corpus_name
@@ -39,35 +40,35 @@ ROW_FORMATS = ["c.jsonl", "c.jsonl.gz", "c.jsonl.zst", "c.json.gz", "c.parquet"]
 @pytest.mark.parametrize("name", ROW_FORMATS)
 def test_rows_of_a_file_are_documents_in_order_at_every_read(tmp_path, name):
     corpus = open_corpus(str(_write(tmp_path / name)))
-    assert list(corpus.documents()) == TEXTS
-    assert list(corpus.documents()) == TEXTS
+    assert documents_of(corpus) == TEXTS
+    assert documents_of(corpus) == TEXTS
     assert corpus.name == "c"
 
 
 @pytest.mark.parametrize("name", ROW_FORMATS)
 def test_empty_documents_and_nulls_are_skipped(tmp_path, name):
     path = _write(tmp_path / name, ["a", "", None, " \n", "b"])
-    assert list(open_corpus(str(path)).documents()) == ["a", "b"]
+    assert documents_of(open_corpus(str(path))) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ROW_FORMATS)
 def test_text_field_may_have_another_name(tmp_path, name):
     path = _write(tmp_path / name, field="content")
-    assert list(open_corpus(str(path), text_field="content").documents()) == TEXTS
+    assert documents_of(open_corpus(str(path), text_field="content")) == TEXTS
 
 
 @pytest.mark.parametrize("name", ROW_FORMATS)
 def test_missing_text_field_is_an_error_that_lists_the_fields(tmp_path, name):
     path = _write(tmp_path / name, field="texts")
     with pytest.raises(InputError, match=r"no field 'text' in .*, only id, texts; .*; did you mean texts\?"):
-        list(open_corpus(str(path)).documents())
+        documents_of(open_corpus(str(path)))
 
 
 @pytest.mark.parametrize("name", ROW_FORMATS)
 def test_text_field_without_text_is_an_error_that_names_the_row(tmp_path, name):
     path = _write(tmp_path / name)
     with pytest.raises(InputError, match=r"field 'id' of .*(line|row) 1 holds int, not text"):
-        list(open_corpus(str(path), text_field="id").documents())
+        documents_of(open_corpus(str(path), text_field="id"))
 
 
 @pytest.mark.parametrize("name", ["c.jsonl.gz", "c.jsonl.zst", "c.json.gz", "c.parquet"])
@@ -75,7 +76,7 @@ def test_file_of_another_format_than_its_ending_is_an_error(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(b"plain text, and enough of it to hold any header\n" * 10)
     with pytest.raises(InputError, match=r"c\..* is not a complete .* file"):
-        list(open_corpus(str(path)).documents())
+        documents_of(open_corpus(str(path)))
 
 
 @pytest.mark.parametrize("name", ["c.jsonl.gz", "c.jsonl.zst", "c.parquet"])
@@ -83,7 +84,7 @@ def test_truncated_file_is_an_error(tmp_path, name):
     path = _write(tmp_path / name, [f"document {i * 7919 % 1000}" for i in range(5000)])
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match="is not a complete") as caught:
-        list(open_corpus(str(path)).documents())
+        documents_of(open_corpus(str(path)))
     assert "\n" not in str(caught.value)
 
 
@@ -91,19 +92,19 @@ def test_invalid_json_is_an_error_that_names_the_line(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_bytes(_json_lines(["a", "b"]) + b"\n{oops\n")
     with pytest.raises(InputError, match=r"c\.jsonl line 4 is not valid JSON"):
-        list(open_corpus(str(path)).documents())
+        documents_of(open_corpus(str(path)))
 
 
 def test_number_of_thousands_of_digits_is_an_error(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "a", "id": ' + "1" * 5000 + "}\n")
     with pytest.raises(InputError, match=r"c\.jsonl line 1 is not valid JSON .*4300 digits"):
-        list(open_corpus(str(tmp_path / "c.jsonl")).documents())
+        documents_of(open_corpus(str(tmp_path / "c.jsonl")))
 
 
 def test_line_that_is_not_an_object_is_an_error(tmp_path):
     (tmp_path / "c.jsonl").write_text('"just text"\n')
     with pytest.raises(InputError, match=r"line 1 is not a JSON object but str"):
-        list(open_corpus(str(tmp_path / "c.jsonl")).documents())
+        documents_of(open_corpus(str(tmp_path / "c.jsonl")))
 
 
 @pytest.mark.parametrize("name", ["c.txt", "c.md", "c.jsonl", "c.jsonl.gz"])
@@ -135,14 +136,14 @@ def test_every_type_of_text_column_in_parquet_is_read(tmp_path, kind):
     corpus = open_corpus(str(tmp_path / "c.parquet"))
     if kind == "null":
         with pytest.raises(InputError, match="corpus 'c' holds no documents"):
-            list(corpus.documents())
+            documents_of(corpus)
     else:
-        assert list(corpus.documents()) == ["a", "b"]
+        assert documents_of(corpus) == ["a", "b"]
 
 
 def test_lone_surrogates_become_replacement_characters(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"text": "a\\ud800b \\ud83d\\ude42"}\n')
-    assert list(open_corpus(str(tmp_path / "c.jsonl")).documents()) == ["a\ufffdb 🙂"]
+    assert documents_of(open_corpus(str(tmp_path / "c.jsonl"))) == ["a\ufffdb 🙂"]
 
 
 def test_folder_is_read_recursively_sorted_by_path(tmp_path):
@@ -156,7 +157,7 @@ def test_folder_is_read_recursively_sorted_by_path(tmp_path):
     (root / ".hidden" / "h.txt").write_text("no")
     _write(root / "b" / "y.jsonl", ["by1", "by2"])
     corpus = open_corpus(str(root))
-    assert list(corpus.documents()) == ["a", "bx", "by1", "by2", "z"]
+    assert documents_of(corpus) == ["a", "bx", "by1", "by2", "z"]
     assert corpus.name == "my-corpus-v2"
 
 
@@ -224,7 +225,7 @@ def test_path_without_documents_is_an_error(tmp_path):
         open_corpus(str(tmp_path / "data.pdf"))
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(InputError, match="holds no documents"):
-        list(open_corpus(str(tmp_path)).documents())
+        documents_of(open_corpus(str(tmp_path)))
 
 
 @pytest.mark.parametrize("corpus", ["installed-doc", "no/such/file.txt", "", "a/b..c", "x/"])

@@ -16,7 +16,7 @@ import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
-from support.small_corpora import make_shards
+from support.small_corpora import documents_of, make_shards
 
 from common.cli_errors import InputError
 from training.data.sources.json_items import json_items
@@ -90,16 +90,14 @@ def test_truncated_compressed_file_is_an_error(tmp_path, ending, kind):
     path = tmp_path / f"c.{kind}{ending}"
     path.write_bytes(COMPRESSIONS[ending](content.encode())[:-30])
     with pytest.raises(InputError, match=r"is not a complete (gzip|zstd|bz2|xz) file") as caught:
-        list(open_corpus(str(path)).documents())
+        documents_of(open_corpus(str(path)))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["c.json", "c.jsonl", "c.parquet", "stream.arrow"])
 def test_nested_field_is_named_with_a_dot(tmp_path, name):
     (tmp_path / name).write_bytes(_content(name, tmp_path))
-    assert list(open_corpus(str(tmp_path / name), text_field="data.text").documents()) == [
-        f"nested {i}" for i in range(9)
-    ]
+    assert documents_of(open_corpus(str(tmp_path / name), text_field="data.text")) == [f"nested {i}" for i in range(9)]
     for field, message in (
         ("data.body", r"no field 'data.body' in .*, only id, text, tags, data"),
         ("id.text", "no field 'id.text'"),
@@ -107,7 +105,7 @@ def test_nested_field_is_named_with_a_dot(tmp_path, name):
         ("data", r"field 'data' of .* 1 holds dict, not text"),
     ):
         with pytest.raises(InputError, match=message):
-            list(open_corpus(str(tmp_path / name), text_field=field).documents())
+            documents_of(open_corpus(str(tmp_path / name), text_field=field))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,7 @@ def test_nested_field_is_named_with_a_dot(tmp_path, name):
 )
 def test_json_is_an_array_or_an_object_with_one_or_lines(tmp_path, content, documents):
     (tmp_path / "c.json").write_text(content)
-    assert list(open_corpus(str(tmp_path / "c.json")).documents()) == documents
+    assert documents_of(open_corpus(str(tmp_path / "c.json"))) == documents
 
 
 @pytest.mark.parametrize(
@@ -141,7 +139,7 @@ def test_json_is_an_array_or_an_object_with_one_or_lines(tmp_path, content, docu
 def test_json_without_rows_is_an_error(tmp_path, content, message):
     (tmp_path / "c.json").write_text(content)
     with pytest.raises(InputError, match=re.escape(message)):
-        list(open_corpus(str(tmp_path / "c.json")).documents())
+        documents_of(open_corpus(str(tmp_path / "c.json")))
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 1000])
@@ -155,7 +153,7 @@ def test_json_rows_do_not_depend_on_the_blocks_that_are_read(monkeypatch, size):
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
 def test_csv_has_the_delimiter_that_gives_the_text_field(tmp_path, mark):
     (tmp_path / "c.csv").write_text(f'id{mark}text\n1,5{mark}"a, b; c"\n'.replace("1,5", '"1,5"'))
-    assert list(open_corpus(str(tmp_path / "c.csv")).documents()) == ["a, b; c"]
+    assert documents_of(open_corpus(str(tmp_path / "c.csv"))) == ["a, b; c"]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +167,7 @@ def test_csv_has_the_delimiter_that_gives_the_text_field(tmp_path, mark):
 def test_another_kind_of_file_is_not_read_as_text(tmp_path, content, kind):
     (tmp_path / "c.txt").write_bytes(content)
     with pytest.raises(InputError, match=rf"c.txt is {kind}.*, not text; rename it to its real ending, or remove it"):
-        list(open_corpus(str(tmp_path / "c.txt")).documents())
+        documents_of(open_corpus(str(tmp_path / "c.txt")))
 
 
 def test_csv_that_is_not_a_table_is_an_error_that_names_the_line(tmp_path):
@@ -182,7 +180,7 @@ def test_csv_that_is_not_a_table_is_an_error_that_names_the_line(tmp_path):
     ):
         path.write_text(content)
         with pytest.raises(InputError, match=message):
-            list(open_corpus(str(path)).documents())
+            documents_of(open_corpus(str(path)))
 
 
 def test_folder_of_mixed_kinds_is_read_and_other_files_are_listed(tmp_path, settings):
@@ -194,7 +192,7 @@ def test_folder_of_mixed_kinds_is_read_and_other_files_are_listed(tmp_path, sett
     (folder / "settings.json").write_text('[{"learning_rate": 1}]')
     (folder / "dataset_info.json").write_text('[{"text": "not a document"}]')
     (folder / "sub" / "c.jsonl.xz").write_bytes(lzma.compress(b'{"text": "from lines"}\n'))
-    assert list(open_corpus(str(folder)).documents()) == ["content of a.txt", "from a table", "from lines"]
+    assert documents_of(open_corpus(str(folder))) == ["content of a.txt", "from a table", "from lines"]
     lines: list[str] = []
     make_shards(tmp_path / "out", **{**settings, "corpus": str(folder), "val_tokens": 3, "report": lines.append})
     assert lines[0] == (
@@ -253,11 +251,11 @@ def test_truncated_archive_is_an_error(tmp_path, name):
     whole = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="is not a complete") as caught:
-        list(open_corpus(str(tmp_path / name)).documents())
+        documents_of(open_corpus(str(tmp_path / name)))
     assert "\n" not in str(caught.value)
 
 
 def test_readme_is_a_document_among_others_of_its_kind(tmp_path):
     (tmp_path / "README.md").write_text("about")
     (tmp_path / "guide.md").write_text("a guide")
-    assert list(open_corpus(str(tmp_path)).documents()) == ["about", "a guide"]
+    assert documents_of(open_corpus(str(tmp_path))) == ["about", "a guide"]

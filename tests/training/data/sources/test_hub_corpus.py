@@ -10,6 +10,7 @@ import pyarrow.parquet
 import pytest
 from support.fake_clock import Clock
 from support.loopback_hub import COMMIT
+from support.small_corpora import documents_of
 
 from common.cli_errors import InputError
 from training.data.sources.hub_corpus import HubCorpus
@@ -66,7 +67,7 @@ def test_stream_resumes_from_its_positions(rows: HubCorpus) -> None:
 def test_interrupted_stream_resumes_with_the_next_row(
     rows: HubCorpus, interrupted_at: int, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = list(rows.documents())
+    expected = documents_of(rows)
     real = HubCorpus._rows
     interruptions, delivered = [interrupted_at, interrupted_at, interrupted_at + 700], [0]
 
@@ -80,7 +81,7 @@ def test_interrupted_stream_resumes_with_the_next_row(
 
     monkeypatch.setattr(HubCorpus, "_rows", interrupted)
     corpus = hub_corpus("org/rows")
-    assert list(corpus.documents()) == expected
+    assert documents_of(corpus) == expected
     assert clock.pauses == [1, 2, 1]  # one row fails twice, then another one
 
 
@@ -114,20 +115,20 @@ def test_corrupted_file_of_a_dataset_is_an_error_after_a_few_tries(
     path.write_bytes(content if damage == "in its middle" else content[: len(content) * 2 // 3])
     corpus = hub_corpus("org/rows")
     with pytest.raises(InputError, match=r"org/rows holds a file that is corrupted at row [\d,]+ \("):
-        list(corpus.documents())
+        documents_of(corpus)
     # pyarrow reads ahead in threads, so that the error may come some rows early the first time.
     assert clock.pauses[-4:] == [1, 2, 4, 8]
 
 
 def test_unknown_config_is_an_error_that_lists_the_known_ones(rows: HubCorpus) -> None:
     with pytest.raises(InputError, match=r"no config 'huge'.*Available"):
-        list(hub_corpus("org/rows", "huge").documents())
+        documents_of(hub_corpus("org/rows", "huge"))
 
 
 def test_missing_column_of_a_dataset_is_an_error(rows: HubCorpus) -> None:
     rows._text_field = "body"
     with pytest.raises(InputError, match=r"no field 'body' in org/rows row 1, only id, text"):
-        list(rows.documents())
+        documents_of(rows)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +148,7 @@ def test_names_of_hub_corpora(corpus: str, repository: str, config: str | None) 
 
 def test_offline_mode_is_an_error_without_retries(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match=r"from the Hub \(OfflineModeIsEnabled"):
-        list(open_corpus("fineweb-edu").documents())
+        documents_of(open_corpus("fineweb-edu"))
 
 
 def test_mistyped_path_is_recognizable_while_the_hub_cannot_be_reached() -> None:
@@ -164,4 +165,4 @@ def test_mistyped_path_is_recognizable_while_the_hub_cannot_be_reached() -> None
 def test_fineweb_edu_streams_from_the_hub() -> None:
     corpus = open_corpus("fineweb-edu")
     assert len(corpus.revision) == 40
-    assert len(next(corpus.documents())) > 100
+    assert len(next(corpus.read()).text) > 100

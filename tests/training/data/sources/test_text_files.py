@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.small_corpora import documents_of
 
 from common.cli_errors import InputError
 from training.data.sources import pieces, text_files
@@ -131,16 +132,16 @@ def test_encodings_are_recognized_or_named(tmp_path, encoding, name):
     }[name]
     (tmp_path / name).write_bytes(content.encode(encoding))
     corpus = open_corpus(str(tmp_path / name), encoding="cp1252" if encoding == "cp1252" else None)
-    assert list(corpus.documents()) == [TEXT, "two"][: 1 + (name != "c.txt")]
+    assert documents_of(corpus) == [TEXT, "two"][: 1 + (name != "c.txt")]
 
 
 def test_binary_file_is_refused_and_a_stray_nul_is_text(tmp_path):
     path = tmp_path / "c.txt"
     path.write_bytes(bytes(range(256)) + bytes(1000))
     with pytest.raises(InputError, match=rf"{path} holds NUL bytes, so it is not text in UTF-8; name its encoding"):
-        list(open_corpus(str(path)).documents())
+        documents_of(open_corpus(str(path)))
     path.write_bytes(b"some words " * 100 + b"\0" + b" and more")
-    assert list(open_corpus(str(path)).documents()) == ["some words " * 100 + "\0 and more"]
+    assert documents_of(open_corpus(str(path))) == ["some words " * 100 + "\0 and more"]
 
 
 def test_unknown_encoding_is_an_error(tmp_path, settings):
@@ -154,7 +155,7 @@ def test_replaced_characters_are_counted_as_a_decoder_replaces_them(tmp_path):
     content = b"fine words here, then caf\xe9 and \xe2\x82 cut short \xff\xfe\xef\xbf\xbd and " + "é".encode() * 9
     (tmp_path / "c.txt").write_bytes(content)
     corpus = open_corpus(str(tmp_path / "c.txt"))
-    assert "".join(corpus.documents()) == content.decode("utf-8", "replace")
+    assert "".join(documents_of(corpus)) == content.decode("utf-8", "replace")
     assert sum(piece.replaced for piece in corpus.read()) == 4
 
 
