@@ -42,7 +42,7 @@ from training.data.producing.batches import batches
 from training.data.shards.shard_reader import Shard, ShardFolder
 from training.data.sources.base import INSTALLED_DOCS, Piece
 from training.data.sources.open_corpus import open_corpus
-from training.data.tokenization.bpe import EncodePieces
+from training.data.tokenization.encoding import EncodePieces
 from training.data.tokenization.tokenizer import load_tokenizer
 from training.monitoring.throughput import PEAKS, flops_per_token
 from training.step.batch_plan import plan_batch

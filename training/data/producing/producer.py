@@ -36,7 +36,7 @@ from training.data.shards.shard_writer import (
 from training.data.sources.base import Corpus
 from training.data.sources.hub_corpus import HubCorpus
 from training.data.sources.text_files import END_OF_TEXT
-from training.data.tokenization.bpe import EncodePieces
+from training.data.tokenization.encoding import EncodePieces
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 from training.data.tokenization.tokenizer_training import train_tokenizer
 

@@ -33,13 +33,9 @@ def open_corpus(
 ) -> Corpus:
     """Return the corpus called `installed-docs`, `fineweb`, `fineweb-edu`, a path, or a Hub dataset (owner/name).
 
-    Nothing is requested from the Hub yet.
+    Nothing is requested from the Hub yet. The first five arguments are the recipe's keys.
 
     Args:
-        corpus_config: configuration of a Hub dataset (default for FineWeb: `sample-10BT`).
-        text_field: field or column that holds the text in JSON lines, Parquet and Hub datasets.
-        document_separator: what separates documents in text files; see `Separator`. None: nothing does.
-        encoding: of text files without a byte-order mark; UTF-8 if None.
         num_workers: processes that gather installed-docs; None uses all cores.
         report: receives a line per minute while the Hub is unreachable.
 

@@ -5,7 +5,6 @@ saved and loaded again, and its own backend encodes. It is several times slower 
 """
 
 import contextlib
-import functools
 import hashlib
 import json
 import tempfile
@@ -18,6 +17,7 @@ import numpy as np
 from common.cli_errors import InputError, one_line
 from common.tokenizer_json import unicode_to_bytes
 from training.data.sources.pieces import is_between_words
+from training.data.tokenization.encoding import LibraryEncoding
 from training.data.tokenization.tokenizer import Tokenizer
 from training.data.tokenization.tokenizer_files import write_tokenizer_config
 
@@ -25,31 +25,6 @@ _PROBE = (
     "It's the  first line of 12 words — naïve café 数学 🙂\n\n\tand the second one, they'll say: I am 3,5 m "
     "tall. def f(x): return  x\r\n   in the end "
 )
-
-
-class LibraryEncoding:
-    """Text to ids with a backend of the `tokenizers` library, given as its JSON; can be pickled."""
-
-    def __init__(self, backend: str) -> None:
-        self._json = backend
-
-    def encode(self, text: str, *, split_special_tokens: bool = True) -> np.ndarray:
-        """Return the ids of `text`, (tokens,), uint32."""
-        backend = self._backend
-        backend.encode_special_tokens = split_special_tokens
-        return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_json": self._json}
-
-    @functools.cached_property
-    def _backend(self) -> Any:
-        from tokenizers import Tokenizer as Backend
-
-        backend = Backend.from_str(self._json)
-        backend.no_padding()
-        backend.no_truncation()
-        return backend
 
 
 class LibraryTokenizer(Tokenizer):

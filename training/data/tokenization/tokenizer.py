@@ -18,7 +18,7 @@ from common.cli_errors import InputError, TemporaryError, one_line
 from common.json_files import read_json_object
 from common.tokenizer_json import bytes_to_unicode, unicode_to_bytes
 from training.data.sources.text_files import END_OF_TEXT
-from training.data.tokenization.bpe import GPT2_PATTERN, BytePairEncoding, Encoding
+from training.data.tokenization.encoding import GPT2_PATTERN, BytePairEncoding, Encoding
 from training.data.tokenization.tokenizer_files import (
     NOT_KEPT,
     TOKENIZER_FILES,

@@ -18,7 +18,7 @@ from training.data.producing.batches import joined
 from training.data.sources import pieces
 from training.data.sources.base import Piece
 from training.data.sources.pieces import pieces_of
-from training.data.tokenization.bpe import BytePairEncoding, EncodePieces
+from training.data.tokenization.encoding import BytePairEncoding, EncodePieces
 from training.data.tokenization.library_tokenizer import LibraryTokenizer
 from training.data.tokenization.tokenizer import Tokenizer, train_bpe
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from support.paths import SHARED_DATA
 
 from common.cli_errors import InputError
-from training.data.tokenization import bpe
-from training.data.tokenization.bpe import GPT2_PATTERN, _ids
+from training.data.tokenization.encoding import GPT2_PATTERN, _ids
 from training.data.tokenization.tokenizer import Tokenizer, load_tokenizer, parse_train_spec, train_bpe
 
 # What GPT-2's pattern distinguishes: letters, digits, contractions, runs and kinds of white space, repeated characters.
@@ -130,7 +129,7 @@ def _ids_unless_refused(encoding: tiktoken.Encoding | None, text: str) -> np.nda
 def test_text_cut_before_the_last_space_of_each_run_gets_the_same_ids(trained, published, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trained.bpe, "_exact", None)
-        patch.setattr(bpe, "_ids", _ids_unless_refused)
+        patch.setattr("training.data.tokenization.encoding._ids", _ids_unless_refused)
         assert published.encode_ordinary(text) == trained.encode(text)
 
 
@@ -302,7 +301,7 @@ def test_missing_and_corrupted_tokenizer_files_are_errors(tmp_path):
 
 
 def test_pieces_are_encoded_as_the_tokenizer_encodes_the_documents():
-    from training.data.tokenization.bpe import EncodePieces
+    from training.data.tokenization.encoding import EncodePieces
 
     tokenizer = train_bpe(["some words, some more words"] * 9, 264)
     documents = [["some words"], ["<|endoftext|> is text here"], ["naïve", " 数学 🙂"], ["x" * 5000], [" "]]

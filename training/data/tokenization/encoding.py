@@ -1,14 +1,16 @@
-"""GPT-2's encoding with tiktoken, in forms of its pattern that tiktoken's regex engine matches fastest.
+"""Text to ids in worker processes: with tiktoken for GPT-2's pattern, with the `tokenizers` library for others.
 
-The slow part of GPT-2's pattern is the look-ahead `\\s+(?!\\S)`, which leaves the last character of a run of white
-space to the next word: the engine has to backtrack instead of running an automaton. Text without two white-space
-characters in a row does not need the look-ahead; in other text, the same cuts can be made beforehand.
+tiktoken gets forms of the pattern that its regex engine matches fastest. The slow part is the look-ahead `\\s+(?!\\S)`,
+which leaves the last character of a run of white space to the next word: the engine has to backtrack instead of running
+an automaton. Text without two white-space characters in a row does not need the look-ahead; in other text, the same
+cuts can be made beforehand.
 """
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -24,14 +26,6 @@ _WITHOUT_LOOK_AHEAD = _WORDS + r"|\s+"
 
 _RUN_OF_SPACE = re.compile(f"[{SPACE}]{{2}}")
 _BEFORE_LAST_SPACE_OF_A_RUN = re.compile(f"(?<=[{SPACE}])(?=[{SPACE}][^{SPACE}])")
-
-
-class Encoding(Protocol):
-    """Text to ids; can be pickled."""
-
-    def encode(self, text: str, *, split_special_tokens: bool = True) -> np.ndarray:
-        """Return the ids of `text`, (tokens,), uint32; special tokens in it are plain text if they are split."""
-        ...
 
 
 class BytePairEncoding:
@@ -65,6 +59,34 @@ class BytePairEncoding:
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the exact bytes of `ids`."""
         return self._exact.decode_bytes(ids)
+
+
+class LibraryEncoding:
+    """Text to ids with a backend of the `tokenizers` library, given as its JSON; can be pickled."""
+
+    def __init__(self, backend: str) -> None:
+        self._json = backend
+
+    def encode(self, text: str, *, split_special_tokens: bool = True) -> np.ndarray:
+        """Return the ids of `text`, (tokens,), uint32."""
+        backend = self._backend
+        backend.encode_special_tokens = split_special_tokens
+        return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_json": self._json}
+
+    @functools.cached_property
+    def _backend(self) -> Any:
+        from tokenizers import Tokenizer as Backend
+
+        backend = Backend.from_str(self._json)
+        backend.no_padding()
+        backend.no_truncation()
+        return backend
+
+
+Encoding = BytePairEncoding | LibraryEncoding
 
 
 @dataclass(frozen=True)
