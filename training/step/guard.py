@@ -120,14 +120,12 @@ class Guard:
 
     def _send(self, record: Tensor) -> None:
         """Start copying the record of a step to the host."""
-        if not self._on_cuda:
-            self._unread.append((self._step, record, None))
-            return
-        on_host = torch.empty(record.shape, dtype=record.dtype, pin_memory=True)
-        on_host.copy_(record, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._unread.append((self._step, on_host, copied))
+        copied = None
+        if self._on_cuda:
+            record = torch.empty(record.shape, dtype=record.dtype, pin_memory=True).copy_(record, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+        self._unread.append((self._step, record, copied))
 
     def read(self, *, wait: bool = False) -> list[Verdict]:
         """Verdicts of spikes and skipped updates that have not been read yet, the same ones on every rank.
