@@ -34,7 +34,7 @@ from training.monitoring.samples import Samples
 from training.monitoring.skipped_updates import SkippedUpdates
 from training.monitoring.task_evaluation import TaskEvaluation
 from training.monitoring.validation import Validation
-from training.optim.schedule import learning_rate_at
+from training.optim.schedule import learning_rate_at, sequence_length_at
 from training.recipe import Recipe
 from training.setup.accelerator import (
     PROCESS_TIMEOUT,
@@ -115,6 +115,7 @@ def take_steps(run: Run, batches: Iterator[tuple[Tensor, Tensor]]) -> None:
             accumulation_steps=run.batch.accumulation_steps,
             learning_rate=learning_rate,
             max_grad_norm=recipe.max_grad_norm,
+            seq_len=sequence_length_at(step - 1, seq_len=recipe.seq_len, warmup_steps=recipe.seq_len_warmup_steps),
             end_of_text_id=run.document_mark,
             guard=run.guard,
         )

@@ -65,6 +65,9 @@ class Recipe:
     )
     # A window of one token has no context, and a model of one position cannot continue a text.
     seq_len: int = setting("tokens per training window", 1024, group="data", at_least=2)
+    seq_len_warmup_steps: int = setting(
+        "steps in which every window is cut: into quarters, from the middle on into halves", 0, at_least=0
+    )
     tokens_per_step: int = setting("tokens per optimizer step, over all processes", 524_288, group="data", at_least=1)
     seed: int = setting(
         "seed of weight initialization, dropout and data order", 1337, group="data", at_least=0, less_than=2**32
@@ -235,6 +238,11 @@ class Recipe:
             raise InputError(f"the recipe needs exactly one of {', '.join(LENGTHS)}; found {found}")
         if self.n_embd is not None and self.n_head is not None and self.n_embd % self.n_head:
             raise InputError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}; change one of them")
+        if self.seq_len_warmup_steps and self.seq_len % 4:
+            raise InputError(
+                f"seq_len_warmup_steps cuts windows into quarters, but seq_len={self.seq_len:,} is not divisible by 4; "
+                "change seq_len, or remove seq_len_warmup_steps"
+            )
         if self.seq_len > self.positions:
             raise InputError(
                 f"seq_len={self.seq_len:,} exceeds n_positions={self.positions:,}; "

@@ -109,6 +109,7 @@ def test_price_without_preflight_is_an_error() -> None:
         ({"max_tokens": 5}, "found max_steps and max_tokens$"),
         ({"max_steps": 0}, "max_steps: expected more than 0, found 0"),
         ({"seq_len": 64, "n_positions": 32}, "seq_len=64 exceeds n_positions=32; shorten seq_len"),
+        ({"seq_len": 30, "seq_len_warmup_steps": 5}, "into quarters, but seq_len=30 is not divisible by 4; change seq"),
         ({"n_embd": 100, "n_head": 12}, "n_embd=100 is not divisible by n_head=12"),
         ({"corpus": None}, "corpus: expected a string, found None"),
         ({"decay_steps": 5}, "decay_steps has no effect with lr_scheduler_type cosine"),

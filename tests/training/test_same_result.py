@@ -24,7 +24,8 @@ def test_an_interrupted_run_ends_bit_identical_to_a_complete_one(
     optimizer: str, stop: int, tiny_recipe: Make, tmp_path: Path
 ) -> None:
     output_dir = str(tmp_path / "complete")
-    complete = tiny_recipe(output_dir=output_dir, optimizer=optimizer, dropout=0.1, save_total_limit=None)
+    options = {"optimizer": optimizer, "dropout": 0.1, "seq_len_warmup_steps": 6, "save_total_limit": None}
+    complete = tiny_recipe(output_dir=output_dir, **options)
     train(complete)
     interrupted = dataclasses.replace(complete, output_dir=str(tmp_path / "interrupted"))
     # A run that was killed after a checkpoint: its log already has later lines.

@@ -1,4 +1,4 @@
-"""Learning rate as a pure function of the step and the run's length, so a resumed run needs no scheduler state.
+"""Learning rate and sequence length as pure functions of the step, so a resumed run needs no scheduler state.
 
 A run that is extended continues with the learning rate of a run of the new length: after a decay, cosine and linear
 jump up. With warmup_stable_decay the rate before the decay does not depend on the length, so a checkpoint from there
@@ -38,6 +38,16 @@ def learning_rate_at(
         decay_start = max(warmup_steps, total_steps - (total_steps // 5 if decay_steps is None else decay_steps))
     progress = min(1.0, max(0, step - decay_start) / max(1, total_steps - decay_start))
     return peak * (min_ratio + (1.0 - min_ratio) * _remaining(schedule, progress))
+
+
+def sequence_length_at(step: int, *, seq_len: int, warmup_steps: int) -> int:
+    """Tokens of a sequence in optimizer step `step`, counted from 0: a quarter of `seq_len`, then a half, then all.
+
+    A step keeps its tokens: windows are cut, so it has more and shorter sequences (Li et al. 2022, arXiv 2108.06084).
+    """
+    if step >= warmup_steps:
+        return seq_len
+    return seq_len // 4 if 2 * step < warmup_steps else seq_len // 2
 
 
 def _remaining(schedule: Schedule, progress: float) -> float:

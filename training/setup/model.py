@@ -226,15 +226,17 @@ def prepare_for_training(
     """The model, compiled and wrapped or sharded for the processes of the run, and its optimizer."""
     module: Any = model
     compiled = compiles(recipe, accelerator.device.type)
+    # Three lengths are three graphs: one graph for any length would be slower for the rest of the run.
+    dynamic = False if recipe.seq_len_warmup_steps else None
     if compiled:
         accelerator.print("compiling the model: the first steps take a minute or two, less if the cache has it")
     if accelerator.is_fsdp2:
         if compiled:  # block by block: a graph of the model would break where weights are gathered
             for block in module.base_model.h:
-                block.compile()
+                block.compile(dynamic=dynamic)
         shard(model, accelerator)
     elif compiled:
-        module = torch.compile(model)
+        module = torch.compile(model, dynamic=dynamic)
     # After sharding, which replaces the parameters.
     # fp16 would lose small momenta: orthogonalization is in bf16 or fp32.
     dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32

@@ -22,10 +22,21 @@ class StepResult(NamedTuple):
 
 
 def model_inputs(
-    batch: tuple[Tensor, Tensor], device: torch.device, end_of_text_id: int | None = None
+    batch: tuple[Tensor, Tensor],
+    device: torch.device,
+    end_of_text_id: int | None = None,
+    seq_len: int | None = None,
 ) -> dict[str, Tensor]:
-    """The model's keyword arguments for a batch; with `end_of_text_id`, positions restart at each document."""
+    """The model's keyword arguments for a batch.
+
+    Args:
+        batch: inputs and targets (batch, window).
+        end_of_text_id: at which positions restart; None numbers all tokens of a sequence.
+        seq_len: of the sequences that windows are cut into; None keeps the windows.
+    """
     inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
+    if seq_len is not None:
+        inputs, targets = inputs.reshape(-1, seq_len), targets.reshape(-1, seq_len)
     arguments = {"input_ids": inputs, "shift_labels": targets}
     if end_of_text_id is not None:
         arguments["position_ids"] = document_positions(inputs, end_of_text_id)
@@ -53,6 +64,7 @@ def train_step(
     accumulation_steps: int,
     learning_rate: float,
     max_grad_norm: float,
+    seq_len: int | None = None,
     end_of_text_id: int | None = None,
     guard: Guard | None = None,
 ) -> StepResult:
@@ -65,7 +77,7 @@ def train_step(
         group["lr"] = learning_rate * group.get("lr_ratio", 1.0)
     loss = torch.zeros((), device=accelerator.device)
     for micro_step in range(accumulation_steps):
-        inputs = model_inputs(next(batches), accelerator.device, end_of_text_id)
+        inputs = model_inputs(next(batches), accelerator.device, end_of_text_id, seq_len)
         # Ranks exchange gradients once, in the last backward pass.
         last = micro_step == accumulation_steps - 1
         with nullcontext() if last else accelerator.no_sync(model):

@@ -1,8 +1,8 @@
-"""The learning rate, compared with tables computed by hand."""
+"""Learning rate and sequence length, compared with tables computed by hand."""
 
 import pytest
 
-from training.optim.schedule import learning_rate_at
+from training.optim.schedule import learning_rate_at, sequence_length_at
 from training.recipe import Schedule
 
 
@@ -64,3 +64,11 @@ def test_extended_run_has_the_learning_rate_of_the_longer_run() -> None:
     assert rate(12, total_steps=20, schedule="cosine") == pytest.approx(0.55)
     assert rate(12, total_steps=20, schedule="linear") == pytest.approx(0.55)
     assert rate(12, total_steps=20, schedule="warmup_stable_decay", decay_steps=4) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("warmup_steps", "lengths"),
+    [(0, [64] * 6), (1, [16, 64, 64, 64, 64, 64]), (4, [16, 16, 32, 32, 64, 64]), (5, [16, 16, 16, 32, 32, 64])],
+)
+def test_sequences_are_a_quarter_then_half_as_long(warmup_steps: int, lengths: list[int]) -> None:
+    assert [sequence_length_at(step, seq_len=64, warmup_steps=warmup_steps) for step in range(6)] == lengths

@@ -91,6 +91,22 @@ def test_without_the_mask_documents_attend_to_each_other() -> None:
     torch.testing.assert_close(masked[1], unmasked[1], atol=1e-5, rtol=1e-4)
 
 
+def test_windows_that_are_cut_have_the_logits_of_their_pieces() -> None:
+    net = model("sdpa")
+    for mark in (None, EOT):
+        inputs = model_inputs((WINDOWS, WINDOWS.roll(-1, 1)), torch.device("cpu"), mark, seq_len=4)
+        torch.testing.assert_close(inputs["shift_labels"].reshape(WINDOWS.shape), WINDOWS.roll(-1, 1))
+        del inputs["shift_labels"]
+        with torch.no_grad():
+            cut = net(**inputs, use_cache=False).logits
+        pieces = [
+            logits(net, WINDOWS[row : row + 1, at : at + 4], masked=mark is not None)
+            for row in (0, 1)
+            for at in (0, 4, 8)
+        ]
+        torch.testing.assert_close(cut, torch.cat(pieces), atol=1e-5, rtol=1e-4)
+
+
 def test_flex_and_dense_masks_give_the_same_loss() -> None:
     torch.manual_seed(1)
     windows = torch.randint(0, 99, (4, 16)).masked_fill(torch.rand(4, 16) < 0.2, EOT)
