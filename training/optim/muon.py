@@ -5,7 +5,7 @@ every direction moves equally far (Jordan et al. 2024, https://kellerjordan.gith
 every output neuron a step of the same size (Li et al. 2025, arXiv 2510.05491). Embeddings, biases and layer norms stay
 with AdamW.
 
-What `torch.optim.Muon` lacks, and this has: the (in, out) layout of Conv1D; query, key and value as three matrices;
+What `torch.optim.Muon` lacks, and this has: the (in, out) layout of Conv1D; query, key and value of every head apart;
 matrices of one shape in one batched product, shared out over the processes; sharded weights; skipped updates without a
 host synchronization (`found_inf`).
 
@@ -37,8 +37,8 @@ class Muon(Optimizer):
 
     Args:
         matrices: groups of matrices in (in, out) layout, each with `params`, `lr` and `weight_decay`, and `splits`: the
-            number of matrices side by side in one parameter (3 for query, key and value). Parameters without a gradient
-            are left alone.
+            number of matrices side by side in one parameter (3 · n_head for query, key and value). Parameters without a
+            gradient are left alone.
         others: groups of AdamW, each with `params`, `lr`, `weight_decay`, `betas` and `eps`.
         momentum: after `momentum_warmup_steps`, in which it rises from 0.85.
         second_moment_beta: decay of NorMuon's mean square per output neuron; None for plain Muon.

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Optimizer
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from training.optim.muon import Muon
@@ -26,7 +27,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object
     ]
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Optimizer:
+def build_optimizer(model: PreTrainedModel, recipe: Recipe, *, dtype: torch.dtype = torch.float32) -> Optimizer:
     """The recipe's optimizer for a model that is on its device, or sharded.
 
     Args:
@@ -43,7 +44,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe, *, dtype: torch.dtype = to
     )
 
 
-def _muon(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Muon:
+def _muon(model: PreTrainedModel, recipe: Recipe, dtype: torch.dtype) -> Muon:
     assert recipe.embedding_learning_rate is not None
     assert recipe.norm_learning_rate is not None
     assert recipe.muon_momentum is not None
@@ -65,7 +66,7 @@ def _muon(model: nn.Module, recipe: Recipe, dtype: torch.dtype) -> Muon:
     adamw = {"weight_decay": 0.0, "betas": (recipe.adam_beta1, recipe.adam_beta2), "eps": recipe.adam_epsilon}
     return Muon(
         [
-            *group(query_key_value, recipe.learning_rate, splits=3, **decay),
+            *group(query_key_value, recipe.learning_rate, splits=3 * model.config.n_head, **decay),
             *group(others, recipe.learning_rate, splits=1, **decay),
         ],
         [

@@ -132,7 +132,7 @@ def test_matrices_of_blocks_are_orthogonalized_and_all_else_is_left_to_adamw() -
     )
     names = {parameter: name.removeprefix("transformer.") for name, parameter in model.named_parameters()}
     groups = [(group, [names[parameter] for parameter in group["params"]]) for group in optimizer.param_groups]
-    assert [group.get("splits") for group, _ in groups] == [3, 1, None, None]
+    assert [group.get("splits") for group, _ in groups] == [3 * model.config.n_head, 1, None, None]
     assert all(name.endswith("attn.c_attn.weight") for name in groups[0][1])
     assert {name.split(".", 2)[2] for name in groups[1][1]} == {
         *("attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
