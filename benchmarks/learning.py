@@ -46,13 +46,15 @@ PROXY |= {
 }
 BUILT_IN: dict[str, dict[str, Any]] = {
     "classic": {"learning_rate": 6e-4, "adam_beta2": 0.95, "warmup_steps": 60, "min_learning_rate_ratio": 0.1},
-    "adamw": {"learning_rate": 6e-3, "adam_beta2": 0.99, "warmup_steps": 300},
+    "adamw": {"learning_rate": 6e-3, "adam_beta2": 0.99, "warmup_steps": 300, "seq_len_warmup_steps": 300},
     "muon": {
         "optimizer": "muon",
         "learning_rate": 0.02,
-        "embedding_learning_rate": 0.02,
+        "embedding_learning_rate": 0.04,
         "norm_learning_rate": 4e-3,
+        "muon_momentum": 0.9,
         "muon_momentum_warmup_steps": 0,
+        "seq_len_warmup_steps": 300,
         "adam_beta2": 0.95,
         "warmup_steps": 25,
         "lr_scheduler_type": "linear",
@@ -98,8 +100,8 @@ def shortened(recipe: Recipe, steps: int) -> Recipe:
     """The recipe for another number of steps, with all warmups and the decay in proportion."""
     assert recipe.max_steps is not None
     share = steps / recipe.max_steps
-    lengths = {"warmup_steps": recipe.warmup_steps, "decay_steps": recipe.decay_steps}
-    lengths["muon_momentum_warmup_steps"] = recipe.muon_momentum_warmup_steps
+    names = ("warmup_steps", "decay_steps", "muon_momentum_warmup_steps", "seq_len_warmup_steps")
+    lengths = {name: getattr(recipe, name) for name in names}
     scaled: dict[str, Any] = {name: length and max(1, round(share * length)) for name, length in lengths.items()}
     return dataclasses.replace(recipe, max_steps=steps, **scaled)
 
