@@ -46,7 +46,13 @@ PROXY |= {
 }
 BUILT_IN: dict[str, dict[str, Any]] = {
     "classic": {"learning_rate": 6e-4, "adam_beta2": 0.95, "warmup_steps": 60, "min_learning_rate_ratio": 0.1},
-    "adamw": {"learning_rate": 6e-3, "adam_beta2": 0.99, "warmup_steps": 300, "seq_len_warmup_steps": 300},
+    "adamw": {
+        "learning_rate": 6e-3,
+        "adam_beta2": 0.99,
+        "warmup_steps": 300,
+        "lr_scheduler_type": "linear",
+        "seq_len_warmup_steps": 300,
+    },
     "muon": {
         "optimizer": "muon",
         "learning_rate": 0.02,
