@@ -19,12 +19,8 @@ def plot_results(path: Path, results: Results) -> None:
     """Write a .png, .svg or .pdf with a panel for each metric: the model with its 95 % interval, then GPT-2."""
     from matplotlib.figure import Figure
 
-    panels = [
-        (result.task, name, metric)
-        for result in results.tasks
-        for name, metric in result.metrics.items()
-        if math.isfinite(metric.value)
-    ]
+    metrics = [(result.task, name, metric) for result in results.tasks for name, metric in result.metrics.items()]
+    panels = [panel for panel in metrics if math.isfinite(panel[2].value)]
     if not panels:
         raise InputError("no metric has a finite value to plot; omit --plot")
     columns = min(_COLUMNS, len(panels))
@@ -36,7 +32,8 @@ def plot_results(path: Path, results: Results) -> None:
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_axis_off()
     limited = f" (first {results.limit:,} items)" if results.limit else ""
-    figure.suptitle(f"{_short(results.model)}{limited}, and OpenAI's GPT-2 where published under the same protocol")
+    name = "/".join(Path(results.model).parts[-2:])  # a Hub id, or the end of a path
+    figure.suptitle(f"{name}{limited}, and OpenAI's GPT-2 where published under the same protocol")
     write_atomically(path, lambda stream: figure.savefig(stream, format=path.suffix.removeprefix(".")))
 
 
@@ -67,8 +64,3 @@ def _draw(axes: Any, task: str, name: str, metric: MetricValue) -> None:
     axes.tick_params(labelsize=8)
     axes.grid(axis="y", alpha=0.2)
     axes.set_axisbelow(True)
-
-
-def _short(model: str) -> str:
-    """Return a Hub id, or the last two parts of a path."""
-    return "/".join(Path(model).parts[-2:])

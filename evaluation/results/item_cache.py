@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from common.cli_errors import InputError
-from evaluation.tasks.task_types import Generation, Item, Task
+from evaluation.tasks.task_types import Generation, Item, Task, data_hash
 
 _IRRELEVANT_CONFIG = {"_name_or_path", "_commit_hash", "auto_map", "transformers_version", "dtype", "torch_dtype"}
 _HEADER_START = b'{"model": '
@@ -144,8 +144,7 @@ def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dty
 
 
 def _checksum(line: Mapping[str, Any]) -> str:
-    content = json.dumps([line.get("key"), line.get("record")], sort_keys=True)
-    return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+    return data_hash([line.get("key"), line.get("record")])
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

@@ -27,10 +27,8 @@ def markdown_table(results: Results) -> str:
     lines = [f"# {results.model}", "", heading(results), "", head, "|" + " --- |" * len(rows[0]), *body, ""]
     if sources:
         lines += [f"OpenAI's GPT-2 under the same protocols, from {'; '.join(sources)}.", ""]
-    known = tasks()
-    for result in results.tasks:
-        if result.task in known:
-            lines.append(f"- `{result.task}`: {known[result.task].description} ({known[result.task].source})")
+    described = [tasks()[result.task] for result in results.tasks if result.task in tasks()]
+    lines += [f"- `{task.full_name}`: {task.description} ({task.source})" for task in described]
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return "\n".join([*lines, "", f"{versions}; {results.started}", ""])
 

@@ -50,13 +50,8 @@ class _Lambada(RowTask):
     def record(self, item: Item, scores: Sequence[Any]) -> dict[str, Any]:
         """Return whether the word is the model's choice, and its log-likelihood in nats."""
         score: LogLikelihood = scores[0]
-        return {
-            "gold": True,
-            "prediction": score.greedy,
-            "log_likelihood": score.sum,
-            "words": 1,
-            "target": item.gold,
-        }
+        found = {"gold": True, "prediction": score.greedy, "log_likelihood": score.sum}
+        return {**found, "words": 1, "target": item.gold}
 
 
 class LambadaHarness(_Lambada):

@@ -5,7 +5,6 @@ context (at the beginning of the text: after all there is).
 """
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -33,11 +32,9 @@ class WikiText2(TextTask):
     def items(self, data_dir: Path | None, encoder: Encoder, n_positions: int, limit: int | None = None) -> list[Item]:
         """See `Task.items`."""
         lines = read_test_lines(data_dir)
-        ids = tuple(encoder.encode(self._text(lines)))
-        data = data_hash(lines)
+        ids, data = tuple(encoder.encode(self._text("".join(lines)))), data_hash(lines)
         words = [len(line.split()) + 1 for line in lines]
-        items = []
-        line = 0
+        items, line = [], 0
         for index, request in enumerate(sliding_windows(ids, encoder.end_of_text_id, n_positions)[:limit]):
             # A line's words count in the window that scores its end: a line feed is never part of another character.
             ends = encoder.decode_bytes(request.continuation).count(b"\n")
@@ -45,8 +42,8 @@ class WikiText2(TextTask):
             line += ends
         return items
 
-    def _text(self, lines: Sequence[str]) -> str:
-        return detokenize_wikitext("".join(lines))
+    def _text(self, text: str) -> str:
+        return detokenize_wikitext(text)
 
 
 class WikiText2Raw(WikiText2):
@@ -59,17 +56,16 @@ class WikiText2Raw(WikiText2):
     )
     source = "huggingface.co/docs/transformers/perplexity"
 
-    def _text(self, lines: Sequence[str]) -> str:
-        return "".join(lines)
+    def _text(self, text: str) -> str:
+        return text
 
 
 def sliding_windows(ids: Ids, first_context: int, n_positions: int) -> list[Request]:
     """Return requests that score each of `ids` once, in windows of `n_positions` tokens, half of them overlapping."""
     stride = max(1, n_positions // 2)
-    requests = [Request((first_context,), ids[:n_positions])]
-    for start in range(n_positions, len(ids), stride):
-        requests.append(Request(ids[start - (n_positions - stride) : start], ids[start : start + stride]))
-    return requests
+    starts = range(n_positions, len(ids), stride)
+    rest = [Request(ids[start + stride - n_positions : start], ids[start : start + stride]) for start in starts]
+    return [Request((first_context,), ids[:n_positions]), *rest]
 
 
 def read_test_lines(data_dir: Path | None) -> list[str]:
