@@ -129,6 +129,18 @@ def result_of(folder: Path, steps: int) -> Result | None:
     )
 
 
+def check_same_recipe(folder: Path, recipe: Recipe) -> None:
+    """Raise an `InputError` if the folder holds a run of another recipe, of which results must not be taken."""
+    if not (folder / "recipe.yaml").exists():
+        return
+    earlier = dataclasses.replace(load_recipe(folder / "recipe.yaml"), output_dir=recipe.output_dir).to_dict()
+    changed = [f"{key}: {earlier[key]} → {now}" for key, now in recipe.to_dict().items() if earlier[key] != now]
+    if changed:
+        raise InputError(
+            f"{folder} holds a run of another recipe ({'; '.join(changed)}); remove it, or choose another --output"
+        )
+
+
 def run_all(recipes: dict[str, Recipe], lengths: dict[str, list[int]], seeds: Sequence[int], output: Path) -> Results:
     """Train what is not finished yet, seed by seed, for each recipe's numbers of steps; return all results."""
     from training.loop import train
@@ -139,6 +151,7 @@ def run_all(recipes: dict[str, Recipe], lengths: dict[str, list[int]], seeds: Se
             for steps in lengths[name]:
                 folder = output / name / f"{steps}-steps" / f"seed-{seed}"
                 run = dataclasses.replace(shortened(recipe, steps), seed=seed, output_dir=str(folder))
+                check_same_recipe(folder, run)
                 if result_of(folder, steps) is None:
                     with contextlib.redirect_stdout(io.StringIO()):
                         train(run)
@@ -159,7 +172,7 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
     degrees = len(differences) - 1
     if degrees == 0:
         return differences[0], math.inf
-    quantile = STUDENT.get(degrees, 2.2)
+    quantile = STUDENT.get(degrees, 2.228)  # of 10; that of more is smaller
     return statistics.mean(differences), quantile * statistics.stdev(differences) / math.sqrt(len(differences))
 
 

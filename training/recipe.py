@@ -280,6 +280,8 @@ class Recipe:
     def differences_from(self, earlier: Mapping[str, Any]) -> list[str]:
         """`key: then → now` for each difference from the keys of an earlier run that makes this another run."""
         left_to_model = SIZES.keys() - self.sizes.keys()  # earlier versions wrote sizes that had no effect
+        if earlier:  # earlier versions had only AdamW, and no key for it
+            earlier = {"optimizer": "adamw", **earlier}
         return [
             f"{key.name}: {earlier[key.name]} → {getattr(self, key.name)}"
             for key in dataclasses.fields(self)

@@ -86,6 +86,10 @@ def test_recipes_are_compared_and_finished_runs_are_not_repeated(
     learning.main()
     assert capsys.readouterr().out == printed
 
+    dataclasses.replace(recipe, learning_rate=0.03).save(tmp_path / "fast.yaml")
+    with pytest.raises(InputError, match=r"4-steps/seed-1 holds a run of another recipe \(learning_rate: 0.02 → 0.03"):
+        learning.main()
+
 
 @pytest.mark.parametrize(
     ("arguments", "message"),

@@ -170,6 +170,15 @@ def test_a_model_to_start_from_has_its_own_sizes_unless_the_recipe_names_them(tm
     assert load_recipe(path).sizes == {"n_layer": 4}
 
 
+def test_a_run_of_an_earlier_version_had_adamw(tmp_path: Path) -> None:
+    path = write(tmp_path / "recipe.yaml", **MINIMAL)
+    recipe, muon = load_recipe(path), load_recipe(path, {"optimizer": "muon"})
+    earlier = {key: value for key, value in recipe.to_dict().items() if key != "optimizer"}
+    assert recipe.differences_from(earlier) == []
+    assert muon.differences_from(earlier) == ["optimizer: adamw → muon"]
+    assert muon.differences_from({}) == []  # of a file that cannot be read
+
+
 def test_sizes_that_earlier_versions_wrote_beside_init_from_make_no_other_run(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path / "recipe.yaml", **MINIMAL, init_from="openai-community/gpt2"))
     earlier = {**recipe.to_dict(), "n_layer": 12, "n_head": 12, "n_embd": 768}

@@ -39,7 +39,7 @@ class Muon(Optimizer):
         matrices: groups of matrices in (in, out) layout, each with `params`, `lr` and `weight_decay`, and `splits`: the
             number of matrices side by side in one parameter (3 · n_head for query, key and value). Parameters without a
             gradient are left alone.
-        others: groups of AdamW, each with `params`, `lr`, `weight_decay`, `betas` and `eps`.
+        others: groups of AdamW, each with `params`, `lr`, `weight_decay`, `betas` and `eps`; may be empty.
         momentum: after `momentum_warmup_steps`, in which it rises from 0.85.
         second_moment_beta: decay of NorMuon's mean square per output neuron; None for plain Muon.
         cautious: decay only weights that the update moves toward 0 as well (Chen et al. 2025, arXiv 2510.12402).
@@ -66,8 +66,9 @@ class Muon(Optimizer):
         self._momentum, self._momentum_warmup_steps = momentum, momentum_warmup_steps
         self._second_moment_beta, self._cautious = second_moment_beta, cautious
         self._coefficients, self._dtype = coefficients, dtype
-        self._adamw = AdamW(list(others), fused=True)
-        super().__init__([*matrices, *self._adamw.param_groups], {})
+        groups = list(others)
+        self._adamw = AdamW(groups, fused=True) if groups else None  # which refuses to have no parameters
+        super().__init__([*matrices, *(self._adamw.param_groups if self._adamw else [])], {})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -87,11 +88,12 @@ class Muon(Optimizer):
         directions = [(self._updated_momentum(parameter, skip), group["splits"]) for parameter, group in updated]
         for (parameter, group), orthogonal in zip(updated, self._orthogonalized(directions), strict=True):
             self._apply(parameter, group, orthogonal, skip)
-        # `load_state_dict` replaces state and groups, so the inner optimizer gets them before every step.
-        self._adamw.param_groups = [group for group in self.param_groups if "splits" not in group]
-        self._adamw.state = self.state
-        self._adamw.found_inf, self._adamw.grad_scale = skip, None  # type: ignore[attr-defined]
-        self._adamw.step()
+        if self._adamw is not None:
+            # `load_state_dict` replaces state and groups, so the inner optimizer gets them before every step.
+            self._adamw.param_groups = [group for group in self.param_groups if "splits" not in group]
+            self._adamw.state = self.state
+            self._adamw.found_inf, self._adamw.grad_scale = skip, None  # type: ignore[attr-defined]
+            self._adamw.step()
         return loss
 
     def _updated_momentum(self, parameter: Tensor, skip: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from support.tiny_models import tiny
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers.pytorch_utils import Conv1D
 
 from training.optim import muon as module
 from training.optim.muon import Muon
@@ -123,6 +124,21 @@ def test_a_zero_gradient_and_a_frozen_matrix_leave_weights_alone() -> None:
     optimizer.step()
     assert all(torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
     assert all(parameter is not frozen for group in optimizer.param_groups for parameter in group["params"])
+
+
+@pytest.mark.parametrize("matrices_are_frozen", [False, True])
+def test_only_what_is_not_frozen_is_trained(matrices_are_frozen: bool) -> None:
+    model = tiny()
+    matrices = {layer.weight for layer in model.modules() if isinstance(layer, Conv1D)}
+    for parameter in model.parameters():
+        parameter.requires_grad_((parameter in matrices) != matrices_are_frozen)
+    optimizer = build_optimizer(model, recipe())
+    start = {parameter: parameter.detach().clone() for parameter in model.parameters()}
+    for parameter in model.parameters():
+        parameter.grad = random(*parameter.shape) if parameter.requires_grad else None
+    optimizer.step()
+    for parameter, before in start.items():
+        assert torch.equal(parameter, before) != parameter.requires_grad
 
 
 def test_matrices_of_blocks_are_orthogonalized_and_all_else_is_left_to_adamw() -> None:
