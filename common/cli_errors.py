@@ -39,7 +39,7 @@ class InputError(ValueError):
 
 
 class LostConnectionError(InputError):
-    """An `InputError` after which the process ends at once: destroying what waits for the lost process can hang."""
+    """An `InputError` after which the process exits immediately: a normal exit may wait for the lost process."""
 
 
 class TemporaryError(InputError):

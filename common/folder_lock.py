@@ -1,4 +1,4 @@
-"""One writer per folder: a lock file, whose lock the operating system releases when the process exits."""
+"""One writer per folder, by a lock file. The operating system releases the lock when the process exits."""
 
 import contextlib
 import errno
@@ -18,8 +18,8 @@ _UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 def locked(folder: Path, *, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
     """Keep other processes from locking `folder`; create it and its parents, and remove those that stay empty.
 
-    On a file system without `flock`, nothing is locked. While another process holds the lock, `on_wait` is called every
-    second; None raises an `InputError` instead of waiting.
+    While another process holds the lock, `on_wait` is called every second. Without `on_wait`, an `InputError` is raised
+    instead. On a file system without `flock`, nothing is locked.
     """
     from filelock import FileLock, Timeout
 

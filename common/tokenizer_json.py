@@ -1,4 +1,4 @@
-"""What a tokenizer.json says about how it encodes, and the characters that byte-level BPE writes its tokens in."""
+"""Properties of a tokenizer.json, and the characters that byte-level BPE writes its tokens in."""
 
 import functools
 from collections.abc import Mapping

@@ -316,7 +316,7 @@ class GPT2ScratchPreTrainedModel(PreTrainedModel):
 
 @contextlib.contextmanager
 def _held_load_report() -> Iterator[list[logging.LogRecord]]:
-    """Hold back the load report of transformers, which suggests to continue, until it is clear that we do."""
+    """Hold back the load report of transformers, which reads as if loading had succeeded."""
     held: list[logging.LogRecord] = []
 
     def is_passed_on(record: logging.LogRecord) -> bool:

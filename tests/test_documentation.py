@@ -178,6 +178,26 @@ def test_a_documented_command_runs(command: Command, checkout: Path) -> None:
     run(checkout, command.line)
 
 
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_a_page_lead_to_files_and_headings_that_exist(page: Path) -> None:
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_guide_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert not [page.name for page in PAGES if page.parent.name == "docs" and f"(docs/{page.name}" not in readme]
+
+
 def test_commands_that_ci_runs_are_in_its_script() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert "make test" in script

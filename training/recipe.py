@@ -66,7 +66,9 @@ class Recipe:
     # A window of one token has no context, and a model of one position cannot continue a text.
     seq_len: int = setting("tokens per training window", 1024, group="data", at_least=2)
     seq_len_warmup_steps: int = setting(
-        "steps in which every window is cut: into quarters, from the middle on into halves", 0, at_least=0
+        "steps with shorter sequences: windows are cut into quarters, and after half of them into halves",
+        0,
+        at_least=0,
     )
     tokens_per_step: int = setting("tokens per optimizer step, over all processes", 524_288, group="data", at_least=1)
     seed: int = setting(

@@ -1,7 +1,8 @@
 """accelerate launch training/train.py [--config training/recipes/NAME.yaml] [--field value …] [--preflight]
 
 Trains a GPT-2 from a recipe, by default the quickstart recipe. Every recipe key is a flag. --preflight checks the
-setup and reports memory, time and cost without training; with --gpu a100 --gpus 8, for GPUs that are not here.
+setup and reports memory and time without training, and cost with --price_per_gpu_hour. With --gpu a100 --gpus 8, it
+does so for GPUs that are not here.
 """
 
 import argparse

@@ -108,7 +108,7 @@ class _Job:
 
     @property
     def kind(self) -> tuple[int, bool]:
-        """Return what the jobs of a batch have in common."""
+        """Return a key that is the same for all jobs of a batch."""
         return self.new_tokens, self.prefix > 0
 
     @property

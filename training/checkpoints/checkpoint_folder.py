@@ -95,7 +95,7 @@ def check_intact(checkpoint: Path, step: int, *, read_files: bool) -> None:
     """Raise an `InputError` if a checkpoint is not as it was saved after `step`.
 
     If a file is missing or, with `read_files`, corrupted, the error names it and the newest older checkpoint that is
-    intact. It also tells the right name of a checkpoint that was renamed.
+    intact. If the checkpoint was renamed, the error gives the right name.
     """
     corruption = find_corruption(checkpoint, read_files=read_files)
     if corruption is not None:
@@ -188,7 +188,7 @@ def remove_old_checkpoints(output_dir: Path, *, keep: int | None, keep_every: in
 
 
 def is_model_of(checkpoint: Path, output_dir: Path) -> bool:
-    """Return whether model/ has the checkpoint's weights; that of a run that was extended and stopped is older."""
+    """Return whether model/ has the checkpoint's weights; it is older if the run was extended and then stopped."""
     ours, theirs = (folder / "model.safetensors" for folder in (output_dir / "model", checkpoint))
     return ours.is_file() and theirs.is_file() and filecmp.cmp(ours, theirs, shallow=False)
 

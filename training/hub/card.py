@@ -82,7 +82,7 @@ def model_card(
     )
     card = ModelCard.from_template(
         metadata,
-        template_path=str(_TEMPLATE),
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
         recipe=recipe,
         facts=facts,
         config=config,

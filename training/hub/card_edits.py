@@ -15,10 +15,10 @@ _STAMP = re.compile(r"\n*<!-- pushed: (\w+) (\w+) -->\n*")
 
 
 def with_edits_of(existing: str | None, card: str) -> tuple[str, bool]:
-    """Return the card to write over an existing one, and whether the text of that was edited and stays.
+    """Return the card that replaces an existing one, and whether it keeps the existing text because that was edited.
 
     A card without our comment counts as edited, unless it has no text. Blocks between the comments `generated: NAME`
-    and `end of generated: NAME` are always new.
+    and `end of generated: NAME` are always replaced.
     """
     new = ModelCard(_STAMP.sub("\n", card))
     stamp = _stamp_of(new)

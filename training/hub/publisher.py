@@ -23,7 +23,7 @@ from training.step.hooks import Hook, Run
 LAST_PUSH_SECONDS = 900.0  # 2 GB at 20 Mbit/s
 FIRST_PAUSE_SECONDS = 5.0
 
-_DOUBLINGS = 6  # of the pause: it ends at five minutes
+_DOUBLINGS = 6  # of the pause between retries, which is at most 320 seconds
 _LONGEST_RATE_LIMIT_SECONDS = 3600.0
 _SLOW_PUSH_SECONDS = 60.0
 _STAGING = ".pushing"

@@ -29,12 +29,12 @@ _ATTEMPTS_WHEN_OVERTAKEN = 3
 
 
 class Pushed(NamedTuple):
-    """A commit on the Hub with its README.md; does it keep the text of an edited one, is there a native branch?"""
+    """The result of a push."""
 
     commit: str
-    card: str
-    card_kept: bool
-    has_native: bool = False
+    card: str  # the README.md that was pushed; empty without one
+    card_kept: bool  # its text is that of the Hub, where it was edited
+    has_native: bool = False  # the repository has a native branch
 
 
 def ensure_repository(

@@ -19,6 +19,7 @@ from training.hub.provenance import ENGLISH_CORPORA, hub_dataset
 from training.hub.repository import ensure_repository, push_files
 
 _ADVICE = "and run the same command again: uploaded shards are not sent twice"
+_TEMPLATE = Path(__file__).with_name("templates") / "shard_dataset_card.md.jinja"
 _SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 
 
@@ -78,7 +79,7 @@ def dataset_card(folder: ShardFolder, repo_id: str) -> str:
         metadata.source_datasets = [dataset] if dataset else None
     card = DatasetCard.from_template(
         metadata,
-        template_path=str(Path(__file__).with_name("templates") / "shard_dataset_card.md.jinja"),
+        template_str=_TEMPLATE.read_text(encoding="utf-8"),
         name=repo_id.split("/")[-1],
         shards=folder.shards,
         manifest=manifest,

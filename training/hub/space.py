@@ -15,8 +15,6 @@ from training.hub.repository import push_files, read_card
 GRADIO_VERSION = "6.31.0"  # as in constraints.txt
 _SOURCES = ("demo.css", "demo_page.py", "demo_session.py", "demo_views.py", "inspection.py")
 
-_TEMPLATES = Path(__file__).with_name("templates")
-
 
 def space_id(space: str, repo_id: str) -> str:
     """Return the id of the Space `space`: owner/name, or a name under the model's owner."""
@@ -41,14 +39,16 @@ def space_files(repo_id: str) -> dict[str, str]:
     package = Path(gpt2_scratch.__file__).parent
     versions = {name: importlib.metadata.version(name).split("+")[0] for name in ("torch", "transformers")}
     return {
-        "README.md": f"{SpaceCard.from_template(metadata, str(_TEMPLATES / 'space_card.md.jinja'), model=repo_id)}\n",
-        "app.py": Template((_TEMPLATES / "space_app.py.jinja").read_text(), keep_trailing_newline=True).render(
-            model=repo_id
-        ),
+        "README.md": f"{SpaceCard.from_template(metadata, template_str=_template('card.md'), model=repo_id)}\n",
+        "app.py": Template(_template("app.py"), keep_trailing_newline=True).render(model=repo_id),
         "requirements.txt": "".join(f"{name}=={version}\n" for name, version in versions.items()),
         "gpt2_demo/__init__.py": '"""The demo page."""\n',
         **{f"gpt2_demo/{source}": (package / source).read_text(encoding="utf-8") for source in _SOURCES},
     }
+
+
+def _template(name: str) -> str:
+    return (Path(__file__).with_name("templates") / f"space_{name}.jinja").read_text(encoding="utf-8")
 
 
 def push_space(space: str, repo_id: str) -> None:

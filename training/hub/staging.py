@@ -39,7 +39,8 @@ def stage(target: Path, model: Path, *, curves: Path | None = None, state: Path 
         files |= {last / path.relative_to(state): path for path in state.rglob("*")}
     rewritten = []
     for staged, path in sorted(files.items()):
-        if path.is_file() and not any(part.startswith(".") for part in staged.relative_to(target).parts):
+        parts = staged.relative_to(target).parts
+        if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in parts):
             staged.parent.mkdir(parents=True, exist_ok=True)
             if _link(path, staged):
                 rewritten.append(staged)

@@ -122,7 +122,7 @@ class Muon(Optimizer):
         return sharded.full_tensor()
 
     def _orthogonalized(self, directions: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
-        """The orthogonalized directions, (rows, splits · columns) each; they are given with their number of splits.
+        """The orthogonalized directions, (rows, splits · columns) each, from pairs of a direction and its splits.
 
         Matrices of one shape are one batch. Every process orthogonalizes an equal part of each batch, while the parts
         of the batch before are gathered.
@@ -130,13 +130,13 @@ class Muon(Optimizer):
         split = [direction.chunk(splits, dim=1) for direction, splits in directions]
         by_shape: dict[torch.Size, list[Tensor]] = {}
         for matrix in chain.from_iterable(split):
-            wide = matrix.mT if _is_high(matrix) else matrix
+            wide = matrix.mT if _is_tall(matrix) else matrix
             by_shape.setdefault(wide.shape, []).append(wide)
         shared = [self._shared_out(torch.stack(matrices)) for matrices in by_shape.values()]
         done = {shape: iter(finish()) for shape, finish in zip(by_shape, shared, strict=True)}
 
         def orthogonal(matrix: Tensor) -> Tensor:
-            return next(done[matrix.mT.shape]).mT if _is_high(matrix) else next(done[matrix.shape])
+            return next(done[matrix.mT.shape]).mT if _is_tall(matrix) else next(done[matrix.shape])
 
         return [torch.cat(list(map(orthogonal, matrices)), dim=1) for matrices in split]
 
@@ -256,5 +256,5 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _is_high(matrix: Tensor) -> bool:
+def _is_tall(matrix: Tensor) -> bool:
     return matrix.shape[0] > matrix.shape[1]

@@ -1,12 +1,12 @@
 """The memory that training needs on one device, estimated, and the batch that fits into it, found by trying.
 
-Estimated are weights, gradients, AdamW's two moments and Muon's momentum, which are fp32, and activations: those that a
-block saves for its backward pass follow Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large
-Transformer Models", section 4.1), except that the residual stream stays fp32 under autocast. Not included: what
+The estimate covers weights, gradients, AdamW's two moments and Muon's momentum, all in fp32, and activations. What a
+block saves for its backward pass follows Korthikanti et al. 2022 ("Reducing Activation Recomputation in Large
+Transformer Models", section 4.1), except that the residual stream stays fp32 under autocast. The estimate omits what
 torch.compile saves, and the gigabyte or so that allocator and libraries take on a GPU.
 
-Of the batch sizes, only divisors of a step's batch are tried, so tokens_per_step and the samples of each step do not
-depend on the result. Each rank tries without communication, since a rank that runs out of memory would leave the others
+Only divisors of a step's batch are tried as batch sizes, so tokens_per_step and the samples of each step do not depend
+on the result. Each rank tries without communication, since a rank that runs out of memory would leave the others
 waiting; then all take the minimum. A CPU process that runs out of memory is killed, so there the number is limited by
 the estimate and by the tokens that keep the cores busy.
 """

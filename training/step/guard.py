@@ -98,7 +98,7 @@ class Guard:
     def check(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
         """Return 1 if the update of the next step must be skipped, else 0; all are scalars on the device.
 
-        The loss is the mean over all ranks, the gradient norm that of before clipping.
+        The loss is the mean over all ranks. The gradient norm is the one before clipping.
         """
         self._step += 1
         window, skipped_in_a_row = self.state["guard/window"], self.state["guard/skipped_in_a_row"]

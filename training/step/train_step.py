@@ -31,8 +31,8 @@ def model_inputs(
 
     Args:
         batch: inputs and targets (batch, window).
-        end_of_text_id: at which positions restart; None numbers all tokens of a sequence.
-        seq_len: of the sequences that windows are cut into; None keeps the windows.
+        end_of_text_id: positions restart at this token; None: they do not restart.
+        seq_len: windows are cut into sequences of this length; None: they stay as they are.
     """
     inputs, targets = (tensor.to(device, non_blocking=True) for tensor in batch)
     if seq_len is not None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from training.checkpoints.checksums import write_checksums
 from training.hub.staging import stage
 
 
@@ -40,3 +41,15 @@ def test_a_file_system_without_hard_links_gets_copies(tmp_path: Path, monkeypatc
     (tmp_path / "model" / "model.safetensors").write_bytes(b"weights")
     staged = stage(tmp_path / "staged", tmp_path / "model")
     assert (staged / "model.safetensors").read_bytes() == b"weights"
+
+
+def test_a_training_state_is_staged_without_compiled_code(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "step-000004"
+    for name in ("training_state/optimizer.safetensors", "modeling.py", "__pycache__/modeling.cpython-311.pyc"):
+        (checkpoint / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkpoint / name).write_bytes(b"content")
+    write_checksums(checkpoint)
+    staged = stage(tmp_path / "staged", checkpoint, state=checkpoint)
+    last = staged / "last-checkpoint"
+    found = sorted(path.relative_to(last).as_posix() for path in last.rglob("*") if path.is_file())
+    assert found == ["modeling.py", "training_state/SHA256SUMS", "training_state/optimizer.safetensors"]

@@ -25,7 +25,7 @@ _OPEN_SHARDS = 8  # samples go through one shard after the other
 
 
 class _BatchPlan(Protocol):
-    """What is used of `training.step.batch_plan.BatchPlan`, in a package that builds on this one."""
+    """The part of `training.step.batch_plan.BatchPlan` that is used here; that package is above this one."""
 
     @property
     def sequences_per_step(self) -> int: ...

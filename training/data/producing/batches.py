@@ -122,7 +122,7 @@ class CorpusProgress:
                 self._values["replaced_documents"] += event.document != self._last_replaced
                 self._last_replaced = event.document
                 if self._values["first_replaced"] is None:
-                    self._values["first_replaced"] = f'{self._corpus.place(event.position)}: "{event.excerpt}"'
+                    self._values["first_replaced"] = f'{self._corpus.describe(event.position)}: "{event.excerpt}"'
         self._tokens = tokens
         return dict(self._values)
 

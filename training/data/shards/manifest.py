@@ -39,7 +39,7 @@ class ResumePoint:
 
     Attributes:
         document: index of a document that begins in a complete shard.
-        place: the position where the corpus finds a piece of that document.
+        place: the position where the corpus finds a piece of that document; the key of the file format.
         tokens: how many tokens precede it.
     """
 

@@ -45,8 +45,9 @@ def create_folder(spec: ShardSpec, source: Corpus, tokenizer: Tokenizer, *, dtyp
         **spec.recorded,
     )
     tokenizer.save(spec.folder)
-    for path in (*spec.folder.iterdir(), spec.folder):
-        fsync(path)
+    for path in (*(spec.folder / name for name in TOKENIZER_FILES), spec.folder):
+        if path.exists():
+            fsync(path)
     manifest.write(spec.folder)
     return manifest
 

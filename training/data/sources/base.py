@@ -75,7 +75,7 @@ class Corpus(ABC):
         """Return a lower bound on the number of tokens, for checking disk space; None where unknown."""
         return None
 
-    def place(self, position: Position) -> str:
+    def describe(self, position: Position) -> str:
         """Return a position in words, for messages."""
         return f"{self.name} at {position}"
 

@@ -107,7 +107,7 @@ class FileCorpus(Corpus):
             offset = sizes[index] * number / _num_rows(source)
         return float((sum(sizes[:index]) + min(offset, sizes[index])) / max(1, sum(sizes)))
 
-    def place(self, position: Position) -> str:
+    def describe(self, position: Position) -> str:
         """Return the file, and the byte or row in it, counted from 1."""
         index, offset, number = position[:3]
         source = self._sources[index]

@@ -12,7 +12,7 @@ PIECE_CHARACTERS = 1 << 16
 MAX_PIECE_CHARACTERS = 1 << 22
 
 SPACE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's; Python's \s has four more
-LOOK_AHEAD = 1024  # characters in which a place between two words is looked for
+LOOK_AHEAD = 1024  # characters that are searched for a boundary between two words
 
 _BETWEEN_WORDS = re.compile(r"[^\W\d_](?= [^\W\d_])")
 _BETWEEN_TOKENS = re.compile(rf"[^{SPACE}](?=[{SPACE}])|[^\W\d_](?=[.,;:!?\"()、。，！？])")

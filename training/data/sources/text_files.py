@@ -162,7 +162,7 @@ def read_pieces(
 ) -> Iterator[Piece]:
     """Yield the pieces of the text that follows in a stream, which is at byte `offset`, after `skipped` characters.
 
-    These are a piece's position, with a 1 after them `inside` a document.
+    The position of a piece is [offset, skipped], or [offset, skipped, 1] `inside` a document.
     """
     starts = not inside
     window = _Window(stream, encoding, offset)

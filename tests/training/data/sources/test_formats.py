@@ -63,7 +63,7 @@ def test_rows_are_documents_and_reading_resumes_at_each(tmp_path, name):
     assert [piece.text for piece in read] == TEXTS
     for number, piece in enumerate(read):
         assert [each.text for each in corpus.read(piece.position)] == TEXTS[number:]
-        assert name in corpus.place(piece.position)
+        assert name in corpus.describe(piece.position)
 
 
 @pytest.mark.parametrize("ending", COMPRESSIONS)
