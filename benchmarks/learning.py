@@ -4,7 +4,7 @@
 
 A recipe is a YAML file with max_steps, or a built-in one: `classic` (AdamW as GPT-2 recipes have it), `adamw` (tuned),
 `muon`. The first is the baseline, which runs for --baseline_steps. The others run for every number of --steps, with
-warmup and decay shortened alike, so each run ends with its own schedule. Printed are
+warmup and decay shortened in proportion, so each run completes its own schedule. The benchmark prints
 
 - the final validation loss per number of steps: mean and standard deviation over the seeds, and the steps' seconds;
 - the difference from the baseline's final loss, paired by seed, with its 95 % interval (Student's t);

@@ -46,7 +46,7 @@ _END_OF_TEXT = "<|endoftext|>"
 
 
 class _Checkpoint(NamedTuple):
-    """What a file holds: weights with official names and layouts, and what their shapes do not show."""
+    """A checkpoint: weights with official names and layouts, and settings that their shapes do not show."""
 
     program: str
     weights: dict[str, Tensor]

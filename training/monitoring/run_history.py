@@ -1,4 +1,4 @@
-"""What a run has logged over all its starts: kept in memory while it trains, and read from its folder afterwards."""
+"""The log of a run over all its starts: kept in memory while it trains, and read from its folder afterwards."""
 
 import contextlib
 import dataclasses

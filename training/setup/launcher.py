@@ -1,7 +1,7 @@
-"""What `accelerate launch` was asked for, with flags or in its config file: obeyed, or refused with the recipe's key.
+"""Settings of `accelerate launch`, from flags or its config file: they are used, or refused with the recipe's key.
 
-accelerate passes its settings on in the environment. Without DeepSpeed it drops two of its flags, which are read from
-its command line here.
+accelerate passes its settings on in the environment. Without DeepSpeed it drops two flags, `--gradient_clipping` and
+`--gradient_accumulation_steps`. These are read from its command line, so that they are not ignored silently.
 """
 
 import os

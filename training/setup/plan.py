@@ -171,7 +171,7 @@ def check_nodes_match(identity: Mapping[str, object], ranks: Ranks) -> None:
 
 
 def _identity(plan: Plan) -> dict[str, object]:
-    """What determines the data, the steps and the initial weights of a run, as far as it is known when it starts."""
+    """Everything known at the start that determines the data, the steps and the initial weights of a run."""
     run, folder = plan.run, plan.run.shards.folder
     names = ("corpus_revision", "dtype", "shard_tokens", "max_tokens")
     weights = run.recipe.init_from if run.resume_from is None else None

@@ -2,8 +2,8 @@
 
 With `skip_spikes`, it also skips loss spikes.
 
-It decides on the device, from the loss and gradient norm over all ranks, so all ranks decide alike and none waits for
-its device. The verdicts are copied to the host asynchronously and read some steps later. The cost per step is one
+It decides on the device, from the loss and gradient norm over all ranks. So all ranks decide the same, and none waits
+for its device. The verdicts are copied to the host asynchronously and read some steps later. The cost per step is one
 all-reduce of a scalar and a dozen kernels on `spike_window` numbers.
 
 A loss is a spike if it is more than `spike_threshold` standard deviations above the mean of the last `spike_window`

@@ -18,7 +18,7 @@ _EXCERPT = 20  # characters on each side
 
 
 class Finding(NamedTuple):
-    """What is unusual in a piece: U+FFFD for invalid bytes, and special tokens that the text spells.
+    """Unusual characters in a piece: U+FFFD for invalid bytes, and special tokens that the text spells.
 
     Attributes:
         number: which piece of a batch.
