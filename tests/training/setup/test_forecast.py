@@ -1,6 +1,7 @@
 """The forecast of a run on GPUs that are not there, held against figures worked out by hand."""
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,27 @@ def test_forecast_of_gpt2_124m_on_eight_a100(capsys: pytest.CaptureFixture[str],
     report = lines_of(capsys)
     assert report["cost"] == "35.18 at 3.58 per GPU hour on 8"
     assert report["time"].startswith("1.2 hours")
+
+
+OFFICIAL_SIZES = [path for path in sorted(RECIPES.glob("gpt2-*.yaml")) if "laptop" not in path.stem]
+
+
+@pytest.mark.parametrize("path", OFFICIAL_SIZES, ids=lambda path: path.stem)
+def test_the_head_of_a_recipe_gives_its_time_and_cost_and_how_to_compute_them(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    head = " ".join(path.read_text().partition("output_dir:")[0].replace("#", "").split())
+    stated = re.search(r"([\d.]+) (hours|minutes)(?: and|,) \$([\d,]+)", head)
+    flags = re.search(r"--preflight --gpu \S+ --gpus \d+ --mfu \S+ --price_per_gpu_hour \S+", head)
+    assert stated is not None
+    assert flags is not None
+    command = parse_command(["--config", str(path), *flags[0].split()])
+    forecast(command.recipe, **command.flags)
+    report = lines_of(capsys)
+    hours = float(stated[1]) / (60 if stated[2] == "minutes" else 1)
+    # Heads round, and leave out validation.
+    assert float(report["time"].split()[0]) == pytest.approx(hours, rel=0.12)
+    assert float(report["cost"].split()[0].replace(",", "")) == pytest.approx(float(stated[3].replace(",", "")), rel=0.2)
 
 
 def test_gpus_without_bf16_train_in_fp16(capsys: pytest.CaptureFixture[str]) -> None:
