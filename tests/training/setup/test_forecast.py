@@ -59,7 +59,8 @@ def test_the_head_of_a_recipe_gives_its_time_and_cost_and_how_to_compute_them(
     hours = float(stated[1]) / (60 if stated[2] == "minutes" else 1)
     # Heads round, and leave out validation.
     assert float(report["time"].split()[0]) == pytest.approx(hours, rel=0.12)
-    assert float(report["cost"].split()[0].replace(",", "")) == pytest.approx(float(stated[3].replace(",", "")), rel=0.2)
+    cost, expected = (float(text.replace(",", "")) for text in (report["cost"].split()[0], stated[3]))
+    assert cost == pytest.approx(expected, rel=0.2)
 
 
 def test_gpus_without_bf16_train_in_fp16(capsys: pytest.CaptureFixture[str]) -> None:
