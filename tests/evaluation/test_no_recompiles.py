@@ -35,7 +35,7 @@ def test_evaluation_never_recompiles_the_training_step(
 ) -> None:
     compiled = CompileCounter()  # counts the captured graphs and runs them as they are
     compile_model = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend=compiled))
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_model(model, backend=compiled, **options))
     torch._dynamo.reset()
     counts: list[int] = []
 
@@ -60,7 +60,7 @@ def test_evaluation_leaves_the_random_state_of_training_alone(
 ) -> None:
     if compiled:
         compile_model = torch.compile
-        monkeypatch.setattr(torch, "compile", lambda model: compile_model(model, backend="eager"))
+        monkeypatch.setattr(torch, "compile", lambda model, **options: compile_model(model, backend="eager", **options))
     settings: dict[str, Any] = {"compile": compiled, "max_steps": 6, "dropout": 0.1, "save_steps": 0, "n_positions": 96}
     everything = {"eval_steps": 1, "sample_steps": 1, "eval_task_steps": 1, **tasks(tmp_path)}
     often = tiny_recipe(output_dir=str(tmp_path / "often"), **{**settings, **everything})

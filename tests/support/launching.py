@@ -108,6 +108,7 @@ def run_here(command: list[str], environment: dict[str, str], streams: list[int]
         command = command[1:]
     if command[0] == "-m":
         sys.argv = command[1:]
+        sys.modules.pop(command[1], None)  # a new process has not imported it, and runpy would warn
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
     elif command[0] == "-c":
         sys.argv = ["-c", *command[2:]]

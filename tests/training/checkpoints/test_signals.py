@@ -209,8 +209,9 @@ def test_a_save_by_the_clock_is_agreed_on_one_poll_later_and_happens_once(monkey
 
 
 WATCH = """
-import sys, time
+import signal, time
 from training.checkpoints.signals import SignalWatch
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored if the tests run under nohup
 with SignalWatch() as signals:
     print("ready", flush=True)
     while not signals.received:
