@@ -68,8 +68,10 @@ def test_a_run_writes_the_files_that_the_design_lists(tiny_recipe: Make, capsys:
 
 
 def test_a_warm_up_longer_than_the_run_is_logged(tiny_recipe: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    train(tiny_recipe(max_steps=2, warmup_steps=2, eval_steps=0))
-    assert "the learning rate never reaches its peak: 2 warmup_steps of 2 steps" in capsys.readouterr().out
+    train(tiny_recipe(max_steps=2, warmup_steps=2, seq_len_warmup_steps=3, eval_steps=0))
+    printed = capsys.readouterr().out
+    assert "the learning rate never reaches its peak: 2 warmup_steps of 2 steps" in printed
+    assert "no step trains on whole windows: 3 seq_len_warmup_steps of 2 steps" in printed
 
 
 def test_the_model_folder_loads_through_the_auto_classes(tiny_recipe: Make) -> None:

@@ -104,6 +104,11 @@ class Monitor(Hook):
                 f"the learning rate never reaches its peak: {run.recipe.warmup_steps:,} warmup_steps of "
                 f"{run.total_steps:,} steps; lower warmup_steps"
             )
+        if run.recipe.seq_len_warmup_steps >= run.total_steps:
+            run.report(
+                f"no step trains on whole windows: {run.recipe.seq_len_warmup_steps:,} seq_len_warmup_steps of "
+                f"{run.total_steps:,} steps; lower seq_len_warmup_steps"
+            )
 
     def before_step(self, run: Run, step: int) -> None:
         """Measure throughput from the first step on."""
