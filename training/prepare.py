@@ -10,9 +10,8 @@ from pathlib import Path
 
 from common.cli_errors import CommandParser, InputError, interrupt_on_sigterm, run_command
 from common.typed_values import convert
-from training.recipe import Recipe, field_types
 
-# The worker processes import this module: heavy imports are inside functions.
+# The worker processes import this module: other imports are inside functions.
 
 # Keys of a recipe that are flags here too.
 _KEYS = (
@@ -23,6 +22,8 @@ _KEYS = (
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command's flags; values of recipe keys stay strings."""
+    from training.recipe import Recipe
+
     parser = CommandParser(
         prog="python -m training.prepare",
         description="Tokenize a corpus into the shards that training reads. Run it again to resume.",
@@ -63,6 +64,8 @@ def _run() -> None:
         raise InputError("--verify needs --inspect DIR")
     if arguments.folder is None:
         raise InputError("--output is missing; pass the folder to fill")
+    from training.recipe import field_types
+
     kinds = field_types()
     values = {name: convert(f"--{name}", kinds[name], getattr(arguments, name)) for name in _KEYS}
     if values["val_tokens"] is None:

@@ -102,8 +102,9 @@ class ItemCache:
         os.truncate(self._path, len(complete))
         if header:
             refuse_another_model(self._path, header, weights, dtype)
-        self._records = {line["key"]: line["record"] for line in lines if line.get("checksum") == _checksum(line)}
-        self.corrupted = sum(line.get("checksum") != _checksum(line) for line in lines)
+        valid = [line for line in lines if line.get("checksum") == _checksum(line)]
+        self.corrupted = len(lines) - len(valid)
+        self._records = {line["key"]: line["record"] for line in valid}
 
     def get(self, task: Task, item: Item) -> dict[str, Any] | None:
         """Return an item's record, or None."""
@@ -132,15 +133,15 @@ class ItemCache:
 
 def refuse_another_model(path: Path, found: Mapping[str, Any], weights: str, dtype: str) -> None:
     """Raise an `InputError` if `found`, the header of `path`, is of another model, or of another dtype."""
-    if (found["dtype"], found["weights"]) != (dtype, weights):
-        other = (
-            f"in {found['dtype']}, not {dtype}"
-            if found["dtype"] != dtype
-            else "with other weights, config or tokenizer"
-        )
-        raise InputError(
-            f"{path} holds results of {found['model']} {other}; choose another --output, or delete that file"
-        )
+    if found["dtype"] != dtype:
+        difference = f"in {found['dtype']}, not {dtype}"
+    elif found["weights"] != weights:
+        difference = "with other weights, config or tokenizer"
+    else:
+        return
+    raise InputError(
+        f"{path} holds results of {found['model']} {difference}; choose another --output, or delete that file"
+    )
 
 
 def _checksum(line: Mapping[str, Any]) -> str:
