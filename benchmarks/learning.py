@@ -3,8 +3,9 @@
     python benchmarks/learning.py adamw muon [--baseline_steps 600] [--steps 180 240] [--seeds 1 2 3]
 
 A recipe is a YAML file with max_steps, or a built-in one: `classic` (AdamW as GPT-2 recipes have it), `adamw` (tuned),
-`muon`. The first is the baseline, which runs for --baseline_steps. The others run for every number of --steps, with
-warmup and decay shortened in proportion, so each run completes its own schedule. The benchmark prints
+`muon`, or `nanogpt` (the settings of `classic` in nanoGPT's own loop, from the checkout --nanogpt). The first is the
+baseline, which runs for --baseline_steps. The others run for every number of --steps, with warmup and decay shortened
+in proportion, so each run completes its own schedule. The benchmark prints
 
 - the final validation loss per number of steps: mean and standard deviation over the seeds, and the steps' seconds;
 - the difference from the baseline's final loss, paired by seed, with its 95 % interval (Student's t);
@@ -30,11 +31,14 @@ from typing import Any
 # Before benchmarks/, which Python puts first: its evaluation.py would shadow the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from nanogpt_loop import train_with_nanogpt
+
 from common.cli_errors import CommandParser, InputError, run_command
 from training.monitoring.plots import smoothed
 from training.monitoring.run_history import read_metrics
 from training.recipe import QUICKSTART, Recipe, load_recipe
 
+NANOGPT = "nanogpt"
 PROXY = {"n_embd": 128, "max_steps": 600, "min_learning_rate_ratio": 0, "attn_implementation": "sdpa"}
 PROXY |= {
     "lr_scheduler_type": "cosine",
@@ -43,6 +47,7 @@ PROXY |= {
     "save_steps": 0,
     "eval_steps": 0,
     "sample_steps": 0,
+    "document_mask": False,
 }
 BUILT_IN: dict[str, dict[str, Any]] = {
     "classic": {"learning_rate": 6e-4, "adam_beta2": 0.95, "warmup_steps": 60, "min_learning_rate_ratio": 0.1},
@@ -66,6 +71,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "lr_scheduler_type": "linear",
     },
 }
+BUILT_IN[NANOGPT] = BUILT_IN["classic"]
 # 97.5 % quantiles of Student's t, by degrees of freedom.
 STUDENT = dict(enumerate([12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262], start=1))
 
@@ -141,7 +147,13 @@ def check_same_recipe(folder: Path, recipe: Recipe) -> None:
         )
 
 
-def run_all(recipes: dict[str, Recipe], lengths: dict[str, list[int]], seeds: Sequence[int], output: Path) -> Results:
+def run_all(
+    recipes: dict[str, Recipe],
+    lengths: dict[str, list[int]],
+    seeds: Sequence[int],
+    output: Path,
+    checkout: Path | None,
+) -> Results:
     """Train what is not finished yet, seed by seed, for each recipe's numbers of steps; return all results."""
     from training.loop import train
 
@@ -152,7 +164,10 @@ def run_all(recipes: dict[str, Recipe], lengths: dict[str, list[int]], seeds: Se
                 folder = output / name / f"{steps}-steps" / f"seed-{seed}"
                 run = dataclasses.replace(shortened(recipe, steps), seed=seed, output_dir=str(folder))
                 check_same_recipe(folder, run)
-                if result_of(folder, steps) is None:
+                if result_of(folder, steps) is None and name == NANOGPT:
+                    assert checkout is not None
+                    train_with_nanogpt(run, checkout)
+                elif result_of(folder, steps) is None:
                     with contextlib.redirect_stdout(io.StringIO()):
                         train(run)
                 result = result_of(folder, steps)
@@ -213,9 +228,8 @@ def report(results: Results) -> list[str]:
         for steps, runs in sorted(results[name].items()):
             mean, half = interval([runs[seed].loss - base[seed].loss for seed in runs])
             verdict = "significant" if abs(mean) > half else "not significant"
-            lines.append(
-                f"{name} in {steps} steps − {baseline} in {end}: {mean:+.4f} ± {half:.4f}, {verdict} (95 %, paired)"
-            )
+            precision = f"± {half:.4f}, {verdict} (95 %, paired)" if len(runs) > 1 else "(one seed)"
+            lines.append(f"{name} in {steps} steps − {baseline} in {end}: {mean:+.4f} {precision}")
         reached = steps_to_reach(mean_loss(base), {steps: mean_loss(runs) for steps, runs in results[name].items()})
         if reached is None:
             lines.append(f"{name} does not reach the final loss of {baseline}")
@@ -275,18 +289,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of all runs")
     parser.add_argument("--data_dir", help="shard folder of all recipes (default: each recipe's own)")
+    parser.add_argument("--nanogpt", type=Path, metavar="CHECKOUT", help="checkout of nanoGPT, for the recipe nanogpt")
     arguments = parser.parse_args()
     overrides = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
     recipes = {Path(name).stem: named_recipe(name, overrides) for name in arguments.recipes}
     if len(recipes) < len(arguments.recipes):
         raise InputError("two recipes have the same name; rename a file")
+    if (NANOGPT in recipes) != (arguments.nanogpt is not None):
+        raise InputError("the recipe nanogpt and --nanogpt CHECKOUT need each other; give both or none")
     steps, seeds = sorted(set(arguments.steps)), sorted(set(arguments.seeds))
     for flag, shortest in (("--steps", steps[0]), ("--baseline_steps", arguments.baseline_steps)):
         if shortest < 1:
             raise InputError(f"{flag}: expected at least 1, found {shortest}")
     baseline, *others = recipes
     lengths = {baseline: [arguments.baseline_steps], **dict.fromkeys(others, steps)}
-    results = run_all(recipes, lengths, seeds, arguments.output)
+    results = run_all(recipes, lengths, seeds, arguments.output, arguments.nanogpt)
     print("\n".join(report(results)))
     picture = arguments.output / "learning.png"
     draw(results, picture)

@@ -9,9 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from support.foreign_models import BLOCK_SIZE, N_EMBD, N_HEAD, N_LAYER, logits, state_dict
 from support.paths import ROOT
 
 from common.cli_errors import InputError
+from training.data.shards.shard_reader import ShardFolder
 from training.recipe import Recipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
@@ -20,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 @pytest.fixture(scope="module")
 def learning() -> Iterator[ModuleType]:
     path = sys.path.copy()
+    sys.path.append(str(ROOT / "benchmarks"))  # at the end: its evaluation.py must not shadow the package
     spec = importlib.util.spec_from_file_location("learning", ROOT / "benchmarks" / "learning.py")
     assert spec is not None
     assert spec.loader is not None
@@ -91,12 +95,58 @@ def test_recipes_are_compared_and_finished_runs_are_not_repeated(
         learning.main()
 
 
+STAND_IN = """
+import sys
+import numpy as np, torch
+torch.manual_seed(1337)
+flags = dict(flag.removeprefix("--").split("=") for flag in sys.argv[1:])
+assert np.fromfile(flags["dataset"] + "/train.bin", dtype=np.uint16).max() < 300
+state = torch.load("state.pt")
+if flags["learning_rate"] == "0.5":
+    raise ValueError("too high")
+args = {"n_head": int(flags["n_head"]), "vocab_size": 300}
+torch.save({"model": state, "model_args": args, "config": flags}, flags["out_dir"] + "/ckpt.pt")
+for iteration in range(int(flags["max_iters"]) + 1):
+    print(f"iter {iteration}: loss {5 - iteration:.4f}, time {torch.initial_seed():.2f}ms, mfu -100.00%")
+"""
+
+
+def test_nanogpts_loop_is_a_side(
+    learning: ModuleType, tiny_recipe: Callable[..., Recipe], shard_folder: Path, tmp_path: Path
+) -> None:
+    checkout = tmp_path / "nanoGPT"
+    checkout.mkdir()
+    sizes = {"seq_len": BLOCK_SIZE, "n_embd": N_EMBD, "n_head": N_HEAD, "n_layer": N_LAYER}
+    recipe = tiny_recipe(max_steps=3, tokens_per_step=4 * BLOCK_SIZE, seed=50, **sizes)
+    with pytest.raises(InputError, match=f"no train.py in {checkout}; pass a checkout of nanoGPT"):
+        learning.train_with_nanogpt(recipe, checkout)
+    (checkout / "train.py").write_text(STAND_IN)
+    state = state_dict(300)
+    torch.save(state, checkout / "state.pt")
+    learning.train_with_nanogpt(recipe, checkout)
+
+    folder = Path(recipe.output_dir)
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "recipe.yaml"]
+    result = learning.result_of(folder, 3)
+    assert (result.tokens, result.losses) == ([96, 192, 288], [5, 4, 3])  # the fourth follows the checkpoint
+    assert result.seconds_per_step == pytest.approx(0.05)  # the stand-in prints its seed as milliseconds
+    tokens = torch.from_numpy(ShardFolder.open(shard_folder).val_shard.read().astype("int64"))
+    windows = [tokens[first : first + BLOCK_SIZE + 1] for first in range(0, 41 * BLOCK_SIZE, BLOCK_SIZE)]  # of 1,000
+    losses = [torch.nn.functional.cross_entropy(logits(state, ids[:-1], "none"), ids[1:]) for ids in windows]
+    assert result.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
+
+    with pytest.raises(InputError, match=f"nanoGPT in {checkout} failed: ValueError: too high"):
+        learning.train_with_nanogpt(dataclasses.replace(recipe, learning_rate=0.5), checkout)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["muno", "adamw"], "muno is neither a YAML file nor one of classic, adamw, muon"),
         (["muon", "muon"], "two recipes have the same name"),
         (["adamw", "--steps", "0"], "--steps: expected at least 1, found 0"),
+        (["adamw", "nanogpt"], "the recipe nanogpt and --nanogpt CHECKOUT need each other"),
+        (["adamw", "muon", "--nanogpt", "nanoGPT"], "the recipe nanogpt and --nanogpt CHECKOUT need each other"),
     ],
 )
 def test_bad_input_is_a_one_line_error(
