@@ -201,9 +201,10 @@ def _grow_positions(model: GPT2ScratchForCausalLM, n_positions: int) -> str:
 def attention_for(recipe: Recipe, device_type: str) -> str:
     """The attention implementation to train with: the recipe's, but flex instead of sdpa for a document mask on a GPU.
 
-    Flex attention has no dropout; a recipe with dropout keeps the dense mask.
+    Flex attention needs Triton and has no dropout. Without Triton or with dropout, the mask stays dense.
     """
-    if recipe.document_mask and device_type == "cuda" and recipe.attn_implementation == "sdpa" and not recipe.dropout:
+    takes_flex = device_type == "cuda" and has_triton() and not recipe.dropout
+    if recipe.document_mask and recipe.attn_implementation == "sdpa" and takes_flex:
         return "flex_attention"
     if recipe.attn_implementation == "flex_attention" and device_type == "cpu":
         raise InputError("attn_implementation flex_attention cannot train on a CPU; set it to sdpa, or use a GPU")

@@ -163,13 +163,18 @@ def test_gradients_stay_inside_a_document() -> None:
     assert embedded.grad[0, 7:].abs().min(dim=-1).values.max() > 0
 
 
-def test_gpus_use_flex_attention_unless_there_is_dropout(tiny_recipe: Make) -> None:
+def test_gpus_with_triton_use_flex_attention_unless_there_is_dropout(
+    tiny_recipe: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.setup.model.has_triton", lambda: True)
     masked = tiny_recipe(document_mask=True)
     assert attention_for(masked, "cuda") == "flex_attention"
     assert attention_for(masked, "cpu") == "sdpa"
     assert attention_for(dataclasses.replace(masked, dropout=0.1), "cuda") == "sdpa"
     assert attention_for(dataclasses.replace(masked, attn_implementation="eager"), "cuda") == "eager"
     assert attention_for(tiny_recipe(), "cuda") == "sdpa"
+    monkeypatch.setattr("training.setup.model.has_triton", lambda: False)
+    assert attention_for(masked, "cuda") == "sdpa"
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
