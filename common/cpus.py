@@ -1,6 +1,11 @@
-"""The cores of a machine, and how its processes share them."""
+"""The cores of a machine, how its processes share them, and the memory of a process that computes on them."""
 
+import ctypes
 import os
+
+# glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; glibc refuses more
 
 
 def usable_cpus() -> int:
@@ -20,3 +25,15 @@ def use_all_cores() -> None:
         import torch
 
         torch.set_num_threads(max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next allocation.
+
+    By default it returns much of it to the kernel, which fills every page with zeros when it is needed again, in every
+    training step. Buffers over 32 MB are returned all the same. Other C libraries are left alone.
+    """
+    mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from common.cli_errors import InputError, LostConnectionError, one_line
-from common.cpus import usable_cpus, use_all_cores
+from common.cpus import keep_freed_memory, usable_cpus, use_all_cores
 from training.monitoring.trackers import chosen_trackers
 from training.recipe import Recipe
 from training.setup.fsdp import enable_fsdp_on_cpu, load_weights_on_every_rank
@@ -56,6 +56,7 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
     add_loss_scaler(accelerator)
     if accelerator.device.type == "cpu":
         use_all_cores()
+        keep_freed_memory()
     else:
         torch.set_float32_matmul_precision("high")
     return accelerator
