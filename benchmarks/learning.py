@@ -11,8 +11,9 @@ in proportion, so each run completes its own schedule. The benchmark prints
 - the difference from the baseline's final loss, paired by seed, with its 95 % interval (Student's t);
 - the steps and the time at which a recipe reaches the baseline's final loss, interpolated between its runs.
 
-Every run is a run folder under --output. When stopped, the benchmark saves a checkpoint; the same command continues and
-skips finished runs. `learning.png` there shows loss against tokens and against time.
+Every run is a run folder under --output. When stopped, the benchmark saves a checkpoint (nanoGPT's loop does not, and
+starts over); the same command continues and skips finished runs. `learning.png` there shows loss against tokens and
+against time.
 """
 
 import argparse
@@ -31,8 +32,6 @@ from typing import Any
 # Before benchmarks/, which Python puts first: its evaluation.py would shadow the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nanogpt_loop import train_with_nanogpt
-
 from common.cli_errors import CommandParser, InputError, run_command
 from training.monitoring.plots import smoothed
 from training.monitoring.run_history import read_metrics
@@ -47,6 +46,7 @@ PROXY |= {
     "save_steps": 0,
     "eval_steps": 0,
     "sample_steps": 0,
+    "seq_len_warmup_steps": 0,
     "document_mask": False,
 }
 BUILT_IN: dict[str, dict[str, Any]] = {
@@ -83,11 +83,13 @@ class Result:
     Attributes:
         loss: final validation loss, nats per token.
         seconds_per_step: median over the logged steps.
+        tokens_per_step: the same for all steps.
         tokens, losses: training loss of the logged steps.
     """
 
     loss: float
     seconds_per_step: float
+    tokens_per_step: int
     tokens: list[int]
     losses: list[float]
 
@@ -130,6 +132,7 @@ def result_of(folder: Path, steps: int) -> Result | None:
     return Result(
         loss=ends[-1],
         seconds_per_step=statistics.median(seconds),
+        tokens_per_step=tokens_per_step,
         tokens=[line["tokens"] for line in logged],
         losses=[line["train_loss"] for line in logged],
     )
@@ -155,6 +158,8 @@ def run_all(
     checkout: Path | None,
 ) -> Results:
     """Train what is not finished yet, seed by seed, for each recipe's numbers of steps; return all results."""
+    from nanogpt_loop import train_with_nanogpt
+
     from training.loop import train
 
     results: Results = {name: {} for name in recipes}
@@ -259,16 +264,15 @@ def draw(results: Results, path: Path) -> None:
     for index, (name, by_steps) in enumerate(results.items()):
         color = f"C{index % 10}"
         for steps, runs in by_steps.items():
-            tokens_per_step = next(iter(runs.values())).tokens[-1] / steps
-            pace = seconds(runs) / tokens_per_step
             first = next(iter(runs.values()))
+            pace, last = seconds(runs) / first.tokens_per_step, steps * first.tokens_per_step
             mean = [statistics.mean(values) for values in zip(*(run.losses for run in runs.values()), strict=True)]
             ends += [mean_loss(runs), min(mean), mean[len(mean) // 4]]
             for axes, scale in ((left, 1.0), (right, pace)):
                 at = [scale * tokens for tokens in first.tokens]
                 axes.plot(at, smoothed(mean, max(1, len(mean) // 30)), color=color, alpha=0.4, linewidth=1)
                 label = f"{name} ({mean_loss(runs):.3f})" if steps == max(by_steps) else None
-                axes.plot(at[-1], mean_loss(runs), "o", color=color, markersize=5, label=label)
+                axes.plot(scale * last, mean_loss(runs), "o", color=color, markersize=5, label=label)
     margin = 0.05 * (max(ends) - min(ends)) or 0.1
     left.set(xlabel="tokens", ylabel="loss (nats per token)", ylim=(min(ends) - margin, max(ends) + margin))
     right.set(xlabel="seconds of training steps")
@@ -289,14 +293,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of all runs")
     parser.add_argument("--data_dir", help="shard folder of all recipes (default: each recipe's own)")
-    parser.add_argument("--nanogpt", type=Path, metavar="CHECKOUT", help="checkout of nanoGPT, for the recipe nanogpt")
+    parser.add_argument(
+        "--nanogpt",
+        type=Path,
+        metavar="CHECKOUT",
+        help="checkout of nanoGPT, for the recipe nanogpt; the shards must exist",
+    )
     arguments = parser.parse_args()
     overrides = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
     recipes = {Path(name).stem: named_recipe(name, overrides) for name in arguments.recipes}
     if len(recipes) < len(arguments.recipes):
         raise InputError("two recipes have the same name; rename a file")
-    if (NANOGPT in recipes) != (arguments.nanogpt is not None):
+    if (NANOGPT in arguments.recipes) != (arguments.nanogpt is not None):
         raise InputError("the recipe nanogpt and --nanogpt CHECKOUT need each other; give both or none")
+    if NANOGPT in recipes and NANOGPT not in arguments.recipes:
+        raise InputError(f"a file cannot be named {NANOGPT}, which is a built-in recipe; rename it")
     steps, seeds = sorted(set(arguments.steps)), sorted(set(arguments.seeds))
     for flag, shortest in (("--steps", steps[0]), ("--baseline_steps", arguments.baseline_steps)):
         if shortest < 1:

@@ -1,6 +1,6 @@
 """nanoGPT's own training loop from a checkout, as a side of learning.py: its model, data order, schedule and AdamW.
 
-It draws windows at random places. Its final weights are validated like those of our runs, on the same windows.
+It draws windows at random offsets. Its final weights are validated like those of our runs, on the same windows.
 """
 
 import json
@@ -22,7 +22,7 @@ from training.data.shards.shard_reader import ShardFolder
 from training.monitoring.run_history import METRICS
 from training.monitoring.validation import validation_loss
 from training.recipe import Recipe
-from training.setup.accelerator import build_accelerator
+from training.setup.accelerator import build_accelerator, uses_gpu
 from training.setup.model import compiles
 
 # train.py has no flag for its seed.
@@ -69,15 +69,15 @@ def train_with_nanogpt(recipe: Recipe, checkout: Path) -> None:
             "tokens_per_second": 1e3 * recipe.tokens_per_step / float(milliseconds),
         }
         for iteration, loss, milliseconds in _LOGGED.findall(log)
-        if int(iteration) < (recipe.max_steps or 0)  # the last one follows the checkpoint
+        if int(iteration) < (recipe.max_steps or 0)  # it takes one more step after its checkpoint
     ]
     lines.append({"step": recipe.max_steps, "val_loss": _validation_loss(recipe, model, shards, vocab_size)})
     (output / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
 def _run(recipe: Recipe, checkout: Path, folder: Path) -> str:
-    """Run train.py, whose checkpoint comes into `folder`; return what it printed."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Run train.py, which writes its checkpoint to `folder`; return what it printed."""
+    device = "cuda" if uses_gpu() and torch.cuda.is_available() else "cpu"
     micro_batch = recipe.per_device_train_batch_size
     assert isinstance(micro_batch, int)
     settings = {

@@ -1,4 +1,4 @@
-"""The cores of a machine, how its processes share them, and the memory of a process that computes on them."""
+"""The cores of a machine, how its processes share them, and how glibc allocates memory."""
 
 import ctypes
 import os
@@ -30,8 +30,8 @@ def use_all_cores() -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation.
 
-    By default it returns much of it to the kernel, which fills every page with zeros when it is needed again, in every
-    training step. Buffers over 32 MB are returned all the same. Other C libraries are left alone.
+    By default it returns much of it to the kernel. The kernel then zeroes these pages again in every training step.
+    Buffers over 32 MB are returned all the same. Other C libraries are left alone.
     """
     mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

@@ -114,16 +114,18 @@ for iteration in range(int(flags["max_iters"]) + 1):
 def test_nanogpts_loop_is_a_side(
     learning: ModuleType, tiny_recipe: Callable[..., Recipe], shard_folder: Path, tmp_path: Path
 ) -> None:
+    from nanogpt_loop import train_with_nanogpt  # from the folder that `learning` added to the path
+
     checkout = tmp_path / "nanoGPT"
     checkout.mkdir()
     sizes = {"seq_len": BLOCK_SIZE, "n_embd": N_EMBD, "n_head": N_HEAD, "n_layer": N_LAYER}
     recipe = tiny_recipe(max_steps=3, tokens_per_step=4 * BLOCK_SIZE, seed=50, **sizes)
     with pytest.raises(InputError, match=f"no train.py in {checkout}; pass a checkout of nanoGPT"):
-        learning.train_with_nanogpt(recipe, checkout)
+        train_with_nanogpt(recipe, checkout)
     (checkout / "train.py").write_text(STAND_IN)
     state = state_dict(300)
     torch.save(state, checkout / "state.pt")
-    learning.train_with_nanogpt(recipe, checkout)
+    train_with_nanogpt(recipe, checkout)
 
     folder = Path(recipe.output_dir)
     assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "recipe.yaml"]
@@ -131,12 +133,14 @@ def test_nanogpts_loop_is_a_side(
     assert (result.tokens, result.losses) == ([96, 192, 288], [5, 4, 3])  # the fourth follows the checkpoint
     assert result.seconds_per_step == pytest.approx(0.05)  # the stand-in prints its seed as milliseconds
     tokens = torch.from_numpy(ShardFolder.open(shard_folder).val_shard.read().astype("int64"))
-    windows = [tokens[first : first + BLOCK_SIZE + 1] for first in range(0, 41 * BLOCK_SIZE, BLOCK_SIZE)]  # of 1,000
+    windows = [
+        tokens[first : first + BLOCK_SIZE + 1] for first in range(0, 41 * BLOCK_SIZE, BLOCK_SIZE)
+    ]  # eval_tokens = 1,000
     losses = [torch.nn.functional.cross_entropy(logits(state, ids[:-1], "none"), ids[1:]) for ids in windows]
     assert result.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 
     with pytest.raises(InputError, match=f"nanoGPT in {checkout} failed: ValueError: too high"):
-        learning.train_with_nanogpt(dataclasses.replace(recipe, learning_rate=0.5), checkout)
+        train_with_nanogpt(dataclasses.replace(recipe, learning_rate=0.5), checkout)
 
 
 @pytest.mark.parametrize(
@@ -155,3 +159,14 @@ def test_bad_input_is_a_one_line_error(
     monkeypatch.setattr(sys, "argv", ["learning.py", *arguments])
     with pytest.raises(InputError, match=message):
         learning.main()
+
+
+def test_the_classic_recipe_has_nothing_newer(learning: ModuleType) -> None:
+    classic = learning.named_recipe("classic", {})
+    assert (classic.optimizer, classic.seq_len_warmup_steps, classic.document_mask) == ("adamw", 0, False)
+
+
+def test_a_single_seed_has_no_interval(learning: ModuleType) -> None:
+    result = {loss: {1: learning.Result(loss, 1.0, 10, [10], [loss])} for loss in (4.0, 3.5)}
+    lines = learning.report({"slow": {8: result[4.0]}, "fast": {4: result[3.5]}})
+    assert "fast in 4 steps − slow in 8: -0.5000 (one seed)" in lines
