@@ -3,8 +3,8 @@
     python benchmarks/generation.py [--new_tokens 1015] [--rounds 3]
 
 Without a cache, every token costs a forward pass over all tokens before it; the passes are measured at every 64th
-length, and their sum is interpolated. Streaming prints each token like the command `python -m gpt2_scratch.generate`.
-The sides take turns; medians.
+length, and their mean counts for every token. Streaming prints each token like the command `python -m
+gpt2_scratch.generate`. The sides take turns; medians.
 """
 
 import argparse

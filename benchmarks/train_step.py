@@ -85,11 +85,13 @@ def main() -> None:
     if arguments.nanogpt is None:
         print("nanoGPT is skipped: pass a checkout with --nanogpt")
     for name in arguments.geometry:
-        compare(name, device, arguments.nanogpt, bf16=bf16, compiled=not arguments.no_compile, rounds=arguments.rounds)
+        compare(name, device, arguments.nanogpt, peak, bf16, not arguments.no_compile, arguments.rounds)
 
 
-def compare(name: str, device: str, checkout: Path | None, *, bf16: bool, compiled: bool, rounds: int) -> None:
-    """Print the table of a geometry."""
+def compare(
+    name: str, device: str, checkout: Path | None, peak: float, bf16: bool, compiled: bool, rounds: int
+) -> None:
+    """Print the table of a geometry; `peak` is the FLOP/s of a large matrix product."""
     geometry = GEOMETRIES[name]
     builders = sides_of(geometry, device, checkout, compiled)
     steps = [Step(build(), geometry, device, bf16=bf16) for build in builders.values()]
@@ -105,17 +107,17 @@ def compare(name: str, device: str, checkout: Path | None, *, bf16: bool, compil
         f"{geometry.batch_size} × {geometry.seq_len} tokens; bare matrix products {1e3 * bound:.0f} ms, "
         f"{geometry.tokens / bound:,.0f} tokens/s, {flops / bound / 1e12:.2f} TFLOP/s\n"
     )
-    print("| side | ms | tokens/s | TFLOP/s | share of the bound | our best is faster by | peak memory |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    print("| side | ms | tokens/s | TFLOP/s | share of the peak | of the bound | our best is faster by | peak memory |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     del steps
     gc.collect()
     for side, each in zip(builders, times, strict=True):
         median = statistics.median(each)
         memory = _in_a_process(side, name, checkout)
+        rate = geometry.tokens * geometry.flops_per_token / median
         print(
-            f"| {side} | {1e3 * median:.0f} | {geometry.tokens / median:,.0f} "
-            f"| {geometry.tokens * geometry.flops_per_token / median / 1e12:.2f} | {bound / median:.0%} "
-            f"| {median / ours_best:.2f}× | {memory} |",
+            f"| {side} | {1e3 * median:.0f} | {geometry.tokens / median:,.0f} | {rate / 1e12:.2f} | {rate / peak:.0%} "
+            f"| {bound / median:.0%} | {median / ours_best:.2f}× | {memory} |",
             flush=True,
         )
 
