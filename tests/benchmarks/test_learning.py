@@ -133,9 +133,8 @@ def test_nanogpts_loop_is_a_side(
     assert (result.tokens, result.losses) == ([96, 192, 288], [5, 4, 3])  # the fourth follows the checkpoint
     assert result.seconds_per_step == pytest.approx(0.05)  # the stand-in prints its seed as milliseconds
     tokens = torch.from_numpy(ShardFolder.open(shard_folder).val_shard.read().astype("int64"))
-    windows = [
-        tokens[first : first + BLOCK_SIZE + 1] for first in range(0, 41 * BLOCK_SIZE, BLOCK_SIZE)
-    ]  # eval_tokens = 1,000
+    starts = range(0, recipe.eval_tokens - BLOCK_SIZE, BLOCK_SIZE)
+    windows = [tokens[first : first + BLOCK_SIZE + 1] for first in starts]
     losses = [torch.nn.functional.cross_entropy(logits(state, ids[:-1], "none"), ids[1:]) for ids in windows]
     assert result.loss == pytest.approx(torch.stack(losses).mean().item(), rel=1e-4)
 

@@ -24,10 +24,11 @@ def test_only_the_setting_of_a_launcher_is_replaced(
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_kept_memory_is_not_cleared_again_by_the_kernel() -> None:
     program = """
-import resource, sys
+import ctypes, resource, sys
 import torch
 from common.cpus import keep_freed_memory
 
+ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)  # PR_SET_THP_DISABLE: pages of one size on every machine
 torch.set_num_threads(1)
 if sys.argv[1] == "keep":
     keep_freed_memory()
