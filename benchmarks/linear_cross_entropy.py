@@ -1,21 +1,29 @@
-"""LM head and loss, forward and backward: ours in chunks against full logits.
+"""LM head and loss, forward and backward: ours in chunks, full logits, and torch's own chunks (torch 2.12 and later).
 
     python benchmarks/linear_cross_entropy.py [--rounds 9]
 
-Both sides run in one process, in turn, under bf16 autocast; medians, and the ratio round by round.
+All sides run in one process, in turn, with products in bf16 where the hardware has them, or else in fp32; medians, and
+the median ratio to ours in each round.
 """
 
 import argparse
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Before benchmarks/, which Python puts first: its evaluation.py would shadow the package.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from gpt2_scratch import linear_cross_entropy
+from training.recipe import QUICKSTART, load_recipe
+from training.setup.accelerator import resolve_mixed_precision
 
 SHAPES = [(8192, 256, 4096), (4096, 384, 50257)]  # tokens, width, vocabulary
 
@@ -25,12 +33,20 @@ def full(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((hidden_states @ weight.T).float(), targets)
 
 
-def seconds(loss: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], device: str) -> float:
+def torchs(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """torch's function, which autocast does not know."""
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+    options = torch.nn.LinearCrossEntropyOptions()
+    return F.linear_cross_entropy(hidden_states.to(dtype), weight.to(dtype), targets, options=options).float()
+
+
+def seconds(loss: Callable[..., Tensor], inputs: tuple[Tensor, Tensor, Tensor], device: str, *, bf16: bool) -> float:
     """Time of one forward and backward pass."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    with torch.autocast(device, torch.bfloat16):
+    with torch.autocast(device, torch.bfloat16, enabled=bf16):
         result = loss(*inputs)
     result.backward()
     if device == "cuda":
@@ -45,24 +61,30 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{name}, torch {torch.__version__}, Python {platform.python_version()}; medians of {rounds} rounds")
+    bf16 = resolve_mixed_precision(load_recipe(QUICKSTART)) == "bf16"
+    sides = {"ours": linear_cross_entropy, "full logits": full}
+    if hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        sides["torch's chunks"] = torchs
+    print(
+        f"{name}, {'bf16' if bf16 else 'fp32'}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"medians of {rounds} rounds"
+    )
     for tokens, width, vocabulary in SHAPES:
         torch.manual_seed(0)
         hidden_states = torch.randn(tokens, width, device=device, requires_grad=True)
         weight = (0.02 * torch.randn(vocabulary, width, device=device)).requires_grad_()
         inputs = (hidden_states, weight, torch.randint(vocabulary, (tokens,), device=device))
-        times: dict[str, list[float]] = {"full": [], "chunked": []}
+        times: dict[str, list[float]] = {label: [] for label in sides}
         for turn in range(rounds + 2):
-            for label, loss in (("full", full), ("chunked", linear_cross_entropy)):
-                elapsed = seconds(loss, inputs, device)
+            for label, loss in sides.items():
+                elapsed = seconds(loss, inputs, device, bf16=bf16)
                 if turn >= 2:  # the first two warm up
                     times[label].append(elapsed)
-        ratio = statistics.median(a / b for a, b in zip(times["full"], times["chunked"], strict=True))
-        medians = {label: f"{1e3 * statistics.median(values):.0f} ms" for label, values in times.items()}
-        print(
-            f"{tokens} tokens × {width}, vocabulary {vocabulary}: "
-            f"full {medians['full']}, chunked {medians['chunked']}, ratio {ratio:.1f}"
-        )
+        results = []
+        for label, values in times.items():
+            ratio = statistics.median(a / b for a, b in zip(values, times["ours"], strict=True))
+            results.append(f"{label} {1e3 * statistics.median(values):.0f} ms ({ratio:.2f})")
+        print(f"{tokens} tokens × {width}, vocabulary {vocabulary}: {', '.join(results)}")
 
 
 if __name__ == "__main__":

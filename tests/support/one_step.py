@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from support.tiny_models import tiny
@@ -85,6 +86,10 @@ def one_step(accelerator: Accelerator, per_device: int, optimizer_name: Optimize
     results["loss"] = loss
     results["norm"] = norm
     results["validation"] = torch.tensor([scored, count], dtype=torch.float64)
+    if isinstance(model, DistributedDataParallel):
+        gradients = [parameter.grad for parameter in model.parameters()]
+        storages = {gradient.untyped_storage().data_ptr() for gradient in gradients if gradient is not None}
+        results["gradient_storages"] = torch.tensor(len(storages))
     return results
 
 

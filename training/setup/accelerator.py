@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 
 from common.cli_errors import InputError, LostConnectionError, one_line
 from common.cpus import keep_freed_memory, usable_cpus, use_all_cores
@@ -40,7 +40,10 @@ def build_accelerator(recipe: Recipe) -> Accelerator:
             log_with=chosen_trackers(recipe) or None,
             project_dir=recipe.output_dir,
             dynamo_backend="no",  # the launcher's is obeyed by `compiles`
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
         )
     except RuntimeError as error:
         reason = connection_error(error)

@@ -70,7 +70,7 @@ def estimate_memory(
     held = parameters * _FLOAT // shares
     matrices = sum(parameter.numel() for parameter in model.base_model.h.parameters() if parameter.dim() == 2)
     one_moment_only = matrices * _FLOAT // shares if recipe.optimizer == "muon" else 0
-    # DDP copies gradients into buckets; FSDP2 gathers its largest unit, the embeddings.
+    # In its first step, DDP copies gradients into buckets; FSDP2 gathers its largest unit, the embeddings.
     in_transit = 0
     if num_processes > 1:
         in_transit = vocab_size * n_embd * (size + _FLOAT) if sharded else parameters * _FLOAT

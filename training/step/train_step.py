@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from training.step.guard import Guard, skip_update_if, unwrapped
@@ -98,5 +99,6 @@ def train_step(
     unwrapped(optimizer).step()
     if scaler is not None:
         scaler.update()  # `clip_grad_norm_` has looked for overflows
-    optimizer.zero_grad(set_to_none=True)
+    # DDP's gradients are views of the buckets that ranks exchange; new ones would need memory of their own.
+    optimizer.zero_grad(set_to_none=not isinstance(model, DistributedDataParallel))
     return StepResult(mean_loss, grad_norm, learning_rate)

@@ -71,6 +71,8 @@ def test_two_processes_make_no_difference(
         for per_device in (4, 2, 1):
             found = load_file(tmp_path / f"{optimizer}-{per_device}.safetensors")
             assert found["sharded"].item() == (config == "fsdp2_8xa100")
+            if config == "cpu_2_processes":  # all gradients are in the bucket that ranks exchange, without copies
+                assert found["gradient_storages"].item() == 1
             assert_same_step(found, expected, atol=atol)
         # A NaN loss on one rank: all ranks skip the update.
         skipped = load_file(tmp_path / f"{optimizer}-skipped.safetensors")
