@@ -85,7 +85,9 @@ class Recipe:
     init_from: str | None = local("model folder or Hub id to start from instead of random weights", None, group="model")
     dropout: float = setting("dropout of embeddings, attention and residuals", 0.0, at_least=0, less_than=1)
     document_mask: bool = setting("no attention across documents; positions restart at each", False, group="model")
-    attn_implementation: str = setting("eager, sdpa, flash_attention_2 or flex_attention", "sdpa")
+    attn_implementation: str = setting(
+        "sdpa, eager, flex_attention, flash_attention_2 or _3, or a kernel of the Hub by its name", "sdpa"
+    )
 
     # optimization
     optimizer: OptimizerName = setting(
