@@ -32,7 +32,7 @@ from typing import Any
 # Before benchmarks/, which Python puts first: its evaluation.py would shadow the package.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.cli_errors import CommandParser, InputError, run_command
+from common.cli_errors import CommandParser, InputError, interrupt_on_sigterm, run_command
 from training.monitoring.plots import smoothed
 from training.monitoring.run_history import read_metrics
 from training.recipe import QUICKSTART, Recipe, load_recipe
@@ -308,6 +308,7 @@ def main() -> None:
         raise InputError("the recipe nanogpt and --nanogpt CHECKOUT need each other; give both or none")
     if NANOGPT in recipes and NANOGPT not in arguments.recipes:
         raise InputError(f"a file cannot be named {NANOGPT}, which is a built-in recipe; rename it")
+    interrupt_on_sigterm()  # an exception makes `subprocess` end nanoGPT's process too
     steps, seeds = sorted(set(arguments.steps)), sorted(set(arguments.seeds))
     for flag, shortest in (("--steps", steps[0]), ("--baseline_steps", arguments.baseline_steps)):
         if shortest < 1:

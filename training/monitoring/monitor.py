@@ -23,6 +23,7 @@ from training.monitoring.run_history import Start
 from training.monitoring.run_log import RunLog
 from training.monitoring.throughput import Throughput, device_name, flops_per_token, memory_bytes, peak_flops
 from training.monitoring.trackers import start_trackers
+from training.optim.schedule import sequence_length_at
 from training.step.hooks import Hook, Run
 from training.step.precision import precision_name
 from training.step.train_step import StepResult
@@ -66,7 +67,7 @@ class Monitor(Hook):
     """
 
     def __init__(self, run: Run) -> None:
-        accelerator, config = run.accelerator, run.config
+        accelerator = run.accelerator
         self._accelerator = accelerator
         self.log = RunLog(
             run.output_dir,
@@ -82,9 +83,6 @@ class Monitor(Hook):
         self._throughput = Throughput()
         self._plotter = CurvePlotter()
         self._peak = peak_flops(device_name(accelerator.device), accelerator.mixed_precision)
-        self._flops_per_token = flops_per_token(
-            parameters=run.parameters, n_layer=config.n_layer, n_embd=config.n_embd, seq_len=run.recipe.seq_len
-        )
         start_trackers(accelerator, run.recipe, run.first_step)
 
     def before_training(self, run: Run) -> None:
@@ -129,7 +127,7 @@ class Monitor(Hook):
     def _log_step(self, run: Run, result: StepResult) -> None:
         grad_norm = result.grad_norm.item()  # waits for the device, which only logged steps do
         tokens_per_second = self._throughput.take()
-        flops = tokens_per_second * self._flops_per_token / self._accelerator.num_processes
+        flops = tokens_per_second * _flops_per_token(run) / self._accelerator.num_processes
         values = {
             "step": run.step,
             "tokens": run.tokens,
@@ -236,6 +234,13 @@ class PeriodicEvaluation(Hook):
     def fails_alike(self, run: Run, error: Exception) -> bool:
         """Whether all processes meet the error, or no process waits for another."""
         return False
+
+
+def _flops_per_token(run: Run) -> float:
+    """FLOPs of a token at the sequence length of the last step."""
+    recipe, config = run.recipe, run.config
+    seq_len = sequence_length_at(run.step - 1, seq_len=recipe.seq_len, warmup_steps=recipe.seq_len_warmup_steps)
+    return flops_per_token(parameters=run.parameters, n_layer=config.n_layer, n_embd=config.n_embd, seq_len=seq_len)
 
 
 @contextmanager

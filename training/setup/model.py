@@ -206,8 +206,8 @@ def attention_for(recipe: Recipe, device_type: str) -> str:
     takes_flex = device_type == "cuda" and has_triton() and not recipe.dropout
     if recipe.document_mask and recipe.attn_implementation == "sdpa" and takes_flex:
         return "flex_attention"
-    if recipe.attn_implementation == "flex_attention" and device_type == "cpu":
-        raise InputError("attn_implementation flex_attention cannot train on a CPU; set it to sdpa, or use a GPU")
+    if recipe.attn_implementation == "flex_attention" and (device_type == "cpu" or not has_triton()):
+        raise InputError("attn_implementation flex_attention needs a GPU with Triton; set it to sdpa")
     return recipe.attn_implementation
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
 from training.checkpoints.checkpoint_folder import checkpoints
 from training.loop import train
@@ -173,16 +174,18 @@ def test_gpus_with_triton_use_flex_attention_unless_there_is_dropout(
     assert attention_for(dataclasses.replace(masked, dropout=0.1), "cuda") == "sdpa"
     assert attention_for(dataclasses.replace(masked, attn_implementation="eager"), "cuda") == "eager"
     assert attention_for(tiny_recipe(), "cuda") == "sdpa"
+    by_name = tiny_recipe(attn_implementation="flex_attention")
+    assert attention_for(by_name, "cuda") == "flex_attention"
     monkeypatch.setattr("training.setup.model.has_triton", lambda: False)
     assert attention_for(masked, "cuda") == "sdpa"
+    with pytest.raises(InputError, match="needs a GPU with Triton"):
+        attention_for(by_name, "cuda")
 
 
 @pytest.mark.usefixtures("fresh_accelerator")
 def test_a_run_with_a_document_mask_trains_and_cannot_resume_without_it(
     tiny_recipe: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from common.cli_errors import InputError
-
     monkeypatch.setattr("training.setup.accelerator.use_all_cores", lambda: torch.set_num_threads(1))
     unmasked = tiny_recipe(output_dir=str(tmp_path / "unmasked"), max_steps=4)
     masked = tiny_recipe(output_dir=str(tmp_path / "masked"), max_steps=4, document_mask=True)
