@@ -58,6 +58,7 @@ MEDIUM = Geometry(24, 16, 1024, 50_257, 1024, 16)
 TOY = Geometry(1, 2, 32, 300, 32, 2)
 HELLASWAG_ITEMS = 10_042
 TOKENS_PER_STEP = 2**19
+CUDA_GRAPHS = "reduce-overhead"
 COMPILERS = 4  # processes; the settings they compile must fit in memory together
 
 
@@ -156,7 +157,7 @@ class Setting:
         side = side.compiled(mode=self.mode) if self.compiled else side
         bf16 = device == "cuda"
         if not self.muon:
-            return Step(side, geometry, device, bf16=bf16)
+            return Step(side, geometry, device, bf16=bf16, keep_gradients=self.mode == CUDA_GRAPHS)
         recipe = Recipe(output_dir="", data_dir="", corpus="", optimizer="muon", max_steps=1)
         optimizer = build_optimizer(side.model, recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
         return Step(side, geometry, device, bf16=bf16, optimizer=optimizer)
@@ -192,7 +193,7 @@ SETTINGS = [
     Setting("GPT2LMHeadModel", 8, geometry=MEDIUM),
     Setting("ours", 32, compiled=False),
     Setting("GPT2LMHeadModel", 16, compiled=False),
-    Setting("ours", 32, needs=90, mode="reduce-overhead"),
+    Setting("ours", 32, needs=90, mode=CUDA_GRAPHS),
     Setting("ours", 32, needs=120, mode="max-autotune-no-cudagraphs"),
 ]
 
@@ -225,8 +226,8 @@ def full_step(setting: Setting, device: str, checkout: Path | None, tokens_per_s
 def toy_settings() -> list[Setting]:
     """One tiny setting of every side."""
     sides = [setting.side for setting in SETTINGS if setting.micro_batch == 32 or setting.side == "GPT2LMHeadModel"]
-    muon = Setting("ours", 2, needs=0, geometry=TOY, muon=True)
-    return [*(Setting(side, 2, needs=0, geometry=TOY) for side in dict.fromkeys(sides)), muon]
+    plain = [Setting(side, 2, needs=0, geometry=TOY) for side in dict.fromkeys(sides)]
+    return [*plain, dataclasses.replace(plain[0], muon=True), dataclasses.replace(plain[0], mode=CUDA_GRAPHS)]
 
 
 def hellaswag(geometry: Geometry, device: str, bf16: bool, items: int) -> str:

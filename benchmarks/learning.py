@@ -233,7 +233,8 @@ def report(results: Results) -> list[str]:
         for steps, runs in sorted(results[name].items()):
             mean, half = interval([runs[seed].loss - base[seed].loss for seed in runs])
             verdict = "significant" if abs(mean) > half else "not significant"
-            precision = f"± {half:.4f}, {verdict} (95 %, paired)" if len(runs) > 1 else "(one seed)"
+            few = "(one seed)" if len(runs) == 1 else "(two seeds)"
+            precision = f"± {half:.4f}, {verdict} (95 %, paired)" if len(runs) > 2 else few
             lines.append(f"{name} in {steps} steps − {baseline} in {end}: {mean:+.4f} {precision}")
         reached = steps_to_reach(mean_loss(base), {steps: mean_loss(runs) for steps, runs in results[name].items()})
         if reached is None:

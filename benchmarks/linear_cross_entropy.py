@@ -1,4 +1,4 @@
-"""LM head and loss, forward and backward: ours in chunks, full logits, and torch's own chunks (torch 2.12 and later).
+"""LM head and loss, forward and backward: ours in chunks, full logits, and torch's own chunks (torch 2.13).
 
     python benchmarks/linear_cross_entropy.py [--rounds 9]
 
@@ -7,12 +7,14 @@ the median ratio to ours in each round.
 """
 
 import argparse
+import functools
 import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +35,11 @@ def full(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((hidden_states @ weight.T).float(), targets)
 
 
-def torchs(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """torch's function, which autocast does not know."""
+def torchs(hidden_states: Tensor, weight: Tensor, targets: Tensor, **chunks: Any) -> Tensor:
+    """torch's function, which autocast does not know; `chunks` are `LinearCrossEntropyOptions`."""
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-    options = torch.nn.LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions(**chunks)
     return F.linear_cross_entropy(hidden_states.to(dtype), weight.to(dtype), targets, options=options).float()
 
 
@@ -62,9 +64,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     bf16 = resolve_mixed_precision(load_recipe(QUICKSTART)) == "bf16"
-    sides = {"ours": linear_cross_entropy, "full logits": full}
+    sides: dict[str, Callable[..., Tensor]] = {"ours": linear_cross_entropy, "full logits": full}
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
         sides["torch's chunks"] = torchs
+        sides["torch's chunks of 1,024"] = functools.partial(torchs, chunking_method=None, batch_chunk_size=1024)
     print(
         f"{name}, {'bf16' if bf16 else 'fp32'}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"medians of {rounds} rounds"

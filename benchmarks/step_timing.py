@@ -141,6 +141,7 @@ class Step:
         accumulation_steps: forward and backward passes per step; may be changed later.
         fused: fused AdamW; otherwise a loop over the weights.
         optimizer: instead of AdamW.
+        keep_gradients: set gradients to zero instead of freeing them: CUDA graphs reuse memory that is not kept.
     """
 
     def __init__(
@@ -153,10 +154,15 @@ class Step:
         accumulation_steps: int = 1,
         fused: bool = True,
         optimizer: torch.optim.Optimizer | None = None,
+        keep_gradients: bool = False,
     ) -> None:
         self.name, self._side, self._device, self._bf16 = side.name, side, device, bf16
         self.accumulation_steps = accumulation_steps
         self._parameters = list(side.model.parameters())
+        self._keep_gradients = keep_gradients
+        if keep_gradients:
+            for parameter in self._parameters:
+                parameter.grad = torch.zeros_like(parameter)
         self._optimizer = optimizer or torch.optim.AdamW(
             decay_groups(side.model, 0.1), lr=1e-4, betas=(0.9, 0.95), fused=fused, foreach=False
         )
@@ -171,7 +177,7 @@ class Step:
             (loss / self.accumulation_steps).backward()
         nn.utils.clip_grad_norm_(self._parameters, 1.0, foreach=True)
         self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=not self._keep_gradients)
         return loss.detach()
 
     def seconds(self, steps: int = 1) -> float:

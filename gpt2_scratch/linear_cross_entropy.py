@@ -115,7 +115,8 @@ def _summed_loss(
     buffer = hidden_states.new_empty(chunk, columns)
     hidden_gradient, weight_gradient = _empty_gradients(hidden_states, weight, dtype, needs_hidden, needs_weight)
     weight_gradient.zero_()
-    product = torch.empty_like(weight) if needs_weight else None
+    # In bf16 and fp16 a chunk's part of the weight's gradient is a product of its own, summed in fp32.
+    product = torch.empty_like(weight) if needs_weight and dtype != torch.float32 else None
     # The weight's gradient of a chunk sums over its tokens, and could overflow in fp16.
     headroom = _FP16_HEADROOM if dtype == torch.float16 else 1
 
@@ -130,6 +131,8 @@ def _summed_loss(
             if product is not None:
                 inputs = hidden_states[part] / headroom if headroom > 1 else hidden_states[part]
                 weight_gradient.add_(torch.mm(logits.t(), inputs, out=product), alpha=headroom)
+            elif needs_weight:
+                torch.addmm(weight_gradient, logits.t(), hidden_states[part], out=weight_gradient)
     return losses.sum(), hidden_gradient, weight_gradient[:vocab_size]
 
 
@@ -191,15 +194,13 @@ _summed_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
 def _softmax_in_blocks(
     logits: Tensor, targets: Tensor, counted: Tensor, vocab_size: int, label_smoothing: float, z_loss: float
 ) -> Tensor:
-    """Return the losses (tokens, 1), and replace the logits by their gradient; few logits at a time are in fp32."""
+    """Return the losses (tokens, 1), and replace the logits by their gradient; few at a time are converted to fp32."""
     logits[:, vocab_size:] = -torch.inf
     losses = torch.empty_like(targets, dtype=torch.float32)
     rows = max(1, _SOFTMAX_LOGITS // logits.shape[1])
-    buffer = torch.empty(min(rows, len(logits)), logits.shape[1], dtype=torch.float32, device=logits.device)
     for start in range(0, len(logits), rows):
         part = slice(start, min(start + rows, len(logits)))
-        probabilities = buffer[: part.stop - start]
-        probabilities.copy_(logits[part])
+        probabilities = logits[part].float()  # the logits themselves if they are fp32
         target_logits = probabilities.gather(1, targets[part])
         maximum = probabilities.amax(1, keepdim=True)
         mean = probabilities[:, :vocab_size].mean(1, keepdim=True) if label_smoothing else None
@@ -217,7 +218,8 @@ def _softmax_in_blocks(
             losses[part] += label_smoothing * (target_logits - mean)
             probabilities[:, :vocab_size] -= label_smoothing / vocab_size
         probabilities.mul_(counted[part])
-        logits[part] = probabilities
+        if probabilities.dtype != logits.dtype:
+            logits[part] = probabilities
     return losses.masked_fill_(~counted, 0.0)
 
 

@@ -202,13 +202,19 @@ def attention_for(recipe: Recipe, device_type: str) -> str:
     """The attention implementation to train with: the recipe's, but flex instead of sdpa for a document mask on a GPU.
 
     Flex attention needs Triton and has no dropout. Without Triton or with dropout, the mask stays dense.
+
+    Raises:
+        InputError: flex attention cannot train here, or the implementation would ignore the document mask.
     """
+    requested = recipe.attn_implementation
     takes_flex = device_type == "cuda" and has_triton() and not recipe.dropout
-    if recipe.document_mask and recipe.attn_implementation == "sdpa" and takes_flex:
-        return "flex_attention"
-    if recipe.attn_implementation == "flex_attention" and (device_type == "cpu" or not has_triton()):
-        raise InputError("attn_implementation flex_attention needs a GPU with Triton; set it to sdpa")
-    return recipe.attn_implementation
+    if requested == "flex_attention" and not takes_flex:
+        raise InputError("attn_implementation flex_attention needs a GPU with Triton and dropout 0; set it to sdpa")
+    if recipe.document_mask and requested not in ("sdpa", "eager", "flex_attention"):
+        raise InputError(
+            f"attn_implementation {requested} does not separate documents; set document_mask: false, or sdpa"
+        )
+    return "flex_attention" if recipe.document_mask and requested == "sdpa" and takes_flex else requested
 
 
 def compiles(recipe: Recipe, device_type: str) -> bool:

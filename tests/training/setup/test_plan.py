@@ -51,7 +51,14 @@ def test_output_folder_of_another_run_is_an_error(change: dict[str, object], mes
             {"n_layer": 10_000, "n_embd": 2**17},
             r"parameters needs [\d,]+ GiB, but this machine has [\d,]+ GiB",
         ),
-        ({"attn_implementation": "flex_attention"}, "flex_attention needs a GPU with Triton; set it to sdpa"),
+        (
+            {"attn_implementation": "flex_attention"},
+            "flex_attention needs a GPU with Triton and dropout 0; set it to sdpa",
+        ),
+        (
+            {"attn_implementation": "flash_attention_2", "document_mask": True},
+            "flash_attention_2 does not separate documents; set document_mask: false, or sdpa",
+        ),
         ({"attn_implementation": "flash"}, "cannot build the model"),
         ({"max_steps": None, "max_tokens": 10}, "shorter than one step"),
         ({"max_steps": None, "num_train_epochs": 0.001}, "shorter than one step"),

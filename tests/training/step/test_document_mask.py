@@ -176,6 +176,10 @@ def test_gpus_with_triton_use_flex_attention_unless_there_is_dropout(
     assert attention_for(tiny_recipe(), "cuda") == "sdpa"
     by_name = tiny_recipe(attn_implementation="flex_attention")
     assert attention_for(by_name, "cuda") == "flex_attention"
+    with pytest.raises(InputError, match="needs a GPU with Triton and dropout 0"):
+        attention_for(dataclasses.replace(by_name, dropout=0.1), "cuda")
+    with pytest.raises(InputError, match="kernels-community/flash-attn3 does not separate documents"):
+        attention_for(dataclasses.replace(masked, attn_implementation="kernels-community/flash-attn3"), "cuda")
     monkeypatch.setattr("training.setup.model.has_triton", lambda: False)
     assert attention_for(masked, "cuda") == "sdpa"
     with pytest.raises(InputError, match="needs a GPU with Triton"):
