@@ -53,7 +53,9 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     "classic": {"learning_rate": 6e-4, "adam_beta2": 0.95, "warmup_steps": 60, "min_learning_rate_ratio": 0.1},
     "adamw": {
         "learning_rate": 6e-3,
+        "adam_beta1": 0.8,
         "adam_beta2": 0.99,
+        "max_grad_norm": 0.25,
         "warmup_steps": 300,
         "lr_scheduler_type": "linear",
         "seq_len_warmup_steps": 300,
@@ -66,8 +68,9 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "muon_momentum": 0.9,
         "muon_momentum_warmup_steps": 0,
         "seq_len_warmup_steps": 300,
-        "adam_beta2": 0.95,
-        "warmup_steps": 25,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.99,
+        "warmup_steps": 12,
         "lr_scheduler_type": "linear",
     },
 }
