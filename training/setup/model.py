@@ -212,7 +212,7 @@ def attention_for(recipe: Recipe, device_type: str) -> str:
         raise InputError("attn_implementation flex_attention needs a GPU with Triton and dropout 0; set it to sdpa")
     if recipe.document_mask and requested not in ("sdpa", "eager", "flex_attention"):
         raise InputError(
-            f"attn_implementation {requested} does not separate documents; set document_mask: false, or sdpa"
+            f"attn_implementation {requested} does not separate documents; set it to sdpa, or document_mask to false"
         )
     return "flex_attention" if recipe.document_mask and requested == "sdpa" and takes_flex else requested
 

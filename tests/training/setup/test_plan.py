@@ -57,7 +57,7 @@ def test_output_folder_of_another_run_is_an_error(change: dict[str, object], mes
         ),
         (
             {"attn_implementation": "flash_attention_2", "document_mask": True},
-            "flash_attention_2 does not separate documents; set document_mask: false, or sdpa",
+            "flash_attention_2 does not separate documents; set it to sdpa, or document_mask to false",
         ),
         ({"attn_implementation": "flash"}, "cannot build the model"),
         ({"max_steps": None, "max_tokens": 10}, "shorter than one step"),
