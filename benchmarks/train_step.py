@@ -2,19 +2,20 @@
 
     python benchmarks/train_step.py [--geometry 6x384 quickstart 124m] [--nanogpt CHECKOUT] [--rounds 7] [--no_compile]
 
-A step is forward pass, loss, backward pass, gradient clipping and fused AdamW, on random tokens. All sides live in one
-process and take turns; the table gives medians. The bound is the time of the step's bare matrix products: no step can
-be faster. Peak memory is measured in a process per side, without what Python and torch take before the
-model is built.
+A step is forward pass, loss, backward pass, gradient clipping and fused AdamW, on random tokens. Every side has a
+process, because training with ours sets how glibc allocates memory. The sides take turns, and the table gives medians.
+The bound is the time of the step's bare matrix products: no step can be faster. Peak memory is without what Python and
+torch take before the model is built.
 """
 
 import argparse
-import gc
+import contextlib
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
@@ -37,8 +38,10 @@ from step_timing import (
     seconds,
 )
 
+from common.cpus import keep_freed_memory
 from training.recipe import QUICKSTART, load_recipe
 from training.setup.accelerator import resolve_mixed_precision
+from training.setup.model import attention_for
 
 GEOMETRIES = {
     "6x384": Geometry(6, 6, 384, 50_257, 512, 4),
@@ -50,7 +53,7 @@ GEOMETRIES = {
 def sides_of(geometry: Geometry, device: str, checkout: Path | None, compiled: bool) -> dict[str, Callable[[], Side]]:
     """Builders of all sides, by name."""
     eager: dict[str, Callable[[], Side]] = {
-        "ours": lambda: ours(geometry, device),
+        "ours": lambda: ours(geometry, device, attention_for(load_recipe(QUICKSTART), device)),
         "GPT2LMHeadModel": lambda: official(geometry, device),
     }
     if checkout is not None:
@@ -68,15 +71,9 @@ def main() -> None:
     parser.add_argument("--nanogpt", type=Path, help="checkout of nanoGPT; without it this side is skipped")
     parser.add_argument("--rounds", type=int, default=7, help="rounds in which every side takes a step")
     parser.add_argument("--no_compile", action="store_true", help="eager sides only")
-    parser.add_argument("--peak_memory_of", help=argparse.SUPPRESS)  # set in a process per side
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     bf16 = resolve_mixed_precision(load_recipe(QUICKSTART)) == "bf16"
-    if arguments.peak_memory_of is not None:
-        geometry = GEOMETRIES[arguments.geometry[0]]
-        build = sides_of(geometry, device, arguments.nanogpt, True)[arguments.peak_memory_of]
-        print(peak_memory(build, geometry, device, bf16))
-        return
     peak = matmul_peak(device, torch.bfloat16 if bf16 else torch.float32)
     print(
         f"{machine(device)}; {'bf16 autocast' if bf16 else 'fp32'}; matrix products reach {peak / 1e12:.2f} TFLOP/s; "
@@ -93,15 +90,18 @@ def compare(
 ) -> None:
     """Print the table of a geometry; `peak` is the FLOP/s of a large matrix product."""
     geometry = GEOMETRIES[name]
-    builders = sides_of(geometry, device, checkout, compiled)
-    steps = [Step(build(), geometry, device, bf16=bf16) for build in builders.values()]
-    for step in steps:  # compile, allocate optimizer state
-        step.seconds(2)
     products, flops = bare_products(geometry, device, torch.bfloat16 if bf16 else torch.float32)
     products()
-    *times, bare = alternate([*(step.seconds for step in steps), lambda: seconds(products, device)], rounds)
+    with contextlib.ExitStack() as stack:
+        sides = {
+            side: stack.enter_context(_process(side, geometry, device, checkout, bf16))
+            for side in sides_of(geometry, device, checkout, compiled)
+        }
+        memory = {side: connection.recv() for side, connection in sides.items()}
+        clocks = [lambda connection=connection: _seconds(connection) for connection in sides.values()]
+        *times, bare = alternate([*clocks, lambda: seconds(products, device)], rounds)
     bound = statistics.median(bare)
-    ours_best = min(statistics.median(t) for t, side in zip(times, builders, strict=True) if side.startswith("ours"))
+    ours_best = min(statistics.median(t) for t, side in zip(times, sides, strict=True) if side.startswith("ours"))
     print(
         f"\n{name}: {geometry.n_layer} layers × {geometry.n_embd}, vocabulary {geometry.vocab_size:,}, "
         f"{geometry.batch_size} × {geometry.seq_len} tokens; bare matrix products {1e3 * bound:.0f} ms, "
@@ -109,28 +109,42 @@ def compare(
     )
     print("| side | ms | tokens/s | TFLOP/s | share of the peak | of the bound | our best is faster by | peak memory |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    del steps
-    gc.collect()
-    for side, each in zip(builders, times, strict=True):
+    for side, each in zip(sides, times, strict=True):
         median = statistics.median(each)
-        memory = _in_a_process(side, name, checkout)
         rate = geometry.tokens * geometry.flops_per_token / median
         print(
             f"| {side} | {1e3 * median:.0f} | {geometry.tokens / median:,.0f} | {rate / 1e12:.2f} | {rate / peak:.0%} "
-            f"| {bound / median:.0%} | {median / ours_best:.2f}× | {memory} |",
+            f"| {bound / median:.0%} | {median / ours_best:.2f}× | {memory[side] / 2**30:.2f} GiB |",
             flush=True,
         )
 
 
-def _in_a_process(side: str, geometry: str, checkout: Path | None) -> str:
-    command = [sys.executable, __file__, "--geometry", geometry, "--peak_memory_of", side]
-    command += ["--nanogpt", str(checkout)] if checkout else []
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip().splitlines()[-1] if done.returncode == 0 else "failed"
+@contextlib.contextmanager
+def _process(side: str, geometry: Geometry, device: str, checkout: Path | None, bf16: bool) -> Iterator[Connection]:
+    """A process for one side; it sends its peak memory, and then the seconds of a step whenever it is asked."""
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=_take_steps, args=(other_end, side, geometry, device, checkout, bf16))
+    process.start()
+    other_end.close()
+    try:
+        yield connection
+    finally:
+        connection.close()
+        process.join()
 
 
-def peak_memory(build: Callable[[], Side], geometry: Geometry, device: str, bf16: bool) -> str:
-    """Peak memory of model, optimizer and step; of a compiled side on a CPU, with what the compiler keeps."""
+def _seconds(connection: Connection) -> float:
+    connection.send("step")
+    found: float = connection.recv()
+    return found
+
+
+def _take_steps(
+    connection: Connection, side: str, geometry: Geometry, device: str, checkout: Path | None, bf16: bool
+) -> None:
+    if side.startswith("ours"):
+        keep_freed_memory()  # as training does
     process, done = psutil.Process(), threading.Event()
     before, peak = process.memory_info().rss, 0
 
@@ -139,8 +153,8 @@ def peak_memory(build: Callable[[], Side], geometry: Geometry, device: str, bf16
         while not done.wait(0.002):
             peak = max(peak, process.memory_info().rss)
 
-    step = Step(build(), geometry, device, bf16=bf16)
-    step.take()
+    step = Step(sides_of(geometry, device, checkout, True)[side](), geometry, device, bf16=bf16)
+    step.take()  # compile, allocate optimizer state
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     sampler = threading.Thread(target=sample)
@@ -149,8 +163,10 @@ def peak_memory(build: Callable[[], Side], geometry: Geometry, device: str, bf16
         step.take()
     done.set()
     sampler.join()
-    found = torch.cuda.max_memory_allocated() if device == "cuda" else peak - before
-    return f"{found / 2**30:.2f} GiB"
+    connection.send(torch.cuda.max_memory_allocated() if device == "cuda" else peak - before)
+    with contextlib.suppress(EOFError):  # the end of the benchmark
+        while connection.recv():
+            connection.send(step.seconds())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import os
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_LARGEST_MMAP_THRESHOLD = 32 << 20  # bytes; glibc refuses more
+_LARGEST_OF_OLD_GLIBC = 32 << 20  # bytes; before 2.35
 
 
 def usable_cpus() -> int:
@@ -31,9 +31,11 @@ def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next allocation.
 
     By default it returns much of it to the kernel. The kernel then zeroes these pages again in every training step.
-    Buffers over 32 MB are returned all the same. Other C libraries are left alone.
+    Before version 2.35, buffers over 32 MB are returned all the same. Other C libraries are left alone.
     """
     mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
-        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+        no_limit = 2**31 - 1
+        if not mallopt(_M_MMAP_THRESHOLD, no_limit):
+            mallopt(_M_MMAP_THRESHOLD, _LARGEST_OF_OLD_GLIBC)
+        mallopt(_M_TRIM_THRESHOLD, no_limit)

@@ -50,6 +50,7 @@ _NONE: frozenset[str] = frozenset()
 _READ_BY = {
     "eager": _NONE,
     "sdpa": frozenset({"is_causal"}),
+    "blockwise": frozenset({"is_causal"}),
     "flex_attention": frozenset({"kernel_options"}),
 }
 # Read by decorators.
@@ -84,7 +85,7 @@ def check_arguments(
         ignored_with_mask = _FLASH_DOCUMENTS
     elif implementation in _READ_BY:
         read = _READ_BY[implementation]
-        ignored_with_mask = read if implementation == "sdpa" else _NONE
+        ignored_with_mask = read & {"is_causal"}
     for name, value in arguments.items():
         if name in _READ_ELSEWHERE:
             continue

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.cli_errors import InputError
+from gpt2_scratch.blockwise_attention import kept_weights
 from training.recipe import Recipe
 from training.setup.accelerator import all_reduce_min
 from training.setup.model import compiles
@@ -75,11 +76,14 @@ def estimate_memory(
     if num_processes > 1:
         in_transit = vocab_size * n_embd * (size + _FLOAT) if sharded else parameters * _FLOAT
     saves_scores = recipe.attn_implementation == "eager" or (recipe.dropout > 0 and device_type == "cpu")
+    blockwise = device_type == "cpu" and dtype == torch.bfloat16 and recipe.attn_implementation == "sdpa"
+    saves_weights = blockwise and not recipe.dropout and not recipe.document_mask
     block = block_activations(
         tokens,
         n_embd,
         size=size,
         attention_scores=config.n_head * recipe.seq_len if saves_scores else 0,
+        attention_weights=config.n_head * kept_weights(recipe.seq_len) if saves_weights else 0,
         dropout=recipe.dropout > 0,
     )
     blocks = config.n_layer * block
@@ -95,18 +99,26 @@ def estimate_memory(
     )
 
 
-def block_activations(tokens: int, n_embd: int, *, size: int, attention_scores: int = 0, dropout: bool = False) -> int:
+def block_activations(
+    tokens: int,
+    n_embd: int,
+    *,
+    size: int,
+    attention_scores: int = 0,
+    attention_weights: float = 0,
+    dropout: bool = False,
+) -> int:
     """Bytes that one block saves of `tokens` tokens for its backward pass.
 
     Per token and channel: the residual stream before both norms in fp32 (2); in the products' dtype of `size` bytes the
     outputs of the norms (2), query, key and value (3), the output of attention (1), the input and output of the MLP's
     activation (4 + 4). `attention_scores` is the number of scores per token over all heads, saved before and after the
-    softmax.
+    softmax; `attention_weights` that of scores saved only after it.
     """
     stream = 2 * n_embd * _FLOAT
     scores = attention_scores * (_FLOAT + size if size < _FLOAT else _FLOAT)
     masks = (2 * n_embd + attention_scores) * (1 + size) if dropout else 0
-    return tokens * (14 * n_embd * size + stream + scores + masks)
+    return int(tokens * ((14 * n_embd + attention_weights) * size + stream + scores + masks))
 
 
 def gib(count: int) -> str:

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 from common.cli_errors import InputError
 from common.hub_retry import hub_cache_error
-from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM, blockwise_attention
 from gpt2_scratch.source_folder import LOADING_ERRORS, check_index, looks_like_path
 from training.data.tokenization.tokenizer import Tokenizer
 from training.optim.optimizer import build_optimizer
@@ -199,9 +199,10 @@ def _grow_positions(model: GPT2ScratchForCausalLM, n_positions: int) -> str:
 
 
 def attention_for(recipe: Recipe, device_type: str) -> str:
-    """The attention implementation to train with: the recipe's, but flex instead of sdpa for a document mask on a GPU.
+    """The attention implementation to train with: the recipe's, or what is faster than sdpa.
 
-    Flex attention needs Triton and has no dropout. Without Triton or with dropout, the mask stays dense.
+    That is flex attention for a document mask on a GPU, which needs Triton and has no dropout, and blockwise attention
+    on a CPU.
 
     Raises:
         InputError: flex attention cannot train here, or the implementation would ignore the document mask.
@@ -214,7 +215,9 @@ def attention_for(recipe: Recipe, device_type: str) -> str:
         raise InputError(
             f"attn_implementation {requested} does not separate documents; set it to sdpa, or document_mask to false"
         )
-    return "flex_attention" if recipe.document_mask and requested == "sdpa" and takes_flex else requested
+    if requested == "sdpa" and recipe.document_mask and takes_flex:
+        return "flex_attention"
+    return blockwise_attention.NAME if requested == "sdpa" and device_type == "cpu" else requested
 
 
 def compiles(recipe: Recipe, device_type: str) -> bool:

@@ -11,6 +11,7 @@ from support.tiny_models import one_thread, tiny  # noqa: F401
 
 from common.cli_errors import InputError
 from gpt2_scratch import GPT2ScratchConfig, GPT2ScratchForCausalLM
+from gpt2_scratch.blockwise_attention import kept_weights
 from training import loop
 from training.loop import train
 from training.monitoring.run_history import read_metrics
@@ -159,13 +160,17 @@ def saved_by_a_block() -> Callable[..., int]:
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "blockwise"])
 def test_estimated_activations_are_what_a_block_saves(
     bf16: bool, attention: str, saved_by_a_block: Callable[..., int]
 ) -> None:
     copies = 12 * 64 * 64 * 2 if bf16 else 0  # autocast's copies of the block's weights
     expected = block_activations(
-        4 * 48, 64, size=2 if bf16 else 4, attention_scores=4 * 48 if attention == "eager" else 0
+        4 * 48,
+        64,
+        size=2 if bf16 else 4,
+        attention_scores=4 * 48 if attention == "eager" else 0,
+        attention_weights=4 * kept_weights(48) if attention == "blockwise" and bf16 else 0,
     )
     # The estimate ignores means, variances and the like.
     assert saved_by_a_block(bf16, attn_implementation=attention) - copies == pytest.approx(expected, rel=0.03)
@@ -175,7 +180,8 @@ def test_estimate_of_gpt2_124m_equals_a_count_by_hand(tiny_recipe: Make) -> None
     with torch.device("meta"):
         model = GPT2ScratchForCausalLM(GPT2ScratchConfig())
     recipe = tiny_recipe(seq_len=1024, tokens_per_step=524_288)
-    one, two = (estimate_memory(model, recipe, sequences=sequences, dtype=torch.bfloat16) for sequences in (1, 2))
+    on_gpu: dict[str, Any] = {"dtype": torch.bfloat16, "device_type": "cuda"}
+    one, two = (estimate_memory(model, recipe, sequences=sequences, **on_gpu) for sequences in (1, 2))
     assert (one.weights, one.gradients, one.optimizer) == (497_759_232, 497_759_232, 995_518_464)
     # Muon keeps one moment of the 12 · 12 · 768² entries in matrices of the blocks, two of all else.
     muon = estimate_memory(model, tiny_recipe(seq_len=1024, optimizer="muon"), sequences=1)
