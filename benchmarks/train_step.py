@@ -10,6 +10,7 @@ torch take before the model is built.
 
 import argparse
 import contextlib
+import functools
 import multiprocessing
 import statistics
 import sys
@@ -93,15 +94,14 @@ def compare(
     products, flops = bare_products(geometry, device, torch.bfloat16 if bf16 else torch.float32)
     products()
     with contextlib.ExitStack() as stack:
-        sides = {
-            side: stack.enter_context(_process(side, geometry, device, checkout, bf16))
-            for side in sides_of(geometry, device, checkout, compiled)
-        }
-        memory = {side: connection.recv() for side, connection in sides.items()}
-        clocks = [lambda connection=connection: _seconds(connection) for connection in sides.values()]
+        memory, clocks = {}, []
+        for side in sides_of(geometry, device, checkout, compiled):
+            connection = stack.enter_context(_process(side, geometry, device, checkout, bf16))
+            memory[side] = connection.recv()
+            clocks.append(functools.partial(_seconds, connection))
         *times, bare = alternate([*clocks, lambda: seconds(products, device)], rounds)
     bound = statistics.median(bare)
-    ours_best = min(statistics.median(t) for t, side in zip(times, sides, strict=True) if side.startswith("ours"))
+    ours_best = min(statistics.median(t) for t, side in zip(times, memory, strict=True) if side.startswith("ours"))
     print(
         f"\n{name}: {geometry.n_layer} layers × {geometry.n_embd}, vocabulary {geometry.vocab_size:,}, "
         f"{geometry.batch_size} × {geometry.seq_len} tokens; bare matrix products {1e3 * bound:.0f} ms, "
@@ -109,7 +109,7 @@ def compare(
     )
     print("| side | ms | tokens/s | TFLOP/s | share of the peak | of the bound | our best is faster by | peak memory |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for side, each in zip(sides, times, strict=True):
+    for side, each in zip(memory, times, strict=True):
         median = statistics.median(each)
         rate = geometry.tokens * geometry.flops_per_token / median
         print(
