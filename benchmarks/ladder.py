@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from step_timing import Geometry, Step, machine, ours, ours_with_logits
 from train_step import GEOMETRIES
 
+from gpt2_scratch import blockwise_attention
 from training.recipe import QUICKSTART, load_recipe
 from training.setup.accelerator import resolve_mixed_precision
 
@@ -67,6 +68,7 @@ def rungs(device: str, bf16: bool) -> Iterator[Rung]:
         ("padded vocabulary", {"padded": True}, True),
         ("fused AdamW", {"fused": True}, True),
         ("chunked loss", {"chunked": True, "padded": False}, True),
+        ("blockwise attention", {"attention": blockwise_attention.NAME}, bf16 and device == "cpu"),
     ):
         if available:
             rung = dataclasses.replace(rung, name=f"+ {name}", **change)  # type: ignore[arg-type]
