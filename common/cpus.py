@@ -5,6 +5,7 @@ import os
 
 # glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_NO_LIMIT = -1
 _LARGEST_OF_OLD_GLIBC = 32 << 20  # bytes; before 2.35
 
 
@@ -35,7 +36,6 @@ def keep_freed_memory() -> None:
     """
     mallopt = None if os.name == "nt" else getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        no_limit = 2**31 - 1
-        if not mallopt(_M_MMAP_THRESHOLD, no_limit):
+        if not mallopt(_M_MMAP_THRESHOLD, _NO_LIMIT):
             mallopt(_M_MMAP_THRESHOLD, _LARGEST_OF_OLD_GLIBC)
-        mallopt(_M_TRIM_THRESHOLD, no_limit)
+        mallopt(_M_TRIM_THRESHOLD, _NO_LIMIT)

@@ -1,14 +1,18 @@
 """Causal attention in blocks of queries, for training in bf16 on CPUs.
 
 A block of queries attends only to the keys up to its end, in one product for all heads. On a CPU, `sdpa` makes many
-small products, and its forward and backward pass take twice as long (docs/benchmarks.md). The price is memory: the
-weights are kept for the backward pass.
+small products, and its forward and backward pass take twice as long for 256 or 512 tokens (docs/benchmarks.md). The
+price is memory and rounding: the weights are kept for the backward pass. Scores, and sums over blocks in the backward
+pass, are rounded to bf16; eager attention rounds its scores too.
+
+Under torch.compile, every sequence length is a graph of its own.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -25,11 +29,13 @@ def blockwise_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the attention output, (batch, seq, n_head, head_dim), and no weights.
 
-    With other dtypes than bf16, a mask, dropout, or a cache, it is `sdpa`.
+    Falls back to `sdpa` for other dtypes than bf16, a mask, dropout, cached keys, attention that is not causal, and
+    further arguments.
 
     Args:
         module: the attention layer.
@@ -39,12 +45,14 @@ def blockwise_attention(
         attention_mask: as for `sdpa`; None for causal attention.
         dropout: dropout probability of the weights.
         scaling: factor of the scores; default: 1 / sqrt(head_dim).
+        is_causal: no attention to later tokens; default: the attribute of the module.
         kwargs: further arguments of `sdpa`.
     """
-    is_plain = attention_mask is None and not dropout and kwargs.get("is_causal") is not False
-    if not is_plain or query.dtype != torch.bfloat16 or query.shape != key.shape:
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    others = [argument for argument in (attention_mask, *kwargs.values()) if argument is not None]
+    if others or dropout or not causal or query.dtype != torch.bfloat16 or query.shape != key.shape:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Autocast would convert to fp32 for the softmax, which sums in fp32 anyway.
@@ -70,6 +78,7 @@ class _CausalAttention(torch.autograd.Function):
         return attended
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query, key, value, *weights = ctx.saved_tensors
         of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)

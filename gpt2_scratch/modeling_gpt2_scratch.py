@@ -242,8 +242,8 @@ class GPT2ScratchModel(GPT2ScratchPreTrainedModel):
         self, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
     ) -> Any:
         """Return the mask in the form that the attention implementation takes; None if it needs none."""
-        # Without padding, cache and packed documents (which need position_ids), these are faster with no mask. In a
-        # traced graph `create_causal_mask` cannot rule these out and would build a mask.
+        # Without padding, cache and packed documents (which need position_ids), `sdpa` and `blockwise` are faster with
+        # no mask. In a traced graph `create_causal_mask` cannot rule these out and would build a mask.
         plain = attention_mask is None and position_ids is None and cache is None
         if plain and self.config._attn_implementation in ("sdpa", "blockwise"):
             return None

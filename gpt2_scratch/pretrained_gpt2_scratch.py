@@ -45,7 +45,7 @@ ATTENTION_ARGUMENTS = _PACKED_DOCUMENTS | frozenset(
         "attention_instances",  # vLLM
     }
 )
-# What implementations of transformers read of these. Others, such as vLLM's, get all.
+# What the implementations of transformers, and ours, read of these. Others, such as vLLM's, get all.
 _NONE: frozenset[str] = frozenset()
 _READ_BY = {
     "eager": _NONE,

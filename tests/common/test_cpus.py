@@ -60,4 +60,5 @@ print(page_faults() - before)
         argument: int(subprocess.check_output([sys.executable, "-c", program, argument, *sizes], text=True))
         for argument in ("keep", "default")
     }
+    # Measured: 1 to 6,000 and 40,000 to 70,000 with 4 MB; 0 to 100 and over 500,000 with 48 MB.
     assert 2 * faults["keep"] < faults["default"]

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from common.cli_errors import InputError
-from gpt2_scratch.blockwise_attention import kept_weights
+from gpt2_scratch.blockwise_attention import NAME, kept_weights
 from training.recipe import Recipe
 from training.setup.accelerator import all_reduce_min
-from training.setup.model import compiles
+from training.setup.model import attention_for, compiles
 from training.step.batch_plan import BatchPlan
+from training.step.precision import autocast_dtype
 from training.step.train_step import model_inputs
 
 _FLOAT = 4  # bytes
@@ -63,7 +64,7 @@ def estimate_memory(
     """The memory of a training step with `sequences` per forward pass on one device.
 
     `dtype` is that of matrix products. The processes share the weights if `sharded` (FSDP2), and exchange gradients
-    otherwise. On "cpu", attention with dropout saves its scores.
+    otherwise. On "cpu", attention with dropout saves its scores, and blockwise attention its weights.
     """
     config, size = model.config, dtype.itemsize
     tokens, n_embd, vocab_size = sequences * recipe.seq_len, config.n_embd, config.vocab_size
@@ -76,7 +77,7 @@ def estimate_memory(
     if num_processes > 1:
         in_transit = vocab_size * n_embd * (size + _FLOAT) if sharded else parameters * _FLOAT
     saves_scores = recipe.attn_implementation == "eager" or (recipe.dropout > 0 and device_type == "cpu")
-    blockwise = device_type == "cpu" and dtype == torch.bfloat16 and recipe.attn_implementation == "sdpa"
+    blockwise = attention_for(recipe, device_type) == NAME and dtype == torch.bfloat16
     saves_weights = blockwise and not recipe.dropout and not recipe.document_mask
     block = block_activations(
         tokens,
@@ -113,7 +114,7 @@ def block_activations(
     Per token and channel: the residual stream before both norms in fp32 (2); in the products' dtype of `size` bytes the
     outputs of the norms (2), query, key and value (3), the output of attention (1), the input and output of the MLP's
     activation (4 + 4). `attention_scores` is the number of scores per token over all heads, saved before and after the
-    softmax; `attention_weights` that of scores saved only after it.
+    softmax; `attention_weights` is the number of weights per token that are saved after the softmax only.
     """
     stream = 2 * n_embd * _FLOAT
     scores = attention_scores * (_FLOAT + size if size < _FLOAT else _FLOAT)
@@ -145,7 +146,9 @@ def find_batch_size(plan: BatchPlan, accelerator: Accelerator, model: PreTrained
         InputError: a single sequence does not fit.
     """
     sizes = divisors(plan.sequences_per_step // plan.num_processes)
-    limit = _cpu_limit(model, recipe, plan) if accelerator.device.type == "cpu" else sizes[-1]
+    limit = (
+        _cpu_limit(model, recipe, plan, autocast_dtype(accelerator)) if accelerator.device.type == "cpu" else sizes[-1]
+    )
     largest = _largest([size for size in sizes if size <= limit], accelerator, model, recipe)
     per_device = all_reduce_min(accelerator, largest)
     if not per_device:
@@ -204,12 +207,12 @@ def _try_step(model: nn.Module, accelerator: Accelerator, recipe: Recipe, batch_
     del held
 
 
-def _cpu_limit(model: PreTrainedModel, recipe: Recipe, plan: BatchPlan) -> int:
+def _cpu_limit(model: PreTrainedModel, recipe: Recipe, plan: BatchPlan, dtype: torch.dtype) -> int:
     """The most sequences per forward pass whose estimate fits into half of a CPU's free memory."""
     memory = available_memory(torch.device("cpu"), plan.num_processes)
     sequences = max(1, _CPU_TOKENS // recipe.seq_len)
     while sequences > 1 and memory is not None:
-        if estimate_memory(model, recipe, sequences=sequences).total <= memory // 2:
+        if estimate_memory(model, recipe, sequences=sequences, dtype=dtype).total <= memory // 2:
             break
         sequences -= 1
     return sequences

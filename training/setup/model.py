@@ -199,18 +199,21 @@ def _grow_positions(model: GPT2ScratchForCausalLM, n_positions: int) -> str:
 
 
 def attention_for(recipe: Recipe, device_type: str) -> str:
-    """The attention implementation to train with: the recipe's, or what is faster than sdpa.
+    """The attention implementation to train with.
 
-    That is flex attention for a document mask on a GPU, which needs Triton and has no dropout, and blockwise attention
+    `sdpa` becomes flex attention for a document mask on a GPU (with Triton, without dropout), and blockwise attention
     on a CPU.
 
     Raises:
-        InputError: flex attention cannot train here, or the implementation would ignore the document mask.
+        InputError: flex attention cannot train here, the implementation would ignore the document mask, or blockwise
+            attention is requested by name.
     """
     requested = recipe.attn_implementation
     takes_flex = device_type == "cuda" and has_triton() and not recipe.dropout
     if requested == "flex_attention" and not takes_flex:
         raise InputError("attn_implementation flex_attention needs a GPU with Triton and dropout 0; set it to sdpa")
+    if requested == blockwise_attention.NAME:
+        raise InputError(f"attn_implementation {requested} is what sdpa becomes on a CPU; set it to sdpa")
     if recipe.document_mask and requested not in ("sdpa", "eager", "flex_attention"):
         raise InputError(
             f"attn_implementation {requested} does not separate documents; set it to sdpa, or document_mask to false"

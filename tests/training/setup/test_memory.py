@@ -105,6 +105,8 @@ def test_batch_on_a_cpu_is_limited_by_tokens_and_memory(tiny_recipe: Make, monke
     room = estimate_memory(tiny(), recipe, sequences=7).total
     monkeypatch.setattr(memory, "available_memory", lambda device, processes: 2 * room)
     assert find_batch_size(plan, build_accelerator(recipe), tiny(), recipe).per_device == 4
+    assert memory._cpu_limit(tiny(), recipe, plan, torch.float32) == 7
+    assert memory._cpu_limit(tiny(), recipe, plan, torch.bfloat16) > 7
 
 
 def test_run_with_auto_sees_the_same_samples(
@@ -186,6 +188,11 @@ def test_estimate_of_gpt2_124m_equals_a_count_by_hand(tiny_recipe: Make) -> None
     # Muon keeps one moment of the 12 · 12 · 768² entries in matrices of the blocks, two of all else.
     muon = estimate_memory(model, tiny_recipe(seq_len=1024, optimizer="muon"), sequences=1)
     assert one.optimizer - muon.optimizer == 12 * 12 * 768**2 * 4
+    # On a CPU, blockwise attention saves 128 · (128 + 256 + … + 1024) / 1024 = 576 weights per token and head.
+    on_cpu = estimate_memory(model, recipe, sequences=2, dtype=torch.bfloat16)
+    assert on_cpu.activations - two.activations == 2 * 1024 * 12 * 12 * 576 * 2
+    masked = estimate_memory(model, dataclasses.replace(recipe, document_mask=True), sequences=2, dtype=torch.bfloat16)
+    assert masked.activations == two.activations
     # Per token and channel: 36 bytes in a block, and 8 after the last one.
     assert two.activations - one.activations == 1024 * 768 * (36 * 12 + 8)
     shared = estimate_memory(model, recipe, sequences=1, num_processes=8, sharded=True, dtype=torch.bfloat16)

@@ -170,12 +170,9 @@ def test_gpus_with_triton_use_flex_attention_unless_there_is_dropout(
     monkeypatch.setattr("training.setup.model.has_triton", lambda: True)
     masked = tiny_recipe(document_mask=True)
     assert attention_for(masked, "cuda") == "flex_attention"
-    assert attention_for(masked, "cpu") == "blockwise"
     assert attention_for(dataclasses.replace(masked, dropout=0.1), "cuda") == "sdpa"
     assert attention_for(dataclasses.replace(masked, attn_implementation="eager"), "cuda") == "eager"
     assert attention_for(tiny_recipe(), "cuda") == "sdpa"
-    assert attention_for(tiny_recipe(), "cpu") == "blockwise"
-    assert attention_for(tiny_recipe(attn_implementation="eager"), "cpu") == "eager"
     by_name = tiny_recipe(attn_implementation="flex_attention")
     assert attention_for(by_name, "cuda") == "flex_attention"
     with pytest.raises(InputError, match="needs a GPU with Triton and dropout 0"):
