@@ -3,9 +3,9 @@
     python benchmarks/train_step.py [--geometry 6x384 quickstart 124m] [--nanogpt CHECKOUT] [--rounds 7] [--no_compile]
 
 A step is forward pass, loss, backward pass, gradient clipping and fused AdamW, on random tokens. Every side has a
-process, because training with ours sets how glibc allocates memory. The sides take turns, and the table gives medians.
-The bound is the time of the step's bare matrix products: no step can be faster. Peak memory is without what Python and
-torch take before the model is built.
+process, because training with ours sets how glibc allocates memory; at 124M, all together need 18 GB. The sides take
+turns, and the table gives medians. The bound is the time of the step's bare matrix products: no step can be faster.
+Peak memory is without what Python and torch take before the model is built, and with what the compiler keeps.
 """
 
 import argparse
@@ -97,7 +97,11 @@ def compare(
         memory, clocks = {}, []
         for side in sides_of(geometry, device, checkout, compiled):
             connection = stack.enter_context(_process(side, geometry, device, checkout, bf16))
-            memory[side] = connection.recv()
+            try:
+                memory[side] = connection.recv()
+            except EOFError:
+                print(f"{side} is skipped: it failed, see above")
+                continue
             clocks.append(functools.partial(_seconds, connection))
         *times, bare = alternate([*clocks, lambda: seconds(products, device)], rounds)
     bound = statistics.median(bare)
@@ -144,7 +148,7 @@ def _take_steps(
     connection: Connection, side: str, geometry: Geometry, device: str, checkout: Path | None, bf16: bool
 ) -> None:
     if side.startswith("ours"):
-        keep_freed_memory()  # as training does
+        keep_freed_memory()  # as training on a CPU does
     process, done = psutil.Process(), threading.Event()
     before, peak = process.memory_info().rss, 0
 
@@ -164,7 +168,7 @@ def _take_steps(
     done.set()
     sampler.join()
     connection.send(torch.cuda.max_memory_allocated() if device == "cuda" else peak - before)
-    with contextlib.suppress(EOFError):  # the end of the benchmark
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the end of the benchmark
         while connection.recv():
             connection.send(step.seconds())
 

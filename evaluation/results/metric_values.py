@@ -1,6 +1,7 @@
 """The metrics of a task, computed from its records by the `evaluate` modules in `evaluation/metrics/`."""
 
 import functools
+import importlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -76,6 +77,8 @@ def _load(module: str) -> Any:
     try:
         import evaluate
 
+        # `evaluate` imports a module that it has just written, whose folder Python may have listed before.
+        importlib.invalidate_caches()
         # In memory, because all programs on the machine would share a file on disk.
         return evaluate.load(str(METRICS / module), keep_in_memory=True)
     except OSError as error:

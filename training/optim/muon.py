@@ -174,7 +174,7 @@ def _is_compiled(parameter: Tensor) -> bool:
 
 
 def _fused(function: Callable[..., Any], parameter: Tensor) -> Callable[..., Any]:
-    """The function, compiled on a GPU: a few kernels for each matrix instead of forty."""
+    """The function, compiled on a GPU: a few kernels for each matrix instead of dozens."""
     return _compiled(function) if _is_compiled(parameter) else function
 
 

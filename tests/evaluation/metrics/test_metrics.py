@@ -29,9 +29,7 @@ def _own_cache(tmp_path_factory):
 
 
 def compute(metric, predictions, references):
-    import evaluate
-
-    return evaluate.load(str(METRICS / metric)).compute(predictions=predictions, references=references)
+    return _load(metric).compute(predictions=predictions, references=references)
 
 
 def test_accuracy_has_standard_error_and_interval():
