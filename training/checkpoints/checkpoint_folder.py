@@ -231,8 +231,7 @@ def _load_moments(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     moments: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
     for key, tensor in load_file(path).items():
         name, moment = key.rsplit("/", 1)
-        if moment != "second_moment":  # of an earlier Muon
-            moments[name][moment] = tensor
+        moments[name][moment] = tensor
     state: dict[str, Any] = {"state": dict(moments), "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, state, options=StateDictOptions(full_state_dict=True))
 

@@ -1,8 +1,9 @@
 """Muon: momentum whose matrices are orthogonalized before they are added to the weights.
 
 An update of AdamW is dominated by a few directions. Muon sets all singular values of a matrix's momentum to about 1, so
-every direction moves equally far (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). Embeddings, biases
-and layer norms stay with AdamW.
+every direction moves equally far (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/). NorMuon then gives
+every output neuron a step of the same size (Li et al. 2025, arXiv 2510.05491). Embeddings, biases and layer norms stay
+with AdamW.
 
 What `torch.optim.Muon` lacks, and this has: the (in, out) layout of Conv1D; query, key and value of every head apart;
 matrices of one shape in one batched product, shared out over the processes; sharded weights; skipped updates without a
@@ -28,6 +29,7 @@ from torch.utils._triton import has_triton
 from training.optim.orthogonalize import POLAR_EXPRESS, Coefficients, orthogonalize
 
 _FIRST_MOMENTUM = 0.85  # at the start of its warmup; modded-nanogpt
+_EPSILON = 1e-10
 
 
 class Muon(Optimizer):
@@ -39,6 +41,7 @@ class Muon(Optimizer):
             gradient are left alone.
         others: groups of AdamW, each with `params`, `lr`, `weight_decay`, `betas` and `eps`; may be empty.
         momentum: after `momentum_warmup_steps`, in which it rises from 0.85.
+        second_moment_beta: decay of NorMuon's mean square per output neuron; None for plain Muon.
         coefficients: of the iteration; the default is five steps of Polar Express.
         dtype: in which matrices are orthogonalized.
 
@@ -54,10 +57,12 @@ class Muon(Optimizer):
         *,
         momentum: float = 0.95,
         momentum_warmup_steps: int = 0,
+        second_moment_beta: float | None = 0.95,
         coefficients: Coefficients = POLAR_EXPRESS,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._momentum, self._momentum_warmup_steps = momentum, momentum_warmup_steps
+        self._second_moment_beta = second_moment_beta
         self._coefficients, self._dtype = coefficients, dtype
         groups = list(others)
         self._adamw = AdamW(groups, fused=True) if groups else None  # which refuses to have no parameters
@@ -93,8 +98,11 @@ class Muon(Optimizer):
         """Add the gradient to the momentum, and return the direction: Nesterov's, full even if weights are sharded."""
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), device=parameter.device)
+            device = parameter.device
+            state["step"] = torch.zeros((), device=device)
             state["momentum_buffer"] = torch.zeros_like(parameter)
+            if self._second_moment_beta is not None:
+                state["second_moment"] = torch.zeros(1, parameter.shape[1], device=device)
         assert parameter.grad is not None
         direction = _fused(_add_to_momentum, parameter)(
             _local(parameter.grad),
@@ -151,8 +159,12 @@ class Muon(Optimizer):
 
     def _apply(self, parameter: Tensor, group: dict[str, Any], orthogonal: Tensor, skip: Tensor | None) -> None:
         """Add the scaled update to the parameter, after decaying it."""
+        splits = group["splits"]
         change = orthogonal.to(parameter.dtype)
-        rows, columns = change.shape[0], change.shape[1] // group["splits"]
+        if self._second_moment_beta is not None:
+            moment = self.state[parameter]["second_moment"]
+            change = _fused(_rescaled, parameter)(change, moment, skip, beta=self._second_moment_beta, splits=splits)
+        rows, columns = change.shape[0], change.shape[1] // splits
         if isinstance(parameter, DTensor):  # this process's rows; all have the full update, so nothing is sent
             mesh, placements = parameter.device_mesh, parameter.placements
             change = distribute_tensor(change, mesh, placements, src_data_rank=None).to_local()
@@ -174,7 +186,7 @@ def _is_compiled(parameter: Tensor) -> bool:
 
 
 def _fused(function: Callable[..., Any], parameter: Tensor) -> Callable[..., Any]:
-    """The function, compiled on a GPU: a few kernels for each matrix instead of dozens."""
+    """The function, compiled on a GPU: a few kernels for each matrix instead of forty."""
     return _compiled(function) if _is_compiled(parameter) else function
 
 
@@ -203,6 +215,16 @@ def _add_to_momentum(
     _assign(buffer, averaged, skip)
     _assign(step, step + 1, skip)
     return direction
+
+
+def _rescaled(change: Tensor, moment: Tensor, skip: Tensor | None, *, beta: float, splits: int) -> Tensor:
+    """Divide every output neuron by its root mean square, and keep the norm of each matrix."""
+    mean_squares = torch.lerp(moment, change.square().mean(dim=0, keepdim=True), 1 - beta)
+    rescaled = change * (mean_squares + _EPSILON).rsqrt()
+    shape = (change.shape[0], splits, -1)
+    before, after = (tensor.reshape(shape).norm(dim=(0, 2)) for tensor in (change, rescaled))
+    _assign(moment, mean_squares, skip)
+    return (rescaled.reshape(shape) * (before / after.clamp(min=_EPSILON))[:, None]).reshape(change.shape)
 
 
 def _move(

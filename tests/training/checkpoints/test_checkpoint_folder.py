@@ -11,23 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from support.tiny_models import tiny
+from safetensors.torch import load_file
 
 from common.cli_errors import InputError
 from training.checkpoints import checkpoint_folder as checkpoint_module
 from training.checkpoints import checkpoint_writer as saving_module
-from training.checkpoints.checkpoint_folder import (
-    _load_moments,
-    checkpoint_folder,
-    checkpoints,
-    remove_old_checkpoints,
-)
+from training.checkpoints.checkpoint_folder import checkpoint_folder, checkpoints, remove_old_checkpoints
 from training.checkpoints.resume import find_resume_point
 from training.checkpoints.state_snapshot import HostMemory
 from training.loop import train
 from training.monitoring.run_history import read_metrics
-from training.optim.optimizer import build_optimizer
 from training.recipe import Recipe
 from training.step.guard import Guard
 from training.step.hooks import Hook, Run
@@ -384,15 +377,3 @@ def test_snapshot_uses_the_memory_allocated_in_the_background() -> None:
     made = {tensor.data_ptr() for tensors in memory._tensors.values() for tensor in tensors}
     needed = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
     assert {memory.copy(tensor.detach()).data_ptr() for tensor in needed} == made
-
-
-def test_second_moments_of_an_earlier_muon_are_dropped(tmp_path: Path, tiny_recipe: Make) -> None:
-    model = tiny()
-    optimizer = build_optimizer(model, tiny_recipe(optimizer="muon"))
-    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    state = {f"{name}/{moment}": torch.ones(()) for name in names for moment in ("step", "second_moment")}
-    save_file(state, tmp_path / "optimizer.safetensors")
-    _load_moments(tmp_path / "optimizer.safetensors", model, optimizer)
-    loaded = {moment for moments in optimizer.state.values() for moment in moments}
-    assert "step" in loaded
-    assert "second_moment" not in loaded

@@ -30,7 +30,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 def muon(*parameters: nn.Parameter, splits: int = 1, weight_decay: float = 0.0, **settings: Any) -> Muon:
     group = {"params": list(parameters), "lr": 0.02, "weight_decay": weight_decay, "splits": splits}
     other = {"params": [nn.Parameter(torch.zeros(1))], "lr": 0.02}
-    return Muon([group], [other], **settings)
+    return Muon([group], [other], **{"second_moment_beta": None, **settings})
 
 
 def after_steps(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, gradients: list[Tensor]) -> Tensor:
@@ -74,6 +74,18 @@ def test_query_key_and_value_are_orthogonalized_separately() -> None:
     for part, gradient_part in zip(found.chunk(3, dim=1), gradient.chunk(3, dim=1), strict=True):
         alone = nn.Parameter(torch.zeros(8, 8))
         torch.testing.assert_close(part, after_steps(muon(alone), alone, [gradient_part]))
+
+
+def test_the_second_moment_gives_every_output_neuron_the_same_step_and_keeps_the_norm() -> None:
+    gradient = random(32, 8)
+    gradient[:, 0] *= 1e-3  # an output neuron with small gradients gets small orthogonal updates
+    plain, normalized = nn.Parameter(torch.zeros(32, 8)), nn.Parameter(torch.zeros(32, 8))
+    before = after_steps(muon(plain), plain, [gradient])
+    after = after_steps(muon(normalized, second_moment_beta=0.95), normalized, [gradient])
+    torch.testing.assert_close(after.norm(), before.norm())
+    sizes = after.norm(dim=0)
+    torch.testing.assert_close(sizes, sizes.mean().expand(8))
+    assert before.norm(dim=0).std() > 10 * sizes.std()
 
 
 def test_momentum_warms_up() -> None:
@@ -188,7 +200,8 @@ def test_compiled_updates_equal_the_others_and_compile_once_for_each_shape(monke
 
     def weights_after_steps() -> list[Tensor]:
         parameters = [nn.Parameter(random(*shape)) for shape in shapes]
-        optimizer = muon(*parameters, weight_decay=0.1, momentum_warmup_steps=3)
+        settings = {"second_moment_beta": 0.95, "momentum_warmup_steps": 3}
+        optimizer = muon(*parameters, weight_decay=0.1, **settings)
         for step, skipped in enumerate([0.0, 0.0, 1.0, 0.0]):
             optimizer.param_groups[0]["lr"] = 0.02 / (step + 1)
             for parameter in parameters:
@@ -205,4 +218,4 @@ def test_compiled_updates_equal_the_others_and_compile_once_for_each_shape(monke
     )
     for found, weight in zip(weights_after_steps(), expected, strict=True):
         torch.testing.assert_close(found, weight, rtol=1e-5, atol=1e-6)
-    assert counter.frame_count == 2 * len(shapes)
+    assert counter.frame_count == 3 * len(shapes)
