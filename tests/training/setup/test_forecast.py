@@ -72,6 +72,14 @@ def test_gpus_without_bf16_train_in_fp16(capsys: pytest.CaptureFixture[str]) -> 
         forecast(dataclasses.replace(recipe, mixed_precision="bf16"), "t4")
 
 
+def test_attention_that_this_machine_lacks_is_no_obstacle(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.setup.model.has_triton", lambda: False)
+    forecast(dataclasses.replace(OFFICIAL, attn_implementation="flex_attention"), "a100")
+    assert "tokens/s" in lines_of(capsys)["speed"]
+
+
 def test_a_model_that_does_not_fit_is_sharded_or_refused(capsys: pytest.CaptureFixture[str]) -> None:
     large = dataclasses.replace(OFFICIAL, **XL)
     forecast(large, "rtx4090", gpus=8)
