@@ -113,6 +113,21 @@ def named_recipe(name: str, overrides: dict[str, Any]) -> Recipe:
     return recipe
 
 
+def shard_settings(data_dir: str) -> dict[str, Any]:
+    """The keys of a recipe that a shard folder decides; an empty folder is filled from the recipe's corpus."""
+    from training.data.shards.shard_reader import ShardFolder
+
+    folder = ShardFolder.find(Path(data_dir))
+    settings: dict[str, Any] = {"data_dir": data_dir}
+    if folder is None:
+        return settings
+    if folder.manifest is None:  # another program's shards, which do not say how they were made
+        return settings | {"tokenizer": "gpt2"}
+    names = ("corpus", "corpus_config", "text_field", "document_separator", "encoding", "split_special_tokens")
+    made_of = {name: getattr(folder.manifest, name) for name in (*names, "shard_tokens", "val_tokens")}
+    return settings | made_of | {"tokenizer": data_dir}
+
+
 def shortened(recipe: Recipe, steps: int) -> Recipe:
     """The recipe for another number of steps, with all warmups and the decay in proportion."""
     assert recipe.max_steps is not None
@@ -296,7 +311,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[180, 240], help="lengths of the others")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default: 1 2 3)")
     parser.add_argument("--output", type=Path, default=Path("runs/learning"), help="folder of all runs")
-    parser.add_argument("--data_dir", help="shard folder of all recipes (default: each recipe's own)")
+    parser.add_argument("--data_dir", help="shard folder of all recipes, with its tokenizer (default: each one's)")
     parser.add_argument(
         "--nanogpt",
         type=Path,
@@ -304,7 +319,7 @@ def main() -> None:
         help="checkout of nanoGPT, for the recipe nanogpt; the shards must exist",
     )
     arguments = parser.parse_args()
-    overrides = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
+    overrides = {} if arguments.data_dir is None else shard_settings(arguments.data_dir)
     recipes = {Path(name).stem: named_recipe(name, overrides) for name in arguments.recipes}
     if len(recipes) < len(arguments.recipes):
         raise InputError("two recipes have the same name; rename a file")

@@ -95,6 +95,28 @@ def test_recipes_are_compared_and_finished_runs_are_not_repeated(
         learning.main()
 
 
+def test_built_in_recipes_train_on_any_shard_folder(
+    learning: ModuleType,
+    shard_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = tmp_path / "bare"  # as another program's: shards without a manifest
+    bare.mkdir()
+    for shard in ShardFolder.open(shard_folder).shards:
+        (bare / shard.path.name).write_bytes(shard.path.read_bytes())
+    assert learning.shard_settings(str(bare)) == {"data_dir": str(bare), "tokenizer": "gpt2"}
+    assert learning.shard_settings(str(tmp_path / "none")) == {"data_dir": str(tmp_path / "none")}
+
+    command = ["learning.py", "classic", "muon", "--baseline_steps", "2", "--steps", "1", "--seeds", "1"]
+    command += ["--data_dir", str(shard_folder), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", command)
+    learning.main()  # the quickstart's corpus and tokenizer would be refused
+    assert "muon in 1 steps − classic in 2: " in capsys.readouterr().out
+    assert (tmp_path / "out/muon/1-steps/seed-1/model/tokenizer.json").is_file()
+
+
 STAND_IN = """
 import sys
 import numpy as np, torch

@@ -108,15 +108,15 @@ def one_step(
     ).loss
 
 
-@pytest.fixture
-def prepared(tiny_recipe: Make) -> tuple[Accelerator, nn.Module, Any]:
+@pytest.fixture(params=["adamw", "muon"])
+def prepared(request: pytest.FixtureRequest, tiny_recipe: Make) -> tuple[Accelerator, nn.Module, Any]:
     from support.tiny_models import tiny
 
     from training.optim.optimizer import build_optimizer
 
     accelerator = Accelerator(cpu=True)
     model = tiny().train()
-    return (accelerator, *accelerator.prepare(model, build_optimizer(model, tiny_recipe())))
+    return (accelerator, *accelerator.prepare(model, build_optimizer(model, tiny_recipe(optimizer=request.param))))
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
