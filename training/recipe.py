@@ -107,7 +107,9 @@ class Recipe:
         more_than=0,
     )
     embedding_learning_rate: float | None = setting(
-        "peak learning rate of the embeddings", by_optimizer={"muon": 4e-3}, more_than=0
+        "peak learning rate of the embeddings; best is about 0.02 * 256 / n_embd",
+        by_optimizer={"muon": 6.7e-3},
+        more_than=0,
     )
     norm_learning_rate: float | None = setting(
         "peak learning rate of biases and layer norms", by_optimizer={"muon": 4e-3}, more_than=0

@@ -58,6 +58,9 @@ def test_the_head_of_a_recipe_gives_its_time_and_cost_and_how_to_compute_them(
     report = lines_of(capsys)
     hours = float(stated[1]) / (60 if stated[2] == "minutes" else 1)
     assert float(report["time"].split()[0]) == pytest.approx(hours, rel=0.025)  # both are rounded
+    alone = re.search(r"the same steps take ([\d.]+) (hours|days) on an [AH]100", head)
+    assert alone is not None
+    assert float(alone[1]) * (24 if alone[2] == "days" else 1) == pytest.approx(8 * hours, rel=0.025)
     cost, expected = (float(text.replace(",", "")) for text in (report["cost"].split()[0], stated[3]))
     assert cost == pytest.approx(expected, rel=0.01)
 
