@@ -4,7 +4,8 @@
 
 - loop: chunks of steps of `training/loop.py`, with guard, clipping and logging, alternate with chunks of a bare
   forward, backward, optimizer loop over the same batches, already in memory; one process, two models.
-- launch: from `accelerate launch` to the first logged step, over shards that are ready, not compiled.
+- launch: `training/train.py --help`; from `accelerate launch` to the first logged step, over shards that are ready, not
+  compiled.
 - checkpoint: how long training of 124M parameters pauses for a checkpoint that is written in the background.
 
 Medians; for the loop also the ratio chunk by chunk. The first two parts use the quickstart's model.
@@ -161,6 +162,17 @@ def launched(recipe: Recipe, path: Path, until: Callable[[str], bool]) -> tuple[
     raise SystemExit("the run ended early:\n" + "\n".join(lines))
 
 
+def seconds_of_help(rounds: int = 3) -> list[float]:
+    """Seconds of `training/train.py --help`, per round."""
+    command = [sys.executable, str(ROOT / "training" / "train.py"), "--help"]
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+        times.append(time.perf_counter() - start)
+    return times
+
+
 def seconds_to_first_step(recipe: Recipe, folder: Path, rounds: int = 3) -> list[float]:
     """Seconds from `accelerate launch` to the log line of the first step, per round."""
     times = []
@@ -214,6 +226,8 @@ def main() -> None:
         folder = Path(name)
         recipe = shards(folder)
         if arguments.part in (None, "launch"):
+            times = seconds_of_help()
+            print(f"--help: {statistics.median(times):.2f} s, median of {len(times)}")
             times = seconds_to_first_step(recipe, folder)
             print(f"launch to first step: {statistics.median(times):.1f} s, median of {len(times)}")
         if arguments.part in (None, "checkpoint"):
