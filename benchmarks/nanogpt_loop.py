@@ -22,7 +22,7 @@ from training.data.shards.shard_reader import ShardFolder
 from training.monitoring.run_history import METRICS
 from training.monitoring.validation import validation_loss
 from training.recipe import Recipe
-from training.setup.accelerator import build_accelerator, uses_gpu
+from training.setup.accelerator import build_accelerator, resolve_mixed_precision, uses_gpu
 from training.setup.model import compiles
 
 # train.py has no flag for its seed.
@@ -32,6 +32,7 @@ seed, manual_seed = int(sys.argv.pop(1)), torch.manual_seed
 torch.manual_seed = lambda _: manual_seed(seed)
 runpy.run_path("train.py", run_name="__main__")
 """
+_DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _LOGGED = re.compile(r"^iter (\d+): loss (\S+), time (\S+)ms", re.MULTILINE)
 
 
@@ -102,7 +103,7 @@ def _run(recipe: Recipe, checkout: Path, folder: Path) -> str:
         "lr_decay_iters": recipe.max_steps,
         "max_iters": recipe.max_steps,
         "device": device,
-        "dtype": "float32",
+        "dtype": _DTYPES[resolve_mixed_precision(recipe)],
         "compile": compiles(recipe, device),
     }
     flags = [f"--{name}={value}" for name, value in settings.items()]

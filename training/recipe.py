@@ -131,8 +131,8 @@ class Recipe:
     muon_momentum_warmup_steps: int | None = setting(
         "steps in which the momentum of muon rises from 0.85", by_optimizer={"muon": 300}, at_least=0
     )
-    adam_beta1: float = setting("beta1 of AdamW", 0.9, at_least=0, less_than=1)
-    adam_beta2: float = setting("beta2 of AdamW", 0.95, at_least=0, less_than=1)
+    adam_beta1: float = setting("beta1 of AdamW", by_optimizer={"adamw": 0.9, "muon": 0.8}, at_least=0, less_than=1)
+    adam_beta2: float = setting("beta2 of AdamW", by_optimizer={"adamw": 0.95, "muon": 0.99}, at_least=0, less_than=1)
     adam_epsilon: float = setting("epsilon of AdamW", 1e-8, more_than=0)
     max_grad_norm: float = setting("maximum gradient norm, for clipping; 0 disables it", 1.0, at_least=0)
     max_skipped_steps: int = off_card("consecutive skipped updates after which the run aborts", 10, at_least=1)

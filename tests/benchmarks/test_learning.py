@@ -34,20 +34,25 @@ def learning() -> Iterator[ModuleType]:
     del sys.modules["learning"]
 
 
-def test_steps_are_interpolated_in_their_logarithm(learning: ModuleType) -> None:
+@pytest.fixture(scope="module")
+def learning_report(learning: ModuleType) -> ModuleType:
+    return sys.modules["learning_report"]
+
+
+def test_steps_are_interpolated_in_their_logarithm(learning_report: ModuleType) -> None:
     curve = {100: 5.0, 400: 4.0, 1600: 3.5}
-    assert learning.steps_to_reach(4.5, curve) == pytest.approx(200)  # halfway from log 100 to log 400
-    assert learning.steps_to_reach(4.0, curve) == pytest.approx(400)
-    assert learning.steps_to_reach(3.75, curve) == pytest.approx(800)
-    assert learning.steps_to_reach(5.5, curve) == 100
-    assert learning.steps_to_reach(3.4, curve) is None
+    assert learning_report.steps_to_reach(4.5, curve) == pytest.approx(200)  # halfway from log 100 to log 400
+    assert learning_report.steps_to_reach(4.0, curve) == pytest.approx(400)
+    assert learning_report.steps_to_reach(3.75, curve) == pytest.approx(800)
+    assert learning_report.steps_to_reach(5.5, curve) == 100
+    assert learning_report.steps_to_reach(3.4, curve) is None
 
 
-def test_the_interval_of_paired_differences_is_students(learning: ModuleType) -> None:
-    mean, half = learning.interval([-0.4, -0.5, -0.6])
+def test_the_interval_of_paired_differences_is_students(learning_report: ModuleType) -> None:
+    mean, half = learning_report.interval([-0.4, -0.5, -0.6])
     assert mean == pytest.approx(-0.5)
     assert half == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-3)  # two degrees of freedom
-    assert learning.interval([-0.5]) == (-0.5, math.inf)
+    assert learning_report.interval([-0.5]) == (-0.5, math.inf)
 
 
 def test_a_shorter_run_has_shorter_warmup_and_decay(learning: ModuleType, tiny_recipe: Callable[..., Recipe]) -> None:
@@ -187,7 +192,16 @@ def test_the_classic_recipe_has_nothing_newer(learning: ModuleType) -> None:
     assert (classic.optimizer, classic.seq_len_warmup_steps, classic.document_mask) == ("adamw", 0, False)
 
 
-def test_a_single_seed_has_no_interval(learning: ModuleType) -> None:
-    result = {loss: {1: learning.Result(loss, 1.0, 10, [10], [loss])} for loss in (4.0, 3.5)}
-    lines = learning.report({"slow": {8: result[4.0]}, "fast": {4: result[3.5]}})
+def test_rates_that_depend_on_the_width_follow_it(learning: ModuleType) -> None:
+    sizes = ("proxy", "quickstart", "124m")
+    muon, adamw = ([learning.named_recipe(name, {}, size) for size in sizes] for name in ("muon", "adamw"))
+    assert [recipe.embedding_learning_rate for recipe in muon] == pytest.approx([0.04, 0.02, 0.04 / 6])
+    assert [recipe.learning_rate for recipe in adamw] == pytest.approx([6e-3, 3e-3, 1e-3])
+    assert [recipe.learning_rate for recipe in muon] == [0.02] * 3
+    assert [recipe.n_embd for recipe in muon] == [128, 256, 768]
+
+
+def test_a_single_seed_has_no_interval(learning_report: ModuleType) -> None:
+    result = {loss: {1: learning_report.Result(loss, 1.0, 10, [10], [loss])} for loss in (4.0, 3.5)}
+    lines = learning_report.report({"slow": {8: result[4.0]}, "fast": {4: result[3.5]}})
     assert "fast in 4 steps − slow in 8: -0.5000 (one seed)" in lines

@@ -145,13 +145,14 @@ def test_each_optimizer_has_its_own_defaults(tmp_path: Path) -> None:
     adamw, muon = load_recipe(path), load_recipe(path, {"optimizer": "muon"})
     assert (adamw.learning_rate, adamw.weight_decay, adamw.muon_momentum) == (6e-4, 0.1, None)
     assert (muon.learning_rate, muon.weight_decay, muon.muon_momentum) == (0.02, 0.01, 0.95)
+    assert [(recipe.adam_beta1, recipe.adam_beta2) for recipe in (adamw, muon)] == [(0.9, 0.95), (0.8, 0.99)]
     assert load_recipe(path, {"optimizer": "muon", "learning_rate": "0.03"}).learning_rate == 0.03
 
 
 def test_an_optimizer_from_a_flag_replaces_the_files_and_its_settings(tmp_path: Path) -> None:
-    path = write(tmp_path / "r.yaml", **MINIMAL, learning_rate=1e-3, adam_beta2=0.99)
+    path = write(tmp_path / "r.yaml", **MINIMAL, learning_rate=1e-3, adam_epsilon=1e-6)
     muon = load_recipe(path, {"optimizer": "muon"})
-    assert (muon.learning_rate, muon.adam_beta2) == (0.02, 0.99)
+    assert (muon.learning_rate, muon.adam_epsilon) == (0.02, 1e-6)
     muon.save(tmp_path / "muon.yaml")
     adamw = load_recipe(tmp_path / "muon.yaml", {"optimizer": "adamw"})
     assert (adamw.learning_rate, adamw.muon_momentum) == (6e-4, None)
