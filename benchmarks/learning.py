@@ -168,6 +168,7 @@ def run_all(
     checkout: Path | None,
 ) -> Results:
     """Train what is not finished yet, seed by seed, for each recipe's numbers of steps; return all results."""
+    from accelerate.state import AcceleratorState
     from nanogpt_loop import train_with_nanogpt
 
     from training.loop import train
@@ -179,6 +180,7 @@ def run_all(
                 folder = output / name / f"{steps}-steps" / f"seed-{seed}"
                 run = dataclasses.replace(shortened(recipe, steps), seed=seed, output_dir=str(folder))
                 check_same_recipe(folder, run)
+                AcceleratorState._reset_state()  # otherwise the first recipe's precision would be that of all
                 if result_of(folder, steps) is None and name == NANOGPT:
                     assert checkout is not None
                     train_with_nanogpt(run, checkout)

@@ -72,7 +72,7 @@ def test_recipes_are_compared_and_finished_runs_are_not_repeated(
 ) -> None:
     recipe = tiny_recipe(max_steps=8, eval_steps=0, sample_steps=0, save_steps=0)
     recipe.save(tmp_path / "slow.yaml")
-    dataclasses.replace(recipe, learning_rate=0.02).save(tmp_path / "fast.yaml")
+    dataclasses.replace(recipe, learning_rate=0.02, mixed_precision="bf16").save(tmp_path / "fast.yaml")
     names = [str(tmp_path / name) for name in ("slow.yaml", "fast.yaml")]
     command = ["learning.py", *names, "--output", str(tmp_path / "out")]
     command += ["--baseline_steps", "8", "--steps", "4", "8", "--seeds", "1", "2"]
@@ -95,7 +95,7 @@ def test_recipes_are_compared_and_finished_runs_are_not_repeated(
     learning.main()
     assert capsys.readouterr().out == printed
 
-    dataclasses.replace(recipe, learning_rate=0.03).save(tmp_path / "fast.yaml")
+    dataclasses.replace(recipe, learning_rate=0.03, mixed_precision="bf16").save(tmp_path / "fast.yaml")
     with pytest.raises(InputError, match=r"4-steps/seed-1 holds a run of another recipe \(learning_rate: 0.02 → 0.03"):
         learning.main()
 
