@@ -12,7 +12,7 @@ integer, report an error over several lines, suggest no name and take 0.15 to 0.
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -274,8 +274,8 @@ class Recipe:
         """Keys and values, in the order of the fields."""
         return dataclasses.asdict(self)
 
-    def values_with(self, **metadata: bool) -> dict[str, Any]:
-        """The values of settings with this `on_card` or `per_node`."""
+    def values_with(self, **metadata: bool | None) -> dict[str, Any]:
+        """The values of settings with this `on_card`, `per_node` or `group`."""
         fields = [key for key in dataclasses.fields(self) if metadata.items() <= key.metadata.items()]
         return {key.name: getattr(self, key.name) for key in fields}
 
@@ -288,11 +288,15 @@ class Recipe:
         left_to_model = SIZES.keys() - self.sizes.keys()  # earlier versions wrote sizes that had no effect
         if earlier:  # earlier versions had only AdamW, and no key for it
             earlier = {"optimizer": "adamw", **earlier}
+        identity = {key.name for key in dataclasses.fields(self) if key.metadata["group"]}
+        return self.changes_from(earlier, identity - left_to_model)
+
+    def changes_from(self, earlier: Mapping[str, Any], names: Collection[str]) -> list[str]:
+        """`key: then → now` for each of these keys that an earlier recipe has with another value."""
         return [
-            f"{key.name}: {earlier[key.name]} → {getattr(self, key.name)}"
-            for key in dataclasses.fields(self)
-            if key.metadata["group"] and key.name in earlier and key.name not in left_to_model
-            if earlier[key.name] != getattr(self, key.name)
+            f"{name}: {earlier[name]} → {now}"
+            for name, now in self.to_dict().items()
+            if name in names and name in earlier and earlier[name] != now
         ]
 
 

@@ -123,7 +123,10 @@ def prepare_run_folder(recipe: Recipe, step: int) -> list[str]:
     """
     output_dir, lines = Path(recipe.output_dir), []
     path = output_dir / "recipe.yaml"
-    if path.exists() and not _read_recipe(path):
+    earlier = _read_recipe(path)
+    if step and (changes := recipe.changes_from(earlier, recipe.values_with(on_card=True, group=None))):
+        lines.append(f"changed since the last start: {', '.join(changes)}")
+    if path.exists() and not earlier:
         kept = path.rename(path.with_name("recipe.yaml.unreadable"))
         lines.append(f"recipe.yaml could not be read; it was renamed to {kept}")
     recipe.save(path)

@@ -85,10 +85,14 @@ def test_decay_branches_from_any_checkpoint_of_a_stable_run(
     assert "resumed from " + str(tmp_path / "a-decayed" / "checkpoints" / "step-000006") in capsys.readouterr().out
 
 
-def test_extended_run_uses_the_learning_rates_of_the_longer_run(tiny_recipe: Make) -> None:
+def test_extended_run_uses_the_learning_rates_of_the_longer_run(
+    tiny_recipe: Make, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tiny_recipe(max_steps=4, lr_scheduler_type="linear", warmup_steps=0, learning_rate=1e-3)
     train(recipe)
-    train(dataclasses.replace(recipe, max_steps=8))
+    assert "changed since" not in capsys.readouterr().out
+    train(dataclasses.replace(recipe, max_steps=8, adam_beta2=0.99))
+    assert "changed since the last start: max_steps: 4 → 8, adam_beta2: 0.95 → 0.99\n" in capsys.readouterr().out
     # Down to a tenth over 4 steps, then what 8 steps have from their middle on: it jumps up.
     expected = {1: 10.0, 2: 7.75, 3: 5.5, 4: 3.25, 5: 5.5, 6: 4.375, 7: 3.25, 8: 2.125}
     found = {step: 1e4 * rate for step, rate in learning_rates(run_of(recipe)).items()}
