@@ -4,9 +4,9 @@
 
 A recipe is a YAML file with max_steps, or a built-in one: `classic` (AdamW as GPT-2 recipes have it), `adamw` (tuned),
 `muon`, or `nanogpt` (the settings of `classic` in nanoGPT's own loop, from the checkout --nanogpt). --size is the model
-of built-in recipes: the proxy of docs/recipes.md, the quickstart's, or GPT-2's for a GPU. The first recipe is the
-baseline, which runs for --baseline_steps. The others run for every number of --steps, with warmup and decay shortened
-in proportion, so each run completes its own schedule. The benchmark prints
+of built-in recipes: the proxy of docs/recipes.md, the quickstart's, or GPT-2's for a GPU, on the shards in --data_dir.
+The first recipe is the baseline, which runs for --baseline_steps. The others run for every number of --steps, with
+warmup and decay shortened in proportion, so each run completes its own schedule. The benchmark prints
 
 - the final validation loss per number of steps: mean and standard deviation over the seeds, and the steps' seconds;
 - the difference from the baseline's final loss, paired by seed, with its 95 % interval (Student's t);
@@ -59,6 +59,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "seq_len": 1024,
         "tokens_per_step": 131_072,
         "per_device_train_batch_size": 32,
+        "compile": True,
     },
 }
 BUILT_IN: dict[str, dict[str, Any]] = {
@@ -85,7 +86,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     },
 }
 BUILT_IN[NANOGPT] = BUILT_IN["classic"]
-# The keys whose best value falls as 1 / n_embd (docs/recipes.md); BUILT_IN has those of the proxy.
+# The keys whose best value falls as 1 / n_embd (docs/recipes.md). BUILT_IN was tuned on the proxy only.
 BY_WIDTH = {"adamw": "learning_rate", "muon": "embedding_learning_rate"}
 
 
@@ -180,7 +181,7 @@ def run_all(
                 folder = output / name / f"{steps}-steps" / f"seed-{seed}"
                 run = dataclasses.replace(shortened(recipe, steps), seed=seed, output_dir=str(folder))
                 check_same_recipe(folder, run)
-                AcceleratorState._reset_state()  # otherwise the first recipe's precision would be that of all
+                AcceleratorState._reset_state()  # accelerate refuses another precision than the first recipe's
                 if result_of(folder, steps) is None and name == NANOGPT:
                     assert checkout is not None
                     train_with_nanogpt(run, checkout)
@@ -222,6 +223,8 @@ def main() -> None:
         raise InputError("the recipe nanogpt and --nanogpt CHECKOUT need each other; give both or none")
     if NANOGPT in recipes and NANOGPT not in arguments.recipes:
         raise InputError(f"a file cannot be named {NANOGPT}, which is a built-in recipe; rename it")
+    if arguments.size == "124m" and arguments.data_dir is None:
+        raise InputError("--size 124m needs --data_dir: shards with GPT-2's vocabulary, from training.prepare")
     interrupt_on_sigterm()  # an exception makes `subprocess` end nanoGPT's process too
     steps, seeds = sorted(set(arguments.steps)), sorted(set(arguments.seeds))
     for flag, shortest in (("--steps", steps[0]), ("--baseline_steps", arguments.baseline_steps)):

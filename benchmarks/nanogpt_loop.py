@@ -1,6 +1,7 @@
 """nanoGPT's own training loop from a checkout, as a side of learning.py: its model, data order, schedule and AdamW.
 
-It draws windows at random offsets. Its final weights are validated like those of our runs, on the same windows.
+It draws windows at random offsets, and on a CPU it trains in fp32, whatever the recipe says. Its final weights are
+validated like those of our runs, on the same windows.
 """
 
 import json

@@ -107,7 +107,7 @@ class Recipe:
         more_than=0,
     )
     embedding_learning_rate: float | None = setting(
-        "peak learning rate of the embeddings; best is about 0.02 * 256 / n_embd",
+        "peak learning rate of the embeddings; 0.02 * 256 / n_embd is a good one",
         by_optimizer={"muon": 6.7e-3},
         more_than=0,
     )

@@ -127,6 +127,7 @@ import sys
 import numpy as np, torch
 torch.manual_seed(1337)
 flags = dict(flag.removeprefix("--").split("=") for flag in sys.argv[1:])
+assert flags["dtype"] == "float32"
 assert np.fromfile(flags["dataset"] + "/train.bin", dtype=np.uint16).max() < 300
 state = torch.load("state.pt")
 if flags["learning_rate"] == "0.5":
@@ -175,6 +176,7 @@ def test_nanogpts_loop_is_a_side(
         (["muno", "adamw"], "muno is neither a YAML file nor one of classic, adamw, muon"),
         (["muon", "muon"], "two recipes have the same name"),
         (["adamw", "--steps", "0"], "--steps: expected at least 1, found 0"),
+        (["adamw", "muon", "--size", "124m"], "--size 124m needs --data_dir: shards with GPT-2's vocabulary"),
         (["adamw", "nanogpt"], "the recipe nanogpt and --nanogpt CHECKOUT need each other"),
         (["adamw", "muon", "--nanogpt", "nanoGPT"], "the recipe nanogpt and --nanogpt CHECKOUT need each other"),
     ],

@@ -9,7 +9,7 @@ What `torch.optim.Muon` lacks, and this has: the (in, out) layout of Conv1D; que
 matrices of one shape in one batched product, shared out over the processes; sharded weights; skipped updates without a
 host synchronization (`found_inf`).
 
-Cost: 4 · n_embd / tokens_per_step of the operations of the blocks' forward and backward passes, over the number of
+Cost: 3 · n_embd / tokens_per_step of the operations of the blocks' forward and backward passes, over the number of
 processes; with several, an all-gather of the blocks' updates, and one more of their momentum if weights are sharded.
 """
 
