@@ -63,9 +63,8 @@ def shards(folder: Path) -> Recipe:
             file.write(" ".join(rng.choices(words, k=200)) + "\n\n")
     folders = {name: str(folder / name) for name in ("data_dir", "output_dir")}
     lengths = {"shard_tokens": 200_000, "val_tokens": 20_000, "eval_tokens": 8192}
-    recipe = load_recipe(
-        QUICKSTART, {**folders, "corpus": str(corpus), **lengths, "save_steps": 0, "eval_steps": 0, "sample_steps": 0}
-    )
+    off = dict.fromkeys(("save_steps", "eval_steps", "sample_steps", "seq_len_warmup_steps"), 0)
+    recipe = load_recipe(QUICKSTART, {**folders, "corpus": str(corpus), **lengths, **off})
     spec = ShardSpec(
         folder=Path(recipe.data_dir),
         corpus=recipe.corpus,
@@ -110,7 +109,8 @@ class Alternate(Hook):
         """Copy the model, and load the batches."""
         device = run.accelerator.device
         self.model = copy.deepcopy(bare_model(run.accelerator, run.model)).to(device).train()
-        self.optimizer = build_optimizer(self.model, run.recipe)
+        bf16 = run.accelerator.mixed_precision == "bf16"
+        self.optimizer = build_optimizer(self.model, run.recipe, dtype=torch.bfloat16 if bf16 else torch.float32)
         windows = TrainingWindows(run.shards, run.tokenizer.vocab_size)
         self.batches = iter(list(training_batches(windows, run.batch, rank=0, first_step=0, end_step=run.total_steps)))
         self.start = time.perf_counter()
