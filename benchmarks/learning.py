@@ -223,7 +223,7 @@ def main() -> None:
         raise InputError("the recipe nanogpt and --nanogpt CHECKOUT need each other; give both or none")
     if NANOGPT in recipes and NANOGPT not in arguments.recipes:
         raise InputError(f"a file cannot be named {NANOGPT}, which is a built-in recipe; rename it")
-    if arguments.size == "124m" and arguments.data_dir is None:
+    if arguments.size == "124m" and "tokenizer" not in overrides:
         raise InputError("--size 124m needs --data_dir: shards with GPT-2's vocabulary, from training.prepare")
     interrupt_on_sigterm()  # an exception makes `subprocess` end nanoGPT's process too
     steps, seeds = sorted(set(arguments.steps)), sorted(set(arguments.seeds))

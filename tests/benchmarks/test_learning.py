@@ -176,7 +176,7 @@ def test_nanogpts_loop_is_a_side(
         (["muno", "adamw"], "muno is neither a YAML file nor one of classic, adamw, muon"),
         (["muon", "muon"], "two recipes have the same name"),
         (["adamw", "--steps", "0"], "--steps: expected at least 1, found 0"),
-        (["adamw", "muon", "--size", "124m"], "--size 124m needs --data_dir: shards with GPT-2's vocabulary"),
+        (["adamw", "muon", "--size", "124m", "--data_dir", "none"], "--size 124m needs --data_dir: shards"),
         (["adamw", "nanogpt"], "the recipe nanogpt and --nanogpt CHECKOUT need each other"),
         (["adamw", "muon", "--nanogpt", "nanoGPT"], "the recipe nanogpt and --nanogpt CHECKOUT need each other"),
     ],
