@@ -109,6 +109,7 @@ def named_recipe(name: str, overrides: dict[str, Any], size: str = "proxy") -> R
 def shard_settings(data_dir: str) -> dict[str, Any]:
     """The keys of a recipe that a shard folder decides; an empty folder is filled from the recipe's corpus."""
     from training.data.shards.shard_reader import ShardFolder
+    from training.data.shards.shard_spec import RECORDED
 
     folder = ShardFolder.find(Path(data_dir))
     settings: dict[str, Any] = {"data_dir": data_dir}
@@ -116,8 +117,7 @@ def shard_settings(data_dir: str) -> dict[str, Any]:
         return settings
     if folder.manifest is None:  # another program's shards, which do not say how they were made
         return settings | {"tokenizer": "gpt2"}
-    names = ("corpus", "corpus_config", "text_field", "document_separator", "encoding", "split_special_tokens")
-    made_of = {name: getattr(folder.manifest, name) for name in (*names, "shard_tokens", "val_tokens")}
+    made_of = {name: getattr(folder.manifest, name) for name in ("corpus", *RECORDED)}
     return settings | made_of | {"tokenizer": data_dir}
 
 

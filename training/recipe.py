@@ -102,7 +102,7 @@ class Recipe:
     )
     max_tokens: int | None = setting("run length in tokens", None, more_than=0)
     learning_rate: float = setting(
-        "peak learning rate; with muon, of blocks' matrices", by_optimizer={"adamw": 6e-4, "muon": 0.02}, more_than=0
+        "peak learning rate; with muon, of block matrices", by_optimizer={"adamw": 6e-4, "muon": 0.02}, more_than=0
     )
     embedding_learning_rate: float | None = setting(
         "peak learning rate of embeddings; try 0.02 * 256 / n_embd", by_optimizer={"muon": 6.7e-3}, more_than=0

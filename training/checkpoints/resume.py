@@ -117,9 +117,9 @@ def check_end(checkpoint: Path, done: int, end: int) -> None:
 def prepare_run_folder(recipe: Recipe, step: int) -> list[str]:
     """Write the recipe of a run that takes the steps after `step`, and return lines to print.
 
-    A recipe.yaml that cannot be read is renamed. So are checkpoints after `step`, because the next start would resume
-    from them: to `checkpoints/abandoned-step-000060`, or `abandoned-2-step-000060` if that exists. Partial files are
-    removed.
+    The lines name the settings of training that changed since the last start, and everything that was renamed:
+    a recipe.yaml that cannot be read, and checkpoints after `step`, because the next start would resume from them (to
+    `checkpoints/abandoned-step-000060`, or `abandoned-2-step-000060` if that exists). Partial files are removed.
     """
     output_dir, lines = Path(recipe.output_dir), []
     path = output_dir / "recipe.yaml"

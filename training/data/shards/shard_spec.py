@@ -15,6 +15,11 @@ from training.data.sources.open_corpus import check_outside_corpus, open_corpus
 from training.data.sources.text_files import END_OF_TEXT, check_encoding
 from training.data.tokenization.tokenizer import load_tokenizer, parse_train_spec
 
+# Fields of the spec that a manifest has unchanged.
+RECORDED = (
+    *("corpus_config", "text_field", "document_separator", "encoding", "split_special_tokens"),
+    *("shard_tokens", "val_tokens"),
+)
 MAX_SHARD_TOKENS = 1 << 32  # a shard is assembled in memory
 
 
@@ -75,8 +80,7 @@ class ShardSpec:
     @property
     def recorded(self) -> dict[str, Any]:
         """Return the fields that a manifest has unchanged, by name."""
-        names = ("corpus_config", "text_field", "document_separator", "encoding", "split_special_tokens")
-        return {name: getattr(self, name) for name in (*names, "shard_tokens", "val_tokens")}
+        return {name: getattr(self, name) for name in RECORDED}
 
     def _has_tokenizer(self, manifest: Manifest, report: Callable[[str], None]) -> bool:
         """Return whether the tokenizer made the manifest's shards; complete ones can be used where the Hub is down."""
